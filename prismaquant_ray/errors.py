@@ -1,0 +1,45 @@
+"""Errors a user can act on, each with the exit code the command line returns for it.
+
+```
+PrismaquantError          exit 1
+├── InputError            exit 2   model, calibration, budget or output cannot be used as given
+│   └── ConfigError       exit 2   the YAML or a --set is wrong
+├── ResourceError         exit 3   the machine or cluster cannot do it now
+└── StoreError            exit 3   the run store is damaged or unreachable
+```
+
+Anything else that rises is a bug and ends with exit code 1. Every class is built from one message, so
+instances survive pickling between actors unchanged.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "InputError", "PrismaquantError", "ResourceError", "StoreError"]
+
+
+class PrismaquantError(Exception):
+    """Base of every error this project raises on purpose. The message is one line: what, which, what to do."""
+
+    exit_code = 1
+
+
+class InputError(PrismaquantError):
+    """The model, calibration data, budget or output directory cannot be used as given."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """The configuration file or an override is wrong."""
+
+
+class ResourceError(PrismaquantError):
+    """The environment (cluster, memory, storage) cannot do what was asked."""
+
+    exit_code = 3
+
+
+class StoreError(PrismaquantError):
+    """The run store cannot be read, written or trusted."""
+
+    exit_code = 3
