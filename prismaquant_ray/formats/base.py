@@ -1,0 +1,157 @@
+"""What a format is: how weights are stored, how activations are rounded, what the config says of it.
+
+A *codec* stores weights; a *format* is a codec together with the activation rounding the runtime applies.
+NVFP4 and NVFP4A16 share a codec, so their weights are rounded once.
+
+Shapes: O output features (rows), I input features (columns), G scale groups along a row (I / width), T tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class FormatName(StrEnum):
+    """The names users write in `formats:`."""
+
+    NVFP4 = "NVFP4"
+    NVFP4A16 = "NVFP4A16"
+    MXFP4 = "MXFP4"
+    MXFP8 = "MXFP8"
+    FP8 = "FP8"
+    INT4 = "INT4"
+    BF16 = "BF16"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rounded:
+    """A weight on a codec's grid: everything the stored tensors hold, nothing that must be derived again.
+
+    `values` (O, I) float32 are exact grid points; `scale` (O, G) is in the stored dtype; `global_scale` is the
+    float32 (1,) divisor of two-level formats, else None.
+    """
+
+    values: Tensor
+    scale: Tensor
+    global_scale: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Rounded:
+        """The same for output rows start..stop: a member of a stacked group."""
+        return Rounded(values=self.values[start:stop], scale=self.scale[start:stop], global_scale=self.global_scale)
+
+
+class Codec(ABC):
+    """Storage of a weight matrix as grid points times group scales.
+
+    Every method takes and returns new tensors; none depends on anything but its arguments.
+    """
+
+    name: str
+    #: bits of one code, and of one stored group scale
+    code_bits: int
+    scale_bits: int
+    #: largest grid value
+    grid_max: float
+
+    @abstractmethod
+    def width(self, in_features: int) -> int:
+        """Columns that share one scale. Call only for shapes `refusal` accepts."""
+
+    @abstractmethod
+    def refusal(self, out_features: int, in_features: int) -> str | None:
+        """Why this shape cannot be stored, or None. The shape rules are vLLM's and compressed-tensors'."""
+
+    @abstractmethod
+    def round(self, x: Tensor) -> Tensor:
+        """Nearest grid value, ties to even, saturating; keeps the sign of zero. Float32 in and out."""
+
+    @abstractmethod
+    def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
+        """Stored scale that maps a group's amax (O, G) to the end of the grid. Never zero, never NaN."""
+
+    @abstractmethod
+    def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+        """Float32 factor by which decoding multiplies grid values."""
+
+    @abstractmethod
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
+        """Stored scales (O, G) to be judged by the search, each as it would be stored."""
+
+    @abstractmethod
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Tensors as they ship, keyed by suffix (`weight_packed`, `weight_scale`, …)."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """BF16 weight (O, I) that the runtime computes from the shipped tensors."""
+
+    def global_scale(self, amax: float) -> Tensor | None:  # noqa: ARG002 - only two-level codecs have one
+        """Divisor (1,) float32 for a fused group whose largest |weight| is amax; None for one-level codecs."""
+        return None
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of codes and group scales. Per-tensor scalars are not counted here (see `Format.extra_bytes`)."""
+        groups = out_features * (in_features // self.width(in_features))
+        return (out_features * in_features * self.code_bits + groups * self.scale_bits) // 8
+
+    def dequantized(self, rounded: Rounded) -> Tensor:
+        """BF16 weight (O, I): grid value × scale in float32, then one rounding."""
+        factor = self.scale_value(rounded.scale, rounded.global_scale)
+        return (grouped(rounded.values, factor.shape[1]) * factor.unsqueeze(-1)).flatten(1).to(torch.bfloat16)
+
+
+def grouped(matrix: Tensor, groups: int) -> Tensor:
+    """View (O, I) as (O, groups, I / groups)."""
+    return matrix.view(*matrix.shape[:-1], groups, -1)
+
+
+#: Activation rounding Q(x) of a format: x (T, I) float32 and the static input scale, if the format has one.
+ActivationRounding = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """A codec, an activation rounding and the compressed-tensors scheme that names them.
+
+    `codec` is None for BF16, which is copied from the source. `static_input_scale` says that the runtime needs
+    an `input_global_scale` beside the weight, equal within a fused group.
+    """
+
+    name: FormatName
+    codec: Codec | None
+    round_activation: ActivationRounding | None
+    static_input_scale: bool
+    #: compressed-tensors' CompressionFormat, e.g. "nvfp4-pack-quantized"
+    compression: str
+    #: in_features → (weights, input_activations) as compressed-tensors writes them; None for BF16
+    scheme: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None
+    summary: str
+
+    def refusal(self, out_features: int, in_features: int) -> str | None:
+        """Why a Linear of this shape cannot take the format, or None."""
+        return self.codec.refusal(out_features, in_features) if self.codec else None
+
+    def weight_bytes(self, out_features: int, in_features: int) -> int:
+        """Bytes of codes and group scales of one Linear: the numerator of bits per parameter."""
+        return self.codec.weight_bytes(out_features, in_features) if self.codec else 2 * out_features * in_features
+
+    def extra_bytes(self) -> int:
+        """Bytes of per-tensor scalars of one Linear, at most 24: counted in `bytes`, not in `bpp`."""
+        if self.codec is None:
+            return 0
+        probe = self.codec.global_scale(1.0)
+        shape_tensor = 16 if self.compression == "pack-quantized" else 0
+        return (4 if probe is not None else 0) + (4 if self.static_input_scale else 0) + shape_tensor
+
+    def bits(self, out_features: int, in_features: int) -> float:
+        """Bits per parameter including group scales."""
+        return 8 * self.weight_bytes(out_features, in_features) / (out_features * in_features)

@@ -1,0 +1,15 @@
+"""BF16: the source weight, copied byte for byte. Costs 16 bits and predicts no loss."""
+
+from __future__ import annotations
+
+from prismaquant_ray.formats.base import Format, FormatName
+
+FORMAT = Format(
+    name=FormatName.BF16,
+    codec=None,
+    round_activation=None,
+    static_input_scale=False,
+    compression="dense",
+    scheme=None,
+    summary="the source weight, unchanged",
+)

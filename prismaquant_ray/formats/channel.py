@@ -1,0 +1,29 @@
+"""What FP8 and INT4 share: BF16 scales chosen per row group, searched by clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats.base import Codec
+
+
+class Bf16ScaleCodec(Codec):
+    """A grid under BF16 scales. BF16 because transformers casts scales to the model's dtype on load."""
+
+    scale_bits = 16
+
+    def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
+        """BF16(amax / grid_max); groups of zeros get 1."""
+        scale = (amax / self.grid_max).to(torch.bfloat16)
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
+        """The stored scale in float32."""
+        return scale.to(torch.float32)
+
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
+        """BF16 of each multiple up to 1: a larger scale than amax needs never helps a uniform grid much."""
+        return (self.nearest_scale(amax * m, global_scale) for m in multipliers.tolist() if m <= 1.0)

@@ -1,0 +1,86 @@
+"""INT4 (W4A16): 4-bit integers with a BF16 scale per 128 columns, or per 64 or 32 where 128 does not divide.
+
+Tensors: `weight_packed` I32 (O, I/8), eight codes a word, lowest first, offset 8; `weight_scale` BF16
+(O, I/width); `weight_shape` I64 (2,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors, grouped
+from prismaquant_ray.formats.channel import Bf16ScaleCodec
+
+WIDTHS = (128, 64, 32)
+_CODES_PER_WORD = 8
+
+
+class Int4Codec(Bf16ScaleCodec):
+    """Integers −8…7 under BF16 scales."""
+
+    name = "int4"
+    code_bits = 4
+    # compressed-tensors maps amax to half the range of 16 codes.
+    grid_max = 7.5
+
+    def width(self, in_features: int) -> int:
+        """The widest of 128, 64, 32 that divides the row."""
+        return next(width for width in WIDTHS if in_features % width == 0)
+
+    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
+        """Rows must split into groups of 32 at least."""
+        return None if in_features % WIDTHS[-1] == 0 else f"in_features {in_features} is not a multiple of {WIDTHS[-1]}"
+
+    def round(self, x: Tensor) -> Tensor:
+        """Nearest integer in −8…7, ties to even."""
+        return x.round().clamp_(-8, 7)
+
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Offset-binary nibbles in 32-bit words, lowest column first."""
+        codes = grouped((rounded.values + 8).to(torch.int64), rounded.values.shape[-1] // _CODES_PER_WORD)
+        shifts = torch.arange(0, 32, 4, device=codes.device)
+        # A top code of 8 or more sets the sign bit: wrap to the int32 of the same bits.
+        words = (codes << shifts).sum(-1)
+        words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        return {
+            "weight_packed": words,
+            "weight_scale": rounded.scale.contiguous(),
+            "weight_shape": torch.tensor(rounded.values.shape, dtype=torch.int64),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """(code − 8) × scale in float32, then BF16."""
+        words = tensors["weight_packed"]
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+        values = ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.float32) - 8
+        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
+
+
+CODEC = Int4Codec()
+
+
+def _scheme(in_features: int) -> tuple[dict[str, Any], None]:
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group",
+        "group_size": CODEC.width(in_features),
+        "symmetric": True,
+        "dynamic": False,
+    }
+    return weights, None
+
+
+FORMAT = Format(
+    name=FormatName.INT4,
+    codec=CODEC,
+    round_activation=None,
+    static_input_scale=False,
+    compression="pack-quantized",
+    scheme=_scheme,
+    summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",
+)

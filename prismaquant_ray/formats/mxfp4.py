@@ -1,0 +1,57 @@
+"""MXFP4: E2M1 weights and activations, a power-of-two scale per 32 columns.
+
+Tensors: `weight_packed` U8 (O, I/2), `weight_scale` U8 (O, I/32), the biased exponent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats import mx
+from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors
+from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, unpack_e2m1
+
+
+class MxFp4Codec(mx.MxCodec):
+    """E2M1 under E8M0 scales."""
+
+    name = "mxfp4"
+    code_bits = 4
+    grid_max = E2M1_MAX
+
+    def round(self, x: Tensor) -> Tensor:
+        """E2M1."""
+        return round_e2m1(x)
+
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:  # noqa: ARG002
+        """The smallest scale without clipping, and the next two smaller ones: 4 bits often gain by clipping."""
+        largest = self.nearest_scale(amax, None)
+        return ((largest.to(torch.int16) - step).clamp_(min=1).to(torch.uint8) for step in range(3))
+
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Codes and biased exponents."""
+        return {"weight_packed": pack_e2m1(rounded.values), "weight_scale": rounded.scale.contiguous()}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """E2M1 × 2^(e − 127)."""
+        values = unpack_e2m1(tensors["weight_packed"])
+        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
+
+
+def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - one scheme for all shapes
+    return mx.args(4, dynamic=False), mx.args(4, dynamic=True)
+
+
+FORMAT = Format(
+    name=FormatName.MXFP4,
+    codec=MxFp4Codec(),
+    round_activation=mx.round_activation(E2M1_MAX, round_e2m1),
+    static_input_scale=False,
+    compression="mxfp4-pack-quantized",
+    scheme=_scheme,
+    summary="4-bit float weights and activations, power-of-two scales per 32",
+)

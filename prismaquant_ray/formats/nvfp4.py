@@ -1,0 +1,142 @@
+"""NVFP4: E2M1 codes, an E4M3 scale per 16 columns, one float32 divisor per fused group; 4-bit activations.
+
+Tensors: `weight_packed` U8 (O, I/2), `weight_scale` F8_E4M3 (O, I/16), `weight_global_scale` F32 (1,) and, with
+activation rounding, `input_global_scale` F32 (1,). Both global scales are divisors: vLLM inverts them on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats.base import Codec, Format, FormatName, Rounded, Tensors, grouped
+from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, unpack_e2m1
+
+WIDTH = 16
+#: a searched group scale may exceed the one that maps amax to 6 by this factor and must still fit in E4M3
+HEADROOM = 1.5
+#: smallest scale used in place of an underflow to zero, as compressed-tensors does
+ZERO_SCALE = 0.125
+
+
+def divisor(amax: float, headroom: float) -> Tensor:
+    """448·6 / (headroom · amax), the largest BF16-representable value not above it; float32 (1,).
+
+    With a BF16 value, `s/g` (compressed-tensors) and `s·(1/g)` (vLLM) decode to the same BF16 weight.
+    A tensor of zeros gets 1.
+    """
+    if amax == 0.0:
+        return torch.ones(1)
+    exact = torch.tensor([E4M3_MAX * E2M1_MAX / (headroom * amax)], dtype=torch.float32)
+    exact = exact.clamp_(max=torch.finfo(torch.bfloat16).max)
+    # Truncating a float32 to its upper half rounds toward zero, so head-room is never lost to rounding.
+    return (exact.view(torch.int32) & -65536).view(torch.float32)
+
+
+class NvFp4Codec(Codec):
+    """Two-level scaled E2M1."""
+
+    name = "nvfp4"
+    code_bits = 4
+    scale_bits = 8
+    grid_max = E2M1_MAX
+
+    def width(self, in_features: int) -> int:  # noqa: ARG002 - the same for every shape
+        """16 columns."""
+        return WIDTH
+
+    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
+        """vLLM has no padding: a padded scale loads and drops the last group."""
+        return None if in_features % WIDTH == 0 else f"in_features {in_features} is not a multiple of {WIDTH}"
+
+    def global_scale(self, amax: float) -> Tensor:
+        """Shared by every member of a fused group, because vLLM applies the largest to all of them."""
+        return divisor(amax, HEADROOM)
+
+    def round(self, x: Tensor) -> Tensor:
+        """E2M1."""
+        return round_e2m1(x)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+        return torch.where(stored.view(torch.uint8) == 0, torch.tensor(ZERO_SCALE).to(stored.dtype), stored)
+
+    def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
+        """E4M3(amax · g / 6)."""
+        assert global_scale is not None
+        return self._stored(amax * (global_scale / E2M1_MAX))
+
+    def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
+        """s / g in float32."""
+        assert global_scale is not None
+        return scale.to(torch.float32) / global_scale
+
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
+        """E4M3 of each multiple of amax · g / 6."""
+        assert global_scale is not None
+        base = amax * (global_scale / E2M1_MAX)
+        return (self._stored(base * m) for m in multipliers.tolist())
+
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Codes, scales and the divisor."""
+        assert rounded.global_scale is not None
+        return {
+            "weight_packed": pack_e2m1(rounded.values),
+            "weight_scale": rounded.scale.contiguous(),
+            "weight_global_scale": rounded.global_scale.clone(),
+        }
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """E2M1 × (s / g) in float32, then BF16."""
+        values = unpack_e2m1(tensors["weight_packed"])
+        return self.dequantized(
+            Rounded(values=values, scale=tensors["weight_scale"], global_scale=tensors["weight_global_scale"])
+        )
+
+
+def round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:
+    """Round x (T, I) as the W4A4 kernel does: E4M3 scale per 16 values below a static divisor, E2M1 codes."""
+    assert input_scale is not None
+    values = grouped(x, x.shape[-1] // WIDTH)
+    amax = values.abs().amax(-1, keepdim=True)
+    scale = (amax * (input_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    scale = torch.where(scale == 0, ZERO_SCALE, scale) / input_scale
+    return round_e2m1(values / scale).mul_(scale).flatten(-2)
+
+
+def _args(*, dynamic: bool | str) -> dict[str, Any]:
+    return {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": WIDTH,
+        "symmetric": True,
+        "dynamic": dynamic,
+        "scale_dtype": "torch.float8_e4m3fn",
+        "zp_dtype": "torch.float8_e4m3fn",
+    }
+
+
+def scheme_a16(in_features: int) -> tuple[dict[str, Any], None]:  # noqa: ARG001 - one scheme for all shapes
+    """Weights only."""
+    return _args(dynamic=False), None
+
+
+def scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
+    """Weights, and activations with a static divisor and dynamic group scales."""
+    return _args(dynamic=False), _args(dynamic="local")
+
+
+CODEC = NvFp4Codec()
+FORMAT = Format(
+    name=FormatName.NVFP4,
+    codec=CODEC,
+    round_activation=round_activation,
+    static_input_scale=True,
+    compression="nvfp4-pack-quantized",
+    scheme=scheme,
+    summary="4-bit float weights and activations, scales per 16",
+)

@@ -1,0 +1,16 @@
+"""NVFP4A16: NVFP4 weights, activations untouched. Costs the bytes of NVFP4; choose it for accuracy over speed."""
+
+from __future__ import annotations
+
+from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats.nvfp4 import CODEC, scheme_a16
+
+FORMAT = Format(
+    name=FormatName.NVFP4A16,
+    codec=CODEC,
+    round_activation=None,
+    static_input_scale=False,
+    compression="nvfp4-pack-quantized",
+    scheme=scheme_a16,
+    summary="4-bit float weights, scales per 16; 16-bit activations",
+)
