@@ -1,0 +1,1 @@
+"""Ray actors: core functions run where the data is."""

@@ -1,0 +1,1 @@
+"""Command line and driver: one file a command."""

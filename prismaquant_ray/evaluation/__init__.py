@@ -1,0 +1,1 @@
+"""Measured loss: token divergence between a model and its quantized copy."""

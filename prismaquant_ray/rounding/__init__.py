@@ -1,0 +1,1 @@
+"""Weights to codes: scale search, GPTQ, acceptance."""

@@ -1,0 +1,1 @@
+"""How much the loss minds: Fisher probe and predicted cost."""

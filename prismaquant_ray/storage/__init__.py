@@ -1,0 +1,1 @@
+"""Where runs live: keys and bytes, artifacts and records."""

@@ -1,0 +1,154 @@
+"""Reading a Hugging Face checkpoint by tensor ranges: nothing is loaded that is not asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo, header_length, parse_header
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.storage.store import Store
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SAMPLE = 4096
+
+
+class Checkpoint:
+    """A directory of safetensors files with its config.json.
+
+    `tensors` maps every tensor name to where it is, in file order. Opening reads headers only and raises
+    InputError for a missing or damaged file, an index that disagrees with the files, or an unsafe file name.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.config = self._json("config.json")
+        self.files = self._files()
+        self.tensors: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for info in self._header(file):
+                if info.name in self.tensors:
+                    raise InputError(f"{store.uri}: {info.name} is in both {self.tensors[info.name].file} and {file}")
+                self.tensors[info.name] = info
+        self._check_index()
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            body = json.loads(self.store.get(name))
+        except KeyError as error:
+            raise InputError(f"{self.store.uri}: no {name}; is this a Hugging Face model directory?") from error
+        except ValueError as error:
+            raise InputError(f"{self.store.uri}: {name} is not JSON; fetch it again") from error
+        if not isinstance(body, dict):
+            raise InputError(f"{self.store.uri}: {name} is not a JSON object; fetch it again")
+        return body
+
+    def _files(self) -> tuple[str, ...]:
+        self._index: dict[str, str] | None = None
+        if self.store.size(INDEX) is not None:
+            weight_map = self._json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise InputError(f"{self.store.uri}: {INDEX} has no weight_map; fetch it again")
+            unsafe = next(
+                (f for f in weight_map.values() if "/" in f or "\\" in f or not f.endswith(".safetensors")), None
+            )
+            if unsafe is not None:
+                raise InputError(
+                    f"{self.store.uri}: {INDEX} names {unsafe!r}; only .safetensors files beside it are read"
+                )
+            self._index = weight_map
+            return tuple(sorted(set(weight_map.values())))
+        if self.store.size(SINGLE) is not None:
+            return (SINGLE,)
+        raise InputError(f"{self.store.uri}: neither {SINGLE} nor {INDEX}; convert the model to safetensors first")
+
+    def _header(self, file: str) -> list[TensorInfo]:
+        size = self.store.size(file)
+        if size is None:
+            raise InputError(f"{self.store.uri}: {file} is in {INDEX} but not there; fetch it again")
+        prefix = bytes(self.store.get_ranges(file, [(0, min(8, size))])[0])
+        length = header_length(prefix, f"{self.store.uri}/{file}", size)
+        header = bytes(self.store.get_ranges(file, [(8, 8 + length)])[0])
+        infos = parse_header(header, f"{self.store.uri}/{file}", size)
+        # Errors name the whole path; the map holds the key.
+        return [
+            TensorInfo(name=i.name, file=file, dtype=i.dtype, shape=i.shape, start=i.start, stop=i.stop) for i in infos
+        ]
+
+    def _check_index(self) -> None:
+        if self._index is None:
+            return
+        for name, file in self._index.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                raise InputError(f"{self.store.uri}: {INDEX} places {name} in {file}, which does not hold it")
+
+    def raw(self, name: str) -> memoryview:
+        """A tensor's bytes."""
+        info = self._info(name)
+        return memoryview(self.store.get_ranges(info.file, [(info.start, info.stop)])[0])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors in their own dtype, one ranged request a file."""
+        by_file: dict[str, list[TensorInfo]] = {}
+        for name in names:
+            info = self._info(name)
+            by_file.setdefault(info.file, []).append(info)
+        loaded: dict[str, Tensor] = {}
+        for file, infos in by_file.items():
+            buffers = self.store.get_ranges(file, [(info.start, info.stop) for info in infos])
+            for info, buffer in zip(infos, buffers, strict=True):
+                loaded[info.name] = as_tensor(buffer, info.dtype, info.shape)
+        return loaded
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise InputError(f"{self.store.uri}: tensor {name} is missing; the checkpoint is incomplete")
+        return self.tensors[name]
+
+    def other_files(self) -> list[str]:
+        """Top-level files that are not weights: tokenizer, configuration, licence, …"""
+        weights = {*self.files, INDEX}
+        return [key for key in self.store.list() if "/" not in key and key not in weights]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config, every header entry and the first and last 4 KiB of every tensor.
+
+        Cheap enough for remote sources (no full read), yet a fine-tuned copy with equal headers differs.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        by_file: dict[str, list[TensorInfo]] = {}
+        for info in sorted(self.tensors.values(), key=lambda info: info.name):
+            digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
+            by_file.setdefault(info.file, []).append(info)
+        samples: dict[str, list[bytes]] = {}
+        for file, infos in by_file.items():
+            ranges = [span for info in infos for span in _samples(info)]
+            buffers = iter(self.store.get_ranges(file, ranges)) if ranges else iter(())
+            for info in infos:
+                samples[info.name] = [bytes(next(buffers)) for _ in _samples(info)]
+        for name in sorted(samples):
+            digest.update(b"".join(samples[name]))
+        return digest.hexdigest()
+
+
+def _samples(info: TensorInfo) -> Sequence[tuple[int, int]]:
+    if info.nbytes == 0:
+        return ()
+    if info.nbytes <= 2 * _SAMPLE:
+        return ((info.start, info.stop),)
+    return ((info.start, info.start + _SAMPLE), (info.stop - _SAMPLE, info.stop))
+
+
+def as_tensor(buffer: object, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that owns its bytes."""
+    view = memoryview(buffer)  # type: ignore[arg-type]
+    if view.nbytes == 0:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    # bytearray: torch refuses to promise that a read-only buffer stays unwritten.
+    return torch.frombuffer(bytearray(view), dtype=DTYPES[dtype]).reshape(shape)

@@ -1,0 +1,99 @@
+"""Artifacts and records: what makes a piece of finished work exist.
+
+Data goes to keys no other attempt uses; then a record that names it, with sizes and digests, is created only if
+absent. The first record wins, so two attempts cannot mix, and data without a record does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from prismaquant_ray.errors import StoreError
+from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A stored object and what it must contain."""
+
+    key: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """A finished unit of work: its artifacts by name, and figures small enough for JSON."""
+
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def new_attempt() -> str:
+    """A key segment that no other attempt has."""
+    return uuid4().hex[:12]
+
+
+def write_artifact(store: Store, key: str, data: Buffer) -> Artifact:
+    """Store bytes and say what they are."""
+    view = memoryview(data)
+    artifact = Artifact(key=key, size=view.nbytes, sha256=hashlib.sha256(view).hexdigest())
+    store.put(key, view)
+    return artifact
+
+
+def write_tensors(store: Store, key: str, tensors: Mapping[str, Tensor]) -> Artifact:
+    """Store tensors as one safetensors object."""
+    return write_artifact(store, key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def read_artifact(store: Store, artifact: Artifact) -> bytes:
+    """The bytes of an artifact, verified; StoreError when they are missing or not what was written."""
+    try:
+        data = store.get(artifact.key)
+    except KeyError as error:
+        raise StoreError(f"{store.uri}: {artifact.key} is missing; its record says it was written") from error
+    if len(data) != artifact.size or hashlib.sha256(data).hexdigest() != artifact.sha256:
+        raise StoreError(
+            f"{store.uri}: {artifact.key} is damaged ({len(data)} bytes, {artifact.size} recorded, or another "
+            "digest); delete the block's record.json to have it computed again"
+        )
+    return data
+
+
+def read_tensors(store: Store, artifact: Artifact) -> dict[str, Tensor]:
+    """The tensors of a safetensors artifact, verified."""
+    return load(read_artifact(store, artifact))
+
+
+def write_record(store: Store, key: str, record: Record) -> bool:
+    """Create the record unless one exists; False when another attempt was first."""
+    body = {"schema": SCHEMA, **asdict(record)}
+    return store.create(key, json.dumps(body, indent=1, allow_nan=False).encode())
+
+
+def read_record(store: Store, key: str) -> Record | None:
+    """The record, or None when the work has not been done."""
+    try:
+        body = json.loads(store.get(key))
+    except KeyError:
+        return None
+    except ValueError as error:
+        raise StoreError(f"{store.uri}: {key} is not JSON; delete it to have the work done again") from error
+    if body.get("schema") != SCHEMA:
+        raise StoreError(f"{store.uri}: {key} has schema {body.get('schema')!r}; this version reads {SCHEMA}")
+    artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
+    return Record(artifacts=artifacts, facts=body["facts"])
