@@ -1,0 +1,242 @@
+"""The configuration: one typed tree, one default for every setting, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prismaquant_ray.errors import ConfigError
+from prismaquant_ray.formats.base import FormatName
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: Any) -> Any:
+    """19000000000 from 19GB (decimal) or 17.7GiB (binary); other types pass through to be judged."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+    if not found or found[2].upper() not in _UNITS:
+        raise ValueError(f"{value!r} is not a size; write 19GB or 17.7GiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """Which model.
+
+    `source` is a local directory or a hub id already in the hub's cache. With `embedded`, the named model that a
+    Python package carries is first written to the directory `source`. Blocks compute in `dtype`.
+    """
+
+    source: str = Field(min_length=1)
+    revision: str = "main"
+    embedded: Literal["smollm2-135m-instruct"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class CalibrationConfig(Section):
+    """Which text is run through the model, and how.
+
+    `holdout` is the share of sequences that judge GPTQ instead of driving it; `microbatch` sequences run at once.
+    """
+
+    text: Path
+    sequences: int = Field(default=128, ge=2)
+    length: int = Field(default=1024, ge=2)
+    seed: int = Field(default=0, ge=0)
+    holdout: float = Field(default=0.125, gt=0.0, lt=1.0)
+    microbatch: int = Field(default=4, ge=1)
+    labels: Literal["sampled", "data"] = "sampled"
+
+
+class BudgetConfig(Section):
+    """How large the result may be: bits per quantizable parameter, or bytes of the whole repository's weights."""
+
+    bpp: float | None = Field(default=None, gt=0.0)
+    bytes: Bytes | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if (self.bpp is None) == (self.bytes is None):
+            raise ValueError("give exactly one of bpp and bytes")
+        return self
+
+    @property
+    def target(self) -> str:
+        """Its name in the run store, e.g. 5.5bpp."""
+        return f"{self.bpp:g}bpp" if self.bpp is not None else f"{self.bytes}B"
+
+
+class ScaleSearchConfig(Section):
+    """`grid` scales per group, evenly over `span` times the one that fits the group's amax."""
+
+    grid: int = Field(default=32, ge=2, le=1024)
+    span: tuple[float, float] = (0.5, 1.5)
+
+    @field_validator("span")
+    @classmethod
+    def _ordered(cls, span: tuple[float, float]) -> tuple[float, float]:
+        if not 0.0 < span[0] < span[1] <= 1.5:
+            raise ValueError("span must rise from above 0 to at most 1.5, the head-room of the global scale")
+        return span
+
+
+class GptqConfig(Section):
+    """`damping` is added to the Hessian's diagonal as a share of its mean."""
+
+    damping: float = Field(default=0.01, gt=0.0)
+
+
+class RoundingConfig(Section):
+    """How weights become codes; `gptq: null` leaves searched rounding."""
+
+    scale_search: ScaleSearchConfig = Field(default_factory=ScaleSearchConfig)
+    gptq: GptqConfig | None = Field(default_factory=GptqConfig)
+
+
+class AllocationConfig(Section):
+    """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods."""
+
+    objective: Literal["token_fisher", "fisher_trace"] = "token_fisher"
+
+
+class ClusterConfig(Section):
+    """Where it runs.
+
+    `address`: `auto` joins the cluster that RAY_ADDRESS or the submitted job names, else starts Ray on this machine;
+    `local` always starts one; anything else is an address to join. `workers: auto` is one per GPU, or one per
+    `threads` cores. Results are the same for any number of workers, not for any number of threads.
+    """
+
+    address: str = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    threads: Annotated[int, Field(ge=1)] = 1
+
+
+class StoreConfig(Section):
+    """`run` holds everything measured and encoded; `output` is the repository."""
+
+    run: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+
+
+class Config(Section):
+    """A whole run."""
+
+    model: ModelConfig
+    calibration: CalibrationConfig
+    formats: tuple[FormatName, ...] = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
+    budget: BudgetConfig
+    sweep: tuple[Annotated[float, Field(gt=0.0)], ...] = (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
+    allocation: AllocationConfig = Field(default_factory=AllocationConfig)
+    rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    store: StoreConfig
+
+    @field_validator("formats", mode="before")
+    @classmethod
+    def _known(cls, formats: Any) -> Any:
+        for name in formats if isinstance(formats, list | tuple) else ():
+            if name not in set(FormatName):
+                raise ValueError(f"unknown format {name!r}{_nearest(str(name), list(FormatName))}")
+        return formats
+
+    @field_validator("formats")
+    @classmethod
+    def _distinct(cls, formats: tuple[FormatName, ...]) -> tuple[FormatName, ...]:
+        if not formats or len(set(formats)) != len(formats):
+            raise ValueError("name at least one format, each once")
+        return formats
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML).
+
+    Raises ConfigError, one line naming the key, for anything that cannot be used.
+    """
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(body, dict):
+        raise ConfigError(f"{path}: expected sections such as model: and budget:")
+    for override in overrides:
+        _apply(body, override)
+    try:
+        return Config.model_validate(body)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_first(error)}") from error
+
+
+def _apply(body: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected key=value, e.g. --set budget.bpp=5.5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML") from error
+    *sections, leaf = key.split(".")
+    node = body
+    for section in sections:
+        found = node.setdefault(section, {})
+        if not isinstance(found, dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+        node = found
+    if sections == ["budget"]:
+        node.clear()  # one budget replaces another
+    node[leaf] = value
+
+
+def _first(error: ValidationError) -> str:
+    entries = error.errors()
+    entry = next((e for e in entries if e["type"] == "extra_forbidden"), entries[0])
+    location = [
+        str(part) for part in entry["loc"] if isinstance(part, int) or not part.startswith(("function-", "literal["))
+    ]
+    key = ".".join(location)
+    if entry["type"] == "extra_forbidden":
+        return f"unknown key {key}{_nearest(location[-1], _keys(location[:-1]))}"
+    if entry["type"] == "missing":
+        return f"{key} is missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}" if key else message
+
+
+def _keys(path: Sequence[str]) -> list[str]:
+    section: Any = Config
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        section = next(
+            (t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)), None
+        )
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    folded = {name.casefold(): str(name) for name in known}
+    found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.5)
+    if found:
+        return f"; did you mean {folded[found[0]]}?"
+    return f"; known: {', '.join(str(name) for name in known)}" if known else ""
