@@ -65,9 +65,9 @@ class NvFp4Codec(Codec):
         return torch.where(stored.view(torch.uint8) == 0, torch.tensor(ZERO_SCALE).to(stored.dtype), stored)
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
-        """E4M3(amax · g / 6)."""
+        """E4M3(amax / 6 · g), in compressed-tensors' order: another one rounds a few float32 ties differently."""
         assert global_scale is not None
-        return self._stored(amax * (global_scale / E2M1_MAX))
+        return self._stored(amax / E2M1_MAX * global_scale)
 
     def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         """s / g in float32."""
@@ -75,9 +75,9 @@ class NvFp4Codec(Codec):
         return scale.to(torch.float32) / global_scale
 
     def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
-        """E4M3 of each multiple of amax · g / 6."""
+        """E4M3 of each multiple of amax / 6 · g."""
         assert global_scale is not None
-        base = amax * (global_scale / E2M1_MAX)
+        base = amax / E2M1_MAX * global_scale
         return (self._stored(base * m) for m in multipliers.tolist())
 
     def pack(self, rounded: Rounded) -> Tensors:
@@ -102,7 +102,7 @@ def round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:
     assert input_scale is not None
     values = grouped(x, x.shape[-1] // WIDTH)
     amax = values.abs().amax(-1, keepdim=True)
-    scale = (amax * (input_scale / E2M1_MAX)).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    scale = (amax / E2M1_MAX * input_scale).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
     scale = torch.where(scale == 0, ZERO_SCALE, scale) / input_scale
     return round_e2m1(values / scale).mul_(scale).flatten(-2)
 

@@ -156,6 +156,7 @@ def _convert(model: EmbeddedModel, source: Path, directory: Path) -> None:
     _read_config(metadata, tied=tied).save_pretrained(directory)
     GenerationConfig(**_token_ids(metadata)).save_pretrained(directory)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     _read_tokenizer(metadata).save_pretrained(directory)
     card = _CARD.format(license=metadata["general.license"], title=model.title, origin=model.origin)
     (directory / "README.md").write_text(card, encoding="utf-8")
@@ -219,8 +220,9 @@ def _split_rotary_pairs(weight: Tensor, heads: int) -> Tensor:
 
 
 def _read_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
-    if (kind := metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise InputError(f"Only SmolLM's byte-level BPE tokenizer is understood, not {kind}.")
+    kind = metadata["tokenizer.ggml.model"], metadata["tokenizer.ggml.pre"]
+    if kind != ("gpt2", "smollm"):
+        raise InputError(f"Only SmolLM's byte-level BPE tokenizer is understood, not {'/'.join(kind)}.")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
@@ -232,8 +234,8 @@ def _read_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [
             AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind == _CONTROL_TOKEN
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type == _CONTROL_TOKEN
         ]
     )
     return PreTrainedTokenizerFast(

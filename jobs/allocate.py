@@ -1,0 +1,26 @@
+"""`allocate`: the plan for the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+from jobs import planning
+from jobs.run import Run
+from prismaquant_ray.config import Config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure what is missing, then solve."""
+    return planning.allocate(Run(config))
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """One plan, for people."""
+    formats = ", ".join(f"{count} {name}" for name, count in result["groups"].items() if count)
+    console.print(
+        f"{result['target']}: {result['bpp']:.4f} bits per parameter, predicted loss "
+        f"{result['predicted_loss']:.5f} ± {result['standard_error']:.5f} nats/token, gap {result['gap']:.1e}"
+    )
+    console.print(f"  groups: {formats}; repository at most {result['repository_bytes_at_most'] / 1e6:,.1f} MB")

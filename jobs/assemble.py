@@ -1,0 +1,70 @@
+"""`assemble`: the repository for the budget's plan, verified before it is put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prismaquant_ray.checkpoint.verify import verify_repository
+from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
+from rich.console import Console
+
+from jobs import planning
+from jobs.run import Run
+from prismaquant_ray import __version__
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import PrismaquantError
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.storage.store import Store, local_path
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure and allocate what is missing, then copy the chosen candidates."""
+    current = Run(config)
+    return build(current, planning.allocate(current))
+
+
+def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Write, verify, publish. Nothing appears at `store.output` unless the repository is right."""
+    output = local_path(current.config.store.output)
+    check_output(output)
+    choice = {group: FormatName(name) for group, name in plan["choice"].items()}
+    manifest = {
+        "prismaquant_ray": __version__,
+        "target": plan["target"],
+        "objective": plan["objective"],
+        "predicted_loss": plan["predicted_loss"],
+        "bpp": plan["bpp"],
+    }
+    with publish_directory(output) as staging:
+        store = Store(staging)
+        repository = write_repository(
+            current.source, current.layout, choice, current.candidates, store, manifest=manifest
+        )
+        report = verify_repository(store, current.source, current.layout, choice, current.candidates)
+        if not report.ok:
+            raise PrismaquantError(
+                f"the repository is wrong ({report.problems[0]}); this is a bug, nothing was published"
+            )
+        budget = current.config.budget
+        if budget.bytes is not None and repository.total_bytes > budget.bytes:
+            raise PrismaquantError(
+                f"{repository.total_bytes} bytes exceed {budget.bytes}; this is a bug, nothing was published"
+            )
+    return {
+        "repository": current.config.store.output,
+        "total_bytes": repository.total_bytes,
+        "bpp": repository.bpp,
+        "bits_all_parameters": repository.bits_all_parameters,
+        "files": repository.files,
+        "sha256": repository.sha256,
+        "plan": {key: value for key, value in plan.items() if key != "choice"},
+    }
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """What was written, for people."""
+    console.print(
+        f"{result['repository']}: {result['total_bytes'] / 1e6:,.1f} MB, {result['bpp']:.4f} bits per quantizable "
+        f"parameter, {result['bits_all_parameters']:.3f} per parameter of the whole model; verified"
+    )

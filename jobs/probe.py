@@ -1,0 +1,80 @@
+"""`probe`: both passes, nothing chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from rich.console import Console
+
+from actors.messages import Stage
+from jobs.run import Run
+from prismaquant_ray.config import Config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measure what is missing and say what was found."""
+    current = Run(config)
+    current.measure()
+    return summary(current)
+
+
+def summary(current: Run) -> dict[str, Any]:
+    """Counts, the most sensitive groups and what rounding gained."""
+    table = current.table
+    gains: dict[str, list[float]] = {}
+    methods: dict[str, dict[str, int]] = {}
+    for record in current.records[Stage.FORWARD].values():
+        for codecs in record.facts["linears"].values():
+            for codec, figures in codecs.items():
+                errors, method = figures["holdout_error"], figures["method"]
+                if errors["nearest"] > 0:
+                    gains.setdefault(codec, []).append(errors[method] / errors["nearest"])
+                methods.setdefault(codec, {}).setdefault(method, 0)
+                methods[codec][method] += 1
+    sensitive = []
+    for column, name in enumerate(table.formats):
+        for row, group in enumerate(table.groups):
+            cost = float(table.token_fisher[row, column])
+            if cost > 0:
+                error = float(table.standard_error[row, column])
+                sensitive.append({"group": group, "format": str(name), "cost": cost, "standard_error": error})
+    sensitive.sort(key=lambda entry: -float(entry["cost"]))
+    return {
+        "run": current.store.uri,
+        "blocks": len(current.layout.blocks),
+        "groups": len(table.groups),
+        "tokens": current.config.calibration.sequences * current.config.calibration.length,
+        "uniform_loss": {
+            str(name): _total([float(value) for value in table.token_fisher[:, column]])
+            for column, name in enumerate(table.formats)
+        },
+        "holdout_error_to_nearest": {codec: _geometric_mean(ratios) for codec, ratios in gains.items()},
+        "methods": methods,
+        "most_sensitive": sensitive[:10],
+        "peak_worker_bytes": json.loads(current.store.get("measured.json"))["peak_bytes"],
+    }
+
+
+def _total(costs: list[float]) -> float | None:
+    """Predicted loss with every group in one format; None where some group cannot take it."""
+    total = math.fsum(costs)
+    return None if math.isnan(total) else total
+
+
+def _geometric_mean(ratios: list[float]) -> float:
+    return math.exp(math.fsum(math.log(max(ratio, 1e-12)) for ratio in ratios) / len(ratios))
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """What was measured, for people."""
+    console.print(f"measured {result['groups']} groups in {result['blocks']} blocks over {result['tokens']:,} tokens")
+    for name, loss in result["uniform_loss"].items():
+        console.print(f"  all {name:<9} predicted loss {'not possible' if loss is None else f'{loss:.4f} nats/token'}")
+    for codec, ratio in result["holdout_error_to_nearest"].items():
+        wins = ", ".join(f"{method} {count}" for method, count in sorted(result["methods"][codec].items()))
+        console.print(f"  {codec:<13} held-out output error {ratio:.3f} of round-to-nearest ({wins})")
+    console.print("most sensitive:")
+    for entry in result["most_sensitive"][:5]:
+        console.print(f"  {entry['cost']:.5f} ± {entry['standard_error']:.5f}  {entry['format']:<8} {entry['group']}")

@@ -1,0 +1,45 @@
+"""`quantize`: everything, from the source to a verified repository."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+
+from jobs import assemble, planning, probe, sweep
+from jobs.run import Run
+from prismaquant_ray.config import Config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Run every stage that is not done."""
+    started = time.monotonic()
+    current = Run(config)
+    current.check()
+    current.measure()
+    measured = time.monotonic()
+    swept = planning.sweep_targets(current)
+    repository = assemble.build(current, planning.allocate(current))
+    return {
+        "probe": probe.summary(current),
+        "sweep": swept,
+        "repository": repository,
+        "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
+        "seconds": {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured},
+    }
+
+
+def render(result: dict[str, Any], console: Console) -> None:
+    """The summary on the terminal."""
+    probe.render(result["probe"], console)
+    console.print()
+    sweep.render(result["sweep"], console)
+    console.print()
+    assemble.render(result["repository"], console)
+    seconds, repository = result["seconds"], result["repository"]
+    console.print(
+        f"source {result['source_bytes'] / 1e6:,.1f} MB -> {repository['total_bytes'] / 1e6:,.1f} MB; measured in "
+        f"{seconds['measure']:.0f} s, planned and assembled in {seconds['plan_and_assemble']:.1f} s, "
+        f"peak of a worker {result['probe']['peak_worker_bytes'] / 1e9:.2f} GB"
+    )

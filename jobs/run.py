@@ -1,0 +1,238 @@
+"""A run: its inputs, its store, and each stage that is done when its records are there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
+from prismaquant_ray.checkpoint.candidates import Candidates
+from pydantic import TypeAdapter
+
+from actors.messages import BOUNDARY, Receipt, Stage, Unit, WorkerSpec, record_key
+from actors.ring import FINISH, Step
+from jobs import inputs
+from prismaquant_ray.allocation.budget import Sizes, measure
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.models.layout import Layout
+from prismaquant_ray.models.plan import Needs, needs
+from prismaquant_ray.sensitivity.table import CostTable, from_figures
+from prismaquant_ray.storage.record import (
+    Artifact,
+    Record,
+    new_attempt,
+    read_record,
+    write_record,
+    write_tensors,
+)
+from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from actors.cluster import Listener
+
+_LAYOUT = TypeAdapter(Layout)
+
+
+class Run:
+    """One configuration over one run store. Opening checks the inputs; stages run when asked for."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = inputs.resolve_source(config.model)
+        self.source: Checkpoint = inputs.open_source(self.directory)
+
+    @cached_property
+    def store(self) -> Store:
+        """The run store; created on first use, refused when another run's measurements are in it."""
+        fingerprint = inputs.fingerprint(self.config, self.source)
+        store = Store(self.config.store.run)
+        body = {"fingerprint": fingerprint, "config": self.config.model_dump(mode="json")}
+        if not store.create("run.json", json.dumps(body, indent=1).encode()):
+            _refuse_mismatch(store, fingerprint)
+        return store
+
+    @cached_property
+    def layout(self) -> Layout:
+        """From the run store when it is there, else from the headers and the model's own classes."""
+        if self.is_measured:
+            return _LAYOUT.validate_json(self.store.get("layout.json"))
+        return self._build_layout()
+
+    def _build_layout(self) -> Layout:
+        from prismaquant_ray.models.inspect import build
+
+        return build(self.source)[1]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of every candidate and of everything else."""
+        quantizable = {linear.weight for linear in self.layout.linears()}
+        tensors = sum(info.nbytes for name, info in self.source.tensors.items() if name not in quantizable)
+        files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
+        return measure(self.layout, self.config.formats, fixed_bytes=tensors + files)
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Memory and disk the run will take."""
+        sizes = self.sizes
+        largest = int(sizes.of(self.config.budget).max(axis=1).sum())
+        budget = min(sizes.limit(self.config.budget), largest)
+        return needs(self.layout, self.config, repository_bytes=budget + sizes.fixed)
+
+    # Stages ---------------------------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> dict[Stage, list[Unit]]:
+        """What each pass visits, in order."""
+        indices = list(range(len(self.layout.blocks)))
+        return {Stage.FORWARD: ["entry", *indices], Stage.BACKWARD: ["exit", *reversed(indices)]}
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether both passes are complete."""
+        return self.store.size("measured.json") is not None
+
+    def check(self) -> None:
+        """Everything that can be refused before the first expensive step."""
+        from prismaquant_ray.checkpoint.writer import check_output
+
+        self.sizes.limit(self.config.budget)
+        check_output(inputs.local_path(self.config.store.output))
+        if self.is_measured:
+            return
+        from actors.cluster import free_memory
+
+        inputs.check_room(self.config, self.needs, free_memory=free_memory())
+        self._calibration()
+        inputs.check_weights(self.source, self.layout)
+
+    def measure(self) -> None:
+        """Run what is missing of both passes."""
+        if self.is_measured:
+            return
+        self.check()
+        self._store_calibration()
+        from actors.cluster import Pool, connected
+        from actors.progress import progress
+
+        microbatches = len(self._calibration().microbatches(self.config.calibration.microbatch))
+        missing = {stage: self._missing(stage, units) for stage, units in self.units.items()}
+        with connected(self.config.cluster) as workers:
+            spec = WorkerSpec(name="", config=self.config, source=str(self.directory.absolute()))
+            pool = Pool(spec, min(workers, microbatches, len(self.layout.blocks) + 1))
+            for stage, units in missing.items():
+                if units:
+                    with progress(stage, len(units), microbatches) as shown:
+                        pool.run_pass(stage, units, microbatches, self._listener(shown))
+            pool.close()
+        self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
+        self.store.create("measured.json", json.dumps({"peak_bytes": pool.peak_bytes}).encode())
+        for stage, unit in ((Stage.FORWARD, self.units[Stage.FORWARD][-1]), (Stage.BACKWARD, 0)):
+            self._drop_boundaries(stage, unit)
+        del self.is_measured
+
+    def _listener(self, shown: Listener) -> Listener:
+        """Progress, and boundaries deleted as soon as the backward pass has gone by them."""
+
+        def listen(stage: Stage, unit: Unit, step: Step, receipt: Receipt) -> None:
+            shown(stage, unit, step, receipt)
+            if stage is Stage.BACKWARD and isinstance(unit, int) and step.microbatch == FINISH:
+                last = len(self.layout.blocks) - 1
+                self._drop_boundaries(Stage.BACKWARD, "exit" if unit == last else unit + 1)
+                self._drop_boundaries(Stage.FORWARD, "entry" if unit == 0 else unit - 1)
+
+        return listen
+
+    def _missing(self, stage: Stage, units: Sequence[Unit]) -> list[Unit]:
+        """The tail of a pass that has no records; a pass is made in order, so there are no holes."""
+        done = 0
+        for unit in units:
+            if self.store.size(record_key(stage, unit)) is None:
+                break
+            done += 1
+        return list(units[done:])
+
+    def _calibration(self) -> CalibrationSet:
+        return self.__dict__.setdefault("_calibration_set", self._load_calibration())
+
+    def _load_calibration(self) -> CalibrationSet:
+        from transformers import AutoTokenizer
+
+        calibration = self.config.calibration
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from error
+        return load_sequences(
+            calibration.text,
+            tokenizer,
+            sequences=calibration.sequences,
+            length=calibration.length,
+            seed=calibration.seed,
+            holdout=calibration.holdout,
+        )
+
+    def _store_calibration(self) -> None:
+        if read_record(self.store, "calibration/record.json") is not None:
+            return
+        found = self._calibration()
+        tensors = {"tokens": found.tokens, "holdout": found.holdout}
+        artifact = write_tensors(self.store, f"calibration/{new_attempt()}/tokens.safetensors", tensors)
+        facts = {"fingerprint": found.fingerprint}
+        write_record(self.store, "calibration/record.json", Record(artifacts={"tokens": artifact}, facts=facts))
+
+    def _drop_boundaries(self, stage: Stage, unit: Unit) -> None:
+        artifacts = self.record(stage, unit).artifacts
+        self.store.delete(entry.key for name, entry in artifacts.items() if name.startswith(BOUNDARY))
+
+    # What is known afterwards ---------------------------------------------------------------------------------
+
+    def record(self, stage: Stage, unit: Unit) -> Record:
+        """The record of a finished visit."""
+        found = read_record(self.store, record_key(stage, unit))
+        if found is None:
+            raise StoreError(
+                f"{self.store.uri}: {record_key(stage, unit)} is missing; delete measured.json and run again"
+            )
+        return found
+
+    @cached_property
+    def records(self) -> dict[Stage, dict[int, Record]]:
+        """Every block's record, by pass."""
+        return {
+            stage: {block.index: self.record(stage, block.index) for block in self.layout.blocks} for stage in Stage
+        }
+
+    @cached_property
+    def table(self) -> CostTable:
+        """Prices of every candidate; measures first when needed."""
+        self.measure()
+        figures = {stage: {i: record.facts for i, record in found.items()} for stage, found in self.records.items()}
+        return from_figures(self.layout, self.config.formats, figures[Stage.FORWARD], figures[Stage.BACKWARD])
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The stored candidates."""
+        artifacts: dict[tuple[int, FormatName], Artifact] = {}
+        for index, record in self.records[Stage.FORWARD].items():
+            for name in set(FormatName) & set(record.artifacts):
+                artifacts[index, FormatName(name)] = record.artifacts[name]
+        return Candidates(self.store, artifacts)
+
+
+def _refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
+    try:
+        stored = json.loads(store.get("run.json"))["fingerprint"]
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{store.uri}: run.json cannot be read; choose another store.run") from error
+    for key, value in fingerprint.items():
+        if stored.get(key) != value:
+            shown = f"{stored.get(key)!r}, now {value!r}" if len(repr(value)) < 60 else "something else"
+            raise InputError(
+                f"{store.uri} holds a run with another {key} ({shown}); choose another store.run or delete this one"
+            )

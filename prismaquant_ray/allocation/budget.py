@@ -1,0 +1,105 @@
+"""From a layout and a budget to integer bytes: what each candidate weighs and what may be spent.
+
+`bpp` counts codes and group scales of quantizable Linears and nothing else. The two 4-byte scalars of an NVFP4
+Linear are left out of it (they would put uniform NVFP4 at 4.5001 and out of a 4.5 budget); `bytes` counts every
+byte of the repository, with a bound in place of the few that depend on the plan (names in headers and index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prismaquant_ray.config import BudgetConfig
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.models.layout import FusedGroup, Layout
+
+# Header, index, manifest and config entries of one Linear's tensors, at most four, beside their names.
+_ENTRY_BYTES = 4 * 200
+_ENTRY_NAMES = 9
+# Fixed parts of config.json, the manifest, the index and shard headers.
+_FIXED_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Sizes:
+    """Bytes of every candidate: `weights` (groups, formats) int64 counts codes and group scales, `stored` also scalars.
+
+    `allowed` is False where a group cannot take a format. `fixed` is everything else the repository holds.
+    """
+
+    formats: tuple[FormatName, ...]
+    weights: NDArray[np.int64]
+    stored: NDArray[np.int64]
+    allowed: NDArray[np.bool_]
+    fixed: int
+    parameters: int
+
+    def of(self, budget: BudgetConfig) -> NDArray[np.int64]:
+        """The table this kind of budget counts."""
+        return self.weights if budget.bpp is not None else self.stored
+
+    def limit(self, budget: BudgetConfig) -> int:
+        """Bytes of candidates the budget allows; InputError with both bounds when no plan fits or none is that large."""
+        table = self.of(budget)
+        smallest = int(np.where(self.allowed, table, np.iinfo(np.int64).max).min(axis=1).sum())
+        largest = int(np.where(self.allowed, table, 0).max(axis=1).sum())
+        if budget.bpp is not None:
+            limit = int(budget.bpp * self.parameters / 8)
+            low, high = 8 * smallest / self.parameters, 8 * largest / self.parameters
+            shown, bounds = f"{budget.bpp:g} bits per parameter", f"{low:.4f} and {high:.4f} bits per parameter"
+        else:
+            assert budget.bytes is not None
+            limit = budget.bytes - self.fixed
+            shown, bounds = f"{budget.bytes} bytes", f"{smallest + self.fixed} and {largest + self.fixed} bytes"
+        if limit < smallest:
+            raise InputError(f"budget {shown} is below the smallest plan; give one between {bounds}")
+        if limit > largest:
+            raise InputError(f"budget {shown} is above the largest plan; give one between {bounds}")
+        return limit
+
+    def bpp(self, choice_weights: int) -> float:
+        """Bits per quantizable parameter for that many bytes of codes and scales."""
+        return 8 * choice_weights / self.parameters
+
+
+def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) -> Sizes:
+    """Sizes of every candidate. `fixed_bytes` are the bytes of unquantized tensors and copied files.
+
+    Raises InputError when a group can take none of the formats, or a format no group.
+    """
+    shape = (len(layout.groups), len(formats))
+    weights, stored = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    allowed = np.zeros(shape, dtype=np.bool_)
+    for row, group in enumerate(layout.groups):
+        for column, name in enumerate(formats):
+            if _refusal(group, name) is not None:
+                continue
+            allowed[row, column] = True
+            spec = FORMATS[name]
+            weights[row, column] = sum(spec.weight_bytes(item.out_features, item.in_features) for item in group.linears)
+            stored[row, column] = weights[row, column] + spec.extra_bytes() * len(group.linears)
+        if not allowed[row].any():
+            reason = _refusal(group, formats[0])
+            raise InputError(f"{group.name} can take none of {', '.join(formats)} ({reason}); add BF16 to formats")
+    for column, name in enumerate(formats):
+        if not allowed[:, column].any():
+            raise InputError(f"no Linear can take {name} ({_refusal(layout.groups[0], name)}); remove it from formats")
+    names = sum(_ENTRY_NAMES * len(linear.name) + _ENTRY_BYTES for linear in layout.linears())
+    return Sizes(
+        formats=tuple(formats),
+        weights=weights,
+        stored=stored,
+        allowed=allowed,
+        fixed=fixed_bytes + names + _FIXED_BYTES,
+        parameters=layout.parameters,
+    )
+
+
+def _refusal(group: FusedGroup, name: FormatName) -> str | None:
+    reasons = (FORMATS[name].refusal(item.out_features, item.in_features) for item in group.linears)
+    return next((reason for reason in reasons if reason), None)

@@ -1,0 +1,69 @@
+"""The sensitivity of a whole model: one price for every fused group in every format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.models.layout import Layout
+
+Objective = Literal["token_fisher", "fisher_trace"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CostTable:
+    """Predicted loss increase of every fused group in every format, nats per token.
+
+    Row i is groups[i], column j is formats[j]; NaN marks a format the group cannot take. `standard_error` belongs
+    to `token_fisher`. BF16 costs nothing by definition: it is the source.
+    """
+
+    groups: tuple[str, ...]
+    formats: tuple[FormatName, ...]
+    token_fisher: NDArray[np.float64]
+    fisher_trace: NDArray[np.float64]
+    standard_error: NDArray[np.float64]
+
+    def cost(self, objective: Objective) -> NDArray[np.float64]:
+        """The table a plan minimises."""
+        return self.token_fisher if objective == "token_fisher" else self.fisher_trace
+
+
+def from_figures(
+    layout: Layout,
+    formats: Sequence[FormatName],
+    forward: Mapping[int, Mapping[str, Any]],
+    backward: Mapping[int, Mapping[str, Any]],
+) -> CostTable:
+    """Build the table from the figures of each block's forward and backward records, keyed by block index."""
+    shape = (len(layout.groups), len(formats))
+    token, trace, error = (np.full(shape, np.nan) for _ in range(3))
+    for row, group in enumerate(layout.groups):
+        index = layout.block_of[group.name].index
+        linears, prices = forward[index]["linears"], backward[index]
+        for column, name in enumerate(formats):
+            codec = FORMATS[name].codec
+            if codec is None:
+                token[row, column] = trace[row, column] = error[row, column] = 0.0
+                continue
+            price = prices["groups"][group.name].get(name)
+            if price is None:
+                continue
+            token[row, column] = price["cost"]
+            error[row, column] = price["standard_error"]
+            trace[row, column] = 0.5 * sum(
+                prices["fisher_trace"][item.name] * linears[item.name][codec.name]["weight_mse"]
+                for item in group.linears
+            )
+    return CostTable(
+        groups=tuple(group.name for group in layout.groups),
+        formats=tuple(formats),
+        token_fisher=token,
+        fisher_trace=trace,
+        standard_error=error,
+    )
