@@ -47,7 +47,7 @@ def exit_gradient(
             with torch.enable_grad():
                 loss = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORED)
             (gradient[row : row + 1, start : start + step],) = torch.autograd.grad(loss, piece)
-            loss_sum += float(loss)
+            loss_sum += float(loss.detach())
     return gradient, loss_sum
 
 

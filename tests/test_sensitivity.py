@@ -1,0 +1,211 @@
+"""Claims about the probe and the price of a candidate, against autograd through the whole model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.rounding.encode import Rounding
+from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, BlockSensitivity
+from prismaquant_ray.sensitivity.cost import price
+from prismaquant_ray.sensitivity.fisher import exit_gradient, sample
+from prismaquant_ray.storage.store import Store
+from tests.tiny import make_checkpoint, random_tokens
+
+FORMATS_USED = (FormatName.NVFP4, FormatName.NVFP4A16, FormatName.MXFP8, FormatName.BF16)
+SEQUENCES, LENGTH, SEED = 4, 24, 7
+
+
+class Probed:
+    """A tiny model probed by our two passes, and the pieces to check them with."""
+
+    def __init__(self, directory: Path, labels: str) -> None:
+        self.tokens = random_tokens(SEQUENCES, LENGTH, seed=3)
+        self.runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
+        held = torch.tensor([False, False, False, True])
+        with self.runner.entry(), torch.no_grad():
+            hidden = self.runner.embed(self.tokens)
+        entering, self.candidates = [], []
+        for index in range(len(self.runner.layout.blocks)):
+            visit = ForwardVisit(self.runner, index, FORMATS_USED, Rounding())
+            entering.append(hidden)
+            hidden = torch.cat([visit.run(hidden[:2], held[:2]), visit.run(hidden[2:], held[2:])])
+            self.candidates.append(visit.finish())
+        with self.runner.exit():
+            gradient, self.loss = exit_gradient(
+                self.runner, hidden, self.tokens, labels=labels, seed=SEED, first_sequence=0
+            )
+        self.sensitivity: dict[int, BlockSensitivity] = {}
+        for index in reversed(range(len(entering))):
+            visit = BackwardVisit(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
+            halves = [visit.run(entering[index][half], gradient[half]) for half in (slice(0, 2), slice(2, 4))]
+            gradient = torch.cat(halves)
+            self.sensitivity[index] = visit.finish()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model") / "m", "qwen2")
+
+
+@pytest.fixture(scope="module")
+def probed(directory: Path) -> Probed:
+    return Probed(directory, "sampled")
+
+
+def whole_model_gradients(directory: Path, tokens: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Input and output gradient of every Linear by plain autograd, with the labels our probe sampled."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str):  # noqa: ANN202
+        def record(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[name] = args[0].detach()
+            outputs[name] = output
+            output.retain_grad()
+
+        return record
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_hook(hook(name))
+    logits = model(tokens).logits
+    labels = torch.stack(
+        [
+            sample(row.detach(), torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)))
+            for i, row in enumerate(logits)
+        ]
+    )
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss.backward()
+    gradients = {}
+    for name, output in outputs.items():
+        assert output.grad is not None
+        gradients[name] = output.grad
+    return inputs, gradients, float(loss.detach())
+
+
+def test_cost_and_trace_equal_per_token_autograd(directory: Path, probed: Probed) -> None:
+    inputs, gradients, loss = whole_model_gradients(directory, probed.tokens)
+    assert probed.loss == pytest.approx(loss, rel=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).requires_grad_(False)
+    for block in probed.runner.layout.blocks:
+        found = probed.sensitivity[block.index]
+        tensors = probed.candidates[block.index].tensors
+        for group in block.groups:
+            for name in (FormatName.NVFP4, FormatName.NVFP4A16, FormatName.MXFP8):
+                spec = FORMATS[name]
+                assert spec.codec is not None
+                expected = torch.zeros(SEQUENCES, LENGTH)
+                for linear in group.linears:
+                    own = {
+                        k.removeprefix(f"{linear.name}."): v
+                        for k, v in tensors[name].items()
+                        if k.startswith(f"{linear.name}.")
+                    }
+                    decoded = spec.codec.decode(own).float()
+                    x = inputs[linear.name]
+                    rounded = (
+                        x if spec.round_activation is None else spec.round_activation(x, own.get("input_global_scale"))
+                    )
+                    error = rounded @ decoded.T - x @ model.get_parameter(linear.weight).T
+                    expected += (gradients[linear.name] * error).sum(-1)
+                p = found.vectors[f"{group.name}|{name}"]
+                torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+                cost = found.figures["groups"][group.name][name]["cost"]
+                assert cost == pytest.approx(
+                    float(0.5 * expected.double().square().sum()) / (SEQUENCES * LENGTH), rel=1e-3
+                )
+        for linear in block.linears:
+            g, x = gradients[linear.name], inputs[linear.name]
+            trace = float((g.square().sum(-1) * x.square().sum(-1)).sum()) / (SEQUENCES * LENGTH)
+            assert found.figures["fisher_trace"][linear.name] == pytest.approx(trace, rel=1e-3)
+            channels = (g.square() * x.square().sum(-1, keepdim=True)).sum((0, 1))
+            torch.testing.assert_close(found.vectors[f"{linear.name}|trace"], channels, rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_order_term_is_the_derivative_along_the_weight_error(directory: Path, probed: Probed) -> None:
+    """Σ p_t = ⟨∂L/∂W, ΔW⟩, with the weight's gradient taken by autograd in float64."""
+    group = probed.runner.layout.blocks[0].groups[3]
+    (linear,) = group.linears
+    codec = FORMATS[FormatName.NVFP4A16].codec
+    assert codec is not None
+    tensors = probed.candidates[0].tensors[FormatName.NVFP4A16]
+    own = {k.removeprefix(f"{linear.name}."): v for k, v in tensors.items() if k.startswith(f"{linear.name}.")}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).requires_grad_(False)
+    weight = model.get_parameter(linear.weight).requires_grad_()
+    logits = model(probed.tokens).logits
+    uniform = [torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)) for i in range(SEQUENCES)]
+    labels = torch.stack([sample(row.detach().float(), u) for row, u in zip(logits, uniform, strict=True)])
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, weight)
+    derivative = float((gradient * (codec.decode(own).double() - weight.detach())).sum())
+    first = probed.sensitivity[0].figures["groups"][group.name]["NVFP4A16"]["first_order"]
+    assert first * SEQUENCES * LENGTH == pytest.approx(derivative, rel=1e-4)
+
+
+def test_activation_rounding_is_in_the_price(probed: Probed) -> None:
+    for found in probed.sensitivity.values():
+        for prices in found.figures["groups"].values():
+            assert prices["NVFP4"]["cost"] != prices["NVFP4A16"]["cost"]
+            assert prices["MXFP8"]["cost"] < prices["NVFP4"]["cost"]
+
+
+def test_data_labels_give_the_gradient_of_the_training_loss(directory: Path) -> None:
+    runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
+    tokens = random_tokens(2, 16)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    expected = float(model(tokens, labels=tokens).loss) * 2 * 15
+    with torch.no_grad(), runner.entry():
+        hidden = runner.embed(tokens)
+        for index in range(len(runner.layout.blocks)):
+            hidden = runner.run_block(index, runner.load_block(index), hidden)
+    with runner.exit():
+        gradient, loss = exit_gradient(runner, hidden, tokens, labels="data", seed=0, first_sequence=0)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradient[:, -1] == 0).all()
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -30.0]).expand(20_000, 4)
+    uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
+    counts = torch.bincount(sample(logits, uniform), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.softmax(logits[0], -1), atol=0.012, rtol=0)
+    ends = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-12], dtype=torch.float64))
+    assert ends.tolist()[0] == 0
+    assert 0 <= ends.tolist()[1] < 4
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
+def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: int) -> None:
+    p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
+    found = price(p)
+    assert found.cost == pytest.approx(0.5 * float(p.double().square().mean()))
+    assert found.first_order == pytest.approx(float(p.double().mean()), abs=1e-9)
+    leave_one_out = [0.5 * float(torch.cat([p[:s], p[s + 1 :]]).double().square().mean()) for s in range(sequences)]
+    centre = sum(leave_one_out) / sequences
+    spread = math.sqrt((sequences - 1) / sequences * sum((v - centre) ** 2 for v in leave_one_out))
+    assert found.standard_error == pytest.approx(spread, rel=1e-6, abs=1e-12)
+
+
+def test_a_gradient_that_does_not_arrive_is_an_error(directory: Path, probed: Probed) -> None:
+    visit = BackwardVisit(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
+    hidden = torch.randn(1, 8, probed.runner.layout.hidden_size)
+    visit.run(hidden, torch.zeros_like(hidden))
+    with pytest.raises(InputError, match="gradient is zero"):
+        visit.finish()
