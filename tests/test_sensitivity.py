@@ -169,7 +169,7 @@ def test_data_labels_give_the_gradient_of_the_training_loss(directory: Path) -> 
     runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
     tokens = random_tokens(2, 16)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    expected = float(model(tokens, labels=tokens).loss) * 2 * 15
+    expected = float(model(tokens, labels=tokens).loss.detach()) * 2 * 15
     with torch.no_grad(), runner.entry():
         hidden = runner.embed(tokens)
         for index in range(len(runner.layout.blocks)):

@@ -1,11 +1,13 @@
-"""What the allocator is asked and what it answers: a multiple-choice knapsack in integer bytes.
+"""What the allocator is asked, what it answers, and the linear relaxation in between.
 
-One item per fused group, one choice per item. Nothing here knows how costs were measured or what a format is:
-both are columns of numbers with names, so the same code plans targets, sweeps and tests.
+A multiple-choice knapsack in integer bytes: one item per fused group, one choice per item. Nothing here knows how
+costs were measured or what a format is: both are columns of numbers with names, so the same code plans targets,
+sweeps and tests.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,10 @@ from numpy.typing import NDArray
 
 from prismaquant_ray.errors import InputError
 
-__all__ = ["AllocationProblem", "Plan"]
+__all__ = ["AllocationProblem", "Floats", "Ints", "Plan", "Relaxation", "lower_hull"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 # Totals stay exact in int64 with room for differences.
 _MAX_TOTAL_BYTES = 2**62
@@ -53,7 +58,7 @@ class AllocationProblem:
         allowed = ~np.isnan(cost)
         self._require(~np.isinf(cost), "an infinite cost", "Mark a format it cannot take with NaN.")
         self._require((size >= 0) | ~allowed, "a negative size", "Sizes are bytes on disk.")
-        self._require(allowed.any(axis=1, keepdims=True), "no format it can take", "Give it BF16 at least.")
+        self._require(np.any(allowed, axis=1)[:, None], "no format it can take", "Give it BF16 at least.")
         if np.where(allowed, size, 0).max(axis=1).astype(np.float64).sum() >= _MAX_TOTAL_BYTES:
             raise InputError("The sizes add up to more than 2^62 bytes; they are bytes per group, not bits or totals.")
         size = np.where(allowed, size, 0).astype(np.int64)
@@ -114,6 +119,111 @@ class Plan:
     bound: float
     gap: float
     budget: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Relaxation:
+    """The linear relaxation of a problem for every budget at once (Sinha & Zoltners 1979).
+
+    Points of a group are its non-dominated formats from small to large, left-aligned and padded with infinite cost.
+    Breakpoint k is the plan after the k best edges; it is optimal for its bytes.
+    """
+
+    problem: AllocationProblem
+    size: Ints  # (groups, points) bytes
+    cost: Floats  # (groups, points) nats per token
+    column: Ints  # (groups, points) column of the problem's tables
+    hull: Ints  # (groups, points) points on the lower convex hull in order; the last one repeats
+    edge_group: Ints  # (edges,) the group each hull edge belongs to, best edge first
+    slope: Floats  # (edges,) nats per token saved for each byte, never increasing
+    bytes: Ints  # (edges + 1,) size of every breakpoint
+    value: Floats  # (edges + 1,) cost of every breakpoint
+    unit: int  # every plan's size is bytes[0] plus a multiple of this
+
+    @classmethod
+    def of(cls, problem: AllocationProblem) -> Relaxation:
+        """Prune, take hulls and sort: O(groups · formats² + edges log edges)."""
+        size, cost, column = _pareto_points(problem)
+        hull = lower_hull(size, cost, np.zeros(len(size), dtype=np.int64))
+        hull_size, hull_cost = np.take_along_axis(size, hull, 1), np.take_along_axis(cost, hull, 1)
+        edge_group, step = np.nonzero(np.diff(hull, axis=1))
+        added = hull_size[edge_group, step + 1] - hull_size[edge_group, step]
+        saved = hull_cost[edge_group, step] - hull_cost[edge_group, step + 1]
+        # Rounding may turn two nearly collinear edges of a group around; they must stay in order.
+        slope = np.zeros(hull.shape)
+        slope[edge_group, step] = saved / added
+        slope = np.minimum.accumulate(slope, axis=1)[edge_group, step]
+        order = np.argsort(-slope, kind="stable")
+        # Summed from the cheap end, so that small costs are not differences of large ones.
+        ends = np.concatenate([saved[order], [hull_cost[:, -1].sum()]])
+        offsets = np.where(np.isfinite(cost), size - size[:, :1], 0)
+        return cls(
+            problem=problem,
+            size=size,
+            cost=cost,
+            column=column,
+            hull=hull,
+            edge_group=edge_group[order],
+            slope=slope[order],
+            bytes=int(size[:, 0].sum()) + np.concatenate([[0], np.cumsum(added[order])]),
+            value=np.cumsum(ends[::-1])[::-1],
+            unit=max(1, int(np.gcd.reduce(np.unique(offsets)))),
+        )
+
+    def points(self, breakpoint_: int) -> Ints:
+        """(groups,) the point every group has at a breakpoint."""
+        steps = np.bincount(self.edge_group[:breakpoint_], minlength=len(self.hull))
+        return np.take_along_axis(self.hull, steps[:, None], 1)[:, 0]
+
+    def plan(self, points: Ints, budget: int, slack: float) -> Plan:
+        """The plan with these points, at most `slack` nats per token above the optimum for the budget."""
+        problem, rows = self.problem, np.arange(len(points))
+        columns = self.column[rows, points]
+        cost = math.fsum(problem.cost[rows, columns].tolist())
+        return Plan(
+            choice={group: problem.formats[j] for group, j in zip(problem.groups, columns.tolist(), strict=True)},
+            cost=cost,
+            size=int(self.size[rows, points].sum()),
+            bound=cost - slack,
+            gap=slack / max(abs(cost), math.ulp(0.0)),
+            budget=budget,
+        )
+
+
+def lower_hull(size: Ints, cost: Floats, start: Ints) -> Ints:
+    """(groups, points) vertices of every row's lower convex hull from `start` to the right; the last one repeats.
+
+    Sizes rise along a row; points of infinite cost do not count. Gift wrapping, all rows at once.
+    """
+    points = np.arange(size.shape[1])
+    vertices = [start]
+    for _ in points[1:]:
+        at = vertices[-1][:, None]
+        ahead = (points > at) & np.isfinite(cost)
+        if not ahead.any():
+            break
+        run = np.where(ahead, size - np.take_along_axis(size, at, 1), 1)
+        slope = np.where(ahead, cost - np.take_along_axis(cost, at, 1), np.inf) / run
+        farthest_of_steepest = points[-1] - np.argmin(slope[:, ::-1], axis=1)
+        vertices.append(np.where(ahead.any(axis=1), farthest_of_steepest, vertices[-1]))
+    return np.stack(vertices, axis=1)
+
+
+def _pareto_points(problem: AllocationProblem) -> tuple[Ints, Floats, Ints]:
+    """Sizes, costs and columns of non-dominated formats, smallest first: cost falls strictly along a row."""
+    allowed = problem.allowed
+    size = np.where(allowed, problem.size, np.iinfo(np.int64).max)
+    cost = np.where(allowed, problem.cost, np.inf)
+    column = np.lexsort((cost, size), axis=1)
+    ordered = np.take_along_axis(cost, column, 1)
+    kept = np.isfinite(ordered)
+    kept[:, 1:] &= ordered[:, 1:] < np.minimum.accumulate(ordered, axis=1)[:, :-1]
+    column = np.take_along_axis(column, np.argsort(~kept, axis=1, kind="stable"), 1)
+    valid = np.arange(kept.shape[1]) < kept.sum(axis=1)[:, None]
+    width = int(kept.sum(axis=1).max())
+    size = np.where(valid, np.take_along_axis(problem.size, column, 1), 0)
+    cost = np.where(valid, np.take_along_axis(problem.cost, column, 1), np.inf)
+    return size[:, :width], cost[:, :width], column[:, :width]
 
 
 def _require_unique(kind: str, names: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 Two steps. `Relaxation` prunes dominated choices, takes the lower convex hull of every group, and sorts all hull
 edges once by cost saved per byte (Sinha & Zoltners 1979, "The multiple-choice knapsack problem"); a prefix of that
-list is the Lagrangian optimum, so every budget's linear bound is one binary search. `Solver.plan` then closes what
+list is the Lagrangian optimum, so the linear bound of any budget is one binary search. `Solver.plan` then closes what
 is left between the prefix and the bound: groups are merged one by one into a list of Pareto-optimal partial plans,
 those likeliest to change first, and whatever cannot beat the best plan so far is dropped (Pisinger 1995, "A minimal
 algorithm for the multiple-choice knapsack problem"). When nothing is left the plan is optimal.
@@ -14,19 +14,15 @@ ends at `state_limit`, and the plan says how far from optimal it can be.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prismaquant_ray.allocation.problem import AllocationProblem, Plan
+from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan, Relaxation, lower_hull
 from prismaquant_ray.errors import InputError
 
-__all__ = ["Relaxation", "Solver", "solve"]
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+__all__ = ["Solver", "solve"]
 
 _EPSILON = float(np.finfo(np.float64).eps)
 # A narrow first pass finds a good plan; the second pass then has far less to prove.
@@ -35,87 +31,17 @@ _SCOUT_WIDTH = 128
 _REFRESHES = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Relaxation:
-    """The linear relaxation of a problem for every budget at once.
-
-    Points of a group are its non-dominated formats from small to large, left-aligned and padded with infinite cost.
-    Breakpoint k is the plan after the k best edges; it is optimal for its bytes.
-    """
-
-    problem: AllocationProblem
-    size: Ints  # (groups, points) bytes
-    cost: Floats  # (groups, points) nats per token
-    column: Ints  # (groups, points) column of the problem's tables
-    hull: Ints  # (groups, points) points on the lower convex hull in order; the last one repeats
-    edge_group: Ints  # (edges,) the group each hull edge belongs to, best edge first
-    slope: Floats  # (edges,) nats per token saved for each byte, never increasing
-    bytes: Ints  # (edges + 1,) size of every breakpoint
-    value: Floats  # (edges + 1,) cost of every breakpoint
-    unit: int  # every plan's size is bytes[0] plus a multiple of this
-
-    @classmethod
-    def of(cls, problem: AllocationProblem) -> Relaxation:
-        """Prune, take hulls and sort: O(groups · formats² + edges log edges)."""
-        size, cost, column = _pareto_points(problem)
-        hull = _lower_hull(size, cost, np.zeros(len(size), dtype=np.int64))
-        hull_size, hull_cost = np.take_along_axis(size, hull, 1), np.take_along_axis(cost, hull, 1)
-        edge_group, step = np.nonzero(np.diff(hull, axis=1))
-        added = hull_size[edge_group, step + 1] - hull_size[edge_group, step]
-        saved = hull_cost[edge_group, step] - hull_cost[edge_group, step + 1]
-        # Rounding may turn two nearly collinear edges of a group around; they must stay in order.
-        slope = np.zeros(hull.shape)
-        slope[edge_group, step] = saved / added
-        slope = np.minimum.accumulate(slope, axis=1)[edge_group, step]
-        order = np.argsort(-slope, kind="stable")
-        # Summed from the cheap end, so that small costs are not differences of large ones.
-        ends = np.concatenate([saved[order], [hull_cost[:, -1].sum()]])
-        offsets = np.where(np.isfinite(cost), size - size[:, :1], 0)
-        return cls(
-            problem=problem,
-            size=size,
-            cost=cost,
-            column=column,
-            hull=hull,
-            edge_group=edge_group[order],
-            slope=slope[order],
-            bytes=int(size[:, 0].sum()) + np.concatenate([[0], np.cumsum(added[order])]),
-            value=np.cumsum(ends[::-1])[::-1],
-            unit=max(1, int(np.gcd.reduce(np.unique(offsets)))),
-        )
-
-    def points(self, breakpoint_: int) -> Ints:
-        """(groups,) the point every group has at a breakpoint."""
-        steps = np.bincount(self.edge_group[:breakpoint_], minlength=len(self.hull))
-        return np.take_along_axis(self.hull, steps[:, None], 1)[:, 0]
-
-    def plan(self, points: Ints, budget: int, slack: float) -> Plan:
-        """The plan with these points, at most `slack` nats per token above the optimum for the budget."""
-        problem, rows = self.problem, np.arange(len(points))
-        columns = self.column[rows, points]
-        cost = math.fsum(problem.cost[rows, columns].tolist())
-        return Plan(
-            choice={group: problem.formats[j] for group, j in zip(problem.groups, columns.tolist(), strict=True)},
-            cost=cost,
-            size=int(self.size[rows, points].sum()),
-            bound=cost - slack,
-            gap=slack / max(abs(cost), math.ulp(0.0)),
-            budget=budget,
-        )
-
-
 class Solver:
     """Plans for any number of budgets from one relaxation.
 
     Args:
         problem: costs and sizes.
         gap_tolerance: relative gap at which a plan is good enough. 0.0 asks for the optimum.
-        state_limit: partial plans one search may keep, 5 bytes each; the width of its list is a sixteenth.
+        state_limit: partial plans one search may look into, a twentieth of them at a time. The default keeps the
+            hardest instances below about 2 s a budget and 200 MB (benchmarks/allocator.py).
     """
 
-    def __init__(
-        self, problem: AllocationProblem, *, gap_tolerance: float = 0.0, state_limit: int = 4_000_000
-    ) -> None:
+    def __init__(self, problem: AllocationProblem, *, gap_tolerance: float = 0.0, state_limit: int = 3_000_000) -> None:
         self.relaxation = Relaxation.of(problem)
         self._gap_tolerance = gap_tolerance
         self._state_limit = state_limit
@@ -123,9 +49,9 @@ class Solver:
     def plan(self, budget_bytes: int) -> Plan:
         """The cheapest plan of at most `budget_bytes`.
 
-        Costs are compared in float64: a gap of 0.0 means that no plan is cheaper by more than rounding. Equal costs
-        are decided by the smaller size, then by the order of the formats. A budget above the largest useful plan
-        gives that plan.
+        Costs are compared in float64: a gap of 0.0 means that no plan is cheaper by more than rounding. Among formats
+        of one group with equal cost the smaller wins, then the first listed; the same input always gives the same
+        plan. A budget above the largest useful plan gives that plan.
 
         Raises:
             InputError: no plan is that small.
@@ -145,11 +71,12 @@ class Solver:
         if k == len(relaxed.slope) or spare == 0:
             return relaxed.plan(points, budget_bytes, 0.0)
         worth = max(self._gap_tolerance, _EPSILON) * abs(float(relaxed.value[k]))
-        search = _Search(relaxed, points, k, spare, worth)
-        search.run(_SCOUT_WIDTH, self._state_limit)
-        if not search.proven:
-            search.run(max(_SCOUT_WIDTH, self._state_limit // 16), self._state_limit)
-        return relaxed.plan(search.best_points, budget_bytes, search.gap)
+        search = _Search(relaxed, k, spare, worth)
+        for width in (_SCOUT_WIDTH, max(_SCOUT_WIDTH, self._state_limit // 20)):
+            if not search.proven:
+                search.run(width, self._state_limit)
+        exact = search.proven and self._gap_tolerance <= _EPSILON
+        return relaxed.plan(search.best, budget_bytes, 0.0 if exact else search.gap)
 
 
 def solve(problem: AllocationProblem, budget_bytes: int) -> Plan:
@@ -158,43 +85,202 @@ def solve(problem: AllocationProblem, budget_bytes: int) -> Plan:
 
 
 class _Step(NamedTuple):
-    """How the partial plans of one step came from those of the step before."""
+    """Where the partial plans of one step came from."""
 
     group: int
     parent: NDArray[np.int32]  # (states,) index among the previous step's states
-    point: NDArray[np.int8]  # (states,) the group's point
+    point: NDArray[np.int16]  # (states,) the group's point
 
 
 class _Search:
     """What separates the Lagrangian plan from the optimum, at one budget.
 
-    With λ the slope at the budget, each point of each group has a reduced cost r = Δcost + λ·Δsize ≥ 0 against the
-    Lagrangian plan, and a plan with w spare bytes costs Σr + λ·w above the linear bound: that is its excess.
+    With λ the slope at the budget, every point has a reduced cost r = Δcost + λ·Δsize ≥ 0 against the Lagrangian
+    plan, and a plan with w spare bytes costs Σr + λ·w above the linear bound: its excess. The search looks for the
+    least excess with w ≥ 0.
     """
 
-    def __init__(self, relaxed: Relaxation, points: Ints, k: int, spare: int, worth: float) -> None:
-        at = points[:, None]
+    def __init__(self, relaxed: Relaxation, k: int, spare: int, worth: float) -> None:
+        start = relaxed.points(k)
         self.slope = float(relaxed.slope[k])
-        self.spare = spare
-        self.worth = worth  # an improvement of less is none
-        self.points = points
-        self.added = relaxed.size - np.take_along_axis(relaxed.size, at, 1)
-        price, change = self.slope * self.added, relaxed.cost - np.take_along_axis(relaxed.cost, at, 1)
+        self.start, self.spare = start, spare
+        self.added = relaxed.size - np.take_along_axis(relaxed.size, start[:, None], 1)
+        change = relaxed.cost - np.take_along_axis(relaxed.cost, start[:, None], 1)
+        price = self.slope * self.added
         reduced = change + price
+        # Rounding must not make a difference where there is none, or ties are searched in full.
         noise = 4 * _EPSILON * (np.abs(change) + np.abs(price))
-        self.reduced = np.where(np.isinf(reduced), np.inf, np.where(reduced <= noise, 0.0, reduced))
-        self.best_points = points
-        self.excess = self.slope * spare
-        self.bound = 0.0  # no plan has less excess
-        self._swap_one(points, spare)
-        # The next edge would overrun; one saving elsewhere may pay for it.
-        group = int(relaxed.edge_group[k])
-        beyond = points.copy()
-        beyond[group] = relaxed.points(k + 1)[group]
-        self._swap_one(beyond, spare - int(self.added[group, beyond[group]]), keep=group)
+        self.reduced = np.where(np.isinf(change) | (reduced > noise), reduced, 0.0)
+        self.worth = worth  # a smaller improvement is none
+        self.floor = 0.0  # plans better than `excess - worth` have at least this excess
+        self.best, self.excess = start, self.slope * spare
+        # Alone, or with the next edge, which overruns the budget until another group pays for it.
+        self._try_one_change(start)
+        self._try_one_change(relaxed.points(k + 1))
+
+    @property
+    def proven(self) -> bool:
+        """True when no plan is better by more than `worth`."""
+        return self.floor >= self.excess - self.worth
 
     @property
     def gap(self) -> float:
-        """The most by which the best plan found exceeds the optimum, nats per token."""
-        gap = self.excess - self.bound
-        return gap if gap > _EPSILON * self.excess and gap > self.rounding else 0.0
+        """The most by which the best plan found can exceed the optimum, nats per token."""
+        return min(self.excess, max(self.worth, self.excess - self.floor))
+
+    def run(self, width: int, state_limit: int) -> None:
+        """Merge groups, least reduced cost first, keeping at most `width` partial plans at a time.
+
+        Lowers `excess` and `best` as better plans turn up, and raises `floor` to what the plans dropped for want of
+        room could have reached.
+        """
+        groups, least = self._core()
+        rest = _Rest(self, groups)
+        spare, cost = np.array([self.spare], dtype=np.int64), np.zeros(1)
+        steps: list[_Step] = []
+        dropped, stored = math.inf, 0
+        trail: tuple[int, int] | None = None
+        for rank, group in enumerate(groups.tolist()):
+            limit = self.excess - self.worth
+            if least[rank] >= limit or not len(spare):
+                break
+            points = np.flatnonzero(self.reduced[group] < limit)
+            count = len(spare)
+            spare = (spare - self.added[group, points][:, None]).ravel()
+            cost = (cost + self.reduced[group, points][:, None]).ravel()
+            total = cost + self.slope * spare
+            found = _cheapest_that_fits(total, spare, self.excess)
+            if found is not None:
+                self.excess = float(total[found])
+            bound = cost + rest.least_excess(rank, spare)
+            keep = np.flatnonzero(bound < self.excess - self.worth)
+            keep = keep[_undominated(spare[keep], total[keep])]
+            stored += len(keep)
+            keep, lost = _narrow(keep, bound, width if stored <= state_limit else 0)
+            dropped = min(dropped, lost)
+            kept = keep
+            if found is not None:
+                # Stored for the walk back; there is nothing more to find behind it.
+                trail = (rank, len(keep))
+                kept = np.append(keep, found)
+            steps.append(_Step(group, (kept % count).astype(np.int32), points[kept // count].astype(np.int16)))
+            spare, cost = spare[keep], cost[keep]
+        if trail is not None:
+            self.best = self._walk_back(steps[: trail[0] + 1], trail[1])
+        self.floor = max(self.floor, dropped)
+
+    def _core(self) -> tuple[Ints, Floats]:
+        """Groups that a better plan may change, likeliest first, and the least reduced cost of changing each."""
+        changes = self.reduced.copy()
+        np.put_along_axis(changes, self.start[:, None], np.inf, axis=1)
+        least = changes.min(axis=1)
+        groups = np.flatnonzero(least < self.excess - self.worth)
+        groups = groups[np.argsort(least[groups], kind="stable")]
+        return groups, least[groups]
+
+    def _try_one_change(self, points: Ints) -> None:
+        """Take the best plan that differs from `points` in at most one group, if it fits and is better."""
+        at = points[:, None]
+        added = self.added - np.take_along_axis(self.added, at, 1)
+        reduced = self.reduced - np.take_along_axis(self.reduced, at, 1)
+        rows = np.arange(len(points))
+        spare = self.spare - int(self.added[rows, points].sum()) - added
+        total = float(self.reduced[rows, points].sum()) + reduced + self.slope * spare
+        found = _cheapest_that_fits(total.ravel(), spare.ravel(), self.excess)
+        if found is not None:
+            self.excess = float(total.flat[found])
+            group, point = divmod(found, self.added.shape[1])
+            self.best = points.copy()
+            self.best[group] = point
+
+    def _walk_back(self, steps: list[_Step], state: int) -> Ints:
+        points = self.start.copy()
+        for step in reversed(steps):
+            points[step.group] = step.point[state]
+            state = int(step.parent[state])
+        return points
+
+
+class _Rest:
+    """Linear relaxation of the groups not merged yet: the least excess that some spare bytes can still end with."""
+
+    def __init__(self, search: _Search, groups: Ints) -> None:
+        self._slope = search.slope
+        self._refresh = max(1, len(groups) // _REFRESHES)
+        start = search.start[groups]
+        points = np.arange(search.added.shape[1])
+        added, reduced = search.added[groups], search.reduced[groups].copy()
+        reduced[reduced >= search.excess - search.worth] = np.inf
+        np.put_along_axis(reduced, start[:, None], 0.0, axis=1)
+        # Growing uses spare bytes; shrinking pays back an overrun, so it is the same picture in a mirror.
+        grow = np.where(points >= start[:, None], reduced, np.inf)
+        shrink = np.where(points <= start[:, None], reduced, np.inf)[:, ::-1]
+        self._grow = _sorted_edges(added, grow, start)
+        self._shrink = _sorted_edges(-added[:, ::-1], shrink, len(points) - 1 - start)
+        self._overrun, self._at = np.zeros(1), np.zeros(1)
+
+    def least_excess(self, rank: int, spare: Ints) -> Floats:
+        """(states,) lower bound on what the groups after `rank` and the unused bytes add; inf when nothing fits."""
+        if rank % self._refresh == 0:
+            room, room_cost = _cumulate(self._grow, rank)
+            debt, debt_cost = _cumulate(self._shrink, rank)
+            # Bytes beyond what the rest can use stay unused, at the full price.
+            far = room[-1] + 2.0**63
+            self._at = np.concatenate([-debt[::-1], room[1:], [far]])
+            self._overrun = np.concatenate([debt_cost[::-1], room_cost[1:], [room_cost[-1] + self._slope * 2.0**63]])
+        return np.interp(spare, self._at, self._overrun, left=np.inf)
+
+
+class _Edges(NamedTuple):
+    rank: Ints  # (edges,) position of the edge's group among those to merge
+    bytes: Ints  # (edges,)
+    cost: Floats  # (edges,) reduced cost; cheapest per byte first
+
+
+def _sorted_edges(size: Ints, cost: Floats, start: Ints) -> _Edges:
+    hull = lower_hull(size, cost, start)
+    hull_size, hull_cost = np.take_along_axis(size, hull, 1), np.take_along_axis(cost, hull, 1)
+    rank, step = np.nonzero(np.diff(hull, axis=1))
+    added = hull_size[rank, step + 1] - hull_size[rank, step]
+    extra = hull_cost[rank, step + 1] - hull_cost[rank, step]
+    order = np.argsort(extra / added, kind="stable")
+    return _Edges(rank[order], added[order], extra[order])
+
+
+def _cumulate(edges: _Edges, rank: int) -> tuple[Ints, Floats]:
+    """Bytes and reduced cost after each of the edges of groups after `rank`, from zero."""
+    later = edges.rank > rank
+    return (
+        np.concatenate([[0], np.cumsum(edges.bytes[later])]),
+        np.concatenate([[0.0], np.cumsum(edges.cost[later])]),
+    )
+
+
+def _cheapest_that_fits(total: Floats, spare: Ints, limit: float) -> int | None:
+    """Index of the least total below the limit without an overrun, the smallest plan among equals."""
+    fits = np.where(spare >= 0, total, np.inf)
+    least = fits.min()
+    if not least < limit:
+        return None
+    ties = np.flatnonzero(fits == least)
+    return int(ties[np.argmax(spare[ties])])
+
+
+def _narrow(keep: Ints, bound: Floats, width: int) -> tuple[Ints, float]:
+    """The `width` most promising states in their order, and the best bound among the others."""
+    if len(keep) <= width:
+        return keep, math.inf
+    best_first = np.argsort(bound[keep], kind="stable")
+    return keep[np.sort(best_first[:width])], float(bound[keep[best_first[width]]])
+
+
+def _undominated(spare: Ints, total: Floats) -> Ints:
+    """Indices of the states, by falling spare bytes, that no state with as many spare bytes undercuts."""
+    order = np.argsort(-spare, kind="stable")
+    total = total[order]
+    lower = np.ones(len(order), dtype=bool)
+    lower[1:] = total[1:] < np.minimum.accumulate(total)[:-1]
+    order = order[lower]
+    last_of_equals = np.ones(len(order), dtype=bool)
+    last_of_equals[:-1] = spare[order[:-1]] != spare[order[1:]]
+    return order[last_of_equals]
