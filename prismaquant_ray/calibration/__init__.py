@@ -1,0 +1,1 @@
+"""Calibration data: what is run through the model to measure it."""

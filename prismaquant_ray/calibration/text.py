@@ -1,0 +1,93 @@
+"""Calibration sequences cut from one plain text.
+
+The text is taken as it is: no chat template and no special tokens are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import BoolTensor, LongTensor, Tensor
+
+from prismaquant_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["CalibrationSet", "load_sequences"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CalibrationSet:
+    """Token sequences of equal length, some of them held out to judge what the others decided."""
+
+    tokens: LongTensor  # (sequences, length)
+    holdout: BoolTensor  # (sequences,)
+    fingerprint: str  # sha256 of the token ids and their shape
+
+    def microbatches(self, size: int) -> tuple[slice, ...]:
+        """Consecutive runs of at most `size` sequences that cover all of them."""
+        sequences = len(self.tokens)
+        return tuple(slice(start, min(start + size, sequences)) for start in range(0, sequences, size))
+
+
+def load_sequences(
+    path_or_text: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    holdout: float,
+) -> CalibrationSet:
+    """Draw `sequences` non-overlapping windows of `length` tokens; a `Path` is read, a `str` is the text itself.
+
+    The windows keep the order in which they are drawn, so with one seed a smaller set is the start of a larger one.
+    `holdout` is the share of sequences held out: at least one when it is above zero.
+    """
+    if isinstance(path_or_text, Path):
+        name, text = str(path_or_text), _read(path_or_text)
+    else:
+        name, text = "The calibration text", path_or_text
+    # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = len(ids) // length
+    if windows < sequences:
+        raise InputError(
+            f"{name} has {len(ids):,} tokens, {sequences:,} sequences × {length:,} asked; "
+            "use fewer or shorter sequences or a longer text."
+        )
+    chosen = np.random.Generator(np.random.PCG64(seed)).permutation(windows)[:sequences]
+    tokens = torch.tensor(ids[: windows * length], dtype=torch.long).view(windows, length)[torch.from_numpy(chosen)]
+    return CalibrationSet(
+        tokens=LongTensor(tokens), holdout=_spread_evenly(sequences, holdout), fingerprint=_fingerprint(tokens)
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"Calibration text {path} cannot be read: {error.strerror}.") from error
+
+
+def _spread_evenly(sequences: int, share: float) -> BoolTensor:
+    """A mask with `share` of the entries set, each in the middle of an equal part of the whole."""
+    mask = torch.zeros(sequences, dtype=torch.bool)
+    if share > 0:
+        count = max(1, min(round(share * sequences), sequences - 1))
+        mask[((torch.arange(count) + 0.5) * sequences / count).long()] = True
+    return BoolTensor(mask)
+
+
+def _fingerprint(tokens: Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
+    digest.update(tokens.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()
