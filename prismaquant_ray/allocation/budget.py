@@ -44,7 +44,7 @@ class Sizes:
         return self.weights if budget.bpp is not None else self.stored
 
     def limit(self, budget: BudgetConfig) -> int:
-        """Bytes of candidates the budget allows; InputError with both bounds when no plan fits or none is that large."""
+        """Bytes of candidates the budget allows; InputError, with both bounds, outside what plans can weigh."""
         table = self.of(budget)
         smallest = int(np.where(self.allowed, table, np.iinfo(np.int64).max).min(axis=1).sum())
         largest = int(np.where(self.allowed, table, 0).max(axis=1).sum())

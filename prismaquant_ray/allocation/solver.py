@@ -26,7 +26,7 @@ __all__ = ["Solver", "solve"]
 
 _EPSILON = float(np.finfo(np.float64).eps)
 # A narrow first pass finds a good plan; the second pass then has far less to prove.
-_SCOUT_WIDTH = 128
+_SCOUT_WIDTH = 1024
 # The bound on what remains is rebuilt at most this often in one pass.
 _REFRESHES = 256
 
@@ -38,7 +38,7 @@ class Solver:
         problem: costs and sizes.
         gap_tolerance: relative gap at which a plan is good enough. 0.0 asks for the optimum.
         state_limit: partial plans one search may look into, a twentieth of them at a time. The default keeps the
-            hardest instances below about 2 s a budget and 200 MB (benchmarks/allocator.py).
+            hardest instances below about 1 s a budget and 200 MB (benchmarks/allocator.py).
     """
 
     def __init__(self, problem: AllocationProblem, *, gap_tolerance: float = 0.0, state_limit: int = 3_000_000) -> None:
@@ -70,7 +70,10 @@ class Solver:
         spare = usable - int(relaxed.bytes[k])
         if k == len(relaxed.slope) or spare == 0:
             return relaxed.plan(points, budget_bytes, 0.0)
-        worth = max(self._gap_tolerance, _EPSILON) * abs(float(relaxed.value[k]))
+        # The optimum lies between the linear bound and the Lagrangian plan.
+        above = float(relaxed.value[k])
+        below = above - float(relaxed.slope[k]) * spare
+        worth = max(self._gap_tolerance * min(abs(below), abs(above)), _EPSILON * abs(above))
         search = _Search(relaxed, k, spare, worth)
         for width in (_SCOUT_WIDTH, max(_SCOUT_WIDTH, self._state_limit // 20)):
             if not search.proven:
@@ -129,7 +132,7 @@ class _Search:
         return min(self.excess, max(self.worth, self.excess - self.floor))
 
     def run(self, width: int, state_limit: int) -> None:
-        """Merge groups, least reduced cost first, keeping at most `width` partial plans at a time.
+        """Merge group after group, keeping at most `width` partial plans at a time.
 
         Lowers `excess` and `best` as better plans turn up, and raises `floor` to what the plans dropped for want of
         room could have reached.
@@ -142,8 +145,10 @@ class _Search:
         trail: tuple[int, int] | None = None
         for rank, group in enumerate(groups.tolist()):
             limit = self.excess - self.worth
-            if least[rank] >= limit or not len(spare):
+            if not len(spare):
                 break
+            if least[rank] >= limit:
+                continue
             points = np.flatnonzero(self.reduced[group] < limit)
             count = len(spare)
             spare = (spare - self.added[group, points][:, None]).ravel()
@@ -161,7 +166,7 @@ class _Search:
             kept = keep
             if found is not None:
                 # Stored for the walk back; there is nothing more to find behind it.
-                trail = (rank, len(keep))
+                trail = (len(steps), len(keep))
                 kept = np.append(keep, found)
             steps.append(_Step(group, (kept % count).astype(np.int32), points[kept // count].astype(np.int16)))
             spare, cost = spare[keep], cost[keep]
@@ -170,12 +175,19 @@ class _Search:
         self.floor = max(self.floor, dropped)
 
     def _core(self) -> tuple[Ints, Floats]:
-        """Groups that a better plan may change, likeliest first, and the least reduced cost of changing each."""
+        """Groups that a better plan may change, and the least reduced cost of changing each.
+
+        Those with the least reduced cost a byte come first: the steeper the rest, the dearer it is for a partial
+        plan to be far from the budget, and the more of them can be dropped (Pisinger's order).
+        """
         changes = self.reduced.copy()
         np.put_along_axis(changes, self.start[:, None], np.inf, axis=1)
         least = changes.min(axis=1)
-        groups = np.flatnonzero(least < self.excess - self.worth)
-        groups = groups[np.argsort(least[groups], kind="stable")]
+        limit = self.excess - self.worth
+        groups = np.flatnonzero(least < limit)
+        changes, added = changes[groups], np.abs(self.added[groups])
+        per_byte = np.where(changes < limit, changes, np.inf) / np.maximum(added, 1)
+        groups = groups[np.argsort(per_byte.min(axis=1), kind="stable")]
         return groups, least[groups]
 
     def _try_one_change(self, points: Ints) -> None:
