@@ -6,15 +6,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from actors.messages import Receipt, Stage, Unit, WorkerSpec
-from actors.ring import FINISH, Ring, Step
+from actors.ring import FINISH, Listener, Ring, Step
 from actors.shard_worker import ShardWorker
 from prismaquant_ray import errors
 from prismaquant_ray.config import ClusterConfig
@@ -23,8 +21,16 @@ from prismaquant_ray.errors import PrismaquantError, ResourceError
 # Activations of a few microbatches; Ray spills to its temporary directory beyond that.
 _OBJECT_STORE_BYTES = 512 * 2**20
 
-#: Called with each receipt as it arrives, for progress.
-Listener = Callable[[Stage, Unit, Step, Receipt], None]
+
+@contextmanager
+def open_pool(spec: WorkerSpec, at_most: int) -> Iterator[Pool]:
+    """A pool of workers on the configured cluster; more than `at_most` could never be busy."""
+    with connected(spec.config.cluster) as workers:
+        pool = Pool(spec, min(workers, at_most))
+        try:
+            yield pool
+        finally:
+            pool.close()
 
 
 @contextmanager
@@ -182,8 +188,3 @@ def _collect(references: Sequence[Any]) -> list[Receipt]:
         first = str(error).strip().splitlines()[0]
         raise ResourceError(f"a worker died ({first}); run the same command again to continue") from error
     return receipts
-
-
-def free_memory() -> int:
-    """Bytes of memory this machine can still give."""
-    return int(psutil.virtual_memory().available)

@@ -7,7 +7,11 @@ runs m−1 of the next one. After the last microbatch of a visit comes its FINIS
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from actors.messages import Receipt, Stage, Unit
 
 FINISH = -1
 
@@ -57,3 +61,17 @@ class Ring:
     def finished(self) -> bool:
         """Every step is done."""
         return len(self._done) == self._steps
+
+
+#: Called with each receipt as it arrives.
+Listener = Callable[[Stage, Unit, Step, Receipt], None]
+
+
+class PassRunner(Protocol):
+    """Workers that can be driven over a pass."""
+
+    peak_bytes: int
+
+    def run_pass(self, stage: Stage, units: Sequence[Unit], microbatches: int, listener: Listener) -> None:
+        """Visit the units in order; raise the error a worker reports."""
+        ...

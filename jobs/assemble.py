@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
 from rich.console import Console
 
 from jobs import planning
 from jobs.run import Run
 from prismaquant_ray import __version__
+from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.storage.store import Store, local_path
+from prismaquant_ray.storage.store import Store
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Write, verify, publish. Nothing appears at `store.output` unless the repository is right."""
-    output = local_path(current.config.store.output)
+    output = current.config.store.output
     check_output(output)
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
     manifest = {
@@ -52,7 +52,7 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
                 f"{repository.total_bytes} bytes exceed {budget.bytes}; this is a bug, nothing was published"
             )
     return {
-        "repository": current.config.store.output,
+        "repository": str(output),
         "total_bytes": repository.total_bytes,
         "bpp": repository.bpp,
         "bits_all_parameters": repository.bits_all_parameters,

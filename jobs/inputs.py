@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config, ModelConfig
@@ -15,7 +17,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.models.layout import Layout
 from prismaquant_ray.models.plan import Needs
 from prismaquant_ray.models.runner import check_finite
-from prismaquant_ray.storage.store import Store, local_path
+from prismaquant_ray.storage.store import Store
 
 
 def resolve_source(model: ModelConfig) -> Path:
@@ -46,9 +48,10 @@ def check_weights(source: Checkpoint, layout: Layout) -> None:
             check_finite(source.read([name]), source.store.uri)
 
 
-def check_room(config: Config, required: Needs, *, free_memory: int) -> None:
+def check_room(config: Config, required: Needs) -> None:
     """InputError with the plan's figures when memory or disk cannot hold the run."""
     workers = expected_workers(config)
+    free_memory = int(psutil.virtual_memory().available)
     if workers * required.worker > free_memory:
         raise InputError(
             f"not enough memory: {workers} workers need {_gb(required.worker)} each "
@@ -58,10 +61,7 @@ def check_room(config: Config, required: Needs, *, free_memory: int) -> None:
             "lower cluster.workers or calibration.microbatch"
         )
     wanted: dict[int, tuple[Path, int]] = {}
-    for uri, size in ((config.store.run, required.run_store), (config.store.output, required.repository)):
-        path = local_path(uri)
-        if path is None:
-            continue
+    for path, size in ((config.store.run, required.run_store), (config.store.output, required.repository)):
         existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
         device = existing.stat().st_dev
         wanted[device] = (existing, wanted.get(device, (existing, 0))[1] + size)

@@ -14,13 +14,11 @@ from prismaquant_ray.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Layout, candidates, budget bounds, memory and disk plan. Refuses what cannot fit."""
-    from actors.cluster import free_memory
-
     current = Run(config)
     layout, sizes = current.layout, current.sizes
     limit = sizes.limit(config.budget)
     required = current.needs
-    inputs.check_room(config, required, free_memory=free_memory())
+    inputs.check_room(config, required)
     groups = Counter(group.name.rpartition(".")[2] for group in layout.groups)
     allowed = {str(name): int(sizes.allowed[:, column].sum()) for column, name in enumerate(sizes.formats)}
     return {

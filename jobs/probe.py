@@ -33,14 +33,14 @@ def summary(current: Run) -> dict[str, Any]:
                     gains.setdefault(codec, []).append(errors[method] / errors["nearest"])
                 methods.setdefault(codec, {}).setdefault(method, 0)
                 methods[codec][method] += 1
-    sensitive = []
+    sensitive: list[dict[str, Any]] = []
     for column, name in enumerate(table.formats):
         for row, group in enumerate(table.groups):
             cost = float(table.token_fisher[row, column])
             if cost > 0:
                 error = float(table.standard_error[row, column])
                 sensitive.append({"group": group, "format": str(name), "cost": cost, "standard_error": error})
-    sensitive.sort(key=lambda entry: -float(entry["cost"]))
+    sensitive.sort(key=lambda entry: entry["cost"], reverse=True)
     return {
         "run": current.store.uri,
         "blocks": len(current.layout.blocks),

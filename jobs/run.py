@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
-from prismaquant_ray.checkpoint.candidates import Candidates
 from pydantic import TypeAdapter
 
 from actors.messages import BOUNDARY, Receipt, Stage, Unit, WorkerSpec, record_key
-from actors.ring import FINISH, Step
+from actors.progress import progress
+from actors.ring import FINISH, Listener, PassRunner, Step
 from jobs import inputs
 from prismaquant_ray.allocation.budget import Sizes, measure
+from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
+from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError, StoreError
@@ -32,8 +34,8 @@ from prismaquant_ray.storage.record import (
 )
 from prismaquant_ray.storage.store import Store
 
-if TYPE_CHECKING:
-    from actors.cluster import Listener
+#: Opens the workers of a run: Ray's pool, or one that calls them in this process.
+OpenPool = Callable[[WorkerSpec, int], AbstractContextManager[PassRunner]]
 
 _LAYOUT = TypeAdapter(Layout)
 
@@ -41,8 +43,10 @@ _LAYOUT = TypeAdapter(Layout)
 class Run:
     """One configuration over one run store. Opening checks the inputs; stages run when asked for."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, open_pool: OpenPool | None = None) -> None:
+        """`open_pool` gives the workers; by default they are Ray actors on the configured cluster."""
         self.config = config
+        self.open_pool = open_pool
         self.directory = inputs.resolve_source(config.model)
         self.source: Checkpoint = inputs.open_source(self.directory)
 
@@ -102,13 +106,11 @@ class Run:
         from prismaquant_ray.checkpoint.writer import check_output
 
         self.sizes.limit(self.config.budget)
-        check_output(inputs.local_path(self.config.store.output))
+        check_output(self.config.store.output)
         if self.is_measured:
             return
-        from actors.cluster import free_memory
-
-        inputs.check_room(self.config, self.needs, free_memory=free_memory())
-        self._calibration()
+        inputs.check_room(self.config, self.needs)
+        _ = self.calibration
         inputs.check_weights(self.source, self.layout)
 
     def measure(self) -> None:
@@ -117,24 +119,27 @@ class Run:
             return
         self.check()
         self._store_calibration()
-        from actors.cluster import Pool, connected
-        from actors.progress import progress
-
-        microbatches = len(self._calibration().microbatches(self.config.calibration.microbatch))
+        microbatches = len(self.calibration.microbatches(self.config.calibration.microbatch))
         missing = {stage: self._missing(stage, units) for stage, units in self.units.items()}
-        with connected(self.config.cluster) as workers:
-            spec = WorkerSpec(name="", config=self.config, source=str(self.directory.absolute()))
-            pool = Pool(spec, min(workers, microbatches, len(self.layout.blocks) + 1))
+        spec = WorkerSpec(name="", config=self.config, source=str(self.directory.absolute()))
+        with self._pool(spec, min(microbatches, len(self.layout.blocks) + 1)) as pool:
             for stage, units in missing.items():
                 if units:
                     with progress(stage, len(units), microbatches) as shown:
                         pool.run_pass(stage, units, microbatches, self._listener(shown))
-            pool.close()
         self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
         self.store.create("measured.json", json.dumps({"peak_bytes": pool.peak_bytes}).encode())
         for stage, unit in ((Stage.FORWARD, self.units[Stage.FORWARD][-1]), (Stage.BACKWARD, 0)):
             self._drop_boundaries(stage, unit)
         del self.is_measured
+
+    def _pool(self, spec: WorkerSpec, at_most: int) -> AbstractContextManager[PassRunner]:
+        if self.open_pool is not None:
+            return self.open_pool(spec, at_most)
+        # Ray is imported only by runs that measure.
+        from actors.cluster import open_pool
+
+        return open_pool(spec, at_most)
 
     def _listener(self, shown: Listener) -> Listener:
         """Progress, and boundaries deleted as soon as the backward pass has gone by them."""
@@ -157,15 +162,14 @@ class Run:
             done += 1
         return list(units[done:])
 
-    def _calibration(self) -> CalibrationSet:
-        return self.__dict__.setdefault("_calibration_set", self._load_calibration())
-
-    def _load_calibration(self) -> CalibrationSet:
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """The token sequences; InputError when the text is too short or there is no tokenizer."""
         from transformers import AutoTokenizer
 
         calibration = self.config.calibration
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{self.directory}: no tokenizer can be loaded ({str(error).splitlines()[0]})") from error
         return load_sequences(
@@ -180,7 +184,7 @@ class Run:
     def _store_calibration(self) -> None:
         if read_record(self.store, "calibration/record.json") is not None:
             return
-        found = self._calibration()
+        found = self.calibration
         tensors = {"tokens": found.tokens, "holdout": found.holdout}
         artifact = write_tensors(self.store, f"calibration/{new_attempt()}/tokens.safetensors", tensors)
         facts = {"fingerprint": found.fingerprint}

@@ -12,21 +12,21 @@ from jobs.run import Run
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.storage.store import Store, local_path
+from prismaquant_ray.storage.store import Store
 
 
 def run(config: Config) -> dict[str, Any]:
     """Check the repository that is there, whatever budget it was made for. Exit code 2 when it is wrong."""
-    output = local_path(config.store.output)
-    if output is None or not (output / "prismaquant.json").is_file():
-        raise InputError(f"store.output {config.store.output} is not a repository of ours; run assemble first")
+    output = config.store.output
+    if not (output / "prismaquant.json").is_file():
+        raise InputError(f"store.output {output} is not a repository of ours; run assemble first")
     current = Run(config)
     current.measure()
     store = Store(output, create=False)
     choice = {group: FormatName(name) for group, name in json.loads(store.get("prismaquant.json"))["choice"].items()}
     report = verify_repository(store, current.source, current.layout, choice, current.candidates)
     return {
-        "repository": config.store.output,
+        "repository": str(output),
         "ok": report.ok,
         "problems": list(report.problems),
         "linears": dict(report.linears),

@@ -129,10 +129,24 @@ class ClusterConfig(Section):
 
 
 class StoreConfig(Section):
-    """`run` holds everything measured and encoded; `output` is the repository."""
+    """`run` holds everything measured and encoded; `output` is the repository. Both are local directories."""
 
-    run: str = Field(min_length=1)
-    output: str = Field(min_length=1)
+    run: Path
+    output: Path
+
+    @field_validator("run", "output", mode="before")
+    @classmethod
+    def _local(cls, value: Any) -> Any:
+        if isinstance(value, str) and "://" in value:
+            raise ValueError(f"{value} is not a local directory; object stores are not supported yet")
+        return value
+
+    @model_validator(mode="after")
+    def _apart(self) -> StoreConfig:
+        run, output = self.run.absolute(), self.output.absolute()
+        if run == output or run in output.parents or output in run.parents:
+            raise ValueError(f"run {self.run} and output {self.output} must be separate directories")
+        return self
 
 
 class Config(Section):

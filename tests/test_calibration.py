@@ -122,3 +122,19 @@ def test_evaluation_text_shares_no_passage_with_calibration_text() -> None:
     calibration, evaluation = (" ".join(path.read_text("utf-8").split()) for path in (CALIBRATION, EVALUATION))
     seen = {calibration[start : start + 60] for start in range(len(calibration) - 59)}
     assert not any(evaluation[start : start + 60] in seen for start in range(len(evaluation) - 59))
+
+
+def test_a_tokenizer_that_begins_with_bos_gets_it_in_every_sequence(tmp_path: Path, text: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(make_checkpoint(tmp_path / "m", "gemma"))
+    plain = draw(text, tokenizer, sequences=4, length=16)
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)]
+    )
+    begun = draw(text, tokenizer, sequences=4, length=16)
+    assert begun.tokens.shape == (4, 16)
+    assert (begun.tokens[:, 0] == bos).all()
+    assert not (begun.tokens[:, 1:] == bos).any()
+    assert not (plain.tokens == bos).any()

@@ -1,6 +1,7 @@
 """Calibration sequences cut from one plain text.
 
-The text is taken as it is: no chat template and no special tokens are added.
+The text is taken as it is: no chat template is applied. A model whose tokenizer begins every text with a BOS token
+(Gemma, Llama 3) gets one at the start of every sequence, because it was never trained without.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 
@@ -26,8 +27,8 @@ __all__ = ["CalibrationSet", "load_sequences"]
 class CalibrationSet:
     """Token sequences of equal length, some of them held out to judge what the others decided."""
 
-    tokens: LongTensor  # (sequences, length)
-    holdout: BoolTensor  # (sequences,)
+    tokens: Tensor  # int64 (sequences, length)
+    holdout: Tensor  # bool (sequences,)
     fingerprint: str  # sha256 of the token ids and their shape
 
     def microbatches(self, size: int) -> tuple[slice, ...]:
@@ -45,7 +46,7 @@ def load_sequences(
     seed: int,
     holdout: float,
 ) -> CalibrationSet:
-    """Draw `sequences` non-overlapping windows of `length` tokens; a `Path` is read, a `str` is the text itself.
+    """Draw `sequences` non-overlapping windows, `length` tokens each with any BOS; a `Path` is read, a `str` is the text itself.
 
     The windows keep the order in which they are drawn, so with one seed a smaller set is the start of a larger one.
     `holdout` is the share of sequences held out: at least one when it is above zero.
@@ -56,17 +57,24 @@ def load_sequences(
         name, text = "The calibration text", path_or_text
     # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = len(ids) // length
+    start = _beginning(tokenizer)
+    width = length - len(start)
+    windows = len(ids) // width
     if windows < sequences:
         raise InputError(
             f"{name} has {len(ids):,} tokens, {sequences:,} sequences × {length:,} asked; "
             "use fewer or shorter sequences or a longer text."
         )
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(windows)[:sequences]
-    tokens = torch.tensor(ids[: windows * length], dtype=torch.long).view(windows, length)[torch.from_numpy(chosen)]
-    return CalibrationSet(
-        tokens=LongTensor(tokens), holdout=_spread_evenly(sequences, holdout), fingerprint=_fingerprint(tokens)
-    )
+    text_tokens = torch.tensor(ids[: windows * width], dtype=torch.long).view(windows, width)[torch.from_numpy(chosen)]
+    tokens = torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), text_tokens], dim=1)
+    return CalibrationSet(tokens=tokens, holdout=_spread_evenly(sequences, holdout), fingerprint=_fingerprint(tokens))
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token if the tokenizer begins texts with it, else nothing."""
+    special = tokenizer("")["input_ids"]
+    return special[:1] if special and special[0] == tokenizer.bos_token_id else []
 
 
 def _read(path: Path) -> str:
@@ -78,13 +86,13 @@ def _read(path: Path) -> str:
         raise InputError(f"Calibration text {path} cannot be read: {error.strerror}.") from error
 
 
-def _spread_evenly(sequences: int, share: float) -> BoolTensor:
+def _spread_evenly(sequences: int, share: float) -> Tensor:
     """A mask with `share` of the entries set, each in the middle of an equal part of the whole."""
     mask = torch.zeros(sequences, dtype=torch.bool)
     if share > 0:
         count = max(1, min(round(share * sequences), sequences - 1))
         mask[((torch.arange(count) + 0.5) * sequences / count).long()] = True
-    return BoolTensor(mask)
+    return mask
 
 
 def _fingerprint(tokens: Tensor) -> str:
