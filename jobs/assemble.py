@@ -14,7 +14,7 @@ from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
-from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.storage.store import Store
 
 
@@ -29,6 +29,10 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     output = current.config.store.output
     check_output(output)
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
+    used = {(current.layout.block_of[group].index, name) for group, name in choice.items() if FORMATS[name].codec}
+    for index, name in sorted(used):
+        # Before anything is written: a damaged store is not a bug of the writer.
+        current.candidates.file(index, name).check()
     manifest = {
         "prismaquant_ray": __version__,
         "target": plan["target"],

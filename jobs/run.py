@@ -52,13 +52,18 @@ class Run:
 
     @cached_property
     def store(self) -> Store:
-        """The run store; created on first use, refused when another run's measurements are in it."""
+        """The run store, created and claimed on first use; refused when another run's measurements are in it."""
         fingerprint = inputs.fingerprint(self.config, self.source)
         store = Store(self.config.store.run)
         body = {"fingerprint": fingerprint, "config": self.config.model_dump(mode="json")}
         if not store.create("run.json", json.dumps(body, indent=1).encode()):
             _refuse_mismatch(store, fingerprint)
         return store
+
+    @property
+    def _exists(self) -> bool:
+        """Whether the store is there already; looking must not make one."""
+        return (self.config.store.run / "run.json").is_file()
 
     @cached_property
     def layout(self) -> Layout:
@@ -99,7 +104,7 @@ class Run:
     @cached_property
     def is_measured(self) -> bool:
         """Whether both passes are complete."""
-        return self.store.size("measured.json") is not None
+        return self._exists and self.store.size("measured.json") is not None
 
     def check(self) -> None:
         """Everything that can be refused before the first expensive step."""

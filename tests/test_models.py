@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.inspect import build, input_groups
 from prismaquant_ray.models.families import family_of
+from prismaquant_ray.models.inspect import build, input_groups
 from prismaquant_ray.models.layout import LinearSpec
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import tapped

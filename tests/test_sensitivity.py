@@ -72,7 +72,7 @@ def whole_model_gradients(directory: Path, tokens: Tensor) -> tuple[dict[str, Te
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def hook(name: str):  # noqa: ANN202
+    def hook(name: str):
         def record(_: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             inputs[name] = args[0].detach()
             outputs[name] = output

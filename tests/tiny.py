@@ -204,7 +204,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _prose(characters: int, seed: int) -> str:
-    choose = random.Random(seed)  # noqa: S311
+    choose = random.Random(seed)
 
     def clause() -> str:
         pattern = choose.choice(

@@ -9,7 +9,7 @@ from prismaquant_ray.formats import Codec, Rounded
 
 
 def textbook(weight: Tensor, start: Rounded, codec: Codec, hessian: Tensor, damping: float) -> Tensor:
-    """Dequantized grid values × scales (O, I) in float64, columns by falling diagonal, inverse updated by elimination."""
+    """Dequantized grid values × scales (O, I) in float64; columns by falling diagonal, inverse by elimination."""
     width = weight.shape[1] // start.scale.shape[1]
     scales = codec.scale_value(start.scale, start.global_scale).double()
     H = hessian.double()

@@ -1,0 +1,313 @@
+"""The whole job on tiny checkpoints, workers in this process: every architecture, resuming, targets, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from jobs import assemble, planning, probe, verify
+from jobs.run import Run
+from prismaquant_ray.config import Config, load
+from prismaquant_ray.errors import InputError, StoreError
+from tests.inprocess import in_process
+from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
+
+ALL_FORMATS = ["INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
+
+
+def configuration(directory: Path, source: Path, *overrides: str) -> Config:
+    """A small run below `directory`, through the same YAML as a user's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = make_text(directory, 6000)
+    path = directory / "config.yaml"
+    path.write_text(
+        f"""
+model: {{source: {source}}}
+calibration: {{text: {text}, sequences: 8, length: 32, microbatch: 3, holdout: 0.25}}
+budget: {{bpp: 6.0}}
+cluster: {{address: local, workers: 1}}
+store: {{run: {directory / "run"}, output: {directory / "repository"}}}
+"""
+    )
+    return load(path, overrides)
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def quantized(config: Config, workers: int = 1) -> dict[str, Any]:
+    run = Run(config, open_pool=in_process(workers))
+    run.measure()
+    return assemble.build(run, planning.allocate(run))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "llama", "llama", layers=3, shards=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Config:
+    """A finished run with every format; do not write into it."""
+    config = configuration(tmp_path_factory.mktemp("run"), source, f"formats=[{','.join(ALL_FORMATS)}]")
+    quantized(config)
+    return config
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> None:
+    checkpoint = make_checkpoint(tmp_path / "source", architecture)
+    config = configuration(tmp_path / "run", checkpoint)
+    result = quantized(config)
+    assert 0 < 6.0 - result["bpp"] < 0.5
+    assert verify.run(config)["ok"]
+    written = json.loads((config.store.output / "config.json").read_text())
+    original = json.loads((checkpoint / "config.json").read_text())
+    assert {key: value for key, value in written.items() if key != "quantization_config"} == original
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, source: Path) -> None:
+    results = []
+    for workers in (1, 2, 3):
+        config = configuration(tmp_path / str(workers), source)
+        quantized(config, workers)
+        results.append(digests(config.store.output))
+    assert results[0] == results[1] == results[2]
+    assert "model.safetensors.index.json" in results[0]
+
+
+@pytest.mark.parametrize("stop_after", [2, 7, 13, 18, 26])
+def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Path, source: Path, stop_after: int) -> None:
+    undisturbed = configuration(tmp_path / "a", source)
+    quantized(undisturbed)
+    config = configuration(tmp_path / "b", source)
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, open_pool=in_process(2, stop_after)).measure()
+    quantized(config, workers=1)
+    assert digests(config.store.output) == digests(undisturbed.store.output)
+
+
+def test_finished_work_is_not_repeated(finished: Config) -> None:
+    def no_pool(*_: object) -> Any:
+        raise AssertionError("a finished run must not open workers")
+
+    run = Run(finished, open_pool=no_pool)
+    assert probe.summary(run)["blocks"] == 3
+
+
+def test_a_new_target_needs_only_the_store(tmp_path: Path, finished: Config) -> None:
+    config = finished.model_copy(
+        update={
+            "budget": finished.budget.model_copy(update={"bpp": 5.123}),
+            "store": finished.store.model_copy(update={"output": tmp_path / "other"}),
+        }
+    )
+    result = assemble.run(config)
+    assert result["bpp"] <= 5.123
+    assert verify.run(config)["ok"]
+
+
+def test_sweep_is_optimal_never_over_and_falls(finished: Config) -> None:
+    swept = planning.sweep_targets(Run(finished))
+    assert swept["out_of_reach"] == []
+    losses = [plan["predicted_loss"] for plan in swept["targets"]]
+    assert losses == sorted(losses, reverse=True)
+    for plan in swept["targets"]:
+        assert plan["bpp"] <= float(plan["target"].removesuffix("bpp"))
+        assert plan["gap"] == 0.0
+    assert swept["knee"]["from_bpp"] <= swept["knee"]["bpp"] <= swept["knee"]["to_bpp"]
+
+
+def test_a_budget_in_bytes_counts_every_byte(tmp_path: Path, finished: Config) -> None:
+    smallest, largest = bounds(finished)
+    budget = (smallest + largest) // 2
+    config = finished.model_copy(
+        update={
+            "budget": finished.budget.model_copy(update={"bpp": None, "bytes": budget}),
+            "store": finished.store.model_copy(update={"output": tmp_path / "bytes"}),
+        }
+    )
+    assemble.run(config)
+    total = sum(path.stat().st_size for path in config.store.output.iterdir())
+    assert total <= budget
+
+
+def bounds(config: Config) -> tuple[int, int]:
+    """Smallest and largest repository, read from the refusal of an impossible budget."""
+    impossible = config.budget.model_copy(update={"bpp": None, "bytes": 1})
+    with pytest.raises(InputError, match="below the smallest plan") as caught:
+        Run(config).sizes.limit(impossible)
+    words = str(caught.value).split()
+    return int(words[-4]), int(words[-2])
+
+
+def test_fisher_trace_chooses_by_another_price(finished: Config) -> None:
+    other = finished.model_copy(
+        update={"allocation": finished.allocation.model_copy(update={"objective": "fisher_trace"})}
+    )
+    by_token, by_trace = (planning.problem(Run(config), config.budget).cost for config in (finished, other))
+    assert by_token.shape == by_trace.shape
+    assert (by_trace[:, :-1] > 0).all()
+    assert not np.allclose(by_token, by_trace)
+
+
+def test_stored_vectors_reproduce_the_prices(finished: Config) -> None:
+    from actors.messages import Stage
+    from prismaquant_ray.storage.record import read_tensors
+
+    run = Run(finished)
+    for block in run.layout.blocks:
+        record = run.record(Stage.BACKWARD, block.index)
+        vectors = read_tensors(run.store, record.artifacts["vectors"])
+        for group in block.groups:
+            for name, price in record.facts["groups"][group.name].items():
+                p = vectors[f"{group.name}|{name}"].double()
+                assert p.shape == (8, 32)
+                assert 0.5 * float(p.square().mean()) == pytest.approx(price["cost"], rel=1e-6)
+
+
+def test_boundaries_are_gone_when_they_are_not_needed(finished: Config) -> None:
+    assert not [path for path in finished.store.run.rglob("*") if path.name.startswith("boundary-")]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("calibration.seed=1", "calibration.seed"),
+        ("calibration.sequences=6", "calibration.sequences"),
+        ("formats=[NVFP4, BF16]", "formats"),
+        ("rounding.gptq=null", "rounding"),
+        ("cluster.threads=2", "cluster.threads"),
+        ("calibration.labels=data", "calibration.labels"),
+    ],
+)
+def test_another_run_in_the_store_is_refused_by_name(finished: Config, override: str, key: str) -> None:
+    path = finished.store.run.parent / "config.yaml"
+    config = load(path, [f"formats=[{','.join(ALL_FORMATS)}]", override])
+    with pytest.raises(InputError, match=f"another {key}"):
+        _ = Run(config).store
+
+
+def test_a_changed_model_is_refused(tmp_path: Path, source: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    config = configuration(tmp_path, copy)
+    _ = Run(config).store
+    file = next(copy.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="another model"):
+        _ = Run(config).store
+
+
+def test_a_damaged_candidate_is_found(tmp_path: Path, source: Path) -> None:
+    config = configuration(tmp_path, source)
+    quantized(config)
+    victim = next(config.store.run.glob("forward/0001/*/NVFP4.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(StoreError, match="NVFP4"):
+        quantized(config)
+
+
+# Bad input: one clear line, before anything expensive, nothing half written ---------------------------------------
+
+
+def refused(config: Config, message: str) -> None:
+    def no_pool(*_: object) -> Any:
+        raise AssertionError("must be refused before workers are opened")
+
+    with pytest.raises(InputError, match=message) as caught:
+        run = Run(config, open_pool=no_pool)
+        run.check()
+        run.measure()
+    assert "\n" not in str(caught.value)
+    assert not config.store.output.exists() or (config.store.output / "mine.txt").exists()
+
+
+def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    refused(configuration(tmp_path, tmp_path / "nowhere"), "neither a directory nor in the hub's cache")
+    refused(configuration(tmp_path, Path("some-org/some-model")), "hf download some-org/some-model")
+
+
+def test_a_file_cut_short_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "m", "llama")
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(configuration(tmp_path, checkpoint), "cut short")
+
+
+def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "m", "llama")
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    refused(configuration(tmp_path, checkpoint), r"layers\.1\.mlp\.up_proj\.weight is missing")
+
+
+def test_a_nan_weight_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "m", "llama")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    refused(configuration(tmp_path, checkpoint), r"up_proj\.weight holds 1 NaN")
+
+
+def test_too_little_text_is_refused(tmp_path: Path, source: Path) -> None:
+    refused(configuration(tmp_path, source, "calibration.sequences=5000"), "5,000 sequences")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.bpp=3", r"below the smallest plan; give one between 4\.5000 and 16\.0000"),
+        ("budget.bpp=17", r"above the largest plan; give one between 4\.5000 and 16\.0000"),
+        ("budget.bytes=1kB", "below the smallest plan"),
+        ("budget.bytes=1GB", "above the largest plan"),
+    ],
+)
+def test_an_impossible_budget_is_refused_with_both_bounds(
+    tmp_path: Path, source: Path, override: str, message: str
+) -> None:
+    refused(configuration(tmp_path, source, override), message)
+
+
+def test_formats_that_fit_nowhere_are_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "m", "llama", hidden=72, intermediate=144, heads=4, kv_heads=2, head_dim=18)
+    refused(configuration(tmp_path, checkpoint, "formats=[NVFP4]"), "can take none of NVFP4")
+    config = configuration(tmp_path, checkpoint, "formats=[INT4, FP8]")
+    refused(config, "no Linear can take INT4")
+    assert not config.store.run.exists()
+
+
+def test_an_output_that_holds_something_else_is_refused(tmp_path: Path, source: Path) -> None:
+    config = configuration(tmp_path, source)
+    config.store.output.mkdir()
+    (config.store.output / "mine.txt").write_text("keep")
+    refused(config, "holds something else")
+    assert (config.store.output / "mine.txt").read_text() == "keep"
+
+
+def test_not_enough_memory_or_disk_is_refused_with_figures(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    config = configuration(tmp_path, source)
+    with monkeypatch.context() as patched:
+        patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+        refused(config, r"not enough memory: 1 workers need \d\.\d\d GB each .*Hessians")
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**3))
+        refused(config, r"not enough disk .*run store \d\.\d\d GB")
