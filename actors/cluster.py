@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -60,12 +61,18 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+@functools.cache
+def _token() -> str:
+    """One a process: Ray's client keeps the first token it sees."""
+    return secrets.token_hex(32)
+
+
 @contextmanager
 def _started(config: ClusterConfig) -> Iterator[None]:
     # Before Ray is imported: without a mode it would write ~/.ray/auth_token and change how other Rays start.
     ours = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_AUTH_TOKEN": _token(),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     saved = {key: os.environ.get(key) for key in ours}
@@ -125,8 +132,10 @@ class Pool:
         )
         self.workers = [actor.remote(replace(spec, name=f"worker-{index}")) for index in range(workers)]
         self.peak_bytes = 0
+        self.pids: list[int] = []
         for receipt in _collect([worker.setup.remote() for worker in self.workers]):
             self._accept(receipt)
+            self.pids.append(receipt.facts["pid"])
 
     def run_pass(self, stage: Stage, units: Sequence[Unit], microbatches: int, listener: Listener) -> None:
         """Drive one pass over units in order; the first unit reads its input from the store.

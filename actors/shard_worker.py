@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from prismaquant_ray.calibration.text import CalibrationSet
 from torch import Tensor
 
 from actors.messages import (
@@ -29,6 +28,7 @@ from actors.messages import (
     to_wire,
     unit_key,
 )
+from prismaquant_ray.calibration.text import CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName

@@ -1,0 +1,161 @@
+"""The job on real Ray actors: same bytes as without Ray, nothing left behind, a killed worker loses little."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.cluster import Pool, open_pool
+from actors.messages import WorkerSpec
+from actors.ring import FINISH
+from jobs.run import Run
+from prismaquant_ray.config import load
+from prismaquant_ray.errors import ResourceError
+from tests.test_pipeline import configuration, digests, quantized
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("source") / "qwen3", "qwen3", layers=3)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, source: Path) -> dict[str, str]:
+    config = configuration(tmp_path_factory.mktemp("expected"), source)
+    quantized(config)
+    return digests(config.store.output)
+
+
+def started(directory: Path, source: Path, home: Path) -> subprocess.Popen[str]:
+    """`python -m jobs quantize` in a process of its own, with a home of its own."""
+    config = configuration(directory, source)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "jobs",
+            "quantize",
+            str(config.store.run.parent / "config.yaml"),
+            "--json",
+            "--set",
+            "cluster.workers=2",
+        ],
+        cwd=ROOT,
+        env={**environment, "HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_jobs_at_once_do_not_disturb_each_other_and_write_the_same_bytes(
+    tmp_path: Path, source: Path, expected: dict[str, str]
+) -> None:
+    before = set(Path("/tmp").glob("pq*"))
+    jobs = {name: started(tmp_path / name, source, tmp_path / "home") for name in ("a", "b")}
+    for name, job in jobs.items():
+        out, err = job.communicate(timeout=240)
+        assert job.returncode == 0, err
+        assert json.loads(out)["repository"]["repository"] == str(tmp_path / name / "repository")
+        assert "forward 4/4" in err
+        assert digests(tmp_path / name / "repository") == expected
+    assert not (tmp_path / "home" / ".ray").exists()
+    assert set(Path("/tmp").glob("pq*")) == before
+
+
+def test_a_killed_worker_ends_the_run_and_the_next_one_continues(
+    tmp_path: Path, source: Path, expected: dict[str, str]
+) -> None:
+    config = configuration(tmp_path, source)
+    config = load(tmp_path / "config.yaml", ["cluster.workers=2"])
+    finished: list[Any] = []
+
+    @contextmanager
+    def killing(spec: WorkerSpec, at_most: int) -> Iterator[Any]:
+        with open_pool(spec, at_most) as pool:
+            yield _Killer(pool, finished)
+
+    with pytest.raises(ResourceError, match="run the same command again"):
+        Run(config, open_pool=killing).measure()
+    assert finished
+    again: list[Any] = []
+
+    @contextmanager
+    def watching(spec: WorkerSpec, at_most: int) -> Iterator[Any]:
+        from tests.inprocess import in_process
+
+        with in_process()(spec, at_most) as pool:
+            yield _Watcher(pool, again)
+
+    run = Run(config, open_pool=watching)
+    run.measure()
+    assert not set(finished) & set(again)
+    quantized(config)
+    assert digests(config.store.output) == expected
+
+
+class _Watcher:
+    """Notes which visits finish."""
+
+    def __init__(self, pool: Any, finished: list[Any]) -> None:
+        self.pool = pool
+        self.finished = finished
+
+    @property
+    def peak_bytes(self) -> int:
+        return int(self.pool.peak_bytes)
+
+    def run_pass(self, stage: Any, units: Any, microbatches: int, listener: Any) -> None:
+        def listen(stage: Any, unit: Any, step: Any, receipt: Any) -> None:
+            listener(stage, unit, step, receipt)
+            if step.microbatch == FINISH:
+                self.finished.append((stage, unit))
+                self.on_finish()
+
+        self.pool.run_pass(stage, units, microbatches, listen)
+
+    def on_finish(self) -> None:
+        pass
+
+
+class _Killer(_Watcher):
+    """Kills a worker's process, as the kernel would, once two visits have finished."""
+
+    pool: Pool
+
+    def on_finish(self) -> None:
+        if len(self.finished) == 2:
+            os.kill(self.pool.pids[1], signal.SIGKILL)
+
+
+def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_path: Path, source: Path) -> None:
+    import ray
+
+    from actors.cluster import connected
+
+    config = load_with(tmp_path, source, "cluster.workers=2")
+    with connected(config.cluster) as workers:
+        assert workers == 2
+        address = ray.get_runtime_context().gcs_address
+        assert address.startswith("127.0.0.2:")
+    assert not ray.is_initialized()
+    assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def load_with(directory: Path, source: Path, *overrides: str) -> Any:
+    configuration(directory, source)
+    return load(directory / "config.yaml", overrides)
