@@ -5,6 +5,8 @@ A plain class: the driver wraps it with `ray.remote`, tests call it directly.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import os
 import resource
 import time
@@ -209,6 +211,8 @@ class ShardWorker:
         elif unit == "exit":
             facts = {"loss_per_token": visit.loss / self.calibration.tokens.numel()}
         write_record(self.store, record_key(stage, unit), Record(artifacts=artifacts, facts=facts))
+        del visit
+        release_memory()
         return None, {"bytes": sum(artifact.size for artifact in artifacts.values())}
 
     def _record(self, stage: Stage, unit: Unit) -> Record:
@@ -225,3 +229,11 @@ def read_calibration(store: Store) -> CalibrationSet:
         raise StoreError(f"{store.uri}: no calibration set is stored; run the same command again")
     tensors = read_tensors(store, record.artifacts["tokens"])
     return CalibrationSet(tokens=tensors["tokens"], holdout=tensors["holdout"], fingerprint=record.facts["fingerprint"])
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it in pools, and the next block's would come on top."""
+    library = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
+    if trim is not None:
+        trim(0)

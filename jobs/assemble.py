@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prismaquant_ray.checkpoint.verify import verify_repository
 from rich.console import Console
 
 from jobs import planning
 from jobs.run import Run
 from prismaquant_ray import __version__
+from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError

@@ -14,7 +14,7 @@ from actors.messages import BOUNDARY, Receipt, Stage, Unit, WorkerSpec, record_k
 from actors.progress import progress
 from actors.ring import FINISH, Listener, PassRunner, Step
 from jobs import inputs
-from prismaquant_ray.allocation.budget import Sizes, measure
+from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
 from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import Checkpoint
@@ -81,7 +81,8 @@ class Run:
     def sizes(self) -> Sizes:
         """Bytes of every candidate and of everything else."""
         quantizable = {linear.weight for linear in self.layout.linears()}
-        tensors = sum(info.nbytes for name, info in self.source.tensors.items() if name not in quantizable)
+        kept = [info for name, info in self.source.tensors.items() if name not in quantizable]
+        tensors = sum(info.nbytes + entry_bytes(info.name) for info in kept)
         files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
         return measure(self.layout, self.config.formats, fixed_bytes=tensors + files)
 

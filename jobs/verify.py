@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prismaquant_ray.checkpoint.verify import verify_repository
 from rich.console import Console
 
 from jobs.run import Run
+from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
-from prismaquant_ray.checkpoint.writer import Repository, write_repository
+from prismaquant_ray.checkpoint.writer import MANIFEST, Repository, write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.models.inspect import build
 from prismaquant_ray.models.layout import Layout
@@ -114,12 +115,21 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def rewrite(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
-    """Change, add or (None) remove tensors of a repository, keeping index and sizes consistent."""
-    index = json.loads((directory / INDEX).read_text())
-    for file, tensors in shards(directory).items():
-        kept = {name: changes.get(name, tensor) for name, tensor in tensors.items()}
-        kept |= {name: changes[name] for name in changes if name not in index["weight_map"]}
-        save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, directory / file)
-        index["weight_map"] = {name: file for name, tensor in kept.items() if tensor is not None}
-        index["metadata"]["total_size"] = sum(tensor.nbytes for tensor in kept.values() if tensor is not None)
+    """Change, add or (None) remove tensors of a repository, keeping index and manifest consistent with the files."""
+    files = shards(directory)
+    place = {name: file for file, tensors in files.items() for name in tensors}
+    for name, tensor in changes.items():
+        holder = files[place.get(name, min(files))]
+        holder.pop(name, None)
+        if tensor is not None:
+            holder[name] = tensor
+    for file, tensors in files.items():
+        save_file(tensors, directory / file)
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index))
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["files"] = {name: (directory / name).stat().st_size for name in manifest["files"]}
+    manifest["sha256"] = {file: hashlib.sha256((directory / file).read_bytes()).hexdigest() for file in files}
+    (directory / MANIFEST).write_text(json.dumps(manifest))

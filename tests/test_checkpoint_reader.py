@@ -151,16 +151,16 @@ def test_an_index_cannot_name_files_elsewhere(file: str, tmp_path: Path) -> None
     save_file({"a": torch.ones(4)}, tmp_path / "secret.safetensors")
     repository = tmp_path / "repository"
     repository.mkdir()
-    with pytest.raises(InputError, match="only .safetensors files beside it"):
+    with pytest.raises(InputError, match=r"only .safetensors files beside it"):
         with_index(repository, {"a": file})
 
 
 def test_an_index_must_agree_with_the_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="places b.weight in a.safetensors, which does not hold it"):
+    with pytest.raises(InputError, match=r"places b.weight in a.safetensors, which does not hold it"):
         with_index(tmp_path, {"a.weight": "a.safetensors", "b.weight": "a.safetensors"}, "a.safetensors")
     with pytest.raises(InputError, match=r"c\.safetensors is in .* but not there"):
         with_index(tmp_path, {"a.weight": "a.safetensors", "c.weight": "c.safetensors"}, "a.safetensors")
-    with pytest.raises(InputError, match="places a.weight in b.safetensors"):
+    with pytest.raises(InputError, match=r"places a.weight in b.safetensors"):
         weight_map = {"a.weight": "b.safetensors", "b.weight": "a.safetensors"}
         with_index(tmp_path, weight_map, "a.safetensors", "b.safetensors")
     for broken in (None, [], {"a.weight": 3}):
@@ -207,7 +207,7 @@ def test_a_directory_that_is_no_model_is_refused(damage: Callable[[Path], None],
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="tensor c.weight is missing"):
+    with pytest.raises(InputError, match=r"tensor c.weight is missing"):
         open_file(tmp_path, save(TENSORS)).read(["a.weight", "c.weight"])
 
 

@@ -18,9 +18,8 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.models.layout import FusedGroup, Layout
 
-# Header, index, manifest and config entries of one Linear's tensors, at most four, beside their names.
-_ENTRY_BYTES = 4 * 200
-_ENTRY_NAMES = 9
+# Tensors of one Linear in the format that has most of them.
+_TENSORS = 4
 # Fixed parts of config.json, the manifest, the index and shard headers.
 _FIXED_BYTES = 1 << 16
 
@@ -68,7 +67,7 @@ class Sizes:
 
 
 def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) -> Sizes:
-    """Sizes of every candidate. `fixed_bytes` are the bytes of unquantized tensors and copied files.
+    """Sizes of every candidate. `fixed_bytes` are those of unquantized tensors, their entries, and copied files.
 
     Raises InputError when a group can take none of the formats, or a format no group.
     """
@@ -89,7 +88,7 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
     for column, name in enumerate(formats):
         if not allowed[:, column].any():
             raise InputError(f"no Linear can take {name} ({_refusal(layout.groups[0], name)}); remove it from formats")
-    names = sum(_ENTRY_NAMES * len(linear.name) + _ENTRY_BYTES for linear in layout.linears())
+    names = sum(_TENSORS * entry_bytes(linear.name) for linear in layout.linears())
     return Sizes(
         formats=tuple(formats),
         weights=weights,
@@ -98,6 +97,11 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
         fixed=fixed_bytes + names + _FIXED_BYTES,
         parameters=layout.parameters,
     )
+
+
+def entry_bytes(name: str) -> int:
+    """Bound on what a tensor's name costs: its entries in a shard's header, the index, the manifest and the config."""
+    return 3 * len(name) + 200
 
 
 def _refusal(group: FusedGroup, name: FormatName) -> str | None:

@@ -46,7 +46,9 @@ def load_sequences(
     seed: int,
     holdout: float,
 ) -> CalibrationSet:
-    """Draw `sequences` non-overlapping windows, `length` tokens each with any BOS; a `Path` is read, a `str` is the text itself.
+    """Draw `sequences` non-overlapping windows of `length` tokens, BOS included.
+
+    A `Path` is read, a `str` is the text itself.
 
     The windows keep the order in which they are drawn, so with one seed a smaller set is the start of a larger one.
     `holdout` is the share of sequences held out: at least one when it is above zero.

@@ -71,9 +71,9 @@ def parse_header(header: bytes, file: str, file_size: int) -> list[TensorInfo]:
     shape, overlaps, gaps, and data that ends before or after the file does.
     """
     try:
-        body = json.loads(header)
-    except ValueError as error:
-        raise InputError(f"{file}: header is not JSON; fetch the file again") from error
+        body = json.loads(header, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: header is not JSON with unique names; fetch the file again") from error
     if not isinstance(body, dict):
         raise InputError(f"{file}: header is not a JSON object; fetch the file again")
     base = 8 + len(header)
@@ -89,13 +89,20 @@ def parse_header(header: bytes, file: str, file_size: int) -> list[TensorInfo]:
     return infos
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    body = dict(pairs)
+    if len(body) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return body
+
+
 def _entry(file: str, name: str, entry: Any, base: int) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: entry of tensor {name!r} is malformed; fetch the file again") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{file}: {name} has dtype {dtype!r}, which is not supported (known: {', '.join(DTYPES)})")
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise InputError(f"{file}: {name} has shape {shape} and offsets {start}, {stop}; fetch the file again")

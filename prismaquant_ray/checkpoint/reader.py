@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,21 @@ from prismaquant_ray.storage.store import Store
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SAMPLE = 4096
+# A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_WEIGHTS = tuple(suffix + end for suffix in _FORMATS for end in ("", ".index.json"))
+
+
+def read_header(store: Store, file: str) -> list[TensorInfo]:
+    """Every tensor of a safetensors file, in data order; KeyError when it is absent, InputError when it is damaged."""
+    size = store.size(file)
+    if size is None:
+        raise KeyError(file)
+    path = f"{store.uri}/{file}"
+    length = header_length(bytes(store.get_ranges(file, [(0, min(8, size))])[0]), path, size)
+    infos = parse_header(bytes(store.get_ranges(file, [(8, 8 + length)])[0]), path, size)
+    # Errors name the whole path; the entries hold the key.
+    return [replace(info, file=file) for info in infos]
 
 
 class Checkpoint:
@@ -69,17 +85,10 @@ class Checkpoint:
         raise InputError(f"{self.store.uri}: neither {SINGLE} nor {INDEX}; convert the model to safetensors first")
 
     def _header(self, file: str) -> list[TensorInfo]:
-        size = self.store.size(file)
-        if size is None:
-            raise InputError(f"{self.store.uri}: {file} is in {INDEX} but not there; fetch it again")
-        prefix = bytes(self.store.get_ranges(file, [(0, min(8, size))])[0])
-        length = header_length(prefix, f"{self.store.uri}/{file}", size)
-        header = bytes(self.store.get_ranges(file, [(8, 8 + length)])[0])
-        infos = parse_header(header, f"{self.store.uri}/{file}", size)
-        # Errors name the whole path; the map holds the key.
-        return [
-            TensorInfo(name=i.name, file=file, dtype=i.dtype, shape=i.shape, start=i.start, stop=i.stop) for i in infos
-        ]
+        try:
+            return read_header(self.store, file)
+        except KeyError as error:
+            raise InputError(f"{self.store.uri}: {file} is in {INDEX} but not there; fetch it again") from error
 
     def _check_index(self) -> None:
         if self._index is None:
@@ -112,9 +121,8 @@ class Checkpoint:
         return self.tensors[name]
 
     def other_files(self) -> list[str]:
-        """Top-level files that are not weights: tokenizer, configuration, licence, …"""
-        weights = {*self.files, INDEX}
-        return [key for key in self.store.list() if "/" not in key and key not in weights]
+        """Top-level files that are not weights of any kind: tokenizer, configuration, licence, …"""
+        return [key for key in self.store.list() if "/" not in key and not key.endswith(_WEIGHTS)]
 
     def fingerprint(self) -> str:
         """SHA-256 over config, every header entry and the first and last 4 KiB of every tensor.

@@ -5,8 +5,8 @@ Only what every backend can promise is used: put, ranged get, list, delete and *
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -77,9 +77,11 @@ class Store:
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """Bytes [start, stop) of each range, zero-copy where the backend allows; KeyError when absent."""
-        starts, ends = [start for start, _ in ranges], [stop for _, stop in ranges]
+        wanted = [(start, stop) for start, stop in ranges if start < stop]  # backends refuse an empty range
+        starts, ends = [start for start, _ in wanted], [stop for _, stop in wanted]
         try:
-            return cast("list[Buffer]", obstore.get_ranges(self._store, key, starts=starts, ends=ends))
+            found = iter(cast("list[Buffer]", obstore.get_ranges(self._store, key, starts=starts, ends=ends)))
+            return [next(found) if start < stop else b"" for start, stop in ranges]
         except (FileNotFoundError, NotFoundError) as error:
             raise KeyError(key) from error
         except BaseError as error:
@@ -111,9 +113,14 @@ class Store:
             raise StoreError(f"{self.uri}: {key} cannot be written ({error})") from error
         return True
 
-    def open_writer(self, key: str) -> AbstractContextManager[ByteWriter]:
+    @contextmanager
+    def open_writer(self, key: str) -> Iterator[ByteWriter]:
         """Stream an object of any size; it appears when the block ends and not at all when it raises."""
-        return cast("AbstractContextManager[ByteWriter]", obstore.open_writer(self._store, key))
+        try:
+            with cast("AbstractContextManager[ByteWriter]", obstore.open_writer(self._store, key)) as writer:
+                yield writer
+        except (BaseError, OSError) as error:
+            raise StoreError(f"{self.uri}: {key} cannot be written ({error})") from error
 
     def list(self, prefix: str = "") -> list[str]:
         """Every key below a prefix (a whole path segment), sorted."""

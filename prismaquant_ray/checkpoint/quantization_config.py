@@ -1,0 +1,120 @@
+"""`quantization_config`: what config.json says about every Linear, read by vLLM and by transformers.
+
+The two match names differently: vLLM takes the first target in file order, compressed-tensors the first in sorted
+order. They agree because a Linear is matched by one group only: targets spell whole names and are anchored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.models.layout import Layout, LinearSpec
+
+Choice = Mapping[str, FormatName]
+
+
+def build(layout: Layout, choice: Choice) -> dict[str, Any] | None:
+    """The configuration for a choice, or None when nothing is quantized; InputError when they do not fit."""
+    check_choice(layout, choice)
+    members: dict[str, list[str]] = {}
+    schemes: dict[str, dict[str, Any]] = {}
+    ignored = list(layout.kept)
+    for name, linears in linears_by_format(layout, choice).items():
+        for linear in linears:
+            scheme = scheme_of(name, linear)
+            if scheme is None:
+                ignored.append(linear.name)
+                continue
+            # INT4 has a scheme for each group size, so Linears are grouped by what is written, not by format.
+            key = json.dumps(scheme)
+            schemes[key] = scheme
+            members.setdefault(key, []).append(linear.name)
+    if not members:
+        return None
+    compressions = {scheme["format"] for scheme in schemes.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        # transformers takes the weights for uncompressed without it and computes NaN.
+        "quantization_status": "compressed",
+        "format": compressions.pop() if len(compressions) == 1 else "mixed-precision",
+        "config_groups": {
+            f"group_{index}": {"targets": targets(layout, names), **schemes[key]}
+            for index, (key, names) in enumerate(members.items())
+        },
+        "ignore": targets(layout, ignored),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "version": version("compressed-tensors"),
+    }
+
+
+def check_choice(layout: Layout, choice: Choice) -> None:
+    """InputError unless every fused group has a format that all its members can take."""
+    for group in layout.groups:
+        if group.name not in choice:
+            raise InputError(f"the plan has no format for {group.name}; was it made for another model?")
+        for linear in group.linears:
+            reason = FORMATS[choice[group.name]].refusal(linear.out_features, linear.in_features)
+            if reason is not None:
+                raise InputError(f"{linear.name} cannot be {choice[group.name]}: {reason}")
+    extra = choice.keys() - layout.block_of.keys()
+    if extra:
+        raise InputError(f"the plan names {min(extra)}, which the model does not have; was it made for another one?")
+
+
+def linears_by_format(layout: Layout, choice: Choice) -> dict[FormatName, list[LinearSpec]]:
+    """Linears of each format in layout order, formats in the registry's."""
+    found: dict[FormatName, list[LinearSpec]] = {name: [] for name in FORMATS}
+    for group in layout.groups:
+        found[choice[group.name]].extend(group.linears)
+    return found
+
+
+def scheme_of(name: FormatName, linear: LinearSpec) -> dict[str, Any] | None:
+    """A config group without its targets, or None for BF16."""
+    spec = FORMATS[name]
+    if spec.scheme is None:
+        return None
+    weights, input_activations = spec.scheme(linear.in_features)
+    return {
+        "weights": weights,
+        "input_activations": input_activations,
+        "output_activations": None,
+        # vLLM recognises FP8 and INT4 by the format of their group.
+        "format": spec.compression,
+    }
+
+
+def targets(layout: Layout, names: Iterable[str]) -> list[str]:
+    """Patterns that match exactly these modules: one for each place in a block, and full names outside blocks.
+
+    `re:^model\\.layers\\.(0|3|17)\\.mlp\\.down_proj$`. Both ends are anchored because the runtimes use `re.match`:
+    without `^` such a pattern would also name a draft head's layers, without `$` a longer sibling.
+    """
+    prefixes = {block.prefix: block.prefix.rpartition(".") for block in layout.blocks}
+    places: dict[tuple[str, str], list[str]] = {}
+    alone: list[str] = []
+    for name in names:
+        prefix = next((prefix for prefix in _parents(name) if prefix in prefixes), None)
+        stem, _, index = prefixes.get(prefix or "", ("", "", ""))
+        if prefix is None or not index.isdecimal():
+            alone.append(name)
+        else:
+            places.setdefault((stem, name.removeprefix(f"{prefix}.")), []).append(index)
+    patterns = [f"re:^{re.escape(stem)}\\.{_any(found)}\\.{re.escape(leaf)}$" for (stem, leaf), found in places.items()]
+    return [*patterns, *alone]
+
+
+def _parents(name: str) -> Iterable[str]:
+    parts = name.split(".")
+    return (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+
+
+def _any(indices: list[str]) -> str:
+    return indices[0] if len(indices) == 1 else f"({'|'.join(sorted(indices, key=int))})"

@@ -1,0 +1,319 @@
+"""Verifying a repository: everything is read again from its files, and every problem is collected.
+
+vLLM does not notice a missing scale, a wrong global scale inside a fused module or a foreign dtype: it serves
+garbage. So names, dtypes, routing and bytes are checked here, against the source and the stored candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prismaquant_ray.checkpoint import routing
+from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, CandidateFile, Candidates, shipped, stored_digest
+from prismaquant_ray.checkpoint.header import TensorInfo
+from prismaquant_ray.checkpoint.quantization_config import Choice, check_choice, linears_by_format
+from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read_header
+from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, REWRITTEN, bits
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formats import FORMATS, Codec, FormatName
+from prismaquant_ray.models.layout import FusedGroup, Layout, LinearSpec
+from prismaquant_ray.storage.store import Store
+
+WEIGHT_SCALE = "weight_global_scale"
+# What later stages add to or rewrite in a repository.
+_MUTABLE = ("README.md",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What was found. `problems` are one line each; `linears` counts Linears by format."""
+
+    problems: tuple[str, ...]
+    tensors: int
+    linears: dict[FormatName, int]
+    total_bytes: int
+    bpp: float
+    bits_all_parameters: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_repository(
+    repository: Store, source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates | None
+) -> VerifyReport:
+    """Re-read a repository; one Linear or one tensor is in memory at a time.
+
+    Without candidates everything is checked but that the weights are the stored ones. InputError only when the
+    choice does not fit the layout.
+    """
+    check_choice(layout, choice)
+    check = _Check(repository, source, layout, choice)
+    problems = [
+        *check.index(),
+        *check.names(),
+        *check.config(),
+        *check.weights(candidates),
+        *check.passthrough(),
+        *check.files(),
+        *check.manifest(),
+    ]
+    bpp, bits_all_parameters = check.bits()
+    return VerifyReport(
+        # A file that cannot be read is met by several checks.
+        problems=tuple(dict.fromkeys(problems)),
+        tensors=len(check.tensors),
+        linears={name: len(linears) for name, linears in linears_by_format(layout, choice).items() if linears},
+        total_bytes=sum(check.sizes.values()),
+        bpp=bpp,
+        bits_all_parameters=bits_all_parameters,
+    )
+
+
+class _Check:
+    """One repository under verification; each method yields the problems it finds."""
+
+    def __init__(self, repository: Store, source: Checkpoint, layout: Layout, choice: Choice) -> None:
+        self.repository = repository
+        self.source = source
+        self.layout = layout
+        self.choice = choice
+        self.sizes = {key: repository.size(key) or 0 for key in repository.list()}
+        self.tensors: dict[str, TensorInfo] = {}
+        self.unreadable: list[str] = []
+        for file in sorted(key for key in self.sizes if key.endswith(".safetensors")):
+            try:
+                infos = read_header(repository, file)
+            except InputError as error:
+                self.unreadable.append(str(error))
+                continue
+            for info in infos:
+                if info.name in self.tensors:
+                    self.unreadable.append(f"{info.name} is in both {self.tensors[info.name].file} and {file}")
+                self.tensors[info.name] = info
+        quantized = [
+            (name, linear)
+            for name, linears in linears_by_format(layout, choice).items()
+            for linear in linears
+            if FORMATS[name].codec is not None
+        ]
+        self.replaced = {linear.weight for _, linear in quantized}
+        self.expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            name: (info.dtype, info.shape) for name, info in source.tensors.items() if name not in self.replaced
+        }
+        for name, linear in quantized:
+            self.expected |= {f"{linear.name}.{suffix}": entry for suffix, entry in shipped(name, linear).items()}
+
+    def bits(self) -> tuple[float, float]:
+        return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
+
+    def read(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        return as_tensor(self.repository.get_ranges(info.file, [(info.start, info.stop)])[0], info.dtype, info.shape)
+
+    def _json(self, file: str) -> tuple[dict[str, Any], list[str]]:
+        try:
+            body = json.loads(self.repository.get(file))
+        except KeyError:
+            return {}, [f"{file} is missing"]
+        except ValueError:
+            return {}, [f"{file} is not JSON"]
+        return (body, []) if isinstance(body, dict) else ({}, [f"{file} is not a JSON object"])
+
+    # Names and files ------------------------------------------------------------------------------------------
+
+    def index(self) -> Iterator[str]:
+        """Shards can be read, and the index says what is in them."""
+        yield from self.unreadable
+        body, problems = self._json(INDEX)
+        yield from problems
+        if problems:
+            return
+        weight_map = body.get("weight_map")
+        if not isinstance(weight_map, dict):
+            yield f"{INDEX} has no weight_map"
+            return
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                yield f"{INDEX} places {name} in {file}, which does not hold it"
+        for name in sorted(self.tensors.keys() - weight_map.keys()):
+            yield f"{name} is in {self.tensors[name].file} but not in {INDEX}"
+        total = sum(info.nbytes for info in self.tensors.values())
+        stated = _mapping(body, "metadata").get("total_size")
+        if stated != total:
+            yield f"{INDEX} states a total_size of {stated}; the tensors have {total} bytes"
+
+    def names(self) -> Iterator[str]:
+        """Every expected tensor with its dtype and shape, and nothing else."""
+        for name, (dtype, shape) in self.expected.items():
+            info = self.tensors.get(name)
+            if info is None:
+                yield f"tensor {name} is missing"
+            elif (info.dtype, info.shape) != (dtype, shape):
+                yield f"{name} is {info.dtype} {info.shape}; {dtype} {shape} expected"
+        for name in sorted(self.tensors.keys() - self.expected.keys()):
+            yield f"tensor {name} does not belong here; vLLM refuses tensors it does not know"
+
+    def files(self) -> Iterator[str]:
+        """Everything else of the source is there, unchanged."""
+        for file in self.source.other_files():
+            if file in REWRITTEN:
+                continue
+            if file not in self.sizes:
+                yield f"{file} of the source is missing"
+            elif file not in _MUTABLE and self.repository.get(file) != self.source.store.get(file):
+                yield f"{file} is not the source's"
+        body, problems = self._json(CONFIG)
+        yield from problems
+        if not problems and {key: body[key] for key in body if key != "quantization_config"} != self.source.config:
+            yield f"{CONFIG} differs from the source's in more than quantization_config"
+
+    def manifest(self) -> Iterator[str]:
+        """The manifest states what is there."""
+        body, problems = self._json(MANIFEST)
+        yield from problems
+        if problems:
+            return
+        if body.get("complete") is not True:
+            yield f"{MANIFEST} says that writing did not end"
+        if body.get("choice") != {group: str(name) for group, name in self.choice.items()}:
+            yield f"{MANIFEST} has another choice of formats"
+        for file, size in _mapping(body, "files").items():
+            if file not in _MUTABLE and self.sizes.get(file) != size:
+                yield f"{file} has {self.sizes.get(file)} bytes; {MANIFEST} states {size}"
+        digests = _mapping(body, "sha256")
+        for file in sorted({info.file for info in self.tensors.values()} | digests.keys()):
+            if file not in self.sizes or stored_digest(self.repository, file, self.sizes[file]) != digests.get(file):
+                yield f"{file} does not have the digest that {MANIFEST} states"
+        for key, value in zip(("bpp", "bits_all_parameters"), self.bits(), strict=True):
+            if body.get(key) != value:
+                yield f"{MANIFEST} states {key} {body.get(key)}; the shards have {value}"
+
+    # Configuration and routing --------------------------------------------------------------------------------
+
+    def config(self) -> Iterator[str]:
+        """Both runtimes read the configuration and give every module its scheme."""
+        body, problems = self._json(CONFIG)
+        config = body.get("quantization_config")
+        if problems:
+            return
+        if config is None:
+            if any(FORMATS[name].codec for name in self.choice.values()):
+                yield f"{CONFIG} has no quantization_config"
+            return
+        found = list(routing.config_problems(config))
+        yield from found
+        if not found:
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in self.source.tensors)
+            yield from routing.route_problems(config, self.layout, self.choice, modules)
+
+    # Contents -------------------------------------------------------------------------------------------------
+
+    def weights(self, candidates: Candidates | None) -> Iterator[str]:
+        """Scales are sound, fused modules share theirs, and weights are the stored candidates."""
+        for block in self.layout.blocks:
+            files: dict[FormatName, CandidateFile] = {}
+            if candidates is not None:
+                for name in dict.fromkeys(self.choice[group.name] for group in block.groups):
+                    try:
+                        if FORMATS[name].codec is not None:
+                            files[name] = candidates.file(block.index, name)
+                            files[name].check()
+                    except StoreError as error:
+                        yield str(error)
+            for group in block.groups:
+                yield from self._group(group, files.get(self.choice[group.name]))
+
+    def _group(self, group: FusedGroup, file: CandidateFile | None) -> Iterator[str]:
+        name = self.choice[group.name]
+        codec = FORMATS[name].codec
+        if codec is None:
+            return
+        shared: dict[str, set[bytes]] = {WEIGHT_SCALE: set(), INPUT_SCALE: set()}
+        for linear in group.linears:
+            entries = {suffix: f"{linear.name}.{suffix}" for suffix in shipped(name, linear)}
+            if any(self._differs(tensor) for tensor in entries.values()):
+                continue  # reported by name
+            tensors = {suffix: self.read(tensor) for suffix, tensor in entries.items()}
+            yield from _scale_problems(linear, tensors)
+            yield from _weight_problems(name, codec, linear, tensors, file)
+            for suffix in shared.keys() & tensors.keys():
+                shared[suffix].add(_raw(tensors[suffix]))
+        for suffix, values in shared.items():
+            if len(values) > 1:
+                yield f"{group.name}: members have different {suffix}; vLLM applies one of them to all"
+
+    def _differs(self, name: str) -> bool:
+        info = self.tensors.get(name)
+        return info is None or (info.dtype, info.shape) != self.expected[name]
+
+    def passthrough(self) -> Iterator[str]:
+        """Everything that is not quantized is the source's, byte for byte."""
+        for name in self.source.tensors:
+            if name in self.replaced or self._differs(name):
+                continue
+            info = self.tensors[name]
+            (data,) = self.repository.get_ranges(info.file, [(info.start, info.stop)])
+            if not np.array_equal(
+                np.frombuffer(memoryview(data), np.uint8), np.frombuffer(self.source.raw(name), np.uint8)
+            ):
+                yield f"{name} is not the source's, byte for byte"
+
+
+def _scale_problems(linear: LinearSpec, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    scale = tensors["weight_scale"]
+    if scale.dtype == torch.uint8:
+        sound = (scale != 0) & (scale != 255)  # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently
+    else:
+        value = scale.to(torch.float32)
+        sound = (value > 0) & torch.isfinite(value)
+    if not bool(sound.all()):
+        yield f"{linear.name}.weight_scale has zero, negative, infinite or NaN scales"
+    for suffix in (WEIGHT_SCALE, INPUT_SCALE):
+        divisor = tensors.get(suffix)
+        if divisor is None:
+            continue
+        if not (bool(torch.isfinite(divisor).all()) and bool((divisor > 0).all())):
+            yield f"{linear.name}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
+        elif suffix == WEIGHT_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
+            yield f"{linear.name}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
+    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
+        yield f"{linear.name}.weight_shape is {tensors['weight_shape'].tolist()}"
+
+
+def _weight_problems(
+    name: FormatName, codec: Codec, linear: LinearSpec, tensors: Mapping[str, Tensor], file: CandidateFile | None
+) -> Iterator[str]:
+    decoded = codec.decode(tensors)
+    if not bool(torch.isfinite(decoded).all()):
+        yield f"{linear.name} decodes to NaN or infinite weights"
+    if file is None:
+        return
+    try:
+        names = [info.name for info in file.of(name, linear)]
+    except StoreError as error:
+        yield str(error)
+        return
+    stored = {tensor.rpartition(".")[2]: value for tensor, value in file.read(names).items()}
+    changed = [suffix for suffix in stored if _raw(stored[suffix]) != _raw(tensors[suffix])]
+    if changed:
+        weights = "the same" if _raw(codec.decode(stored)) == _raw(decoded) else "other"
+        yield f"{linear.name}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
+
+
+def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = body.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

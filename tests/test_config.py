@@ -1,0 +1,96 @@
+"""Claims about the configuration: every mistake is one line that names the key and the nearest right one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prismaquant_ray.config import Config, load, parse_bytes
+from prismaquant_ray.errors import ConfigError
+
+GOOD = """
+model: {source: somewhere}
+calibration: {text: text.txt}
+budget: {bpp: 5.5}
+store: {run: a/run, output: a/out}
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
+    config = load(write(tmp_path, GOOD))
+    assert [str(name) for name in config.formats] == ["NVFP4", "MXFP8", "BF16"]
+    assert config.sweep == (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
+    assert config.rounding.gptq is not None
+    assert (config.rounding.scale_search.grid, config.rounding.scale_search.span) == (32, (0.5, 1.5))
+
+
+def test_the_shipped_configuration_loads() -> None:
+    assert isinstance(load(Path(__file__).parent.parent / "configs" / "demo.yaml"), Config)
+
+
+def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) -> None:
+    config = load(write(tmp_path, GOOD), ["budget.bytes=19GB", "formats=[NVFP4]", "rounding.gptq=null", "sweep=[5]"])
+    assert config.budget.bytes == 19_000_000_000
+    assert config.budget.bpp is None
+    assert config.rounding.gptq is None
+    assert config.sweep == (5.0,)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("formats=[NVFP5]", "unknown format 'NVFP5'; did you mean NVFP4?"),
+        ("formats=[nvfp4]", "unknown format 'nvfp4'; did you mean NVFP4?"),
+        ("formats=[]", "at least one format"),
+        ("formats=[BF16, BF16]", "each once"),
+        ("calibraton.text=x", "unknown key calibraton; did you mean calibration?"),
+        ("calibration.lenght=3", "unknown key calibration.lenght; did you mean length?"),
+        ("rounding.gptq.dampening=3", "unknown key rounding.gptq.dampening; did you mean damping?"),
+        ("calibration.length=abc", "calibration.length: "),
+        ("calibration.holdout=1.5", "calibration.holdout: "),
+        ("budget.bpp=-1", "budget.bpp: "),
+        ("budget.bytes=many", "'many' is not a size"),
+        ("budget={}", "give exactly one of bpp and bytes"),
+        ("rounding.scale_search.span=[0.5, 2]", "head-room"),
+        ("store.run=s3://bucket/run", "is not a local directory"),
+        ("store.run=a/out/run", "must be separate directories"),
+        ("model.embedded=gpt-5", "model.embedded: "),
+        ("cluster.workers=0", "cluster.workers: "),
+        ("nonsense", "expected key=value"),
+        ("model.source.deep=1", "is not a section"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, GOOD), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="store is missing"):
+        load(write(tmp_path, GOOD.replace("store:", "#")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not YAML"), ("- 1", "expected sections"), ("\x00", "not YAML")]
+)
+def test_what_is_not_a_configuration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write(tmp_path, text))
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("19GB", 19 * 10**9), ("1.5 GiB", 3 * 2**29), ("700", 700), ("10kb", 10_000), ("2MiB", 2**21)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size

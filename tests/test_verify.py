@@ -1,0 +1,500 @@
+"""The verifier sees each thing that would make a runtime serve something else than was chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prismaquant_ray.checkpoint.candidates import Candidates
+from prismaquant_ray.checkpoint.reader import INDEX
+from prismaquant_ray.checkpoint.verify import verify_repository
+from prismaquant_ray.checkpoint.writer import MANIFEST
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.storage.store import Store
+from tests.repositories import Choice, Model, make_model, mixed, rewrite, shards, tensors_of, uniform
+
+F = FormatName
+LAYER = "model.layers."
+# What is damaged below, by the format it has.
+PLAN = {
+    f"{LAYER}0.self_attn.qkv_proj": F.NVFP4,
+    f"{LAYER}0.self_attn.o_proj": F.MXFP8,
+    f"{LAYER}0.mlp.gate_up_proj": F.NVFP4A16,
+    f"{LAYER}0.mlp.down_proj": F.FP8,
+    f"{LAYER}1.self_attn.qkv_proj": F.INT4,
+    f"{LAYER}1.self_attn.o_proj": F.NVFP4,
+    f"{LAYER}1.mlp.gate_up_proj": F.MXFP4,
+    f"{LAYER}1.mlp.down_proj": F.BF16,
+}
+Q, K = f"{LAYER}0.self_attn.q_proj", f"{LAYER}0.self_attn.k_proj"
+MX8, FP8 = f"{LAYER}0.self_attn.o_proj", f"{LAYER}0.mlp.down_proj"
+INT4, MX4, BF16 = f"{LAYER}1.self_attn.v_proj", f"{LAYER}1.mlp.up_proj", f"{LAYER}1.mlp.down_proj"
+NORM = "model.norm.weight"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A right repository, to be copied and damaged."""
+
+    model: Model
+    path: Path
+
+    def copy(self, path: Path) -> Path:
+        return Path(shutil.copytree(self.path, path / "copy"))
+
+    def problems(self, path: Path, *, stored: bool = True) -> tuple[str, ...]:
+        return self.model.verify(path, PLAN, stored=stored).problems
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    directory = tmp_path_factory.mktemp("verify")
+    model = make_model(directory, "llama_untied")
+    model.write(directory / "out", PLAN, shard=40_000)
+    return Written(model, directory / "out")
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    body = json.loads(path.read_text())
+    change(body)
+    path.write_text(json.dumps(body))
+
+
+def filled(tensor: Tensor, position: int, byte: int) -> Tensor:
+    """A copy with one byte replaced."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).clone()
+    data[position] = byte
+    return data.view(tensor.dtype).view(tensor.shape)
+
+
+# Nothing wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_repository_as_written_has_no_problems_and_its_figures_are_right(written: Written) -> None:
+    report = written.model.verify(written.path, PLAN)
+    assert report.ok, report.problems
+    assert report.tensors == len(tensors_of(written.path))
+    assert report.linears == {F.NVFP4: 4, F.MXFP8: 1, F.NVFP4A16: 2, F.FP8: 1, F.INT4: 3, F.MXFP4: 2, F.BF16: 1}
+    assert report.total_bytes == sum(file.stat().st_size for file in written.path.iterdir())
+    manifest = json.loads((written.path / MANIFEST).read_text())
+    assert (report.bpp, report.bits_all_parameters) == (manifest["bpp"], manifest["bits_all_parameters"])
+    assert written.model.verify(written.path, PLAN, stored=False).ok
+
+
+@pytest.mark.parametrize("name", list(FormatName))
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_every_uniform_plan_of_every_architecture_is_right(
+    name: FormatName, architecture: str, tmp_path: Path, uniform_models: dict[str, Model]
+) -> None:
+    model = uniform_models[architecture]
+    choice = uniform(model.layout, name)
+    model.write(tmp_path, choice)
+    report = model.verify(tmp_path, choice)
+    assert report.ok, report.problems
+
+
+@pytest.fixture(scope="module")
+def uniform_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
+    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in ("llama", "qwen2", "gemma2")}
+
+
+def test_a_model_card_written_later_is_no_problem(written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    (path / "README.md").write_text("# card")
+    (path / "report.html").write_text("<html>")
+    assert written.problems(path) == ()
+
+
+# Tensors: damage → what is said about it. The repository stays consistent in everything else. -------------------
+
+
+def _removed(tensor: Tensor) -> None:
+    """Instead of a changed tensor."""
+
+
+TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
+    "missing scale": (f"{Q}.weight_scale", _removed, f"tensor {Q}.weight_scale is missing"),
+    "missing input scale": (f"{Q}.input_global_scale", _removed, "input_global_scale is missing"),
+    "missing norm": (NORM, _removed, f"tensor {NORM} is missing"),
+    "0-d scalar": (f"{Q}.weight_global_scale", lambda t: t.reshape(()), "is F32 (); F32 (1,) expected"),
+    "1-D scale": (f"{FP8}.weight_scale", lambda t: t.flatten(), "is BF16 (64,); BF16 (64, 1) expected"),
+    "scale as bytes": (f"{Q}.weight_scale", lambda t: t.view(torch.uint8), "is U8 (64, 4); F8_E4M3"),
+    "F32 scale": (f"{FP8}.weight_scale", lambda t: t.float(), "is F32 (64, 1); BF16"),
+    "transposed weight": (f"{FP8}.weight", lambda t: t.view(torch.uint8).T.contiguous().view(t.dtype), "expected"),
+    "widened norm": (NORM, lambda t: t.float(), f"{NORM} is F32 (64,); BF16 (64,) expected"),
+    "E4M3 NaN": (f"{Q}.weight_scale", lambda t: filled(t, 5, 0x7F), "zero, negative, infinite or NaN"),
+    "E4M3 zero": (f"{Q}.weight_scale", lambda t: filled(t, 5, 0), "zero, negative, infinite or NaN"),
+    "E4M3 negative": (f"{Q}.weight_scale", lambda t: filled(t, 5, 0xB8), "zero, negative, infinite or NaN"),
+    "E8M0 NaN": (f"{MX8}.weight_scale", lambda t: filled(t, 3, 255), "zero, negative, infinite or NaN"),
+    "E8M0 zero": (f"{MX4}.weight_scale", lambda t: filled(t, 3, 0), "zero, negative, infinite or NaN"),
+    "BF16 zero": (f"{FP8}.weight_scale", lambda t: t * 0, "zero, negative, infinite or NaN"),
+    "BF16 infinity": (f"{INT4}.weight_scale", lambda t: t / 0, "zero, negative, infinite or NaN"),
+    "divisor zero": (f"{Q}.weight_global_scale", lambda t: t * 0, "it must be finite and above zero"),
+    "divisor NaN": (f"{Q}.weight_global_scale", lambda t: t * float("nan"), "it must be finite and above zero"),
+    "divisor negative": (f"{Q}.input_global_scale", lambda t: -t, "it must be finite and above zero"),
+    "divisor infinite": (f"{Q}.input_global_scale", lambda t: t / 0, "it must be finite and above zero"),
+    "divisor of 24 bits": (f"{Q}.weight_global_scale", lambda t: t * 1.001, "is not a BF16 value"),
+    "divisor differs": (f"{Q}.weight_global_scale", lambda t: t * 2, "members have different weight_global_scale"),
+    "input differs": (f"{Q}.input_global_scale", lambda t: t * 2, "members have different input_global_scale"),
+    "other shape stated": (f"{INT4}.weight_shape", lambda t: t.flip(0), f"{INT4}.weight_shape is"),
+    "weight NaN": (f"{MX8}.weight", lambda t: filled(t, 7, 0x7F), "decodes to NaN or infinite"),
+    "codes changed": (f"{K}.weight_packed", lambda t: t ^ 1, "weight_packed not as in the stored candidate"),
+    "one bit changed": (f"{MX4}.weight_packed", lambda t: filled(t, 9, int(t.view(-1)[9]) ^ 4), "decodes to other"),
+    "scale doubled": (f"{MX8}.weight_scale", lambda t: t + 1, "weight_scale not as in the stored candidate"),
+    "norm changed": (NORM, lambda t: t * 1.01, f"{NORM} is not the source's, byte for byte"),
+    "zero negated": ("model.embed_tokens.weight", lambda t: filled(t, 1, int(t.view(torch.uint8)[0, 1]) ^ 128), "byte"),
+    "BF16 weight changed": (f"{BF16}.weight", lambda t: t + 1, f"{BF16}.weight is not the source's"),
+}
+
+
+@pytest.mark.parametrize("damage", TENSORS)
+def test_a_damaged_tensor_is_reported(damage: str, written: Written, tmp_path: Path) -> None:
+    name, change, message = TENSORS[damage]
+    path = written.copy(tmp_path)
+    rewrite(path, {name: change(tensors_of(path)[name])})
+    problems = written.problems(path)
+    assert any(message in problem for problem in problems), problems
+    # Nothing else is blamed, but the bits per parameter where the size changed.
+    place = name.rpartition(".")[0]
+    assert all(place in problem or "qkv_proj" in problem or "states b" in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        f"{Q}.weight_zero_point",
+        f"{MX8}.weight_packed",
+        f"{Q}.weight",
+        f"{LAYER}0.mlp.up_proj.input_global_scale",
+        f"{BF16}.weight_scale",
+        "model.extra",
+    ],
+)
+def test_a_tensor_too_many_is_reported(extra: str, written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    rewrite(path, {extra: torch.ones(1)})
+    assert f"tensor {extra} does not belong here; vLLM refuses tensors it does not know" in written.problems(path)
+
+
+def test_divisors_are_compared_inside_fused_modules_only(written: Written, tmp_path: Path) -> None:
+    tensors = tensors_of(written.path)
+    assert not torch.equal(
+        tensors[f"{Q}.weight_global_scale"], tensors[f"{LAYER}1.self_attn.o_proj.weight_global_scale"]
+    )
+    path = written.copy(tmp_path)
+    members = [f"{LAYER}0.self_attn.{leaf}_proj.input_global_scale" for leaf in "qkv"]
+    rewrite(path, {name: tensors[name] * 2 for name in members})
+    problems = written.problems(path)
+    assert not any("members have different" in problem for problem in problems)
+    assert sum("input_global_scale not as in the stored candidate" in problem for problem in problems) == 3
+    # Without the candidates this is a sound repository.
+    assert written.problems(path, stored=False) == ()
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def _swap_index(body: dict[str, Any]) -> None:
+    files = sorted(set(body["weight_map"].values()))
+    body["weight_map"][NORM] = next(file for file in files if file != body["weight_map"][NORM])
+
+
+def _forget(body: dict[str, Any]) -> None:
+    del body["weight_map"][NORM]
+
+
+def _invent(body: dict[str, Any]) -> None:
+    body["weight_map"]["model.extra"] = "model-00001-of-00002.safetensors"
+
+
+def _total(body: dict[str, Any]) -> None:
+    body["metadata"]["total_size"] += 1
+
+
+def _no_map(body: dict[str, Any]) -> None:
+    del body["weight_map"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_swap_index, f"places {NORM} in"),
+        (_forget, f"{NORM} is in"),
+        (_invent, "places model.extra in"),
+        (_total, "states a total_size of"),
+        (_no_map, "has no weight_map"),
+    ],
+)
+def test_an_index_that_is_wrong_is_reported(
+    change: Callable[[dict[str, Any]], None], message: str, written: Written, tmp_path: Path
+) -> None:
+    path = written.copy(tmp_path)
+    edit(path / INDEX, change)
+    assert any(message in problem for problem in written.problems(path))
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, MANIFEST, "tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("damage", ["missing", "not JSON", "a list"])
+def test_a_file_that_is_missing_or_damaged_is_reported(
+    file: str, damage: str, written: Written, tmp_path: Path
+) -> None:
+    path = written.copy(tmp_path)
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        (path / file).write_text("{" if damage == "not JSON" else "[]")
+    problems = written.problems(path)
+    assert any(problem.startswith(file) for problem in problems), problems
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "garbage"])
+def test_a_damaged_shard_is_reported_with_everything_it_held(damage: str, written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    file, held = next(iter(shards(path).items()))
+    if damage == "removed":
+        (path / file).unlink()
+    elif damage == "cut":
+        (path / file).write_bytes((path / file).read_bytes()[:-1])
+    else:
+        (path / file).write_bytes(b"garbage")
+    problems = written.problems(path)
+    assert {f"tensor {name} is missing" for name in held} <= set(problems)
+    assert any(file in problem and ("cut" in problem or "not a safe" in problem) for problem in problems) or (
+        damage == "removed"
+    )
+
+
+def test_a_tensor_in_two_shards_and_a_forgotten_file_are_reported(written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    save_file({NORM: tensors_of(path)[NORM], "other": torch.ones(1)}, path / "model-old.safetensors")
+    problems = written.problems(path)
+    assert any(f"{NORM} is in both" in problem for problem in problems)
+    assert any("tensor other does not belong here" in problem for problem in problems)
+    assert any("other is in model-old.safetensors but not in" in problem for problem in problems)
+
+
+def test_a_changed_byte_that_no_other_check_covers_breaks_the_digest(written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    file = next(iter(shards(path)))
+    save_file(load_file(path / file), path / file, {"format": "np", "note": "resaved"})
+    assert any(f"{file} does not have the digest" in problem for problem in written.problems(path))
+
+
+def _complete(body: dict[str, Any]) -> None:
+    body["complete"] = False
+
+
+def _choice(body: dict[str, Any]) -> None:
+    body["choice"][f"{LAYER}0.mlp.down_proj"] = "BF16"
+
+
+def _size(body: dict[str, Any]) -> None:
+    body["files"]["tokenizer.json"] += 1
+
+
+def _unknown_file(body: dict[str, Any]) -> None:
+    body["files"]["vanished.txt"] = 3
+
+
+def _digest(body: dict[str, Any]) -> None:
+    body["sha256"] = dict.fromkeys(body["sha256"], "0" * 64)
+
+
+def _no_digest(body: dict[str, Any]) -> None:
+    del body["sha256"]
+
+
+def _bpp(body: dict[str, Any]) -> None:
+    body["bpp"] -= 0.001
+
+
+def _bits(body: dict[str, Any]) -> None:
+    del body["bits_all_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_complete, "writing did not end"),
+        (_choice, "another choice"),
+        (_size, "tokenizer.json has"),
+        (_unknown_file, "vanished.txt has None bytes"),
+        (_digest, "does not have the digest"),
+        (_no_digest, "does not have the digest"),
+        (_bpp, "states bpp"),
+        (_bits, "states bits_all_parameters None"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_reported(
+    change: Callable[[dict[str, Any]], None], message: str, written: Written, tmp_path: Path
+) -> None:
+    path = written.copy(tmp_path)
+    edit(path / MANIFEST, change)
+    problems = written.problems(path)
+    assert problems
+    assert all(message in problem for problem in problems), problems
+
+
+# Configuration ----------------------------------------------------------------------------------------------------
+
+
+def group_of(config: dict[str, Any], format_name: str, *, activations: bool = True) -> dict[str, Any]:
+    return next(
+        entry
+        for entry in config["quantization_config"]["config_groups"].values()
+        if entry["format"] == format_name and bool(entry["input_activations"]) is activations
+    )
+
+
+def _unanchored(config: dict[str, Any]) -> None:
+    group = group_of(config, "float-quantized")
+    group["targets"] = [r"re:model\.layers\..*down_proj"]
+
+
+def _class_target(config: dict[str, Any]) -> None:
+    group_of(config, "float-quantized")["targets"] = ["Linear"]
+
+
+def _swapped(config: dict[str, Any]) -> None:
+    first, second = group_of(config, "float-quantized"), group_of(config, "mxfp8-quantized")
+    first["targets"], second["targets"] = second["targets"], first["targets"]
+
+
+def _overlap(config: dict[str, Any]) -> None:
+    group_of(config, "float-quantized")["targets"].append(f"{LAYER}0.self_attn.o_proj")
+
+
+def _fused_name(config: dict[str, Any]) -> None:
+    group_of(config, "pack-quantized", activations=False)["targets"] = [f"{LAYER}1.self_attn.qkv_proj"]
+
+
+def _member_lost(config: dict[str, Any]) -> None:
+    group_of(config, "pack-quantized", activations=False)["targets"].pop()
+
+
+def _member_ignored(config: dict[str, Any]) -> None:
+    config["quantization_config"]["ignore"].append(INT4)
+
+
+def _not_ignored(config: dict[str, Any]) -> None:
+    config["quantization_config"]["ignore"].remove("lm_head")
+
+
+def _embedding(config: dict[str, Any]) -> None:
+    group_of(config, "float-quantized")["targets"].append("model.embed_tokens")
+
+
+def _scale_dtype(config: dict[str, Any]) -> None:
+    del group_of(config, "mxfp8-quantized")["weights"]["scale_dtype"]
+
+
+def _dynamic(config: dict[str, Any]) -> None:
+    group_of(config, "nvfp4-pack-quantized")["input_activations"]["dynamic"] = True
+
+
+def _activations_lost(config: dict[str, Any]) -> None:
+    group_of(config, "nvfp4-pack-quantized")["input_activations"] = None
+
+
+def _status(config: dict[str, Any]) -> None:
+    del config["quantization_config"]["quantization_status"]
+
+
+def _group_format(config: dict[str, Any]) -> None:
+    del group_of(config, "float-quantized")["format"]
+
+
+def _absent(config: dict[str, Any]) -> None:
+    del config["quantization_config"]
+
+
+def _rope(config: dict[str, Any]) -> None:
+    config["rope_parameters"] = {"rope_theta": 1.0, "rope_type": "default"}
+
+
+def _dtype(config: dict[str, Any]) -> None:
+    config["dtype"] = "float16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_unanchored, f"{BF16} is not to be quantized, but a target of"),
+        (_class_target, f"{FP8} is no target by name"),
+        (_swapped, f"{FP8} gets group_"),
+        (_overlap, f"{MX8} is a target of group_"),
+        (_fused_name, f"{INT4} gets nothing from transformers"),
+        (_member_lost, "vLLM needs one scheme"),
+        (_member_ignored, "some members of model.layers.1.self_attn.qkv_proj are in `ignore`"),
+        (_not_ignored, "lm_head is not quantized and not in `ignore`"),
+        (_embedding, "model.embed_tokens is not to be quantized, but a target"),
+        (_scale_dtype, f"{MX8} gets group_"),
+        (_dynamic, f"{Q} gets group_"),
+        (_activations_lost, f"{Q} gets group_"),
+        (_status, "quantization_status is not compressed"),
+        (_group_format, "no format of its own"),
+        (_absent, "has no quantization_config"),
+        (_rope, "differs from the source's in more than quantization_config"),
+        (_dtype, "differs from the source's in more than quantization_config"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_reported(
+    change: Callable[[dict[str, Any]], None], message: str, written: Written, tmp_path: Path
+) -> None:
+    path = written.copy(tmp_path)
+    edit(path / "config.json", change)
+    problems = written.problems(path)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_a_repository_of_another_plan_is_not_this_ones(written: Written) -> None:
+    other: Choice = mixed(written.model.layout, (F.NVFP4, F.MXFP8))
+    problems = written.model.verify(written.path, other).problems
+    assert any("another choice of formats" in problem for problem in problems)
+    assert any("is missing" in problem for problem in problems)
+    assert any("gets group_" in problem for problem in problems)
+    with pytest.raises(InputError, match="no format for"):
+        written.model.verify(written.path, {})
+
+
+# Candidates -------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_that_were_damaged_after_the_fact_are_reported(written: Written, tmp_path: Path) -> None:
+    model = written.model
+    store = Store(tmp_path)
+    for artifact in model.candidates.artifacts.values():
+        store.put(artifact.key, model.candidates.store.get(artifact.key))
+    artifact = model.candidates.artifacts[0, F.FP8]
+    data = bytearray(store.get(artifact.key))
+    data[-1] ^= 1
+    store.put(artifact.key, bytes(data))
+    candidates = Candidates(store, model.candidates.artifacts)
+    report = verify_repository(Store(written.path), model.source, model.layout, PLAN, candidates)
+    assert any("another digest" in problem for problem in report.problems)
+    artifacts = {key: value for key, value in model.candidates.artifacts.items() if key != (1, F.INT4)}
+    report = verify_repository(Store(written.path), model.source, model.layout, PLAN, Candidates(store, artifacts))
+    assert any("block 1 has no INT4 candidates" in problem for problem in report.problems)
+
+
+def test_every_problem_is_one_line_and_all_are_collected(written: Written, tmp_path: Path) -> None:
+    path = written.copy(tmp_path)
+    tensors = tensors_of(path)
+    rewrite(path, {NORM: tensors[NORM] + 1, f"{Q}.weight_scale": None, "model.extra": torch.ones(1)})
+    (path / "tokenizer.json").unlink()
+    edit(path / "config.json", _not_ignored)
+    problems = written.problems(path)
+    for part in (NORM, f"{Q}.weight_scale", "model.extra", "tokenizer.json", "lm_head", "bpp"):
+        assert any(part in problem for problem in problems), part
+    assert len(set(problems)) == len(problems)
+    assert not any("\n" in problem for problem in problems)
