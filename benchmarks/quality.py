@@ -229,8 +229,11 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
 
 
 def prediction(run: Run, every: int = 5) -> dict[str, Any]:
-    """One fused group quantized at a time: predicted cost against measured KL, for every `every`-th group."""
-    model = Measured(run, 8)
+    """One fused group quantized at a time: predicted cost against measured KL, for every `every`-th group.
+
+    Groups of one Linear (o_proj, down_proj) are also reported alone.
+    """
+    model = Measured(run, 4)
     with torch.no_grad():
         boundaries = [model.entering]
         for index, block in enumerate(model.blocks):

@@ -64,7 +64,8 @@ def _execute(name: str, path: Path | None, overrides: tuple[str, ...], as_json: 
     else:
         from rich.console import Console
 
-        module.render(result, Console(soft_wrap=True, highlight=False))
+        # A log has no width of its own; tables should not be folded to 80 columns there.
+        module.render(result, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
     return int(result.get("exit_code", 0))
 
 
