@@ -228,7 +228,7 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
     return results
 
 
-def prediction(run: Run, every: int = 5) -> dict[str, Any]:
+def prediction(run: Run, every: int = 3) -> dict[str, Any]:
     """One fused group quantized at a time: predicted cost against measured KL, for every `every`-th group.
 
     Groups of one Linear (o_proj, down_proj) are also reported alone.

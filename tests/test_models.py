@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.models.families import family_of
-from prismaquant_ray.models.inspect import build, input_groups
+from prismaquant_ray.models.inspect import build, input_groups, load_config
 from prismaquant_ray.models.layout import LinearSpec
 from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.models.skeleton import longest_layer_list
 from prismaquant_ray.models.taps import tapped
 from prismaquant_ray.storage.store import Store
 from tests.tiny import ARCHITECTURES, make_checkpoint, random_tokens, read_config
@@ -178,3 +179,34 @@ def test_a_nan_weight_is_named_when_its_block_is_loaded(tmp_path: Path) -> None:
     runner.load_block(0)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight holds 1 NaN"):
         runner.load_block(1)
+
+
+def test_a_model_without_a_list_of_layers_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(InputError, match="no list of layers"):
+        longest_layer_list(torch.nn.Linear(2, 2))
+    # GPT-2 has layers, but none of its matrices is a Linear.
+    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="no Linear that could be quantized"):
+        build(Checkpoint(Store(tmp_path / "m")))
+
+
+def test_older_rotary_settings_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    """Configurations from before transformers 5 keep rope_theta and rope_scaling at the top level."""
+    import json
+
+    from transformers import AutoConfig
+
+    directory = make_checkpoint(tmp_path / "m", "llama")
+    config = read_config(directory)
+    del config["rope_parameters"]
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    config |= {"rope_theta": 500000.0, "rope_scaling": {**scaling, "original_max_position_embeddings": 32}}
+    (directory / "config.json").write_text(json.dumps(config))
+    ours = load_config(Checkpoint(Store(directory)))
+    assert ours.to_dict() == {**AutoConfig.from_pretrained(directory).to_dict(), "_name_or_path": ours.name_or_path}
+    tokens = random_tokens(1, 48)
+    whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(streamed(runner_of(directory), tokens)[1], whole(tokens).logits)

@@ -17,19 +17,17 @@ from prismaquant_ray.models.skeleton import Skeleton
 
 def load_config(checkpoint: Checkpoint) -> Any:
     """The transformers configuration object of a checkpoint; InputError when transformers does not know it."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    body = dict(checkpoint.config)
-    model_type = body.pop("model_type", None)
-    if "quantization_config" in body:
+    model_type = checkpoint.config.get("model_type")
+    if "quantization_config" in checkpoint.config:
         raise InputError(f"{checkpoint.store.uri} is already quantized; start from the BF16 model")
-    try:
-        return AutoConfig.for_model(model_type, **body)
-    except ValueError as error:
+    if model_type not in CONFIG_MAPPING:
         raise InputError(
             f"{checkpoint.store.uri}: transformers does not know model_type {model_type!r}; update transformers "
             "or check config.json"
-        ) from error
+        )
+    return CONFIG_MAPPING[model_type].from_dict(dict(checkpoint.config))
 
 
 def architecture_of(checkpoint: Checkpoint) -> str:
