@@ -33,7 +33,7 @@ from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, load
 from prismaquant_ray.evaluation.divergence import summarize, token_kl
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import FusedGroup
+from prismaquant_ray.layout import FusedGroup
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.storage.record import read_tensors
 from prismaquant_ray.storage.store import Store

@@ -10,12 +10,12 @@ from typing import Any
 
 import psutil
 
+from actors.needs import Needs
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config, ModelConfig
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.layout import Layout
-from prismaquant_ray.models.plan import Needs
+from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.runner import check_finite
 from prismaquant_ray.storage.store import Store
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from actors.messages import BOUNDARY, Receipt, Stage, Unit, WorkerSpec, record_key
+from actors.needs import Needs, needs
 from actors.progress import progress
 from actors.ring import FINISH, Listener, PassRunner, Step
 from jobs import inputs
@@ -21,8 +22,7 @@ from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.models.layout import Layout
-from prismaquant_ray.models.plan import Needs, needs
+from prismaquant_ray.layout import Layout
 from prismaquant_ray.sensitivity.table import CostTable, from_figures
 from prismaquant_ray.storage.record import (
     Artifact,

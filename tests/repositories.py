@@ -19,8 +19,8 @@ from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
 from prismaquant_ray.checkpoint.writer import MANIFEST, Repository, write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.inspect import build
-from prismaquant_ray.models.layout import Layout
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.record import write_tensors
 from prismaquant_ray.storage.store import Store

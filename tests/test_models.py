@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.models.families import family_of
 from prismaquant_ray.models.inspect import build, input_groups, load_config
-from prismaquant_ray.models.layout import LinearSpec
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.skeleton import longest_layer_list
 from prismaquant_ray.models.taps import tapped

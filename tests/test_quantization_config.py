@@ -26,7 +26,7 @@ from prismaquant_ray.checkpoint.routing import (
 )
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import Block, FusedGroup, InputGroup, Layout, LinearSpec
+from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Layout, LinearSpec
 from tests.repositories import Choice, mixed, uniform
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}

@@ -22,8 +22,8 @@ from prismaquant_ray.checkpoint.routing import transformers_route
 from prismaquant_ray.checkpoint.writer import MANIFEST, check_output, publish_directory, write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.models.inspect import build
-from prismaquant_ray.models.layout import LinearSpec
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Model, make_model, mixed, shards, store_candidates, tensors_of, uniform

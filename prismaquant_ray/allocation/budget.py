@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import FusedGroup, Layout
+from prismaquant_ray.layout import Layout
 
 # Tensors of one Linear in the format that has most of them.
 _TENSORS = 4
@@ -76,18 +76,19 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
     allowed = np.zeros(shape, dtype=np.bool_)
     for row, group in enumerate(layout.groups):
         for column, name in enumerate(formats):
-            if _refusal(group, name) is not None:
+            spec = FORMATS[name]
+            if spec.group_refusal(group.linears):
                 continue
             allowed[row, column] = True
-            spec = FORMATS[name]
             weights[row, column] = sum(spec.weight_bytes(item.out_features, item.in_features) for item in group.linears)
             stored[row, column] = weights[row, column] + spec.extra_bytes() * len(group.linears)
         if not allowed[row].any():
-            reason = _refusal(group, formats[0])
+            reason = FORMATS[formats[0]].group_refusal(group.linears)
             raise InputError(f"{group.name} can take none of {', '.join(formats)} ({reason}); add BF16 to formats")
     for column, name in enumerate(formats):
         if not allowed[:, column].any():
-            raise InputError(f"no Linear can take {name} ({_refusal(layout.groups[0], name)}); remove it from formats")
+            reason = FORMATS[name].group_refusal(layout.groups[0].linears)
+            raise InputError(f"no Linear can take {name} ({reason}); remove it from formats")
     names = sum(_TENSORS * entry_bytes(linear.name) for linear in layout.linears())
     return Sizes(
         formats=tuple(formats),
@@ -102,8 +103,3 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
 def entry_bytes(name: str) -> int:
     """Bound on what a tensor's name costs: its entries in a shard's header, the index, the manifest and the config."""
     return 3 * len(name) + 200
-
-
-def _refusal(group: FusedGroup, name: FormatName) -> str | None:
-    reasons = (FORMATS[name].refusal(item.out_features, item.in_features) for item in group.linears)
-    return next((reason for reason in reasons if reason), None)

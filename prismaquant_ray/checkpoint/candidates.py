@@ -14,7 +14,7 @@ from prismaquant_ray.checkpoint.header import DTYPE_NAMES, TensorInfo
 from prismaquant_ray.checkpoint.reader import as_tensor, read_header
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName, Rounded
-from prismaquant_ray.models.layout import LinearSpec
+from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.storage.record import Artifact
 from prismaquant_ray.storage.store import Store
 

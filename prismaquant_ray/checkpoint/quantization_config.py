@@ -14,7 +14,7 @@ from typing import Any
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import Layout, LinearSpec
+from prismaquant_ray.layout import Layout, LinearSpec
 
 Choice = Mapping[str, FormatName]
 

@@ -19,7 +19,7 @@ from torch import nn
 from prismaquant_ray.checkpoint.quantization_config import Choice, scheme_of
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
-from prismaquant_ray.models.layout import Layout
+from prismaquant_ray.layout import Layout
 
 #: last part of a fused module's name → last parts of its members' names
 FusedMapping = Mapping[str, Sequence[str]]

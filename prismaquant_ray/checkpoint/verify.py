@@ -23,7 +23,7 @@ from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read
 from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
-from prismaquant_ray.models.layout import FusedGroup, Layout, LinearSpec
+from prismaquant_ray.layout import FusedGroup, Layout, LinearSpec
 from prismaquant_ray.storage.store import Store
 
 WEIGHT_SCALE = "weight_global_scale"

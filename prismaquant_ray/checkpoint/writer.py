@@ -25,7 +25,7 @@ from prismaquant_ray.checkpoint.quantization_config import Choice, build
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS
-from prismaquant_ray.models.layout import Layout
+from prismaquant_ray.layout import Layout
 from prismaquant_ray.storage.record import new_attempt
 from prismaquant_ray.storage.store import Store
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Layout, LinearSpec
 from prismaquant_ray.models.families import Family, family_of
 from prismaquant_ray.models.families.base import ATTENTION, GATED_MLP
-from prismaquant_ray.models.layout import Block, FusedGroup, InputGroup, Layout, LinearSpec
 from prismaquant_ray.models.skeleton import Skeleton
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.layout import Block
+from prismaquant_ray.layout import Block
 
 
 class Taps:

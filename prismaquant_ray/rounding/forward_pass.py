@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName, codecs_of
 from prismaquant_ray.formats.nvfp4 import divisor
-from prismaquant_ray.models.layout import Block, FusedGroup, InputGroup
+from prismaquant_ray.layout import Block, FusedGroup, InputGroup
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import tapped
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
@@ -65,11 +65,9 @@ class ForwardVisit:
         for group in self.block.inputs:
             statistics = self.statistics.pop(group.name)
             factor = self.rounding.factor(statistics)
-            for codec in codecs_of(self.formats).values():
-                for fused in group.groups:
-                    if refusal(codec, fused):
-                        continue
-                    weights = [self._weight(linear.name) for linear in fused.linears]
+            for fused in group.groups:
+                weights = [self._weight(linear.name) for linear in fused.linears]
+                for codec in codecs_of(formats_of(fused, self.formats)).values():
                     encoded = encode_group(weights, codec, statistics, factor, self.rounding)
                     for linear, result in zip(fused.linears, encoded, strict=True):
                         linears.setdefault(linear.name, {})[codec.name] = _figures(result)
@@ -98,19 +96,9 @@ class ForwardVisit:
                 found[f"{linear}.input_global_scale"] = divisor(statistics.amax, INPUT_MARGIN)
 
 
-def refusal(codec: Codec, fused: FusedGroup) -> str | None:
-    """Why a fused group cannot be stored by a codec: a member's reason, or None."""
-    reasons = (codec.refusal(linear.out_features, linear.in_features) for linear in fused.linears)
-    return next((reason for reason in reasons if reason), None)
-
-
 def formats_of(fused: FusedGroup, formats: Sequence[FormatName]) -> tuple[FormatName, ...]:
     """The formats, in the given order, that every member of a fused group can take."""
-    return tuple(
-        name
-        for name in formats
-        if not any(FORMATS[name].refusal(linear.out_features, linear.in_features) for linear in fused.linears)
-    )
+    return tuple(name for name in formats if FORMATS[name].group_refusal(fused.linears) is None)
 
 
 def hessian_bytes(group: InputGroup) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import Block, FusedGroup
+from prismaquant_ray.layout import Block, FusedGroup
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.rounding.forward_pass import formats_of

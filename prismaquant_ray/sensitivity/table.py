@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.layout import Layout
+from prismaquant_ray.layout import Layout
 
 Objective = Literal["token_fisher", "fisher_trace"]
 

@@ -1,4 +1,4 @@
-"""What a run will need, from the layout alone: memory of a worker, disk of the run store and the repository."""
+"""What a run will need, from its layout alone: memory of a worker, disk of the run store and the repository."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
-from prismaquant_ray.models.layout import Block, Layout
+from prismaquant_ray.layout import Block, Layout
 from prismaquant_ray.rounding.forward_pass import hessian_bytes
 
 # torch, transformers, Ray's worker and the calibration tokens of one process.
