@@ -311,3 +311,25 @@ def test_not_enough_memory_or_disk_is_refused_with_figures(
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**3))
         refused(config, r"not enough disk .*run store \d\.\d\d GB")
+
+
+def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Snapshots are links into a folder of blobs, as huggingface_hub lays them out."""
+    checkpoint = make_checkpoint(tmp_path / "m", "qwen2")
+    repository = tmp_path / "cache" / "models--some-org--some-model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "blobs").mkdir()
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        blob = repository / "blobs" / f"{number:064x}"
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = configuration(tmp_path, Path("some-org/some-model"))
+    quantized(config)
+    assert verify.run(config)["ok"]
+    names = {path.name for path in config.store.output.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    assert not any(path.is_symlink() for path in config.store.output.iterdir())
