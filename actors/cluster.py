@@ -7,9 +7,11 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from actors.messages import Receipt, Stage, Unit, WorkerSpec
@@ -97,11 +99,20 @@ def _started(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         for key, value in saved.items():
             os.environ.pop(key)
             if value is not None:
                 os.environ[key] = value
+
+
+def _remove(directory: str) -> None:
+    """Delete Ray's directory; its last processes may still write logs for a moment after shutdown."""
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not Path(directory).exists():
+            return
+        time.sleep(0.1)
 
 
 def _worker_count(config: ClusterConfig) -> int:
