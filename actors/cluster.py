@@ -23,6 +23,9 @@ from prismaquant_ray.errors import PrismaquantError, ResourceError
 
 # Activations of a few microbatches; Ray spills to its temporary directory beyond that.
 _OBJECT_STORE_BYTES = 512 * 2**20
+# glibc gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
+# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not.
+WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
 
 @contextmanager
@@ -139,7 +142,11 @@ class Pool:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         # No restarts: the driver must see why a worker died.
         actor = ray.remote(ShardWorker).options(
-            num_cpus=spec.config.cluster.threads, num_gpus=1 if gpus else 0, max_restarts=0, max_task_retries=0
+            num_cpus=spec.config.cluster.threads,
+            num_gpus=1 if gpus else 0,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
         )
         self.workers = [actor.remote(replace(spec, name=f"worker-{index}")) for index in range(workers)]
         self.peak_bytes = 0
@@ -180,7 +187,9 @@ class Pool:
         if step.microbatch == FINISH:
             return handle.finish.remote(stage, unit)
         arriving = leaving.get(Step(step.visit - 1, step.microbatch))
-        activation, receipt = handle.run.options(num_returns=2).remote(stage, unit, step.microbatch, arriving)
+        origin = units[step.visit - 1] if step.visit else None
+        run = handle.run.options(num_returns=2)
+        activation, receipt = run.remote(stage, unit, step.microbatch, origin, arriving)
         leaving[step] = activation
         return receipt
 

@@ -75,9 +75,21 @@ class ShardWorker:
         """Open the checkpoint and the run store, build the skeleton, read the calibration tokens."""
         return self._guard(self._setup)[1]
 
-    def run(self, stage: Stage, unit: Unit, microbatch: int, arriving: Activation | None) -> tuple[Any, Receipt]:
-        """One microbatch of a visit. `arriving` is what the unit before put out; None: read it from the store."""
-        return self._guard(lambda: self._run(stage, unit, microbatch, arriving))
+    def run(
+        self, stage: Stage, unit: Unit, microbatch: int, origin: Unit | None, arriving: Activation | None
+    ) -> tuple[Any, Receipt]:
+        """One microbatch of a visit. `arriving` is what unit `origin` put out.
+
+        When that is not the unit this one follows, its input is in the store: the pass goes on after a stop.
+        """
+        follows = origin is not None and isinstance(unit, int) and origin == self._before(stage, unit)
+        return self._guard(lambda: self._run(stage, unit, microbatch, arriving if follows else None))
+
+    def _before(self, stage: Stage, block: int) -> Unit:
+        """The unit whose output a block reads in this pass."""
+        if stage is Stage.FORWARD:
+            return "entry" if block == 0 else block - 1
+        return "exit" if block == len(self.runner.layout.blocks) - 1 else block + 1
 
     def finish(self, stage: Stage, unit: Unit) -> Receipt:
         """Encode or price, commit the record, let go of the unit."""
@@ -160,14 +172,13 @@ class ShardWorker:
                 return self.runner.embed(self.calibration.tokens[rows])
         assert isinstance(unit, int)
         assert isinstance(visit.core, ForwardVisit)
-        hidden = self._arriving(arriving, Stage.FORWARD, "entry" if unit == 0 else unit - 1, microbatch)
+        hidden = self._arriving(arriving, Stage.FORWARD, self._before(Stage.FORWARD, unit), microbatch)
         return visit.core.run(hidden, self.calibration.holdout[rows])
 
     def _backward(self, visit: Visit, unit: Unit, rows: slice, microbatch: int, arriving: Activation | None) -> Tensor:
-        last = len(self.runner.layout.blocks) - 1
         if unit == "exit":
             config = self.spec.config.calibration
-            hidden = self._arriving(arriving, Stage.FORWARD, last, microbatch)
+            hidden = self._arriving(None, Stage.FORWARD, len(self.runner.layout.blocks) - 1, microbatch)
             gradient, loss = exit_gradient(
                 self.runner,
                 hidden,
@@ -180,8 +191,8 @@ class ShardWorker:
             return gradient
         assert isinstance(unit, int)
         assert isinstance(visit.core, BackwardVisit)
-        gradient = self._arriving(arriving, Stage.BACKWARD, "exit" if unit == last else unit + 1, microbatch)
-        hidden = self._arriving(None, Stage.FORWARD, "entry" if unit == 0 else unit - 1, microbatch)
+        gradient = self._arriving(arriving, Stage.BACKWARD, self._before(Stage.BACKWARD, unit), microbatch)
+        hidden = self._arriving(None, Stage.FORWARD, self._before(Stage.FORWARD, unit), microbatch)
         return visit.core.run(hidden, gradient)
 
     def _arriving(self, arriving: Activation | None, stage: Stage, origin: Unit, microbatch: int) -> Tensor:

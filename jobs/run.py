@@ -153,20 +153,29 @@ class Run:
         def listen(stage: Stage, unit: Unit, step: Step, receipt: Receipt) -> None:
             shown(stage, unit, step, receipt)
             if stage is Stage.BACKWARD and isinstance(unit, int) and step.microbatch == FINISH:
-                last = len(self.layout.blocks) - 1
-                self._drop_boundaries(Stage.BACKWARD, "exit" if unit == last else unit + 1)
-                self._drop_boundaries(Stage.FORWARD, "entry" if unit == 0 else unit - 1)
+                self._drop_consumed(unit)
 
         return listen
 
+    def _drop_consumed(self, unit: int) -> None:
+        """Delete the boundaries that only `unit`'s visit of the backward pass still needed.
+
+        Neighbours may finish in either order: a gradient goes when both its producer and its consumer are recorded.
+        """
+        last = len(self.layout.blocks) - 1
+        self._drop_boundaries(Stage.FORWARD, "entry" if unit == 0 else unit - 1)
+        above: Unit = "exit" if unit == last else unit + 1
+        if self._is_done(Stage.BACKWARD, above):
+            self._drop_boundaries(Stage.BACKWARD, above)
+        if unit > 0 and self._is_done(Stage.BACKWARD, unit - 1):
+            self._drop_boundaries(Stage.BACKWARD, unit)
+
+    def _is_done(self, stage: Stage, unit: Unit) -> bool:
+        return self.store.size(record_key(stage, unit)) is not None
+
     def _missing(self, stage: Stage, units: Sequence[Unit]) -> list[Unit]:
-        """The tail of a pass that has no records; a pass is made in order, so there are no holes."""
-        done = 0
-        for unit in units:
-            if self.store.size(record_key(stage, unit)) is None:
-                break
-            done += 1
-        return list(units[done:])
+        """The visits without a record. A stopped pass may have holes: nothing waits for a visit's last step."""
+        return [unit for unit in units if not self._is_done(stage, unit)]
 
     @cached_property
     def calibration(self) -> CalibrationSet:

@@ -39,7 +39,8 @@ class InProcessPool:
                     receipt = worker.finish(stage, unit)
                 else:
                     arriving = leaving.pop(Step(step.visit - 1, step.microbatch), None)
-                    leaving[step], receipt = worker.run(stage, unit, step.microbatch, arriving)
+                    origin = units[step.visit - 1] if step.visit else None
+                    leaving[step], receipt = worker.run(stage, unit, step.microbatch, origin, arriving)
                 self._accept(receipt)
                 ring.done(step)
                 listener(stage, unit, step, receipt)
