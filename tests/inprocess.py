@@ -13,9 +13,20 @@ from prismaquant_ray import errors
 
 
 class InProcessPool:
-    """Runs one step at a time, workers in turn. `stop_after` steps it raises, as if the driver had been killed."""
+    """Runs one step at a time, workers in turn.
 
-    def __init__(self, spec: WorkerSpec, workers: int, stop_after: int | None = None) -> None:
+    After `stop_after` steps it raises, as if the driver had been killed. A `stuck` visit never takes its last step:
+    everything else of the pass is done, then it raises.
+    """
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        workers: int,
+        stop_after: int | None = None,
+        stuck: tuple[Stage, Unit] | None = None,
+    ) -> None:
+        self.stuck = stuck
         self.workers = [ShardWorker(replace(spec, name=f"worker-{index}")) for index in range(workers)]
         self.peak_bytes = 0
         self.steps = 0
@@ -27,9 +38,10 @@ class InProcessPool:
         ring = Ring(visits=len(units), microbatches=microbatches, workers=len(self.workers))
         leaving = {}
         while not ring.finished:
+            before = self.steps
             for index, worker in enumerate(self.workers):
                 step = ring.next(index)
-                if step is None:
+                if step is None or (step.microbatch == FINISH and self.stuck == (stage, units[step.visit])):
                     continue
                 if self.steps == self.stop_after:
                     raise KeyboardInterrupt
@@ -44,6 +56,8 @@ class InProcessPool:
                 self._accept(receipt)
                 ring.done(step)
                 listener(stage, unit, step, receipt)
+            if self.steps == before:
+                raise KeyboardInterrupt
 
     def _accept(self, receipt: Receipt) -> None:
         self.peak_bytes = max(self.peak_bytes, receipt.peak_bytes)
@@ -51,11 +65,11 @@ class InProcessPool:
             raise getattr(errors, receipt.failure.kind)(receipt.failure.message)
 
 
-def in_process(workers: int = 1, stop_after: int | None = None):
+def in_process(workers: int = 1, stop_after: int | None = None, stuck: tuple[Stage, Unit] | None = None):
     """An `open_pool` for `jobs.run.Run`."""
 
     @contextmanager
     def open_pool(spec: WorkerSpec, at_most: int) -> Iterator[InProcessPool]:
-        yield InProcessPool(spec, min(workers, at_most), stop_after)
+        yield InProcessPool(spec, min(workers, at_most), stop_after, stuck)
 
     return open_pool
