@@ -6,6 +6,7 @@ import functools
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -53,17 +54,29 @@ def connected(config: ClusterConfig) -> Iterator[int]:
 
 @contextmanager
 def _joined(config: ClusterConfig) -> Iterator[None]:
+    address = os.environ["RAY_ADDRESS"] if config.address == "auto" else config.address
+    _check_answers(address)
     import ray
 
-    address = None if config.address == "auto" else config.address
     try:
-        ray.init(address=address, log_to_driver=False, namespace="prismaquant")
+        ray.init(address=address, log_to_driver=False, logging_level="error", namespace="prismaquant")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"Ray at {address or os.environ['RAY_ADDRESS']} does not answer: {error}") from error
+        raise ResourceError(f"Ray at {address} refuses: {error}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """ResourceError unless somebody listens at host:port; Ray itself would try for many minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not port.isdecimal():
+        raise ResourceError(f"cluster.address {address} is not host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ResourceError(f"no Ray answers at {address} ({error}); check cluster.address") from error
 
 
 @functools.cache

@@ -159,3 +159,47 @@ def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_pa
 def load_with(directory: Path, source: Path, *overrides: str) -> Any:
     configuration(directory, source)
     return load(directory / "config.yaml", overrides)
+
+
+def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path, source: Path, expected: dict[str, str]) -> None:
+    import shutil
+    import tempfile
+
+    import psutil
+
+    directory = tempfile.mkdtemp(prefix="head", dir="/tmp")
+    config = configuration(tmp_path, source)
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    head = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--node-ip-address=127.0.0.2",
+        "--port=26399",
+    ]
+    head += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=200000000", f"--temp-dir={directory}"]
+    command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml")]
+    command += ["--set", "cluster.address=127.0.0.2:26399", "--set", "cluster.workers=2"]
+    try:
+        subprocess.run(head, env=environment, check=True, capture_output=True, timeout=60)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert digests(config.store.output) == expected
+        assert [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, directory)]
+    finally:
+        for process in [process for process in psutil.process_iter(["cmdline"]) if _belongs(process, directory)]:
+            process.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _belongs(process: Any, directory: str) -> bool:
+    return any(directory in argument for argument in process.info["cmdline"] or ())
+
+
+def test_an_address_without_ray_is_refused_at_once(tmp_path: Path, source: Path) -> None:
+    for address in ("127.0.0.2:26398", "nonsense"):
+        config = load_with(tmp_path, source, f"cluster.address={address}")
+        with pytest.raises(ResourceError, match=address), open_pool(WorkerSpec(name="", config=config, source=""), 1):
+            pass
