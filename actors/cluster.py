@@ -47,9 +47,13 @@ def connected(config: ClusterConfig) -> Iterator[int]:
     A Ray started here has a private temporary directory, a private token that no file holds, and a loopback
     address, so that it neither disturbs nor joins another Ray on the machine. It ends with the with-block.
     """
-    joined = config.address not in ("auto", "local") or (config.address == "auto" and "RAY_ADDRESS" in os.environ)
-    with _joined(config) if joined else _started(config):
+    with _joined(config) if joins(config) else _started(config):
         yield _worker_count(config)
+
+
+def joins(config: ClusterConfig) -> bool:
+    """Whether a run goes to a Ray that is there already, rather than to one it starts on this machine."""
+    return config.address not in ("auto", "local") or (config.address == "auto" and "RAY_ADDRESS" in os.environ)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 
+from actors.cluster import joins
 from actors.needs import Needs
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
@@ -52,7 +53,8 @@ def check_room(config: Config, required: Needs) -> None:
     """InputError with the plan's figures when memory or disk cannot hold the run."""
     workers = expected_workers(config)
     free_memory = int(psutil.virtual_memory().available)
-    if workers * required.worker > free_memory:
+    # Of other machines' memory nothing is known here.
+    if not joins(config.cluster) and workers * required.worker > free_memory:
         raise InputError(
             f"not enough memory: {workers} workers need {_gb(required.worker)} each "
             f"(weights {_gb(required.worker_weights)}, Hessians {_gb(required.worker_hessians)}, "
