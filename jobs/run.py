@@ -133,10 +133,9 @@ class Run:
                 if units:
                     with progress(stage, len(units), microbatches) as shown:
                         pool.run_pass(stage, units, microbatches, self._listener(shown))
+        self._tidy()
         self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
         self.store.create("measured.json", json.dumps({"peak_bytes": pool.peak_bytes}).encode())
-        for stage, unit in ((Stage.FORWARD, self.units[Stage.FORWARD][-1]), (Stage.BACKWARD, 0)):
-            self._drop_boundaries(stage, unit)
         del self.is_measured
 
     def _pool(self, spec: WorkerSpec, at_most: int) -> AbstractContextManager[PassRunner]:
@@ -208,6 +207,16 @@ class Run:
     def _drop_boundaries(self, stage: Stage, unit: Unit) -> None:
         artifacts = self.record(stage, unit).artifacts
         self.store.delete(entry.key for name, entry in artifacts.items() if name.startswith(BOUNDARY))
+
+    def _tidy(self) -> None:
+        """Delete the last boundaries, and what stopped attempts left: data that no record names."""
+        kept = set()
+        for stage, units in self.units.items():
+            for unit in units:
+                kept.add(record_key(stage, unit))
+                artifacts = self.record(stage, unit).artifacts
+                kept |= {entry.key for name, entry in artifacts.items() if not name.startswith(BOUNDARY)}
+        self.store.delete(key for stage in self.units for key in self.store.list(str(stage)) if key not in kept)
 
     # What is known afterwards ---------------------------------------------------------------------------------
 

@@ -95,6 +95,9 @@ def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Path, source: Path,
         Run(config, open_pool=in_process(2, stop_after)).measure()
     quantized(config, workers=1)
     assert digests(config.store.output) == digests(undisturbed.store.output)
+    # What the stopped attempt wrote without a record is gone: attempts are named at random, so count files.
+    left, clean = (sorted(p.name for p in c.store.run.rglob("*") if p.is_file()) for c in (config, undisturbed))
+    assert left == clean
 
 
 @pytest.mark.parametrize("stuck", [(Stage.FORWARD, 1), (Stage.BACKWARD, 1), (Stage.BACKWARD, "exit")])
