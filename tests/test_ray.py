@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -168,6 +169,7 @@ def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path, source: Pa
     import psutil
 
     directory = tempfile.mkdtemp(prefix="head", dir="/tmp")
+    port = free_port()
     config = configuration(tmp_path, source)
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     head = [
@@ -177,11 +179,11 @@ def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path, source: Pa
         "start",
         "--head",
         "--node-ip-address=127.0.0.2",
-        "--port=26399",
+        f"--port={port}",
     ]
     head += ["--num-cpus=2", "--include-dashboard=false", "--object-store-memory=200000000", f"--temp-dir={directory}"]
     command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml")]
-    command += ["--set", "cluster.address=127.0.0.2:26399", "--set", "cluster.workers=2"]
+    command += ["--set", f"cluster.address=127.0.0.2:{port}", "--set", "cluster.workers=2"]
     try:
         subprocess.run(head, env=environment, check=True, capture_output=True, timeout=60)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -194,12 +196,21 @@ def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path, source: Pa
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def free_port() -> int:
+    """Outside the ports Ray gives to its workers."""
+    for port in range(26379, 26479):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.2", port)) != 0:
+                return port
+    raise AssertionError("a hundred ports are taken")
+
+
 def _belongs(process: Any, directory: str) -> bool:
     return any(directory in argument for argument in process.info["cmdline"] or ())
 
 
 def test_an_address_without_ray_is_refused_at_once(tmp_path: Path, source: Path) -> None:
-    for address in ("127.0.0.2:26398", "nonsense"):
+    for address in ("127.0.0.2:1", "nonsense"):
         config = load_with(tmp_path, source, f"cluster.address={address}")
         with pytest.raises(ResourceError, match=address), open_pool(WorkerSpec(name="", config=config, source=""), 1):
             pass
