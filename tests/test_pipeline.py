@@ -357,3 +357,16 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytes
     names = {path.name for path in config.store.output.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not any(path.is_symlink() for path in config.store.output.iterdir())
+
+
+def test_blocks_computed_in_bfloat16_price_about_the_same(tmp_path: Path, source: Path) -> None:
+    tables = []
+    for dtype in ("float32", "bfloat16"):
+        config = configuration(tmp_path / dtype, source, f"model.dtype={dtype}")
+        quantized(config)
+        assert verify.run(config)["ok"]
+        tables.append(Run(config).table.token_fisher[:, :2])
+    ratio = np.log(tables[1] / tables[0])
+    # BF16 has three digits, and other labels are sampled where the prediction differs; 256 tokens average little.
+    assert abs(np.median(ratio)) < 0.15
+    assert np.abs(ratio).max() < 1.0
