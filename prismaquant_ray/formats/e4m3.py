@@ -1,0 +1,35 @@
+"""What FP8 and MXFP8 share: E4M3 codes stored as they are, under scales that only have to avoid clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats.base import Codec, Rounded, Tensors
+from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
+
+
+class E4m3Codec(Codec):
+    """`weight` F8_E4M3 (O, I) and `weight_scale`; what a scale is, the other base of a codec says."""
+
+    code_bits = 8
+    grid_max = E4M3_MAX
+
+    def round(self, x: Tensor) -> Tensor:
+        """E4M3."""
+        return round_e4m3(x)
+
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:  # noqa: ARG002
+        """The nearest scale alone: a float grid is as fine near its end as anywhere, so clipping only loses."""
+        return iter((self.nearest_scale(amax, global_scale),))
+
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Codes and scales."""
+        return {"weight": rounded.values.to(torch.float8_e4m3fn), "weight_scale": rounded.scale.contiguous()}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """E4M3 × scale in float32, then BF16."""
+        values = tensors["weight"].to(torch.float32)
+        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
