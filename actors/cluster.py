@@ -1,4 +1,4 @@
-"""The one module that talks to Ray: a cluster to run on, a pool of workers, a pass driven over them."""
+"""Joining or starting Ray, and what the cluster has for workers."""
 
 from __future__ import annotations
 
@@ -6,49 +6,38 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from actors.messages import Receipt, Stage, Unit, WorkerSpec
-from actors.ring import FINISH, Listener, Ring, Step
-from actors.shard_worker import ShardWorker
-from prismaquant_ray import errors
 from prismaquant_ray.config import ClusterConfig
-from prismaquant_ray.errors import PrismaquantError, ResourceError
+from prismaquant_ray.errors import ResourceError
 
 # Activations of a few microbatches; Ray spills to its temporary directory beyond that.
 _OBJECT_STORE_BYTES = 512 * 2**20
-# glibc gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
-# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not.
-WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
-def open_pool(spec: WorkerSpec, at_most: int) -> Iterator[Pool]:
-    """A pool of workers on the configured cluster; more than `at_most` could never be busy."""
-    with connected(spec.config.cluster) as workers:
-        pool = Pool(spec, min(workers, at_most))
-        try:
-            yield pool
-        finally:
-            pool.close()
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """Join or start Ray; it is left or ended with the with-block.
 
-
-@contextmanager
-def connected(config: ClusterConfig) -> Iterator[int]:
-    """Join or start Ray; yields the number of workers to use.
-
-    A Ray started here has a private temporary directory, a private token that no file holds, and a loopback
-    address, so that it neither disturbs nor joins another Ray on the machine. It ends with the with-block.
+    A Ray started here listens on loopback only, has a private token that no file holds and a private temporary
+    directory, so that it neither disturbs nor joins another Ray on the machine, and nobody else can use it.
     """
-    with _joined(config) if joins(config) else _started(config):
-        yield _worker_count(config)
+    handler = signal.getsignal(signal.SIGTERM)
+    # Ray prints what it hears of its nodes on standard output, where results go.
+    with redirect_stdout(sys.stderr), _joined(config) if joins(config) else _started(config):
+        # Ray ends a driver on SIGTERM by its own handler; the command line has a better one.
+        if handler is not None and signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
+        yield
 
 
 def joins(config: ClusterConfig) -> bool:
@@ -61,11 +50,17 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     address = os.environ["RAY_ADDRESS"] if config.address == "auto" else config.address
     _check_answers(address)
     import ray
+    from ray.exceptions import AuthenticationError
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", namespace="prismaquant")
+    except AuthenticationError as error:
+        raise ResourceError(
+            f"Ray at {address} wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or ~/.ray/auth_token) "
+            "as on its nodes"
+        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"Ray at {address} refuses: {error}") from error
+        raise ResourceError(f"Ray at {address} refuses: {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:
@@ -91,11 +86,13 @@ def _token() -> str:
 
 @contextmanager
 def _started(config: ClusterConfig) -> Iterator[None]:
-    # Before Ray is imported: without a mode it would write ~/.ray/auth_token and change how other Rays start.
+    # Before Ray is imported: without a mode it would write ~/.ray/auth_token and change how other Rays start, and
+    # without the last setting it would put the machine's outer address in place of loopback and listen there.
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     saved = {key: os.environ.get(key) for key in ours}
     os.environ.update(ours)
@@ -113,7 +110,7 @@ def _started(config: ClusterConfig) -> Iterator[None]:
             logging_level="error",
             namespace="prismaquant",
             object_store_memory=_OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.2",
+            _node_ip_address=LOOPBACK,
             _temp_dir=directory,
         )
         yield
@@ -135,102 +132,64 @@ def _remove(directory: str) -> None:
         time.sleep(0.1)
 
 
-def _worker_count(config: ClusterConfig) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capacity:
+    """What the cluster has: nodes that take workers, how many workers fit, on GPUs or on CPU cores."""
+
+    nodes: int
+    workers: int
+    gpu: bool
+    gpus: int
+    cpus: int
+    labels: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.nodes} nodes{f' with labels {self.labels}' if self.labels else ''}"
+        return f"the cluster has {self.gpus} GPUs and {self.cpus} CPUs on {where}"
+
+
+def capacity(config: ClusterConfig) -> Capacity:
+    """Room for workers on the nodes that are alive and have the wanted labels."""
     import ray
 
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-    if config.workers == "auto":
-        return gpus or max(1, cpus // config.threads)
-    if not gpus and config.workers * config.threads > cpus:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and _has_labels(node, config)]
+    gpus = [int(node.get("GPU", 0)) for node in nodes]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]
+    gpu = config.device == "gpu" or (config.device == "auto" and any(gpus))
+    slots = [g if gpu else c // config.threads for g, c in zip(gpus, cpus, strict=True)]
+    return Capacity(
+        nodes=sum(slot > 0 for slot in slots) or len(nodes),
+        workers=sum(slots),
+        gpu=gpu,
+        gpus=sum(gpus),
+        cpus=sum(cpus),
+        labels=", ".join(f"{key}={value}" for key, value in config.labels.items()),
+    )
+
+
+def _has_labels(node: dict[str, object], config: ClusterConfig) -> bool:
+    labels = node.get("Labels") or {}
+    assert isinstance(labels, dict)
+    return all(labels.get(key) == value for key, value in config.labels.items())
+
+
+def worker_count(config: ClusterConfig, at_most: int) -> int:
+    """Workers to ask for; more than `at_most` could never be busy.
+
+    Raises ResourceError, saying what there is, when they do not fit and no autoscaler is waited for.
+    """
+    found = capacity(config)
+    if config.wait > 0:
+        return at_most if config.workers == "auto" else min(config.workers, at_most)
+    kind = "a GPU" if found.gpu else f"{config.threads} CPUs"
+    if found.workers == 0:
         raise ResourceError(
-            f"{config.workers} workers of {config.threads} threads were asked for; the cluster has {cpus} CPUs. "
-            "Lower cluster.workers or cluster.threads"
+            f"no node can take a worker of {kind}: {found}. Change cluster.device, threads or labels, or set "
+            "cluster.wait for nodes that an autoscaler brings"
         )
-    return config.workers
-
-
-class Pool:
-    """Workers of one run. They live as long as the pool and are lost with the driver."""
-
-    def __init__(self, spec: WorkerSpec, workers: int) -> None:
-        import ray
-
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        # No restarts: the driver must see why a worker died.
-        actor = ray.remote(ShardWorker).options(
-            num_cpus=spec.config.cluster.threads,
-            num_gpus=1 if gpus else 0,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    if config.workers != "auto" and config.workers > found.workers:
+        raise ResourceError(
+            f"{config.workers} workers of {kind} were asked for, {found.workers} fit: {found}. Lower cluster.workers "
+            "or cluster.threads"
         )
-        self.workers = [actor.remote(replace(spec, name=f"worker-{index}")) for index in range(workers)]
-        self.peak_bytes = 0
-        self.pids: list[int] = []
-        for receipt in _collect([worker.setup.remote() for worker in self.workers]):
-            self._accept(receipt)
-            self.pids.append(receipt.facts["pid"])
-
-    def run_pass(self, stage: Stage, units: Sequence[Unit], microbatches: int, listener: Listener) -> None:
-        """Drive one pass over units in order; the first unit reads its input from the store.
-
-        Raises the error a worker reports, or ResourceError when a worker dies.
-        """
-        import ray
-
-        ring = Ring(visits=len(units), microbatches=microbatches, workers=len(self.workers))
-        flying: dict[Any, tuple[int, Step]] = {}
-        idle = set(range(len(self.workers)))
-        leaving: dict[Step, Any] = {}
-        while not ring.finished:
-            for worker in sorted(idle):
-                step = ring.next(worker)
-                if step is None:
-                    continue
-                idle.discard(worker)
-                flying[self._submit(worker, stage, units, step, leaving)] = worker, step
-            (reference,), _ = ray.wait(list(flying), num_returns=1)
-            worker, step = flying.pop(reference)
-            receipt = _collect([reference])[0]
-            self._accept(receipt)
-            leaving.pop(Step(step.visit - 1, step.microbatch), None)
-            ring.done(step)
-            idle.add(worker)
-            listener(stage, units[step.visit], step, receipt)
-
-    def _submit(self, worker: int, stage: Stage, units: Sequence[Unit], step: Step, leaving: dict[Step, Any]) -> Any:
-        handle, unit = self.workers[worker], units[step.visit]
-        if step.microbatch == FINISH:
-            return handle.finish.remote(stage, unit)
-        arriving = leaving.get(Step(step.visit - 1, step.microbatch))
-        origin = units[step.visit - 1] if step.visit else None
-        run = handle.run.options(num_returns=2)
-        activation, receipt = run.remote(stage, unit, step.microbatch, origin, arriving)
-        leaving[step] = activation
-        return receipt
-
-    def _accept(self, receipt: Receipt) -> None:
-        self.peak_bytes = max(self.peak_bytes, receipt.peak_bytes)
-        if receipt.failure is not None:
-            kind = getattr(errors, receipt.failure.kind, PrismaquantError)
-            raise kind(receipt.failure.message)
-
-    def close(self) -> None:
-        """End the workers."""
-        import ray
-
-        for worker in self.workers:
-            ray.kill(worker)
-
-
-def _collect(references: Sequence[Any]) -> list[Receipt]:
-    import ray
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
-
-    try:
-        receipts: list[Receipt] = ray.get(list(references))
-    except (ActorDiedError, ActorUnavailableError, OutOfMemoryError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ResourceError(f"a worker died ({first}); run the same command again to continue") from error
-    return receipts
+    return min(found.workers if config.workers == "auto" else config.workers, at_most)

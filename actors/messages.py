@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -11,7 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prismaquant_ray import errors
 from prismaquant_ray.config import Config
+from prismaquant_ray.errors import DamagedError, PrismaquantError
+from prismaquant_ray.storage.record import Artifact
 
 #: A boundary activation as bytes: (dtype name, array). Ray moves numpy arrays without copying them.
 Activation = tuple[str, NDArray[Any]]
@@ -24,7 +28,7 @@ class Stage(StrEnum):
     BACKWARD = "backward"
 
 
-#: What a visit loads: the embedding, a decoder block by index, or the final norm and head.
+#: The smallest piece of a pass: the embedding, a decoder block by index, or the final norm and head.
 Unit = int | Literal["entry", "exit"]
 
 
@@ -33,46 +37,76 @@ def unit_key(unit: Unit) -> str:
     return unit if isinstance(unit, str) else f"{unit:04d}"
 
 
-def record_key(stage: Stage, unit: Unit) -> str:
-    """Where the record of a finished visit is."""
-    return f"{stage}/{unit_key(unit)}/record.json"
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Consecutive units, in the order of their pass, that one worker holds for one visit.
 
+    `produce` are the units whose candidates or prices are missing; the others are run only because something behind
+    them needs what they put out. `origin` is the unit whose output the first one reads; None for entry and exit.
+    """
 
-#: Artifacts whose names start so are boundary activations or gradients: needed by the next unit, then deleted.
-BOUNDARY = "boundary-"
+    stage: Stage
+    units: tuple[Unit, ...]
+    produce: frozenset[Unit]
+    origin: Unit | None
 
-
-def boundary_name(microbatch: int) -> str:
-    """Name of a boundary activation or gradient among a record's artifacts."""
-    return f"{BOUNDARY}{microbatch:05d}"
+    @property
+    def name(self) -> str:
+        """For people and events, e.g. 0004-0007."""
+        first, last = unit_key(self.units[0]), unit_key(self.units[-1])
+        return first if first == last else f"{first}-{last}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """Everything a worker needs to set itself up. `source` is the resolved directory of the model."""
+    """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory."""
 
     name: str
     config: Config
     source: str
+    run: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """An error this project raised on purpose: class name, message and the exit code it asks for."""
+    """An error this project raised on purpose: class name, message, and the stored object it is about, if any."""
 
     kind: str
     message: str
-    exit_code: int
+    key: str = ""
+
+    @classmethod
+    def of(cls, error: PrismaquantError) -> Failure:
+        """What a worker returns instead of raising."""
+        # The nearest class that users know; finer ones stay inside their module.
+        kind = next(kind for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
+        return cls(
+            kind=kind.__name__,
+            message=str(error),
+            key=error.key if isinstance(error, DamagedError) else "",
+        )
+
+    def error(self) -> PrismaquantError:
+        """What the driver raises for it."""
+        if self.kind == DamagedError.__name__:
+            return DamagedError(self.message, self.key)
+        kind: type[PrismaquantError] = getattr(errors, self.kind)
+        return kind(self.message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What a worker says of one call: figures, or why it failed."""
+    """What a worker says of one call: when it began (seconds since the epoch), figures, or why it failed.
+
+    `stored` are the boundaries, by microbatch, that have reached the run store since the last receipt.
+    """
 
     worker: str
+    started: float
     seconds: float
     peak_bytes: int
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[int, Artifact] = field(default_factory=dict)
     failure: Failure | None = None
 
 

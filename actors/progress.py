@@ -1,4 +1,4 @@
-"""Progress of a run: a bar on a terminal, one line a unit in a log."""
+"""Progress of a run for people: bars on a terminal, a line every few seconds in a log. A listener of events."""
 
 from __future__ import annotations
 
@@ -6,66 +6,118 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from actors.messages import Receipt, Stage, Unit, unit_key
-from actors.ring import FINISH, Step
+from actors.events import Event
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as Bars
+
+# Seconds between two lines of a log while nothing finishes.
+_QUIET = 10.0
 
 
 class Progress:
-    """Told of every receipt; writes to standard error, so that --json output stays clean."""
+    """Told of every event; writes to standard error, so that --json output stays clean."""
 
-    def __init__(self, console: Console, stage: Stage, units: int, microbatches: int) -> None:
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
+    def __init__(self, console: Console, bars: Bars | None) -> None:
         self.console = console
-        self.stage = stage
-        self.units = units
-        self.started = time.monotonic()
-        self.tokens = 0
-        self.finished = 0
-        self.bar = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-            )
-            self.bar = Bar(*columns, console=console, transient=True)
-            self.task = self.bar.add_task(f"{stage:<9}", total=units * (microbatches + 1), rate="")
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+        self.stage = ""
+        self.total = self.done = self.tokens = self.moved = 0
+        self.started = self.spoke = time.monotonic()
+        self.doing: dict[str, str] = {}
 
-    def __call__(self, stage: Stage, unit: Unit, step: Step, receipt: Receipt) -> None:
-        """Take note of a finished step."""
-        self.tokens += receipt.facts.get("tokens", 0)
-        elapsed = time.monotonic() - self.started
-        rate = f"{self.tokens / elapsed:,.0f} token-blocks/s"
-        if step.microbatch == FINISH:
-            self.finished += 1
-        if self.bar is not None:
-            self.bar.update(self.task, advance=1, rate=f"{self.finished}/{self.units} blocks  {rate}")
-        elif step.microbatch == FINISH:
-            left = elapsed / self.finished * (self.units - self.finished)
-            self.console.print(
-                f"{stage} {self.finished}/{self.units}  block {unit_key(unit)}  {receipt.worker}  {rate}  "
-                f"peak {receipt.peak_bytes / 1e9:.2f} GB  ETA {left:.0f} s",
-                highlight=False,
-                soft_wrap=True,
-            )
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        shown = getattr(self, f"on_{event.kind.replace('-', '_')}", None)
+        if shown is not None:
+            shown(event.facts)
+
+    def on_pass(self, facts: dict[str, Any]) -> None:
+        """A pass begins."""
+        self.stage, self.total = facts["stage"], facts["blocks"]
+        self.done = self.tokens = self.moved = 0
+        self.started = self.spoke = time.monotonic()
+        self.doing.clear()
+        if self.bars is not None:
+            for task in self.tasks.values():
+                self.bars.remove_task(task)
+            self.tasks = {"": self.bars.add_task(self.stage, total=facts["steps"], rate="")}
+
+    def on_step(self, facts: dict[str, Any]) -> None:
+        """A worker has taken a step."""
+        # Every block of a shard has seen the tokens of a step.
+        first, _, last = facts["shard"].partition("-")
+        blocks = int(last) - int(first) if last else 0
+        self.tokens += facts.get("tokens", 0) * (abs(blocks) + 1)
+        self.moved += facts.get("hop_bytes", 0) + facts.get("read_bytes", 0) + facts.get("written_bytes", 0)
+        at = "finished" if facts["microbatch"] is None else f"at {facts['microbatch'] + 1}"
+        self.doing[facts["worker"]] = f"{facts['shard']} {at}"
+        if self.bars is not None:
+            self.bars.update(self.tasks[""], advance=1, rate=self._figures())
+            self._show_worker(facts["worker"])
+        elif time.monotonic() - self.spoke > _QUIET:
+            self._line()
+
+    def on_shard(self, facts: dict[str, Any]) -> None:
+        """A shard is finished."""
+        self.done += len(facts["units"])
+        if self.bars is None:
+            self._line()
+        else:
+            self.bars.update(self.tasks[""], rate=self._figures())
+
+    def on_lost(self, facts: dict[str, Any]) -> None:
+        """A worker is gone."""
+        self.doing.pop(facts["worker"], None)
+        if self.bars is not None and facts["worker"] in self.tasks:
+            self.bars.remove_task(self.tasks.pop(facts["worker"]))
+        held = f"; {facts['shard']} is run again" if facts["shard"] else ""
+        self._say(f"lost {facts['worker']}: {facts['cause']}{held}")
+
+    def on_worker(self, facts: dict[str, Any]) -> None:
+        """A worker is ready."""
+        self._say(f"{facts['worker']} is ready: {facts['device']} on {facts['host']}, process {facts['pid']}")
+
+    def on_repair(self, facts: dict[str, Any]) -> None:
+        """A stored object is damaged and its work is done again."""
+        self._say(f"damaged: {facts['key']}; {', '.join(facts['forgotten']) or 'nothing'} is made again")
+
+    def _figures(self) -> str:
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        left = elapsed / self.done * (self.total - self.done) if self.done else None
+        eta = f"  ETA {left:.0f} s" if left is not None else ""
+        return f"{self.tokens / elapsed:,.0f} token-blocks/s  {self.moved / 1e6:,.1f} MB moved{eta}"
+
+    def _line(self) -> None:
+        self.spoke = time.monotonic()
+        doing = ", ".join(f"{worker} {what}" for worker, what in sorted(self.doing.items()))
+        self._say(f"{self.stage} {self.done}/{self.total}  {self._figures()}  [{doing}]")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _show_worker(self, worker: str) -> None:
+        assert self.bars is not None
+        if worker not in self.tasks:
+            self.tasks[worker] = self.bars.add_task("", total=None, rate="")
+        self.bars.update(self.tasks[worker], description=f"  {worker} {self.doing[worker]}")
 
 
 @contextmanager
-def progress(stage: Stage, units: int, microbatches: int) -> Iterator[Progress]:
-    """Show the progress of one pass."""
+def progress() -> Iterator[Progress]:
+    """Show the progress of a run inside the with-block."""
     from rich.console import Console
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
 
-    shown = Progress(Console(file=sys.stderr), stage, units, microbatches)
-    if shown.bar is None:
-        yield shown
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        yield Progress(console, None)
         return
-    with shown.bar:
-        yield shown
+    bars = Bars(TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.fields[rate]}"), console=console)
+    with bars:
+        yield Progress(console, bars)

@@ -1,77 +1,106 @@
 """The schedule of a pass, as a pure state machine: who runs what next.
 
-Visits (one loaded unit each) form a pipeline over microbatches: step (v, m) needs step (v−1, m). Visit v belongs to
-worker v mod W, and each worker takes its visits in order, so while worker 0 runs microbatch m of a visit, worker 1
-runs m−1 of the next one. After the last microbatch of a visit comes its FINISH step, which nothing waits for.
+Shards form a pipeline over microbatches: step (s, m) needs what step (s−1, m) put out. A worker holds one shard at a
+time and takes its microbatches in order, then its FINISH step (encode or price), which nothing waits for; then it takes
+the first shard that nobody holds. With equal workers shard s ends up with worker s mod W, and while worker 0 runs
+microbatch m of a shard, worker 1 runs m−1 of the next one. A faster worker takes more shards.
+
+A lost worker's shard goes back to the ones that nobody holds. It starts again from its first microbatch, which is how
+every sum stays the same; what it had put out and stored remains valid, so the shards behind it just go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from actors.messages import Receipt, Stage, Unit
 
 FINISH = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A microbatch of a visit, or its FINISH."""
+    """A microbatch of a shard (its position in the pass), or the shard's FINISH."""
 
-    visit: int
+    shard: int
     microbatch: int
 
 
 class Ring:
-    """Which step each worker takes next. Every step is handed out once."""
+    """Which step each worker takes next.
 
-    def __init__(self, *, visits: int, microbatches: int, workers: int) -> None:
-        if min(visits, microbatches, workers) < 1:
-            raise ValueError(f"{visits} visits, {microbatches} microbatches, {workers} workers: each must be positive")
-        self._order = (*range(microbatches), FINISH)
-        self._programs = [
-            [Step(visit, m) for visit in range(worker, visits, workers) for m in self._order]
-            for worker in range(workers)
-        ]
-        self._position = [0] * workers
-        self._done: set[Step] = set()
-        self._steps = visits * len(self._order)
+    `chained[s]` says that shard s reads what shard s−1 puts out; any other shard reads from the store.
+    """
 
-    def next(self, worker: int) -> Step | None:
-        """The worker's next step if it can run now; it counts as handed out. None: nothing to do yet, or ever."""
-        position = self._position[worker]
-        if position == len(self._programs[worker]):
-            return None
-        step = self._programs[worker][position]
-        before = Step(step.visit - 1, step.microbatch)
-        if step.microbatch != FINISH and step.visit > 0 and before not in self._done:
-            return None
-        self._position[worker] += 1
-        return step
+    def __init__(self, *, chained: Sequence[bool], microbatches: int) -> None:
+        if not chained or microbatches < 1:
+            raise ValueError(f"{len(chained)} shards, {microbatches} microbatches: each must be positive")
+        if chained[0]:
+            raise ValueError("the first shard has nothing before it to read from")
+        self.chained = tuple(chained)
+        self.microbatches = microbatches
+        self.held: dict[str, int] = {}
+        self._position = [0] * len(chained)
+        self._finished: set[int] = set()
+        self._out: set[Step] = set()
 
-    def done(self, step: Step) -> None:
+    def next(self, worker: str) -> Step | None:
+        """The worker's next step if it can run now; the worker holds the shard from then on."""
+        shard = self.held.get(worker)
+        if shard is None:
+            shard = next((s for s in self._free() if self._can_run(s)), None)
+            if shard is None:
+                return None
+            self.held[worker] = shard
+        position = self._position[shard]
+        if position == self.microbatches:
+            return Step(shard, FINISH)
+        return Step(shard, position) if self._can_run(shard) else None
+
+    def done(self, worker: str, step: Step) -> None:
         """The step's result is there."""
-        if step in self._done:
-            raise ValueError(f"{step} was done before")
-        self._done.add(step)
+        shard = step.shard
+        expected = FINISH if self._position[shard] == self.microbatches else self._position[shard]
+        if self.held.get(worker) != shard or step.microbatch != expected:
+            raise ValueError(f"{worker} cannot have done {step}: it holds {self.held.get(worker)}")
+        if step.microbatch == FINISH:
+            self._finished.add(shard)
+            del self.held[worker]
+        else:
+            self._position[shard] += 1
+            self._out.add(step)
+
+    def released(self, worker: str) -> int | None:
+        """The worker is gone, or gives its shard up; the shard starts again with whoever takes it next."""
+        shard = self.held.pop(worker, None)
+        if shard is not None:
+            self._position[shard] = 0
+        return shard
+
+    def vanished(self, step: Step) -> None:
+        """What a step put out can no longer be read; the shard that still needs it waits for it to appear again."""
+        self._out.discard(step)
+
+    def appeared(self, step: Step) -> None:
+        """What a step put out can be read, because it has reached the store."""
+        self._out.add(step)
+
+    def blocking(self) -> list[int]:
+        """Shards that nobody holds and that could run now, first to last."""
+        return [shard for shard in self._free() if self._can_run(shard)]
 
     @property
     def finished(self) -> bool:
-        """Every step is done."""
-        return len(self._done) == self._steps
+        """Every shard is finished."""
+        return len(self._finished) == len(self.chained)
 
+    @property
+    def unfinished(self) -> int:
+        """How many shards are not finished."""
+        return len(self.chained) - len(self._finished)
 
-#: Called with each receipt as it arrives.
-Listener = Callable[[Stage, Unit, Step, Receipt], None]
+    def _free(self) -> Iterator[int]:
+        taken = set(self.held.values())
+        return (s for s in range(len(self.chained)) if s not in taken and s not in self._finished)
 
-
-class PassRunner(Protocol):
-    """Workers that can be driven over a pass."""
-
-    peak_bytes: int
-
-    def run_pass(self, stage: Stage, units: Sequence[Unit], microbatches: int, listener: Listener) -> None:
-        """Visit the units in order; raise the error a worker reports."""
-        ...
+    def _can_run(self, shard: int) -> bool:
+        return not self.chained[shard] or Step(shard - 1, self._position[shard]) in self._out

@@ -10,18 +10,22 @@ from rich.console import Console
 from jobs import planning
 from jobs.run import Run
 from prismaquant_ray import __version__
+from prismaquant_ray.checkpoint.publish import check_output, published
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import check_output, publish_directory, write_repository
+from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.connection import absolute
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     """Measure and allocate what is missing, then copy the chosen candidates."""
-    current = Run(config)
-    return build(current, planning.allocate(current))
+    current = Run(config, fresh=fresh)
+    current.check()
+    with current.claimed():
+        current.measure()
+        return current.repairing(lambda: build(current, planning.allocate(current)))
 
 
 def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,8 +44,7 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
         "predicted_loss": plan["predicted_loss"],
         "bpp": plan["bpp"],
     }
-    with publish_directory(output) as staging:
-        store = Store(staging)
+    with published(output) as store:
         repository = write_repository(
             current.source, current.layout, choice, current.candidates, store, manifest=manifest
         )
@@ -55,6 +58,9 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
             raise PrismaquantError(
                 f"{repository.total_bytes} bytes exceed {budget.bytes}; this is a bug, nothing was published"
             )
+    current.note(
+        "repository", uri=absolute(output), target=plan["target"], bpp=repository.bpp, bytes=repository.total_bytes
+    )
     return {
         "repository": str(output),
         "total_bytes": repository.total_bytes,

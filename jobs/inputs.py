@@ -3,43 +3,61 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from actors.cluster import joins
-from actors.needs import Needs
+from actors.memory import free_memory
+from actors.needs import Needs, ShardSize, shard_size
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config, ModelConfig
-from prismaquant_ray.errors import InputError
+from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.runner import check_finite
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.models.source import resolve
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.store import Store, check_directory
 
 
-def resolve_source(model: ModelConfig) -> Path:
-    """The model's directory: as given, from the hub's cache, or written from the package that embeds it."""
-    directory = Path(model.source)
+def open_source(model: ModelConfig) -> Checkpoint:
+    """The checkpoint: as given, from the hub's cache, or written from the package that embeds it."""
     if model.embedded is not None:
         from prismaquant_ray.models.embedded import materialise
 
-        return materialise(model.embedded, directory)
-    if directory.is_dir():
-        return directory
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        return Checkpoint(Store(materialise(model.embedded, Path(model.source)), create=False))
+    store = resolve(model.source, model.revision)
+    if store.path is None:
+        store.check_readable()
+    return Checkpoint(store)
 
-    try:
-        return Path(snapshot_download(model.source, revision=model.revision, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise InputError(
-            f"model.source {model.source}: neither a directory nor in the hub's cache (revision {model.revision}); "
-            f"give a directory, or fetch it first: hf download {model.source}"
-        ) from error
+
+def absolute_source(model: ModelConfig) -> str:
+    """`model.source` as a worker in another directory understands it; a hub id stays one, for each node's own cache."""
+    return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
+
+
+def exists(location: Path | str, key: str) -> bool:
+    """Whether a run store or repository has an object; looking does not create the place."""
+    if isinstance(location, Path):
+        return (location / key).is_file()
+    store = Store(location)
+    store.check_readable()
+    return store.size(key) is not None
+
+
+def empty(store: Store, *, keep: str) -> None:
+    """Delete everything but what is below `keep`."""
+    store.delete(key for key in store.list() if not key.startswith(keep))
+
+
+def check_stores(config: Config) -> None:
+    """InputError or StoreError unless the run store and the output can be written."""
+    for location in (config.store.run, config.store.output):
+        Store(location, create=False).check_writable() if isinstance(location, str) else check_directory(location)
 
 
 def check_weights(source: Checkpoint, layout: Layout) -> None:
@@ -49,32 +67,39 @@ def check_weights(source: Checkpoint, layout: Layout) -> None:
             check_finite(source.read([name]), source.store.uri)
 
 
-def check_room(config: Config, required: Needs) -> None:
-    """InputError with the plan's figures when memory or disk cannot hold the run."""
+def check_room(config: Config, required: Needs) -> ShardSize:
+    """Blocks a worker of this machine will load at a time.
+
+    InputError with the plan's figures when memory or disk cannot hold the run. Of other machines' memory nothing is
+    known here; their workers say what they have when they are there.
+    """
     workers = expected_workers(config)
-    free_memory = int(psutil.virtual_memory().available)
-    # Of other machines' memory nothing is known here.
-    if not joins(config.cluster) and workers * required.worker > free_memory:
+    size = shard_size(required, config, workers=workers, free=free_device_memory(config) // workers)
+    if required.worker(1) > size.free and (not joins(config.cluster) or config.cluster.memory != "auto"):
         raise InputError(
-            f"not enough memory: {workers} workers need {_gb(required.worker)} each "
-            f"(weights {_gb(required.worker_weights)}, Hessians {_gb(required.worker_hessians)}, "
-            f"candidates {_gb(required.worker_candidates)}, activations {_gb(required.worker_activations)}, "
-            f"process {_gb(required.worker_base)}), {_gb(free_memory)} are free; "
-            "lower cluster.workers or calibration.microbatch"
+            f"not enough memory: {workers} workers need {_gb(required.worker(1))} each (weights "
+            f"{_gb(required.block_weights)}, Hessians {_gb(required.block_hessians)}, candidates "
+            f"{_gb(required.block_candidates)}, activations {_gb(required.block_activations)}, head "
+            f"{_gb(required.exit)}, working {_gb(required.working)}, process {_gb(required.base)}), {_gb(size.free)} "
+            "are there for each; lower cluster.workers or calibration.microbatch"
         )
+    sizes = {config.store.run: required.run_store(size.blocks), config.store.output: required.repository}
     wanted: dict[int, tuple[Path, int]] = {}
-    for path, size in ((config.store.run, required.run_store), (config.store.output, required.repository)):
+    for path, bytes_ in sizes.items():
+        if isinstance(path, str):
+            continue  # object stores have no end
         existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
         device = existing.stat().st_dev
-        wanted[device] = (existing, wanted.get(device, (existing, 0))[1] + size)
-    for place, size in wanted.values():
+        wanted[device] = (existing, wanted.get(device, (existing, 0))[1] + bytes_)
+    for place, bytes_ in wanted.values():
         free = shutil.disk_usage(place).free
-        if size > free:
+        if bytes_ > free:
             raise InputError(
-                f"not enough disk at {place}: run store {_gb(required.run_store)} and repository "
+                f"not enough disk at {place}: run store {_gb(required.run_store(size.blocks))} and repository "
                 f"{_gb(required.repository)} are planned, {_gb(free)} are free; choose another store.run or fewer "
                 "calibration sequences"
             )
+    return size
 
 
 def expected_workers(config: Config) -> int:
@@ -83,7 +108,17 @@ def expected_workers(config: Config) -> int:
         return config.cluster.workers
     import torch
 
-    return torch.cuda.device_count() or max(1, (os.cpu_count() or 1) // config.cluster.threads)
+    gpus = torch.cuda.device_count() if config.cluster.device != "cpu" else 0
+    return gpus or max(1, (os.cpu_count() or 1) // config.cluster.threads)
+
+
+def free_device_memory(config: Config) -> int:
+    """Bytes free where workers of this machine would compute, of all of them together."""
+    import torch
+
+    if config.cluster.device != "cpu" and torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+    return free_memory()
 
 
 def fingerprint(config: Config, source: Checkpoint) -> dict[str, Any]:
@@ -111,9 +146,19 @@ def fingerprint(config: Config, source: Checkpoint) -> dict[str, Any]:
     }
 
 
-def open_source(directory: Path) -> Checkpoint:
-    """The checkpoint in a local directory."""
-    return Checkpoint(Store(directory, create=False))
+def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
+    """InputError naming the first thing in which the run in the store is another one."""
+    try:
+        stored = json.loads(store.get("run.json"))["fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{store.uri}: run.json cannot be read; choose another store.run") from error
+    for key, value in fingerprint.items():
+        if stored.get(key) != value:
+            shown = f"{stored.get(key)!r}, now {value!r}" if len(repr(value)) < 60 else "something else"
+            raise InputError(
+                f"{store.uri} holds a run with another {key} ({shown}); choose another store.run, or start this one "
+                "over with --fresh"
+            )
 
 
 def _gb(size: int) -> str:

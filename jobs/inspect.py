@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
+from actors.shards import VISITS
 from jobs import inputs
 from jobs.run import Run
 from prismaquant_ray.config import Config
@@ -18,7 +20,7 @@ def run(config: Config) -> dict[str, Any]:
     layout, sizes = current.layout, current.sizes
     limit = sizes.limit(config.budget)
     required = current.needs
-    inputs.check_room(config, required)
+    size = inputs.check_room(config, required)
     groups = Counter(group.name.rpartition(".")[2] for group in layout.groups)
     allowed = {str(name): int(sizes.allowed[:, column].sum()) for column, name in enumerate(sizes.formats)}
     return {
@@ -34,6 +36,9 @@ def run(config: Config) -> dict[str, Any]:
         "budget_bytes": limit,
         "needs": required.as_dict(),
         "workers": inputs.expected_workers(config),
+        "blocks_per_shard": asdict(size),
+        "worker_bytes": required.worker(size.blocks),
+        "run_store_bytes": required.run_store(size.blocks),
     }
 
 
@@ -50,9 +55,24 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print("  can take: " + ", ".join(f"{count} {name}" for name, count in result["groups_per_format"].items()))
     for name, reason in result["kept"].items():
         console.print(f"  kept: {name} ({reason})")
-    needs = result["needs"]
-    parts = ", ".join(
-        f"{name.removeprefix('worker_')} {size / 1e9:.2f}" for name, size in needs.items() if name.startswith("worker_")
+    needs, size = result["needs"], result["blocks_per_shard"]
+    console.print(
+        f"  a block: {_gb(needs['block'])} = weights {_gb(needs['block_weights'])} + the larger of Hessians "
+        f"{_gb(needs['block_hessians'])} and candidates {_gb(needs['block_candidates'])} with activations "
+        f"{_gb(needs['block_activations'])}"
     )
-    console.print(f"  memory: {result['workers']} workers of {needs['worker'] / 1e9:.2f} GB ({parts})")
-    console.print(f"  disk: run store {needs['run_store'] / 1e9:.2f} GB, repository {needs['repository'] / 1e9:.2f} GB")
+    console.print(
+        f"  blocks per shard: {size['blocks']}"
+        + (" as configured; " if size["configured"] else "; ")
+        + f"{max(0, size['fitting'])} fit into {_gb(size['free'])} ((free - process {_gb(needs['base'])} - working "
+        f"{_gb(needs['working'])}) / block), {size['wanted']} give every worker {VISITS} visits"
+    )
+    console.print(
+        f"  memory: {result['workers']} workers of {_gb(result['worker_bytes'])} (process + working + the larger of "
+        f"{size['blocks']} blocks and head {_gb(needs['exit'])})"
+    )
+    console.print(f"  disk: run store {_gb(result['run_store_bytes'])} at most, repository {_gb(needs['repository'])}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

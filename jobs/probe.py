@@ -13,9 +13,9 @@ from jobs.run import Run
 from prismaquant_ray.config import Config
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     """Measure what is missing and say what was found."""
-    current = Run(config)
+    current = Run(config, fresh=fresh)
     current.measure()
     return summary(current)
 

@@ -12,22 +12,23 @@ from jobs.run import Run
 from prismaquant_ray.config import Config
 
 
-def run(config: Config) -> dict[str, Any]:
+def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     """Run every stage that is not done."""
     started = time.monotonic()
-    current = Run(config)
+    current = Run(config, fresh=fresh)
     current.check()
-    current.measure()
-    measured = time.monotonic()
-    swept = planning.sweep_targets(current)
-    repository = assemble.build(current, planning.allocate(current))
-    return {
-        "probe": probe.summary(current),
-        "sweep": swept,
-        "repository": repository,
-        "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
-        "seconds": {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured},
-    }
+    with current.claimed():
+        current.measure()
+        measured = time.monotonic()
+        swept = planning.sweep_targets(current)
+        repository = current.repairing(lambda: assemble.build(current, planning.allocate(current)))
+        return {
+            "probe": probe.summary(current),
+            "sweep": swept,
+            "repository": repository,
+            "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
+            "seconds": {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured},
+        }
 
 
 def render(result: dict[str, Any], console: Console) -> None:

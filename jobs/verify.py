@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from jobs import inputs
 from jobs.run import Run
 from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.config import Config
@@ -18,7 +19,7 @@ from prismaquant_ray.storage.store import Store
 def run(config: Config) -> dict[str, Any]:
     """Check the repository that is there, whatever budget it was made for. Exit code 2 when it is wrong."""
     output = config.store.output
-    if not (output / "prismaquant.json").is_file():
+    if not inputs.exists(output, "prismaquant.json"):
         raise InputError(f"store.output {output} is not a repository of ours; run assemble first")
     current = Run(config)
     current.measure()

@@ -30,6 +30,25 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
+def parse_location(value: Any) -> Any:
+    """A URI of an object store as it is, anything else as a local path."""
+    if not isinstance(value, str):
+        return value
+    scheme, separator, rest = value.partition("://")
+    if not separator:
+        return Path(value)
+    if scheme == "file":
+        return Path(rest)
+    if scheme not in SCHEMES:
+        raise ValueError(f"{scheme}:// is not supported; give a directory or one of {', '.join(SCHEMES)}://")
+    return value.rstrip("/")
+
+
+#: Object stores that `store.run`, `store.output` and `model.source` may name.
+SCHEMES = ("s3", "gs")
+Location = Annotated[Path | str, BeforeValidator(parse_location)]
+
+
 class Section(BaseModel):
     """Unknown keys are errors; values do not change after loading."""
 
@@ -39,8 +58,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model.
 
-    `source` is a local directory or a hub id already in the hub's cache. With `embedded`, the named model that a
-    Python package carries is first written to the directory `source`. Blocks compute in `dtype`.
+    `source` is a local directory, an s3:// or gs:// URI, or a hub id already in the hub's cache (of every node). With
+    `embedded`, the named model that a Python package carries is first written to the directory `source`. Blocks
+    compute in `dtype`.
     """
 
     source: str = Field(min_length=1)
@@ -116,37 +136,46 @@ class AllocationConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Where it runs.
+    """Where it runs. None of this changes a result, but for `threads` and `device`.
 
     `address`: `auto` joins the cluster that RAY_ADDRESS or the submitted job names, else starts Ray on this machine;
-    `local` always starts one; anything else is an address to join. `workers: auto` is one per GPU, or one per
-    `threads` cores. Results are the same for any number of workers, not for any number of threads.
+    `local` always starts one; anything else is an address to join. A worker takes one GPU (`device: gpu`) or `threads`
+    cores (`device: cpu`); `auto` takes GPUs where the cluster has any. `workers: auto` is as many as fit.
+    `placement` spreads workers over nodes or packs them; `labels` restricts them to nodes with these Ray labels.
+
+    A worker loads `blocks_per_shard` blocks at a time; `auto` derives it from free memory, or from `memory`, the most a
+    worker may take on its device. `wait` is how many seconds to wait for nodes that an autoscaler still
+    brings; a call of a worker that takes longer than `timeout` seconds is taken for hung.
     """
 
     address: str = "auto"
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     threads: Annotated[int, Field(ge=1)] = 1
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    placement: Literal["spread", "pack"] = "spread"
+    labels: dict[str, str] = Field(default_factory=dict)
+    blocks_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    memory: Literal["auto"] | Bytes = "auto"
+    wait: float = Field(default=0.0, ge=0.0)
+    timeout: float = Field(default=1800.0, gt=0.0)
 
 
 class StoreConfig(Section):
-    """`run` holds everything measured and encoded; `output` is the repository. Both are local directories."""
+    """`run` holds everything measured and encoded; `output` is the repository. Directories or s3:// / gs:// URIs."""
 
-    run: Path
-    output: Path
-
-    @field_validator("run", "output", mode="before")
-    @classmethod
-    def _local(cls, value: Any) -> Any:
-        if isinstance(value, str) and "://" in value:
-            raise ValueError(f"{value} is not a local directory; object stores are not supported yet")
-        return value
+    run: Location
+    output: Location
 
     @model_validator(mode="after")
     def _apart(self) -> StoreConfig:
-        run, output = self.run.absolute(), self.output.absolute()
-        if run == output or run in output.parents or output in run.parents:
+        run, output = _segments(self.run), _segments(self.output)
+        if run == output[: len(run)] or output == run[: len(output)]:
             raise ValueError(f"run {self.run} and output {self.output} must be separate directories")
         return self
+
+
+def _segments(location: Path | str) -> tuple[str, ...]:
+    return location.absolute().parts if isinstance(location, Path) else tuple(location.split("/"))
 
 
 class Config(Section):

@@ -5,16 +5,17 @@ PrismaquantError          exit 1
 ├── InputError            exit 2   model, calibration, budget or output cannot be used as given
 │   └── ConfigError       exit 2   the YAML or a --set is wrong
 ├── ResourceError         exit 3   the machine or cluster cannot do it now
-└── StoreError            exit 3   the run store is damaged or unreachable
+└── StoreError            exit 3   the run store is unreachable or cannot be trusted
+    └── DamagedError      exit 3   one stored object is missing or is not what its record says
 ```
 
-Anything else that rises is a bug and ends with exit code 1. Every class is built from one message, so
-instances survive pickling between actors unchanged.
+Anything else that rises is a bug and ends with exit code 1. Instances survive pickling between
+actors unchanged.
 """
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "InputError", "PrismaquantError", "ResourceError", "StoreError"]
+__all__ = ["ConfigError", "DamagedError", "InputError", "PrismaquantError", "ResourceError", "StoreError"]
 
 
 class PrismaquantError(Exception):
@@ -43,3 +44,14 @@ class StoreError(PrismaquantError):
     """The run store cannot be read, written or trusted."""
 
     exit_code = 3
+
+
+class DamagedError(StoreError):
+    """The stored object `key` is missing or is not what its record says. The work that made it can be done again."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[str, str]]:
+        return DamagedError, (str(self), self.key)

@@ -1,75 +1,105 @@
-"""Workers without Ray: the same ring over plain ShardWorkers in this process."""
+"""Workers without Ray: plain ShardWorkers in this process behind the conductor's protocol, lost on demand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
-from actors.messages import Receipt, Stage, Unit, WorkerSpec
-from actors.ring import FINISH, Listener, Ring, Step
+from actors.conductor import Call, Kind, Reply
+from actors.messages import WorkerSpec
+from actors.recovery import Cause
 from actors.shard_worker import ShardWorker
-from prismaquant_ray import errors
+from jobs.measure import Crew, OpenWorkers
+
+#: Asked before every call: raise to stop the driver, return a cause to lose the worker before it does anything.
+Accident = Callable[[str, Call], Cause | None]
 
 
-class InProcessPool:
-    """Runs one step at a time, workers in turn.
+class InProcessWorkers:
+    """Runs the oldest call at each `wait`. Outputs are handed over as Ray does: as read-only arrays."""
 
-    After `stop_after` steps it raises, as if the driver had been killed. A `stuck` visit never takes its last step:
-    everything else of the pass is done, then it raises.
-    """
+    def __init__(self, spec: WorkerSpec, accident: Accident) -> None:
+        self.spec = spec
+        self.accident = accident
+        self.alive: dict[str, ShardWorker] = {}
+        self.queue: list[tuple[str, Call]] = []
+        self.log: list[tuple[str, Call]] = []
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        workers: int,
-        stop_after: int | None = None,
-        stuck: tuple[Stage, Unit] | None = None,
-    ) -> None:
-        self.stuck = stuck
-        self.workers = [ShardWorker(replace(spec, name=f"worker-{index}")) for index in range(workers)]
-        self.peak_bytes = 0
-        self.steps = 0
-        self.stop_after = stop_after
-        for worker in self.workers:
-            self._accept(worker.setup())
+    def start(self, worker: str) -> None:
+        self.alive[worker] = ShardWorker()
+        self.queue.append((worker, Call(kind=Kind.HELLO)))
 
-    def run_pass(self, stage: Stage, units: Sequence[Unit], microbatches: int, listener: Listener) -> None:
-        ring = Ring(visits=len(units), microbatches=microbatches, workers=len(self.workers))
-        leaving = {}
-        while not ring.finished:
-            before = self.steps
-            for index, worker in enumerate(self.workers):
-                step = ring.next(index)
-                if step is None or (step.microbatch == FINISH and self.stuck == (stage, units[step.visit])):
-                    continue
-                if self.steps == self.stop_after:
-                    raise KeyboardInterrupt
-                self.steps += 1
-                unit = units[step.visit]
-                if step.microbatch == FINISH:
-                    receipt = worker.finish(stage, unit)
-                else:
-                    arriving = leaving.pop(Step(step.visit - 1, step.microbatch), None)
-                    origin = units[step.visit - 1] if step.visit else None
-                    leaving[step], receipt = worker.run(stage, unit, step.microbatch, origin, arriving)
-                self._accept(receipt)
-                ring.done(step)
-                listener(stage, unit, step, receipt)
-            if self.steps == before:
-                raise KeyboardInterrupt
+    def submit(self, worker: str, call: Call) -> None:
+        assert not any(name == worker for name, _ in self.queue), "one call in flight a worker"
+        self.queue.append((worker, call))
 
-    def _accept(self, receipt: Receipt) -> None:
-        self.peak_bytes = max(self.peak_bytes, receipt.peak_bytes)
-        if receipt.failure is not None:
-            raise getattr(errors, receipt.failure.kind)(receipt.failure.message)
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        if not self.queue:
+            return []
+        worker, call = self.queue.pop(0)
+        cause = self.accident(worker, call)
+        if cause is not None:
+            del self.alive[worker]
+            return [Reply(worker=worker, lost=(cause, "as the test wanted"))]
+        self.log.append((worker, call))
+        return [self._call(worker, call)]
+
+    def _call(self, name: str, call: Call) -> Reply:
+        worker, output = self.alive[name], None
+        if call.kind is Kind.HELLO:
+            receipt = worker.hello()
+        elif call.kind is Kind.SETUP:
+            receipt = worker.setup(replace(self.spec, name=name))
+        elif call.kind is Kind.DROP:
+            receipt = worker.drop()
+        elif call.kind is Kind.FINISH:
+            receipt = worker.finish(call.shard)
+        else:
+            output, receipt = worker.run(call.shard, call.microbatch, call.arriving)
+            if output is not None:
+                output[1].flags.writeable = False
+        return Reply(worker=name, receipt=receipt, output=output)
+
+    def stop(self, worker: str) -> None:
+        self.queue = [entry for entry in self.queue if entry[0] != worker]
+        del self.alive[worker]
+
+    def describe(self) -> str:
+        return f"{len(self.alive)} workers live in this process"
 
 
-def in_process(workers: int = 1, stop_after: int | None = None, stuck: tuple[Stage, Unit] | None = None):
-    """An `open_pool` for `jobs.run.Run`."""
+def never(worker: str, call: Call) -> None:
+    """No accident."""
+
+
+def after(steps: int) -> Accident:
+    """The driver is killed after so many steps."""
+    left = iter(range(steps))
+
+    def accident(worker: str, call: Call) -> None:
+        if call.kind in (Kind.RUN, Kind.FINISH) and next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return accident
+
+
+def in_process(
+    workers: int = 1, accident: Accident = never, opened: list[InProcessWorkers] | None = None
+) -> OpenWorkers:
+    """An `open_workers` for `jobs.run.Run`; `opened` collects what was opened."""
 
     @contextmanager
-    def open_pool(spec: WorkerSpec, at_most: int) -> Iterator[InProcessPool]:
-        yield InProcessPool(spec, min(workers, at_most), stop_after, stuck)
+    def open_workers(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
+        found = InProcessWorkers(spec, accident)
+        if opened is not None:
+            opened.append(found)
+        yield Crew(workers=found, wanted=min(workers, at_most), on_one_machine=1)
 
-    return open_pool
+    return open_workers
+
+
+def unopened(*_: Any) -> Any:
+    """An `open_workers` for runs that must not need any."""
+    raise AssertionError("workers must not be opened")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from actors.cluster import WORKER_ENVIRONMENT
+from actors.pool import WORKER_ENVIRONMENT
 from jobs.__main__ import COMMANDS, cli
 from jobs.run import Run
 from prismaquant_ray.errors import InputError
@@ -119,12 +119,13 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
         "from jobs.run import Run\n"
         "from prismaquant_ray.config import load\n"
         "from tests.inprocess import in_process\n"
-        "run = Run(load(Path(sys.argv[1]), ['formats=[MXFP8, BF16]', 'rounding.gptq=null', 'budget.bpp=9']),"
-        " open_pool=in_process())\n"
+        "run = Run(load(Path(sys.argv[1]), ['formats=[MXFP8, BF16]', 'rounding.gptq=null', 'budget.bpp=9',"
+        " 'cluster.blocks_per_shard=1']),"
+        " open_workers=in_process())\n"
         "run.measure()\n"
         # Not ru_maxrss, which a child inherits from the process that forked it.
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
-        "print(int(peak) * 1024, run.needs.worker)\n"
+        "print(int(peak) * 1024, run.needs.worker(1))\n"
     )
     peaks = {}
     shape = {"hidden": 512, "intermediate": 2048, "heads": 8, "kv_heads": 8, "head_dim": 64}
@@ -151,9 +152,11 @@ def test_a_worker_reports_a_failure_as_a_record(tmp_path: Path) -> None:
     from actors.shard_worker import ShardWorker
 
     config = configuration(tmp_path, make_checkpoint(tmp_path / "source", "llama"))
-    receipt = ShardWorker(WorkerSpec(name="w", config=config, source=str(tmp_path / "source"))).setup()
+    spec = WorkerSpec(name="w", config=config, source=str(tmp_path / "source"), run=str(tmp_path))
+    receipt = ShardWorker().setup(spec)
     assert receipt.failure is not None
-    assert receipt.failure.exit_code == 3
+    assert receipt.failure.kind == "ResourceError"
+    assert "must be a directory that they share" in receipt.failure.message
     with pytest.raises(InputError, match="no tokenizer can be loaded"):
         (tmp_path / "source" / "tokenizer.json").unlink()
-        Run(config, open_pool=in_process()).check()
+        Run(config, open_workers=in_process()).check()

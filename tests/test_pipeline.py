@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
-from contextlib import nullcontext
+import tempfile
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from actors.conductor import Call, Kind
+from actors.events import read_events
 from actors.messages import Stage, unit_key
+from actors.recovery import Cause
 from jobs import assemble, planning, probe, verify
+from jobs.measure import Crew
 from jobs.run import Run
 from prismaquant_ray.config import Config, load
-from prismaquant_ray.errors import InputError, StoreError
-from tests.inprocess import in_process
+from prismaquant_ray.errors import InputError
+from tests.inprocess import InProcessWorkers, after, in_process, unopened
 from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
 
 ALL_FORMATS = ["INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
@@ -46,7 +55,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def quantized(config: Config, workers: int = 1) -> dict[str, Any]:
-    run = Run(config, open_pool=in_process(workers))
+    run = Run(config, open_workers=in_process(workers))
     run.measure()
     return assemble.build(run, planning.allocate(run))
 
@@ -64,6 +73,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Config:
     return config
 
 
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, source: Path) -> dict[str, str]:
+    """What an undisturbed run writes."""
+    config = configuration(tmp_path_factory.mktemp("expected"), source)
+    quantized(config)
+    return digests(config.store.output)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "source", architecture)
@@ -76,55 +93,193 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
     assert {key: value for key, value in written.items() if key != "quantization_config"} == original
 
 
-def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, source: Path) -> None:
-    results = []
-    for workers in (1, 2, 3):
-        config = configuration(tmp_path / str(workers), source)
-        quantized(config, workers)
-        results.append(digests(config.store.output))
-    assert results[0] == results[1] == results[2]
-    assert "model.safetensors.index.json" in results[0]
-
-
-@pytest.mark.parametrize("stop_after", [2, 7, 13, 18, 26])
-def test_a_stopped_run_continues_to_the_same_bytes(tmp_path: Path, source: Path, stop_after: int) -> None:
-    undisturbed = configuration(tmp_path / "a", source)
-    quantized(undisturbed)
-    config = configuration(tmp_path / "b", source)
-    with pytest.raises(KeyboardInterrupt):
-        Run(config, open_pool=in_process(2, stop_after)).measure()
-    quantized(config, workers=1)
-    assert digests(config.store.output) == digests(undisturbed.store.output)
-    # What the stopped attempt wrote without a record is gone: attempts are named at random, so count files.
-    left, clean = (sorted(p.name for p in c.store.run.rglob("*") if p.is_file()) for c in (config, undisturbed))
-    assert left == clean
-
-
-@pytest.mark.parametrize("stuck", [(Stage.FORWARD, 1), (Stage.BACKWARD, 1), (Stage.BACKWARD, "exit")])
-def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
-    tmp_path: Path, source: Path, stuck: tuple[Stage, Any]
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(
+    tmp_path: Path, source: Path, expected: dict[str, str], workers: int
 ) -> None:
-    undisturbed = configuration(tmp_path / "a", source)
-    quantized(undisturbed)
-    config = configuration(tmp_path / "b", source)
+    config = configuration(tmp_path, source)
+    quantized(config, workers)
+    assert digests(config.store.output) == expected
+    assert "model.safetensors.index.json" in expected
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_any_shard_size_writes_the_same_bytes(
+    tmp_path: Path, source: Path, expected: dict[str, str], blocks: int
+) -> None:
+    config = configuration(tmp_path, source, f"cluster.blocks_per_shard={blocks}")
+    quantized(config, workers=2)
+    assert digests(config.store.output) == expected
+
+
+@pytest.mark.parametrize("steps", [2, 7, 13, 18, 26])
+@pytest.mark.parametrize(("before", "then"), [(1, 1), (2, 1), (1, 3)])
+def test_a_stopped_run_continues_to_the_same_bytes_with_another_shard_size(
+    tmp_path: Path, source: Path, expected: dict[str, str], steps: int, before: int, then: int
+) -> None:
+    config = configuration(tmp_path, source, f"cluster.blocks_per_shard={before}")
+    with suppress(KeyboardInterrupt):  # with large shards there are fewer steps than that
+        Run(config, open_workers=in_process(2, after(steps))).measure()
+    recorded = {path: path.read_bytes() for path in config.store.run.rglob("record.json")}
+    config = configuration(tmp_path, source, f"cluster.blocks_per_shard={then}")
+    quantized(config, workers=1)
+    assert digests(config.store.output) == expected
+    assert {path: path.read_bytes() for path in recorded} == recorded, "finished work was done again"
+    # What the stopped attempt wrote without a record is gone: two passes over three blocks leave just this.
+    left = Counter(path.name for path in config.store.run.rglob("*") if path.is_file() and "ard/" in str(path))
+    assert left == {"record.json": 7, "NVFP4.safetensors": 3, "MXFP8.safetensors": 3, "vectors.safetensors": 3}
+
+
+@pytest.mark.parametrize("stuck", [("forward", 1), ("backward", 1), ("backward", "exit")])
+def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
+    tmp_path: Path, source: Path, expected: dict[str, str], stuck: tuple[str, Any]
+) -> None:
+    stage, unit = Stage(stuck[0]), stuck[1]
+    config = configuration(tmp_path, source, "cluster.blocks_per_shard=1")
+
+    def never_finish(worker: str, call: Call) -> None:
+        if call.kind is Kind.FINISH and (call.shard.stage, call.shard.units) == (stage, (unit,)):
+            waiting = opened[-1].queue
+            if all(other.kind not in (Kind.RUN, Kind.FINISH) for _, other in waiting):
+                raise KeyboardInterrupt
+            waiting.append((worker, call))
+            raise _Later
+
+    class _Later(Exception):  # noqa: N818
+        pass
+
+    opened: list[Any] = []
+
+    class Patient(InProcessWorkers):
+        def wait(self, timeout: float) -> Any:
+            try:
+                return super().wait(timeout)
+            except _Later:
+                return []
+
+    @contextmanager
+    def open_workers(spec: Any, at_most: int) -> Any:
+        opened.append(Patient(spec, never_finish))
+        yield Crew(workers=opened[-1], wanted=2, on_one_machine=1)
+
     with pytest.raises(KeyboardInterrupt):
-        Run(config, open_pool=in_process(2, stuck=stuck)).measure()
-    records = {path: path.stat().st_mtime_ns for path in config.store.run.rglob("record.json")}
-    assert config.store.run / str(stuck[0]) / unit_key(stuck[1]) / "record.json" not in records
-    # One visit of four steps is missing from the pass: a fifth step belongs to the next pass, or is a repetition.
-    again = Run(config, open_pool=in_process(2, stop_after=4))
-    with pytest.raises(KeyboardInterrupt) if stuck[0] is Stage.FORWARD else nullcontext():
-        again.measure()
+        Run(config, open_workers=open_workers).measure()
+    recorded = {path: path.read_bytes() for path in config.store.run.rglob("record.json")}
+    assert config.store.run / str(stage) / unit_key(unit) / "record.json" not in recorded
+    again: list[Any] = []
+    Run(config, open_workers=in_process(2, opened=again)).measure()
+    run = [call.shard.units for _, call in again[0].log if call.kind is Kind.FINISH and call.shard.stage is stage]
+    assert run == [(unit,)]
+    assert {path: path.read_bytes() for path in recorded} == recorded
     quantized(config)
-    assert {path: path.stat().st_mtime_ns for path in records} == records
-    assert digests(config.store.output) == digests(undisturbed.store.output)
+    assert digests(config.store.output) == expected
+
+
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10_000),
+    workers=st.integers(1, 4),
+    blocks=st.integers(1, 3),
+    cause=st.sampled_from([Cause.NODE, Cause.PROCESS]),
+)
+def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
+    source: Path, expected: dict[str, str], seed: int, workers: int, blocks: int, cause: Cause
+) -> None:
+    chance = random.Random(seed)
+    lost: list[str] = []
+
+    def accident(worker: str, call: Call) -> Cause | None:
+        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < 4 and chance.random() < 0.08:
+            lost.append(worker)
+            return cause
+        return None
+
+    opened: list[Any] = []
+    with tempfile.TemporaryDirectory() as directory:
+        config = configuration(Path(directory), source, f"cluster.blocks_per_shard={blocks}")
+        run = Run(config, open_workers=in_process(workers, accident, opened))
+        run.measure()
+        assemble.build(run, planning.allocate(run))
+        assert digests(config.store.output) == expected
+        repeated = Counter(
+            (call.shard.stage, call.shard.name, call.microbatch, call.kind) for _, call in opened[0].log if call.shard
+        )
+        extra = sum(count - 1 for count in repeated.values())
+        microbatches = 3
+        assert extra <= len(lost) * microbatches
+        events = [event.kind for event in read_events(run.store)]
+        assert events.count("lost") == len(lost)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "forward/0001/*/NVFP4.safetensors",
+        "backward/0001/*/vectors.safetensors",
+        "forward/0000/record.json",
+        "backward/0002/record.json",
+        "calibration/*/tokens.safetensors",
+        "layout.json",
+    ],
+)
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_a_damaged_object_of_a_finished_run_is_made_again(
+    tmp_path: Path, source: Path, expected: dict[str, str], victim: str, harm: str
+) -> None:
+    config = configuration(tmp_path, source, "cluster.blocks_per_shard=2")
+    quantized(config)
+    damage(next(config.store.run.glob(victim)), harm)
+    shutil.rmtree(config.store.output)
+    run = Run(config, open_workers=in_process())
+    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assert digests(config.store.output) == expected
+
+
+@pytest.mark.parametrize("victim", ["forward/0000/*/boundary-00001.safetensors", "forward/0001/*/MXFP8.safetensors"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
+def test_an_object_damaged_during_a_run_is_made_again(
+    tmp_path: Path, source: Path, expected: dict[str, str], victim: str, harm: str
+) -> None:
+    config = configuration(tmp_path, source, "cluster.blocks_per_shard=1")
+    done = []
+
+    def spoil(worker: str, call: Call) -> None:
+        if call.shard and call.shard.stage is Stage.BACKWARD and not done:
+            done.append(call)
+            damage(next(config.store.run.glob(victim)), harm)
+
+    run = Run(config, open_workers=in_process(2, spoil))
+    run.measure()
+    assemble.build(run, planning.allocate(run))
+    assert digests(config.store.output) == expected
+    assert done
+    assert [event.kind for event in read_events(run.store)].count("repair") == 1
+
+
+def damage(path: Path, harm: str) -> None:
+    data = bytearray(path.read_bytes())
+    if harm == "delete":
+        path.unlink()
+    elif harm == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        data[len(data) // 2] ^= 0x40
+        path.write_bytes(data)
+
+
+def test_fresh_starts_over(tmp_path: Path, source: Path, expected: dict[str, str]) -> None:
+    quantized(configuration(tmp_path, source, "calibration.seed=5"))
+    config = configuration(tmp_path, source)
+    with pytest.raises(InputError, match="--fresh"):
+        quantized(config)
+    run = Run(config, open_workers=in_process(), fresh=True)
+    run.measure()
+    assemble.build(run, planning.allocate(run))
+    assert digests(config.store.output) == expected
 
 
 def test_finished_work_is_not_repeated(finished: Config) -> None:
-    def no_pool(*_: object) -> Any:
-        raise AssertionError("a finished run must not open workers")
-
-    run = Run(finished, open_pool=no_pool)
+    run = Run(finished, open_workers=unopened)
     assert probe.summary(run)["blocks"] == 3
 
 
@@ -189,7 +344,7 @@ def test_stored_vectors_reproduce_the_prices(finished: Config) -> None:
 
     run = Run(finished)
     for block in run.layout.blocks:
-        record = run.record(Stage.BACKWARD, block.index)
+        record = run.ledger.record(Stage.BACKWARD, block.index)
         vectors = read_tensors(run.store, record.artifacts["vectors"])
         for group in block.groups:
             for name, price in record.facts["groups"][group.name].items():
@@ -234,26 +389,12 @@ def test_a_changed_model_is_refused(tmp_path: Path, source: Path) -> None:
         _ = Run(config).store
 
 
-def test_a_damaged_candidate_is_found(tmp_path: Path, source: Path) -> None:
-    config = configuration(tmp_path, source)
-    quantized(config)
-    victim = next(config.store.run.glob("forward/0001/*/NVFP4.safetensors"))
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(data)
-    with pytest.raises(StoreError, match="NVFP4"):
-        quantized(config)
-
-
 # Bad input: one clear line, before anything expensive, nothing half written ---------------------------------------
 
 
 def refused(config: Config, message: str) -> None:
-    def no_pool(*_: object) -> Any:
-        raise AssertionError("must be refused before workers are opened")
-
     with pytest.raises(InputError, match=message) as caught:
-        run = Run(config, open_pool=no_pool)
+        run = Run(config, open_workers=unopened)
         run.check()
         run.measure()
     assert "\n" not in str(caught.value)

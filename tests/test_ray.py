@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from actors.cluster import Pool, open_pool
+from actors.cluster import connected, worker_count
+from actors.events import Event, read_events
 from actors.messages import WorkerSpec
-from actors.ring import FINISH
+from actors.recovery import Cause
+from jobs import assemble, planning
+from jobs.measure import Crew, ray_crew
 from jobs.run import Run
 from prismaquant_ray.config import load
 from prismaquant_ray.errors import ResourceError
@@ -66,81 +73,50 @@ def started(directory: Path, source: Path, home: Path) -> subprocess.Popen[str]:
 def test_two_jobs_at_once_do_not_disturb_each_other_and_write_the_same_bytes(
     tmp_path: Path, source: Path, expected: dict[str, str]
 ) -> None:
-    before = set(Path("/tmp").glob("pq*"))
+    before = set(Path("/tmp").glob("pq[!-]*"))
     jobs = {name: started(tmp_path / name, source, tmp_path / "home") for name in ("a", "b")}
     for name, job in jobs.items():
         out, err = job.communicate(timeout=240)
         assert job.returncode == 0, err
         assert json.loads(out)["repository"]["repository"] == str(tmp_path / name / "repository")
         assert "forward 4/4" in err
+        assert "worker-1" in err
         assert digests(tmp_path / name / "repository") == expected
     assert not (tmp_path / "home" / ".ray").exists()
-    assert set(Path("/tmp").glob("pq*")) == before
+    assert set(Path("/tmp").glob("pq[!-]*")) == before
 
 
-def test_a_killed_worker_ends_the_run_and_the_next_one_continues(
+def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     tmp_path: Path, source: Path, expected: dict[str, str]
 ) -> None:
-    config = configuration(tmp_path, source)
-    config = load(tmp_path / "config.yaml", ["cluster.workers=2"])
-    finished: list[Any] = []
+    configuration(tmp_path, source)
+    config = load(tmp_path / "config.yaml", ["cluster.workers=2", "cluster.blocks_per_shard=1"])
+    killed: list[int] = []
 
     @contextmanager
-    def killing(spec: WorkerSpec, at_most: int) -> Iterator[Any]:
-        with open_pool(spec, at_most) as pool:
-            yield _Killer(pool, finished)
+    def killing(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
+        def kill(event: Event) -> None:
+            """As the kernel would, once two shards are finished."""
+            if event.kind == "worker":
+                pids.append(event.facts["pid"])
+            if event.kind == "shard":
+                finished.append(event.facts["shard"])
+                if len(finished) == 2:
+                    killed.append(pids[-1])
+                    os.kill(pids[-1], signal.SIGKILL)
 
-    with pytest.raises(ResourceError, match="run the same command again"):
-        Run(config, open_pool=killing).measure()
-    assert finished
-    again: list[Any] = []
+        pids: list[int] = []
+        finished: list[str] = []
+        with ray_crew(spec, at_most) as crew:
+            yield replace(crew, listeners=(*crew.listeners, kill))
 
-    @contextmanager
-    def watching(spec: WorkerSpec, at_most: int) -> Iterator[Any]:
-        from tests.inprocess import in_process
-
-        with in_process()(spec, at_most) as pool:
-            yield _Watcher(pool, again)
-
-    run = Run(config, open_pool=watching)
+    run = Run(config, open_workers=killing)
     run.measure()
-    assert not set(finished) & set(again)
-    quantized(config)
+    assemble.build(run, planning.allocate(run))
+    assert killed
     assert digests(config.store.output) == expected
-
-
-class _Watcher:
-    """Notes which visits finish."""
-
-    def __init__(self, pool: Any, finished: list[Any]) -> None:
-        self.pool = pool
-        self.finished = finished
-
-    @property
-    def peak_bytes(self) -> int:
-        return int(self.pool.peak_bytes)
-
-    def run_pass(self, stage: Any, units: Any, microbatches: int, listener: Any) -> None:
-        def listen(stage: Any, unit: Any, step: Any, receipt: Any) -> None:
-            listener(stage, unit, step, receipt)
-            if step.microbatch == FINISH:
-                self.finished.append((stage, unit))
-                self.on_finish()
-
-        self.pool.run_pass(stage, units, microbatches, listen)
-
-    def on_finish(self) -> None:
-        pass
-
-
-class _Killer(_Watcher):
-    """Kills a worker's process, as the kernel would, once two visits have finished."""
-
-    pool: Pool
-
-    def on_finish(self) -> None:
-        if len(self.finished) == 2:
-            os.kill(self.pool.pids[1], signal.SIGKILL)
+    lost = [event.facts for event in read_events(run.store) if event.kind == "lost"]
+    assert [entry["cause"] for entry in lost] == [Cause.PROCESS]
 
 
 def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_path: Path, source: Path) -> None:
@@ -149,10 +125,17 @@ def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_pa
     from actors.cluster import connected
 
     config = load_with(tmp_path, source, "cluster.workers=2")
-    with connected(config.cluster) as workers:
-        assert workers == 2
-        address = ray.get_runtime_context().gcs_address
-        assert address.startswith("127.0.0.2:")
+    with connected(config.cluster):
+        assert worker_count(config.cluster, 8) == 2
+        assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+        listening = [
+            connection.laddr.ip
+            for process in [*psutil.Process().children(recursive=True), psutil.Process()]
+            for connection in process.net_connections(kind="inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert len(listening) > 5
+        assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
     assert not ray.is_initialized()
     assert "RAY_AUTH_TOKEN" not in os.environ
 
@@ -163,11 +146,6 @@ def load_with(directory: Path, source: Path, *overrides: str) -> Any:
 
 
 def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path, source: Path, expected: dict[str, str]) -> None:
-    import shutil
-    import tempfile
-
-    import psutil
-
     directory = tempfile.mkdtemp(prefix="head", dir="/tmp")
     port = free_port()
     config = configuration(tmp_path, source)
@@ -212,5 +190,5 @@ def _belongs(process: Any, directory: str) -> bool:
 def test_an_address_without_ray_is_refused_at_once(tmp_path: Path, source: Path) -> None:
     for address in ("127.0.0.2:1", "nonsense"):
         config = load_with(tmp_path, source, f"cluster.address={address}")
-        with pytest.raises(ResourceError, match=address), open_pool(WorkerSpec(name="", config=config, source=""), 1):
+        with pytest.raises(ResourceError, match=address), connected(config.cluster):
             pass

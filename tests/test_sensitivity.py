@@ -29,6 +29,11 @@ FORMATS_USED = (FormatName.NVFP4, FormatName.NVFP4A16, FormatName.MXFP8, FormatN
 SEQUENCES, LENGTH, SEED = 4, 24, 7
 
 
+def backward(visit: BackwardVisit, hidden: Tensor, gradient: Tensor) -> Tensor:
+    visit.forward(hidden)
+    return visit.backward(gradient)
+
+
 class Probed:
     """A tiny model probed by our two passes, and the pieces to check them with."""
 
@@ -51,7 +56,7 @@ class Probed:
         self.sensitivity: dict[int, BlockSensitivity] = {}
         for index in reversed(range(len(entering))):
             visit = BackwardVisit(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
-            halves = [visit.run(entering[index][half], gradient[half]) for half in (slice(0, 2), slice(2, 4))]
+            halves = [backward(visit, entering[index][half], gradient[half]) for half in (slice(0, 2), slice(2, 4))]
             gradient = torch.cat(halves)
             self.sensitivity[index] = visit.finish()
 
@@ -206,6 +211,6 @@ def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: 
 def test_a_gradient_that_does_not_arrive_is_an_error(directory: Path, probed: Probed) -> None:
     visit = BackwardVisit(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
     hidden = torch.randn(1, 8, probed.runner.layout.hidden_size)
-    visit.run(hidden, torch.zeros_like(hidden))
+    backward(visit, hidden, torch.zeros_like(hidden))
     with pytest.raises(InputError, match="gradient is zero"):
         visit.finish()

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shipped
+from prismaquant_ray.checkpoint.publish import check_output, publish_directory
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.routing import transformers_route
-from prismaquant_ray.checkpoint.writer import MANIFEST, check_output, publish_directory, write_repository
+from prismaquant_ray.checkpoint.writer import MANIFEST, write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import LinearSpec
@@ -346,10 +347,9 @@ def test_a_failure_inside_a_shard_leaves_no_part_of_it(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = Store.get_ranges
-    calls = iter(range(1000))
 
     def failing(store: Store, key: str, ranges: Any) -> Any:
-        if next(calls) == 20:
+        if len(ranges) > 1:  # headers are read one range at a time, tensors many
             raise StoreError("connection lost")
         return read(store, key, ranges)
 

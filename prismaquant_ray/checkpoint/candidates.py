@@ -15,7 +15,7 @@ from prismaquant_ray.checkpoint.reader import as_tensor, read_header
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName, Rounded
 from prismaquant_ray.layout import LinearSpec
-from prismaquant_ray.storage.record import Artifact
+from prismaquant_ray.storage.record import Artifact, damaged
 from prismaquant_ray.storage.store import Store
 
 INPUT_SCALE = "input_global_scale"
@@ -93,9 +93,7 @@ class CandidateFile:
             raise self._damaged("has another digest than recorded")
 
     def _damaged(self, what: str) -> StoreError:
-        return StoreError(
-            f"{self.store.uri}: {self.artifact.key} {what}; delete the block's record.json to have it computed again"
-        )
+        return damaged(self.store, self.artifact, what)
 
 
 class Candidates:

@@ -7,7 +7,7 @@ garbage. So names, dtypes, routing and bytes are checked here, against the sourc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from prismaquant_ray.checkpoint import routing
 from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.quantization_config import Choice, check_choice, linears_by_format
+from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read_header
 from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
@@ -51,7 +52,7 @@ class VerifyReport:
 def verify_repository(
     repository: Store, source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates | None
 ) -> VerifyReport:
-    """Re-read a repository; one Linear or one tensor is in memory at a time.
+    """Re-read a repository; one fused group, or some batches of tensors, are in memory at a time.
 
     Without candidates everything is checked but that the weights are the stored ones. InputError only when the
     choice does not fit the layout.
@@ -116,9 +117,9 @@ class _Check:
     def bits(self) -> tuple[float, float]:
         return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
 
-    def read(self, name: str) -> Tensor:
-        info = self.tensors[name]
-        return as_tensor(self.repository.get_ranges(info.file, [(info.start, info.stop)])[0], info.dtype, info.shape)
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        pieces = [(self.repository, self.tensors[name]) for name in names]
+        return {info.name: as_tensor(data, info.dtype, info.shape) for info, data in read_pieces(pieces)}
 
     def _json(self, file: str) -> tuple[dict[str, Any], list[str]]:
         try:
@@ -239,13 +240,21 @@ class _Check:
         if codec is None:
             return
         shared: dict[str, set[bytes]] = {WEIGHT_SCALE: set(), INPUT_SCALE: set()}
-        for linear in group.linears:
-            entries = {suffix: f"{linear.name}.{suffix}" for suffix in shipped(name, linear)}
-            if any(self._differs(tensor) for tensor in entries.values()):
-                continue  # reported by name
-            tensors = {suffix: self.read(tensor) for suffix, tensor in entries.items()}
+        entries = {linear: [f"{linear.name}.{suffix}" for suffix in shipped(name, linear)] for linear in group.linears}
+        sound = {linear: names for linear, names in entries.items() if not any(self._differs(n) for n in names)}
+        read = self.read([tensor for names in sound.values() for tensor in names])
+        stored: dict[str, Tensor] = {}
+        if file is not None:
+            try:
+                infos = [info for linear in sound for info in file.of(name, linear)]
+            except StoreError as error:
+                yield str(error)
+            else:
+                stored = file.read(info.name for info in infos)
+        for linear, names in sound.items():
+            tensors = {tensor.rpartition(".")[2]: read[tensor] for tensor in names}
             yield from _scale_problems(linear, tensors)
-            yield from _weight_problems(name, codec, linear, tensors, file)
+            yield from _weight_problems(codec, linear, tensors, _own(stored, linear))
             for suffix in shared.keys() & tensors.keys():
                 shared[suffix].add(_raw(tensors[suffix]))
         for suffix, values in shared.items():
@@ -258,15 +267,19 @@ class _Check:
 
     def passthrough(self) -> Iterator[str]:
         """Everything that is not quantized is the source's, byte for byte."""
-        for name in self.source.tensors:
-            if name in self.replaced or self._differs(name):
-                continue
-            info = self.tensors[name]
-            (data,) = self.repository.get_ranges(info.file, [(info.start, info.stop)])
+        names = [name for name in self.source.tensors if name not in self.replaced and not self._differs(name)]
+        ours = read_pieces((self.repository, self.tensors[name]) for name in names)
+        theirs = read_pieces((self.source.store, self.source.tensors[name]) for name in names)
+        for name, (_, left), (_, right) in zip(names, ours, theirs, strict=True):
             if not np.array_equal(
-                np.frombuffer(memoryview(data), np.uint8), np.frombuffer(self.source.raw(name), np.uint8)
+                np.frombuffer(memoryview(left), np.uint8), np.frombuffer(memoryview(right), np.uint8)
             ):
                 yield f"{name} is not the source's, byte for byte"
+
+
+def _own(tensors: Mapping[str, Tensor], linear: LinearSpec) -> dict[str, Tensor]:
+    """A Linear's tensors, by suffix."""
+    return {n.rpartition(".")[2]: tensor for n, tensor in tensors.items() if n.rpartition(".")[0] == linear.name}
 
 
 def _scale_problems(linear: LinearSpec, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -291,19 +304,11 @@ def _scale_problems(linear: LinearSpec, tensors: Mapping[str, Tensor]) -> Iterat
 
 
 def _weight_problems(
-    name: FormatName, codec: Codec, linear: LinearSpec, tensors: Mapping[str, Tensor], file: CandidateFile | None
+    codec: Codec, linear: LinearSpec, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> Iterator[str]:
     decoded = codec.decode(tensors)
     if not bool(torch.isfinite(decoded).all()):
         yield f"{linear.name} decodes to NaN or infinite weights"
-    if file is None:
-        return
-    try:
-        names = [info.name for info in file.of(name, linear)]
-    except StoreError as error:
-        yield str(error)
-        return
-    stored = {tensor.rpartition(".")[2]: value for tensor, value in file.read(names).items()}
     changed = [suffix for suffix in stored if _raw(stored[suffix]) != _raw(tensors[suffix])]
     if changed:
         weights = "the same" if _raw(codec.decode(stored)) == _raw(decoded) else "other"

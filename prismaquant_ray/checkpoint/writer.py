@@ -1,33 +1,28 @@
 """Writing a model repository: bytes copied from the source and from the stored candidates, no arithmetic.
 
-Readers of a prefix that is being written never see a model: config.json is written last. A local directory is
-better written through `publish_directory`, which leaves the old one in place until the new one is complete.
+Readers of a prefix that is being written never see a model: config.json is written last. `publish.published` adds
+that nothing is seen that was not verified, and leaves an old local repository in place until the new one is complete.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.header import TensorInfo, build_header
 from prismaquant_ray.checkpoint.quantization_config import Choice, build
+from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.storage.record import new_attempt
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.store import ByteWriter, Store
 
 CONFIG = "config.json"
 MANIFEST = "prismaquant.json"
@@ -164,26 +159,43 @@ def _cut(copies: Sequence[_Copy], limit: int) -> list[list[_Copy]]:
 def _write_shard(output: Store, file: str, shard: Sequence[_Copy]) -> tuple[int, str]:
     """Bytes and digest of the shard."""
     header = build_header({copy.info.name: (copy.info.dtype, copy.info.shape, copy.info.nbytes) for copy in shard})
-    digest = hashlib.sha256(header)
-    with output.open_writer(file) as writer:
+
+    def write(writer: ByteWriter) -> str:
+        digest = hashlib.sha256(header)
         writer.write(header)
-        for copy in shard:
-            (data,) = copy.store.get_ranges(copy.info.file, [(copy.info.start, copy.info.stop)])
-            if memoryview(data).nbytes != copy.info.nbytes:
-                raise StoreError(f"{copy.store.uri}: {copy.info.file} changed while {copy.info.name} was copied")
+        for _, data in read_pieces((copy.store, copy.info) for copy in shard):
             digest.update(data)
             writer.write(data)
-    return len(header) + sum(copy.info.nbytes for copy in shard), digest.hexdigest()
+        return digest.hexdigest()
+
+    return len(header) + sum(copy.info.nbytes for copy in shard), output.upload(file, write)
 
 
 def _claim(output: Store) -> list[str]:
     """Mark a prefix as ours and as incomplete; what a former repository may leave behind."""
     keys = output.list()
-    if keys and MANIFEST not in keys:
-        raise InputError(f"{output.uri} holds something else ({keys[0]}); choose another output or empty it")
+    check_ours(output.uri, keys)
+    listed = _listed(output, keys)
+    stale = [key for key in keys if key in listed or _SHARD.fullmatch(key)]
     output.delete([CONFIG, INDEX])
-    _put(output, MANIFEST, _json({"schema": MANIFEST_SCHEMA, "complete": False}))
-    return [key for key in keys if _SHARD.fullmatch(key)]
+    # The old names are kept until the new files are there: the next attempt must know them, too.
+    _put(output, MANIFEST, _json({"schema": MANIFEST_SCHEMA, "complete": False, "files": dict.fromkeys(stale, 0)}))
+    return stale
+
+
+def check_ours(uri: str, keys: Sequence[str]) -> None:
+    """InputError unless these keys are those of a repository of ours, or none."""
+    if keys and MANIFEST not in keys:
+        raise InputError(f"{uri} holds something else ({keys[0]}); choose another output or empty it")
+
+
+def _listed(output: Store, keys: Sequence[str]) -> set[str]:
+    """The files that the manifest in place names; none when it cannot be read, a stopped write may have cut it."""
+    try:
+        files = json.loads(output.get(MANIFEST))["files"] if MANIFEST in keys else {}
+    except (ValueError, KeyError, TypeError):
+        return set()
+    return set(files) if isinstance(files, dict) else set()
 
 
 def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,79 +210,3 @@ def _put(output: Store, file: str, data: bytes) -> int:
 
 def _json(body: Mapping[str, Any]) -> bytes:
     return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def check_output(path: Path) -> None:
-    """InputError unless a repository may be put at `path`: nothing is there, an empty directory, or one of ours."""
-    if path.is_dir():
-        if os.path.ismount(path):
-            raise InputError(f"{path} is a mount point and cannot be replaced; choose a directory inside it")
-        if (path / MANIFEST).is_file():
-            return
-        other = min((entry.name for entry in path.iterdir()), default=None)
-        if other is not None:
-            raise InputError(f"{path} holds something else ({other}); choose another output or empty it")
-    elif path.exists() or path.is_symlink():
-        raise InputError(f"{path} is not a directory; choose another output")
-
-
-@contextmanager
-def publish_directory(output: Path) -> Iterator[Path]:
-    """A fresh directory beside `output`, put in its place by renaming when the block ends.
-
-    When the block raises, the fresh directory is removed and `output` is as it was. What killed runs left beside
-    it is removed at entry; a run that was killed between its two renames has its old output put back.
-    """
-    check_output(output)
-    output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up(output)
-    staging = output.parent / f".{output.name}.writing-{new_attempt()}"
-    staging.mkdir()
-    # The lock says that this process is alive; the kernel drops it with the process.
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield staging
-        check_output(output)
-        _swap(staging, output)
-    finally:
-        os.close(lock)
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _swap(staging: Path, output: Path) -> None:
-    if not output.exists():
-        staging.rename(output)
-        return
-    replaced = output.parent / f".{output.name}.replaced-{new_attempt()}"
-    output.rename(replaced)
-    try:
-        staging.rename(output)
-    except OSError:
-        replaced.rename(output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _clean_up(output: Path) -> None:
-    ours = re.compile(rf"\.{re.escape(output.name)}\.(writing|replaced)-[0-9a-f]{{12}}")
-    for path in sorted(output.parent.iterdir()):
-        found = ours.fullmatch(path.name)
-        if found is None or path.is_symlink() or not path.is_dir():
-            continue
-        if found[1] == "replaced" and not output.exists():
-            path.rename(output)
-        elif found[1] == "replaced" or not _in_use(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _in_use(staging: Path) -> bool:
-    lock = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(lock)
-    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,10 @@ class BlockCandidates:
 
 
 class ForwardVisit:
-    """A block while it is loaded for the forward pass. Microbatches must come in order, then `finish`."""
+    """A block while it is loaded for the forward pass. Microbatches must come in order, then `finish`.
+
+    Without formats it is only run: nothing is gathered, and there is nothing to finish.
+    """
 
     def __init__(self, runner: ModelRunner, index: int, formats: Sequence[FormatName], rounding: Rounding) -> None:
         self.runner = runner
@@ -41,15 +45,16 @@ class ForwardVisit:
         self.formats = tuple(formats)
         self.rounding = rounding
         self.statistics = {
-            group.name: InputStatistics.empty(group.in_features, runner.device) for group in self.block.inputs
+            group.name: InputStatistics.empty(group.in_features, runner.device)
+            for group in (self.block.inputs if formats else ())
         }
 
     @torch.no_grad()
     def run(self, hidden: Tensor, held_out: Tensor) -> Tensor:
         """What leaves the block for hidden (sequences, tokens, H); `held_out` (sequences,) marks acceptance data."""
-        with tapped(self.module, self.block) as taps:
+        with tapped(self.module, self.block) if self.formats else nullcontext() as taps:
             output = self.runner.run_block(self.block.index, self.module, hidden)
-        for name, x in taps.inputs.items():
+        for name, x in taps.inputs.items() if taps else ():
             self.statistics[name] = self.statistics[name].plus(x, held_out)
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")

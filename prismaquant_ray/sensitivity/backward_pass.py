@@ -46,7 +46,11 @@ class _Priced:
 
 
 class BackwardVisit:
-    """A block while it is loaded for the backward pass. Microbatches must come in order, then `finish`."""
+    """A block while it is loaded for the backward pass.
+
+    Microbatches must come in order, `forward` then `backward` for each, then `finish`. Without formats it only passes
+    gradients on, and there is nothing to finish.
+    """
 
     def __init__(
         self, runner: ModelRunner, index: int, formats: Sequence[FormatName], candidates: CandidateTensors
@@ -54,7 +58,9 @@ class BackwardVisit:
         self.runner = runner
         self.block: Block = runner.layout.blocks[index]
         self.module = runner.load_block(index)
+        self.formats = tuple(formats)
         self.tokens = 0
+        self._graph: tuple[Tensor, Tensor, Taps] | None = None
         self.traces: dict[str, Tensor] = {
             linear.name: torch.zeros(linear.out_features, device=runner.device) for linear in self.block.linears
         }
@@ -87,17 +93,25 @@ class BackwardVisit:
             squared_error={linear.name: 0.0 for linear in group.linears},
         )
 
-    def run(self, hidden: Tensor, grad_output: Tensor) -> Tensor:
-        """∂L/∂hidden for what entered the block and ∂L/∂output, both (sequences, tokens, H)."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """What leaves the block for hidden (sequences, tokens, H); its graph is held until `backward`."""
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad(), tapped(self.module, self.block) as taps:
             output = self.runner.run_block(self.block.index, self.module, hidden)
+        self._graph = hidden, output, taps
+        return output.detach()
+
+    def backward(self, grad_output: Tensor) -> Tensor:
+        """∂L/∂hidden for ∂L/∂output, both (sequences, tokens, H); prices every candidate on the way."""
+        assert self._graph is not None, "forward comes first"
+        (hidden, output, taps), self._graph = self._graph, None
         names = list(taps.outputs)
         gradients = torch.autograd.grad(output, [hidden, *taps.outputs.values()], grad_output)
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
             raise InputError(f"{self.block.prefix} has NaN or infinite gradients; is the checkpoint intact?")
-        with torch.no_grad():
-            self._price(taps, dict(zip(names, gradients[1:], strict=True)))
+        if self.formats:
+            with torch.no_grad():
+                self._price(taps, dict(zip(names, gradients[1:], strict=True)))
         self.tokens += hidden.shape[0] * hidden.shape[1]
         return gradients[0]
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 from safetensors.torch import load, save
 from torch import Tensor
 
-from prismaquant_ray.errors import StoreError
+from prismaquant_ray.errors import DamagedError, StoreError
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -61,17 +61,21 @@ def write_tensors(store: Store, key: str, tensors: Mapping[str, Tensor]) -> Arti
 
 
 def read_artifact(store: Store, artifact: Artifact) -> bytes:
-    """The bytes of an artifact, verified; StoreError when they are missing or not what was written."""
+    """The bytes of an artifact, verified; DamagedError when they are missing or not what was written."""
     try:
         data = store.get(artifact.key)
     except KeyError as error:
-        raise StoreError(f"{store.uri}: {artifact.key} is missing; its record says it was written") from error
-    if len(data) != artifact.size or hashlib.sha256(data).hexdigest() != artifact.sha256:
-        raise StoreError(
-            f"{store.uri}: {artifact.key} is damaged ({len(data)} bytes, {artifact.size} recorded, or another "
-            "digest); delete the block's record.json to have it computed again"
-        )
+        raise damaged(store, artifact, "is missing") from error
+    if len(data) != artifact.size:
+        raise damaged(store, artifact, f"has {len(data)} bytes, {artifact.size} recorded")
+    if hashlib.sha256(data).hexdigest() != artifact.sha256:
+        raise damaged(store, artifact, "has another digest than recorded")
     return data
+
+
+def damaged(store: Store, artifact: Artifact, what: str) -> DamagedError:
+    """The error of an artifact that is not what its record says."""
+    return DamagedError(f"{store.uri}: {artifact.key} {what}; run the same command again to repair it", artifact.key)
 
 
 def read_tensors(store: Store, artifact: Artifact) -> dict[str, Tensor]:
@@ -92,8 +96,11 @@ def read_record(store: Store, key: str) -> Record | None:
     except KeyError:
         return None
     except ValueError as error:
-        raise StoreError(f"{store.uri}: {key} is not JSON; delete it to have the work done again") from error
-    if body.get("schema") != SCHEMA:
-        raise StoreError(f"{store.uri}: {key} has schema {body.get('schema')!r}; this version reads {SCHEMA}")
-    artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
-    return Record(artifacts=artifacts, facts=body["facts"])
+        raise DamagedError(f"{store.uri}: {key} is not JSON; run the same command again to repair it", key) from error
+    if isinstance(body, dict) and body.get("schema", SCHEMA) != SCHEMA:
+        raise StoreError(f"{store.uri}: {key} has schema {body['schema']!r}; this version reads {SCHEMA}")
+    try:
+        artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
+        return Record(artifacts=artifacts, facts=body["facts"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{store.uri}: {key} is malformed; run the same command again to repair it", key) from error

@@ -1,25 +1,60 @@
 """The run store's keys and bytes: a local directory or an object-store URI behind one small interface.
 
-Only what every backend can promise is used: put, ranged get, list, delete and *create if absent*.
+Only what every backend can promise is used: put, ranged get, list, delete and *create if absent*. Object stores are
+asked again, with growing random pauses, for a bounded time; what they say reaches the user as one line without
+credentials. s3:// is tested against a real server; gs:// runs the same code and is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
+import builtins
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from uuid import uuid4
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
-from obstore.store import LocalStore, from_url
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, S3Store
 
-from prismaquant_ray.errors import StoreError
+from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
+from prismaquant_ray.storage.connection import absolute, connect, local_path, parse
+from prismaquant_ray.storage.failures import (
+    FAILURES,
+    Problem,
+    UploadInterruptedError,
+    clean,
+    diagnose,
+    is_missing,
+    pauses,
+    short,
+    to_error,
+)
 
 if TYPE_CHECKING:
+    from obstore import WritableFile
     from obstore.store import ObjectStore
     from typing_extensions import Buffer
+
+#: An operation that fails is repeated for so long. By time, not by count: ten quick retries are over in seconds.
+RETRY_SECONDS = 120.0
+#: The same for `check_readable` and `check_writable`, which people wait for.
+CHECK_SECONDS = 8.0
+#: How often `Store.upload` starts a stream anew after the retries of its parts were used up.
+UPLOADS = 3
+#: Larger objects are sent in parts of this size, `PARTS_AT_ONCE` at a time: memory of a transfer is their product.
+PART_BYTES = 8 * 2**20
+PARTS_AT_ONCE = 3
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+# Keys of check_writable; never listed, so that one left by a killed check disturbs nobody.
+_PROBE = ".prismaquant-probe-"
 
 
 class ByteWriter(Protocol):
@@ -30,112 +65,270 @@ class ByteWriter(Protocol):
         ...
 
 
-# By time, not by count: ten quick retries are used up in a few seconds of outage.
-_RETRY = {
-    "max_retries": 1000,
-    "retry_timeout": timedelta(seconds=120),
-    "backoff": {"init_backoff": timedelta(milliseconds=500), "max_backoff": timedelta(seconds=5), "base": 2},
-}
-
-
-def local_path(uri: str) -> Path | None:
-    """The directory a URI names when it is local, else None. Raises nothing: unknown schemes are not local."""
-    if uri.startswith("file://"):
-        return Path(uri.removeprefix("file://"))
-    return None if "://" in uri else Path(uri)
-
-
 class Store:
-    """Keys below one prefix. Instances hold no credentials: each process reads its own environment."""
+    """Keys below one prefix. Instances hold no credentials: each process reads its own environment.
 
-    def __init__(self, uri: str | Path, *, create: bool = True) -> None:
-        """Open a prefix. A missing local directory is made when `create`; else it raises StoreError."""
+    Pickles hold the URI only. A missing object is KeyError (or None, or nothing, as documented). InputError means that
+    credentials, bucket or permissions are wrong, StoreError everything else, after the retries.
+    """
+
+    def __init__(self, uri: str | Path, create: bool = True, *, seconds: float | None = None) -> None:
+        """Open a prefix. A missing local directory is made when `create`; else it raises StoreError.
+
+        Object stores are not asked anything yet. `seconds` bounds the retries of one operation.
+        """
         self.uri = str(uri)
         self.path = local_path(self.uri)
-        self._store: ObjectStore
+        self._create = create
+        self._seconds = RETRY_SECONDS if seconds is None else seconds
+        self._backend: ObjectStore
+        self._once: ObjectStore  # does not repeat requests
         if self.path is None:
-            self._store = from_url(self.uri, retry_config=_RETRY)  # type: ignore[call-overload]
+            bucket = parse(self.uri)
+            try:
+                self._backend = connect(bucket, seconds=self._seconds, retries=1000)
+                self._once = connect(bucket, seconds=self._seconds, retries=0)
+            except BaseError as error:
+                reason = short(clean(str(error).partition("\n")[0]), 150)
+                raise InputError(f"{self.uri}: cannot be opened with these settings ({reason})") from None
             return
+        if re.match(r"(s3|gs):", self.uri):
+            raise InputError(f"{self.uri} is not a directory; a URI has two slashes, as in s3://bucket/prefix")
         if not create and not self.path.is_dir():
             raise StoreError(f"{self.uri}: no such directory")
         try:
-            self._store = LocalStore(prefix=self.path.absolute(), mkdir=True)
-        except (BaseError, OSError) as error:
+            self._backend = self._once = LocalStore(prefix=self.path.absolute(), mkdir=True)
+        except FAILURES as error:
             raise StoreError(f"{self.uri}: cannot be opened or created ({error})") from error
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (absolute(self.uri), self._create)
+
+    # Objects ----------------------------------------------------------------------------------------------------
+
     def get(self, key: str) -> bytes:
         """The whole object; KeyError when it does not exist."""
-        try:
-            return bytes(obstore.get(self._store, key).bytes())
-        except (FileNotFoundError, NotFoundError) as error:
-            raise KeyError(key) from error
-        except BaseError as error:
-            raise StoreError(f"{self.uri}: {key} cannot be read ({error})") from error
+        return self._repeat(f"{key} cannot be read", lambda: bytes(obstore.get(self._backend, key).bytes()), key)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """Bytes [start, stop) of each range, zero-copy where the backend allows; KeyError when absent."""
         wanted = [(start, stop) for start, stop in ranges if start < stop]  # backends refuse an empty range
         starts, ends = [start for start, _ in wanted], [stop for _, stop in wanted]
-        try:
-            found = iter(cast("list[Buffer]", obstore.get_ranges(self._store, key, starts=starts, ends=ends)))
-            return [next(found) if start < stop else b"" for start, stop in ranges]
-        except (FileNotFoundError, NotFoundError) as error:
-            raise KeyError(key) from error
-        except BaseError as error:
-            raise StoreError(f"{self.uri}: {key} cannot be read ({error})") from error
+
+        def read() -> list[Buffer]:
+            return cast("list[Buffer]", obstore.get_ranges(self._backend, key, starts=starts, ends=ends))
+
+        found = iter(self._repeat(f"{key} cannot be read", read, key))
+        return [next(found) if start < stop else b"" for start, stop in ranges]
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None when it does not exist."""
         try:
-            return int(obstore.head(self._store, key)["size"])
-        except (FileNotFoundError, NotFoundError):
+            return self._repeat(f"{key} cannot be read", lambda: int(obstore.head(self._backend, key)["size"]), key)
+        except KeyError:
             return None
-        except BaseError as error:
-            raise StoreError(f"{self.uri}: {key} cannot be read ({error})") from error
 
     def put(self, key: str, data: Buffer) -> None:
         """Write or replace an object; readers see the old one or the new one, never a part."""
-        try:
-            obstore.put(self._store, key, memoryview(data))
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.uri}: {key} cannot be written ({error})") from error
+        view = memoryview(data).cast("B")
+        if self.path is None and view.nbytes > PART_BYTES:
+            self.upload(key, lambda writer: _write_parts(writer, view))
+            return
+        self._repeat(f"{key} cannot be written", lambda: obstore.put(self._backend, key, view, use_multipart=False))
 
     def create(self, key: str, data: Buffer) -> bool:
         """Write an object only if it does not exist; False when somebody else was first."""
+        view = memoryview(data).cast("B")
+        unanswered = False
+
+        def attempt() -> bool:
+            nonlocal unanswered
+            try:
+                obstore.put(self._once, key, view, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                # An attempt whose answer was lost may have been ours, and the first.
+                return unanswered and self._holds(key, view)
+            except FAILURES:
+                unanswered = True
+                raise
+            return True
+
+        return self._repeat(f"{key} cannot be written", attempt)
+
+    def _holds(self, key: str, data: memoryview) -> bool:
         try:
-            obstore.put(self._store, key, memoryview(data), mode="create", use_multipart=False)
-        except AlreadyExistsError:
+            return self.get(key) == data
+        except KeyError:
             return False
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.uri}: {key} cannot be written ({error})") from error
-        return True
 
     @contextmanager
     def open_writer(self, key: str) -> Iterator[ByteWriter]:
         """Stream an object of any size; it appears when the block ends and not at all when it raises."""
+        stream = _Stream(self, key)
         try:
-            with cast("AbstractContextManager[ByteWriter]", obstore.open_writer(self._store, key)) as writer:
-                yield writer
-        except (BaseError, OSError) as error:
-            raise StoreError(f"{self.uri}: {key} cannot be written ({error})") from error
+            yield stream
+        except BaseException as cause:
+            stream.abort(cause)
+            raise
+        stream.close()
+
+    def upload(self, key: str, write: Callable[[ByteWriter], _T]) -> _T:
+        """Stream what `write` writes, again from the start when the backend failed; returns what `write` returns."""
+        for _ in range(UPLOADS - 1):
+            try:
+                with self.open_writer(key) as writer:
+                    return write(writer)
+            except UploadInterruptedError:
+                _LOG.warning("%s: the upload of %s was interrupted and starts again", self.uri, key)
+        with self.open_writer(key) as writer:
+            return write(writer)
 
     def list(self, prefix: str = "") -> list[str]:
         """Every key below a prefix (a whole path segment), sorted."""
-        try:
-            listing = obstore.list(self._store, prefix or None)
+
+        def pages() -> list[str]:
+            listing = obstore.list(self._backend, prefix or None)
             return sorted(str(entry["path"]) for page in listing for entry in page)
-        except BaseError as error:
-            raise StoreError(f"{self.uri}: cannot be listed ({error})") from error
+
+        return [key for key in self._repeat("cannot be listed", pages) if not key.startswith(_PROBE)]
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; absent ones are fine."""
+        if isinstance(self._backend, S3Store):
+            batch = [*keys]
+            if batch:
+                # Up to 1000 keys a request; S3 does not mind absent ones.
+                self._repeat(f"{_some(batch)} cannot be deleted", lambda: obstore.delete(self._backend, batch))
+            return
         for key in keys:
             try:
-                obstore.delete(self._store, key)
-            except (FileNotFoundError, NotFoundError):
+                self._repeat(f"{key} cannot be deleted", lambda key=key: obstore.delete(self._backend, key), key)  # type: ignore[misc]
+            except KeyError:
                 continue
-            except BaseError as error:
-                raise StoreError(f"{self.uri}: {key} cannot be deleted ({error})") from error
+
+    # Checks -----------------------------------------------------------------------------------------------------
+
+    def check_readable(self) -> None:
+        """Before anything expensive: the place answers and may be read; answers within about 20 seconds."""
+        if self.path is not None:
+            if not self.path.is_dir():
+                raise StoreError(f"{self.uri}: no such directory")
+            self.list("absent")
+            return
+        hasty = Store(self.uri, seconds=CHECK_SECONDS)
+        hasty._repeat("cannot be listed", lambda: next(iter(obstore.list(hasty._backend, chunk_size=1)), None))
+
+    def check_writable(self) -> None:
+        """Before anything expensive: objects can be created, are not overwritten by a second creator, and deleted.
+
+        Answers within about 20 seconds. Nothing is left behind; a local directory is not made.
+        """
+        if self.path is not None:
+            check_directory(self.path)
+            return
+        self.check_readable()
+        hasty = Store(self.uri, seconds=CHECK_SECONDS)
+        probe = _PROBE + uuid4().hex
+        created = hasty.create(probe, b"first")
+        overwritten = hasty.create(probe, b"second")
+        hasty.delete([probe])
+        if not created or overwritten:
+            raise StoreError(
+                f"{self.uri}: the server ignores conditional writes (If-None-Match: *), so two runs could overwrite "
+                "each other's records; use a server or gateway version that supports them"
+            )
+
+    # Failures ---------------------------------------------------------------------------------------------------
+
+    def _repeat(self, what: str, action: Callable[[], _T], absent: str | None = None) -> _T:
+        """The action's result, once the backend gives one; `absent` makes a missing object KeyError."""
+        give_up = time.monotonic() + self._seconds
+        for pause in pauses():
+            try:
+                return action()
+            except FAILURES as error:
+                if absent is not None and is_missing(error):
+                    raise KeyError(absent) from None
+                problem = diagnose(error)
+                if self.path is not None:
+                    raise to_error(self.uri, what, problem) from error
+                if not problem.passing or time.monotonic() + pause > give_up:
+                    # Not chained: the backend's text may repeat an access key or what was signed with it.
+                    raise to_error(self.uri, what, problem) from None
+            time.sleep(pause)
+        raise AssertionError
+
+    def _ask(self) -> Problem:
+        """Why an upload that failed without saying so may have failed: what a small one meets now."""
+        probe = _PROBE + uuid4().hex
+        try:
+            obstore.put(self._once, probe, b"probe", use_multipart=False)
+            obstore.delete(self._once, probe)
+        except FAILURES as error:
+            return diagnose(error)
+        return Problem("the upload failed, and so did dropping its parts", "run the same command again", passing=True)
+
+
+class _Stream:
+    """An object on its way to a store."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store = store
+        self.what = f"{key} cannot be written"
+        self.writer: WritableFile = obstore.open_writer(
+            store._backend, key, buffer_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
+        )
+        self.writer.__enter__()
+
+    def write(self, buffer: Buffer, /) -> int:
+        """Append bytes."""
+        # obstore sends from the buffer itself, after write returned, so one that may change is copied.
+        fixed = buffer if isinstance(buffer, bytes | obstore.Bytes) else bytes(buffer)
+        try:
+            return self.writer.write(fixed)
+        except FAILURES as error:
+            raise self.failure(error) from None
+
+    def close(self) -> None:
+        """Make the object appear."""
+        try:
+            self.writer.close()
+        except FAILURES as error:
+            raise self.failure(error) from None
+
+    def abort(self, cause: BaseException) -> None:
+        """Drop what was sent. That this fails, too, when the server is gone, must not hide the cause."""
+        try:
+            self.writer.__exit__(type(cause), cause, cause.__traceback__)
+        except FAILURES as error:
+            _LOG.debug("%s: parts of an upload were left (%s)", self.store.uri, clean(diagnose(error).reason))
+
+    def failure(self, error: BaseException) -> PrismaquantError:
+        # When the last parts fail, obstore drops the upload and reports how *that* failed.
+        problem = self.store._ask() if "performing DELETE" in str(error) else diagnose(error)
+        return to_error(self.store.uri, self.what, problem, UploadInterruptedError if problem.passing else StoreError)
+
+
+def _write_parts(writer: ByteWriter, view: memoryview) -> None:
+    for start in range(0, view.nbytes, PART_BYTES):
+        writer.write(view[start : start + PART_BYTES])
+
+
+def _some(keys: builtins.list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
+
+
+def check_directory(path: Path) -> None:
+    """StoreError unless `path`, or the directory it would be made in, can be written; makes nothing."""
+    path = path.absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
+    if not existing.is_dir():
+        raise StoreError(f"{path}: cannot be a directory, {existing} is not one; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise StoreError(f"{path}: {existing} cannot be written ({error.strerror}); choose another place") from error

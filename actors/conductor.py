@@ -1,0 +1,375 @@
+"""Driving a pass over workers that may be lost: hands out steps, takes receipts, replaces what dies.
+
+It decides by `actors.ring` (who runs what), `actors.recovery` (whether to go on) and acts through `Workers`, which is
+Ray in a run and plain objects in tests. Nothing here imports Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from actors.events import Events
+from actors.messages import Receipt, Shard
+from actors.recovery import Cause, Loss, Recovery, yielding
+from actors.ring import FINISH, Ring, Step
+from prismaquant_ray import __version__
+from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.storage.record import Artifact
+
+
+class Kind(StrEnum):
+    """What a worker can be asked."""
+
+    HELLO = "hello"
+    SETUP = "setup"
+    RUN = "run"
+    FINISH = "finish"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None."""
+
+    kind: Kind
+    shard: Shard | None = None
+    microbatch: int = 0
+    arriving: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What became of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
+
+    Neither means that what was to arrive could not be read, and the worker did nothing.
+    """
+
+    worker: str
+    receipt: Receipt | None = None
+    output: Any = None
+    lost: tuple[Cause, str] | None = None
+
+
+class Workers(Protocol):
+    """A cluster as the conductor sees it. A worker has at most one call in flight."""
+
+    def start(self, worker: str) -> None:
+        """Ask for a worker of this name and send it HELLO; the reply comes when the cluster has room for it."""
+        ...
+
+    def submit(self, worker: str, call: Call) -> None:
+        """Send a call."""
+        ...
+
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        """Replies that have arrived, after at most `timeout` seconds; empty when there are none."""
+        ...
+
+    def stop(self, worker: str) -> None:
+        """End a worker at once; whatever it was doing is not replied to."""
+        ...
+
+    def describe(self) -> str:
+        """What the cluster has, for an error about what it lacks."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Output:
+    """What a step put out: where another worker gets it."""
+
+    reference: Any = None
+    artifact: Artifact | None = None
+
+    @property
+    def where(self) -> Any:
+        return self.reference if self.reference is not None else self.artifact
+
+
+@dataclass(slots=True, eq=False)
+class _Pass:
+    """The state of one pass."""
+
+    shards: Sequence[Shard]
+    ring: Ring
+    outputs: dict[Step, _Output] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    call: Call
+    step: Step | None
+    since: float
+
+
+class Conductor:
+    """Workers of one run, over any number of passes.
+
+    `wanted` workers are asked for at once; work begins with the first that is ready. `setup` is the argument of a
+    worker's SETUP call by its name. Times are in seconds: a call may take `timeout`, the first worker must be ready
+    after `first`, and a stalled pass waits `patience` for a replacement before a worker must give up its shard.
+    `check` is called often, `admit` with the facts of every worker that is ready; either may raise to end the run.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        events: Events,
+        *,
+        wanted: int,
+        timeout: float,
+        first: float,
+        patience: float = 30.0,
+        recovery: Recovery = Recovery(),  # noqa: B008 - frozen
+        check: Callable[[], None] = lambda: None,
+        admit: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.workers = workers
+        self.events = events
+        self.timeout = timeout
+        self.first = first
+        self.patience = patience
+        self.recovery = recovery
+        self.check = check
+        self.admit = admit
+        self.clock = clock
+        self.peak_bytes = 0
+        self.ready: dict[str, Mapping[str, Any]] = {}
+        self.losses: list[Loss] = []
+        self._flying: dict[str, _Flight] = {}
+        self._due: list[tuple[float, str]] = []
+        self._started = 0
+        self._stalled_since: float | None = None
+        for _ in range(wanted):
+            self._start()
+
+    def wait_for_first(self) -> Mapping[str, Any]:
+        """Facts of the first worker that is ready; ResourceError when none comes in time."""
+        begun = self.clock()
+        while not self.ready:
+            if self.clock() - begun > self.first:
+                raise ResourceError(
+                    f"no worker could be started in {self.first:.0f} s; {self.workers.describe()}. Lower what "
+                    "cluster asks for, add nodes, or set cluster.wait for nodes that an autoscaler brings"
+                )
+            self._turn(None)
+        return next(iter(self.ready.values()))
+
+    def run_pass(self, shards: Sequence[Shard], microbatches: int) -> None:
+        """Visit the shards in order; raises what a worker reports, or ResourceError when workers keep dying."""
+        chained = [index > 0 and shards[index - 1].units[-1] == shard.origin for index, shard in enumerate(shards)]
+        state = _Pass(shards, Ring(chained=chained, microbatches=microbatches))
+        while not state.ring.finished:
+            self._turn(state)
+
+    def abandon(self) -> None:
+        """After a pass that raised: wait for what is under way, then have every worker let go of its shard."""
+        while any(flight.step is not None for flight in self._flying.values()):
+            self._stop_hung(None)
+            for reply in self.workers.wait(0.5):
+                flight = self._flying.pop(reply.worker)
+                if reply.lost is not None:
+                    self._lost(None, reply.worker, *reply.lost)
+                elif flight.step is None and reply.receipt is not None:
+                    self._accept(None, reply, reply.receipt, flight)
+        for worker in self.ready.keys() - self._flying.keys():
+            self._send(worker, Call(kind=Kind.DROP))
+
+    # One turn -------------------------------------------------------------------------------------------------
+
+    def _turn(self, state: _Pass | None) -> None:
+        self.check()
+        now = self.clock()
+        for entry in [entry for entry in self._due if entry[0] <= now]:
+            self._due.remove(entry)
+            self._send_start(entry[1])
+        if state is not None:
+            self._submit(state)
+            self._unstall(state)
+        self._stop_hung(state)
+        for reply in self.workers.wait(0.5):
+            self._handle(state, reply)
+
+    def _submit(self, state: _Pass) -> None:
+        for worker in sorted(self.ready.keys() - self._flying.keys()):
+            step = state.ring.next(worker)
+            if step is None:
+                continue
+            shard = state.shards[step.shard]
+            if step.microbatch == FINISH:
+                call = Call(kind=Kind.FINISH, shard=shard)
+            else:
+                before = Step(step.shard - 1, step.microbatch)
+                arriving = state.outputs[before].where if state.ring.chained[step.shard] else None
+                call = Call(kind=Kind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
+            self._send(worker, call, step)
+
+    def _send(self, worker: str, call: Call, step: Step | None = None) -> None:
+        self._flying[worker] = _Flight(call, step, self.clock())
+        self.workers.submit(worker, call)
+
+    def _start(self, delay: float = 0.0) -> None:
+        name = f"worker-{self._started}"
+        self._started += 1
+        if delay:
+            self._due.append((self.clock() + delay, name))
+        else:
+            self._send_start(name)
+
+    def _send_start(self, name: str) -> None:
+        self._flying[name] = _Flight(Call(kind=Kind.HELLO), None, self.clock())
+        self.workers.start(name)
+
+    # What comes back ------------------------------------------------------------------------------------------
+
+    def _handle(self, state: _Pass | None, reply: Reply) -> None:
+        flight = self._flying.pop(reply.worker)
+        if reply.lost is not None:
+            self._lost(state, reply.worker, *reply.lost)
+        elif reply.receipt is None:
+            assert state is not None
+            self._not_read(state, flight)
+        else:
+            self._accept(state, reply, reply.receipt, flight)
+
+    def _accept(self, state: _Pass | None, reply: Reply, receipt: Receipt, flight: _Flight) -> None:
+        worker = reply.worker
+        self.peak_bytes = max(self.peak_bytes, receipt.peak_bytes)
+        if receipt.failure is not None:
+            raise receipt.failure.error()
+        if flight.call.kind is Kind.HELLO:
+            _check_version(receipt)
+            self._send(worker, Call(kind=Kind.SETUP))
+        elif flight.call.kind is Kind.SETUP:
+            self.admit(receipt.facts)
+            self.ready[worker] = receipt.facts
+            self.events("worker", worker=worker, **receipt.facts)
+        elif flight.step is not None:
+            assert state is not None
+            self._step_done(state, reply, receipt, flight.step)
+
+    def _step_done(self, state: _Pass, reply: Reply, receipt: Receipt, step: Step) -> None:
+        shard = state.shards[step.shard]
+        if step.microbatch != FINISH:
+            state.outputs.setdefault(step, _Output()).reference = reply.output
+        for microbatch, artifact in receipt.stored.items():
+            self._is_stored(state, Step(step.shard, microbatch), artifact)
+        state.ring.done(reply.worker, step)
+        if step.microbatch != FINISH:
+            # Behind this step nobody reads its input again, unless the worker is lost: then it is in the store.
+            before = state.outputs.get(Step(step.shard - 1, step.microbatch))
+            if before is not None and before.artifact is not None:
+                before.reference = None
+        self.events(
+            "step",
+            stage=str(shard.stage),
+            shard=shard.name,
+            microbatch=None if step.microbatch == FINISH else step.microbatch,
+            worker=reply.worker,
+            started=round(receipt.started, 4),
+            seconds=round(receipt.seconds, 4),
+            peak_bytes=receipt.peak_bytes,
+            **receipt.facts,
+        )
+        if step.microbatch == FINISH:
+            for other in [other for other in state.outputs if other.shard == step.shard - 1]:
+                del state.outputs[other]
+            self.events(
+                "shard", stage=str(shard.stage), shard=shard.name, units=list(shard.units), worker=reply.worker,
+                produced=len(shard.produce), left=state.ring.unfinished,
+            )  # fmt: skip
+
+    def _is_stored(self, state: _Pass, step: Step, artifact: Artifact) -> None:
+        output = state.outputs.setdefault(step, _Output())
+        output.artifact = artifact
+        state.ring.appeared(step)
+        after = Step(step.shard + 1, step.microbatch)
+        if after in state.outputs:
+            output.reference = None
+
+    def _not_read(self, state: _Pass, flight: _Flight) -> None:
+        """An output was lost with its node between two workers: read it from the store, or have it run again."""
+        assert flight.step is not None
+        before = Step(flight.step.shard - 1, flight.step.microbatch)
+        state.outputs[before].reference = None
+        if state.outputs[before].artifact is None:
+            state.ring.vanished(before)
+
+    # Losses ---------------------------------------------------------------------------------------------------
+
+    def _lost(self, state: _Pass | None, worker: str, cause: Cause, message: str) -> None:
+        was_ready = self.ready.pop(worker, None) is not None
+        self._flying.pop(worker, None)
+        shard = self._release(state, worker)
+        self.losses.append(Loss(worker=worker, cause=cause, shard=shard, message=message, was_ready=was_ready))
+        self.events("lost", worker=worker, cause=str(cause), shard=shard, message=message)
+        reason = self.recovery.verdict(self.losses)
+        if reason is not None:
+            raise ResourceError(f"{reason} ({message}); run the same command again to continue")
+        in_a_row = 0
+        for loss in reversed(self.losses):
+            if loss.was_ready:
+                break
+            in_a_row += 1
+        # A new worker can be placed on a node that is not yet known to be gone; give the cluster time to notice.
+        self._start(delay=float(2**in_a_row) if in_a_row else 0.0)
+
+    def _release(self, state: _Pass | None, worker: str) -> str | None:
+        """Free what a worker held; what it put out and had not stored went with it."""
+        index = state.ring.released(worker) if state is not None else None
+        if state is None or index is None:
+            return None
+        for step, output in state.outputs.items():
+            if step.shard == index:
+                output.reference = None
+                if output.artifact is None:
+                    state.ring.vanished(step)
+        return f"{state.shards[index].stage} {state.shards[index].name}"
+
+    def _stop_hung(self, state: _Pass | None) -> None:
+        now = self.clock()
+        for worker, flight in list(self._flying.items()):
+            if flight.call.kind is not Kind.HELLO and now - flight.since > self.timeout:
+                self.workers.stop(worker)
+                self._lost(state, worker, Cause.TIMEOUT, f"{flight.call.kind} took more than {self.timeout:.0f} s")
+
+    def _unstall(self, state: _Pass) -> None:
+        """When every worker waits for a shard that nobody holds, have one give its own up after a while."""
+        working = [flight for flight in self._flying.values() if flight.call.kind is not Kind.HELLO]
+        worker = None if working else yielding(state.ring.held, state.ring.blocking())
+        if worker is None:
+            self._stalled_since = None if working or self.ready else self._nobody()
+            return
+        now = self.clock()
+        if self._stalled_since is None:
+            self._stalled_since = now
+        elif now - self._stalled_since >= self.patience:
+            self._stalled_since = None
+            shard = self._release(state, worker)
+            self.events("yielded", worker=worker, shard=shard)
+            self._send(worker, Call(kind=Kind.DROP))
+
+    def _nobody(self) -> float:
+        """No worker is left: when that began; ResourceError when it has lasted too long."""
+        now = self.clock()
+        since = now if self._stalled_since is None else self._stalled_since
+        if now - since > self.first:
+            raise ResourceError(
+                f"no worker is left and none could be started in {self.first:.0f} s; {self.workers.describe()}. "
+                "Run the same command again to continue"
+            )
+        return since
+
+
+def _check_version(receipt: Receipt) -> None:
+    version = receipt.facts["version"]
+    if version != __version__:
+        raise ResourceError(
+            f"a worker on {receipt.facts['host']} has prismaquant-ray {version}, the driver {__version__}; "
+            "use the same image everywhere"
+        )

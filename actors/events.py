@@ -1,0 +1,112 @@
+"""What happens during a run, as events: one place that says it, many that listen (log, terminal, metrics).
+
+The log is `events.jsonl` in the run store: a JSON object a line, oldest first, over all attempts of the run. Only the
+driver that holds the run's lease writes it. Object stores cannot append, so the whole object is put again, less and
+less often as it grows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.storage.store import Store
+
+LOG = "events.jsonl"
+# Seconds between two puts, and how many more for every megabyte of log.
+_INTERVAL = 2.0
+_INTERVAL_PER_MEGABYTE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened: its kind, when (seconds since the epoch), and plain values that say what."""
+
+    kind: str
+    at: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """As it stands in the log."""
+        return json.dumps({"at": round(self.at, 3), "event": self.kind, **self.facts}, allow_nan=False)
+
+
+#: Told of every event, in order.
+Listener = Callable[[Event], None]
+
+
+class Events:
+    """Hands events to listeners."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = list(listeners)
+
+    def __call__(self, kind: str, **facts: Any) -> None:
+        """Something happens now."""
+        event = Event(kind=kind, at=time.time(), facts=facts)
+        for listener in self.listeners:
+            listener(event)
+
+
+class EventLog:
+    """The log of a run; continues what is there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        try:
+            self._text = bytearray(store.get(LOG))
+        except KeyError:
+            self._text = bytearray()
+        self._written = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Add an event; it reaches the store within seconds."""
+        self._text += event.line().encode() + b"\n"
+        interval = _INTERVAL + _INTERVAL_PER_MEGABYTE * len(self._text) / 1e6
+        if time.monotonic() - self._written > interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what the store does not have yet."""
+        self._store.put(LOG, bytes(self._text))
+        self._written = time.monotonic()
+
+
+def read_events(store: Store) -> list[Event]:
+    """The log of a run, oldest first; empty before anything happened."""
+    try:
+        lines = store.get(LOG).decode().splitlines()
+        bodies = [json.loads(line) for line in lines]
+        return [Event(kind=body.pop("event"), at=body.pop("at"), facts=body) for body in bodies]
+    except KeyError as error:
+        if error.args != (LOG,):
+            raise DamagedError(f"{store.uri}: {LOG} is malformed", LOG) from error
+        return []
+    except ValueError as error:
+        raise DamagedError(f"{store.uri}: {LOG} is not JSON lines", LOG) from error
+
+
+def busy_shares(steps: Sequence[Event]) -> dict[str, float]:
+    """Share of the time between pipeline fill and drain that each worker of a pass was in a call, from `step` events.
+
+    Fill ends when the last worker has begun its first call; drain begins when the first worker has ended its last one.
+    Empty when the pass is too short for that window to exist.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    for event in steps:
+        started = event.facts["started"]
+        spans.setdefault(event.facts["worker"], []).append((started, started + event.facts["seconds"]))
+    if not spans:
+        return {}
+    begin = max(min(start for start, _ in entries) for entries in spans.values())
+    end = min(max(stop for _, stop in entries) for entries in spans.values())
+    if end <= begin:
+        return {}
+    return {
+        worker: sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in entries) / (end - begin)
+        for worker, entries in sorted(spans.items())
+    }

@@ -1,0 +1,111 @@
+"""What a run store holds of the two passes, by unit: keys, what is recorded, how it is forgotten.
+
+Two records a unit: `record.json` for its candidates or prices, `boundary.json` for what left it, which exists only at
+the end of a shard and only until it has been used. Either may be missing; `actors.shards` plans the work that is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from actors.messages import Stage, Unit, unit_key
+from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
+from prismaquant_ray.storage.store import Store
+
+_RECORD = "record.json"
+_BOUNDARY = "boundary.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recorded:
+    """The units of one pass that have a record, and those whose output is in the store."""
+
+    done: frozenset[Unit]
+    boundaries: frozenset[Unit]
+
+
+class Ledger:
+    """The records of one run store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def recorded(self, stage: Stage) -> Recorded:
+        """Everything that is recorded of a pass, by one listing."""
+        found: dict[str, set[Unit]] = {_RECORD: set(), _BOUNDARY: set()}
+        for key in self.store.list(str(stage)):
+            _, name, *rest = key.split("/")
+            if len(rest) == 1 and rest[0] in found:
+                found[rest[0]].add(_unit(name))
+        return Recorded(done=frozenset(found[_RECORD]), boundaries=frozenset(found[_BOUNDARY]))
+
+    def record(self, stage: Stage, unit: Unit) -> Record:
+        """Candidates or prices of a unit; DamagedError when they are not there."""
+        return self._read(_key(stage, unit, _RECORD))
+
+    def boundary(self, stage: Stage, unit: Unit) -> dict[int, Artifact]:
+        """Where what left a unit is, by microbatch; DamagedError when it is not there."""
+        record = self._read(_key(stage, unit, _BOUNDARY))
+        return {int(microbatch): artifact for microbatch, artifact in record.artifacts.items()}
+
+    def write_record(self, stage: Stage, unit: Unit, record: Record) -> None:
+        """Commit a unit's candidates or prices; the first writer wins."""
+        write_record(self.store, _key(stage, unit, _RECORD), record)
+
+    def write_boundary(self, stage: Stage, unit: Unit, artifacts: Mapping[int, Artifact]) -> None:
+        """Commit what left a unit, every microbatch of it."""
+        named = {str(microbatch): artifact for microbatch, artifact in sorted(artifacts.items())}
+        write_record(self.store, _key(stage, unit, _BOUNDARY), Record(artifacts=named))
+
+    def drop_boundary(self, stage: Stage, unit: Unit) -> None:
+        """Delete a boundary that nothing needs any more; the record first, so that it never names what is gone."""
+        key = _key(stage, unit, _BOUNDARY)
+        record = read_record(self.store, key)
+        if record is not None:
+            self.store.delete([key])
+            self.store.delete(artifact.key for artifact in record.artifacts.values())
+
+    def forget(self, key: str) -> list[str]:
+        """Delete every record that names the damaged object `key`, or is it; what was deleted."""
+        directory = "/".join(key.split("/")[:2])
+        deleted = []
+        for name in (_RECORD, _BOUNDARY):
+            candidate = f"{directory}/{name}"
+            if candidate == key or self._names(candidate, key):
+                deleted.append(candidate)
+        self.store.delete(deleted)
+        return deleted
+
+    def tidy(self) -> None:
+        """Delete what no record of a finished run needs: boundaries, and data of attempts that were stopped."""
+        for stage in Stage:
+            kept = set()
+            for unit in self.recorded(stage).done:
+                kept.add(_key(stage, unit, _RECORD))
+                kept |= {artifact.key for artifact in self.record(stage, unit).artifacts.values()}
+            self.store.delete(key for key in self.store.list(str(stage)) if key not in kept)
+
+    def _names(self, record_key: str, key: str) -> bool:
+        try:
+            record = read_record(self.store, record_key)
+        except DamagedError:
+            return True
+        return record is not None and any(artifact.key == key for artifact in record.artifacts.values())
+
+    def _read(self, key: str) -> Record:
+        record = read_record(self.store, key)
+        if record is None:
+            raise DamagedError(f"{self.store.uri}: {key} is missing; run the same command again", key)
+        return record
+
+
+def _key(stage: Stage, unit: Unit, name: str) -> str:
+    return f"{stage}/{unit_key(unit)}/{name}"
+
+
+def _unit(name: str) -> Unit:
+    if name == "entry":
+        return "entry"
+    return "exit" if name == "exit" else int(name)

@@ -1,0 +1,157 @@
+"""Workers as Ray actors. With `actors.cluster`, which connects, the only module that talks to Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from actors.cluster import Capacity, capacity
+from actors.conductor import Call, Kind, Reply
+from actors.messages import Receipt, WorkerSpec
+from actors.recovery import Cause
+from actors.shard_worker import ShardWorker
+from prismaquant_ray.errors import ResourceError
+
+# glibc gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
+# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not.
+WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
+
+
+class RayWorkers:
+    """Actors of one run. They live as long as the driver and are lost with it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        import ray
+
+        cluster = spec.config.cluster
+        self.spec = spec
+        self.capacity: Capacity = capacity(cluster)
+        options: dict[str, Any] = {
+            "num_cpus": 1 if self.capacity.gpu else cluster.threads,
+            "num_gpus": 1 if self.capacity.gpu else 0,
+            "scheduling_strategy": "SPREAD" if cluster.placement == "spread" else "DEFAULT",
+            # No restarts: the driver must see why a worker died.
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+        }
+        if cluster.labels:
+            options["label_selector"] = dict(cluster.labels)
+        if cluster.memory != "auto" and not self.capacity.gpu:
+            options["memory"] = cluster.memory
+        self._class = ray.remote(ShardWorker).options(**options)
+        self._actors: dict[str, Any] = {}
+        self._flying: dict[Any, tuple[str, Any]] = {}
+
+    def start(self, worker: str) -> None:
+        """Ask the cluster for an actor."""
+        actor = self._class.remote()
+        self._actors[worker] = actor
+        self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = worker, None
+
+    def submit(self, worker: str, call: Call) -> None:
+        """Send a call; its name is what dashboards and process lists show."""
+        actor = self._actors[worker]
+        output = None
+        if call.kind is Kind.SETUP:
+            reference = actor.setup.remote(replace(self.spec, name=worker))
+        elif call.kind is Kind.DROP:
+            reference = actor.drop.remote()
+        else:
+            assert call.shard is not None
+            name = f"prismaquant {call.shard.stage} {call.kind} {call.shard.name}"
+            if call.kind is Kind.FINISH:
+                reference = actor.finish.options(name=name).remote(call.shard)
+            else:
+                run = actor.run.options(name=name, num_returns=2)
+                output, reference = run.remote(call.shard, call.microbatch, call.arriving)
+        self._flying[reference] = worker, output
+
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        """Every reply there is, or the first one to arrive."""
+        import ray
+
+        if not self._flying:
+            return []
+        references = list(self._flying)
+        done, _ = ray.wait(references, num_returns=1, timeout=timeout)
+        if done:
+            done, _ = ray.wait(references, num_returns=len(references), timeout=0)
+        return [self._reply(reference) for reference in done]
+
+    def _reply(self, reference: Any) -> Reply:
+        import ray
+        from ray.exceptions import (
+            NodeDiedError,
+            ObjectLostError,
+            OutOfDiskError,
+            OutOfMemoryError,
+            RayActorError,
+            RayTaskError,
+            RuntimeEnvSetupError,
+            WorkerCrashedError,
+        )
+
+        worker, output = self._flying.pop(reference)
+        try:
+            receipt: Receipt = ray.get(reference)
+        except ObjectLostError:
+            return Reply(worker=worker)
+        except RayTaskError as error:
+            if isinstance(error.cause, ObjectLostError):
+                return Reply(worker=worker)
+            _refuse_unimportable(str(error))
+            raise
+        except (OutOfDiskError, RuntimeEnvSetupError) as error:
+            raise ResourceError(f"Ray on the node of {worker}: {_first_line(error)}") from error
+        except (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
+            _refuse_unimportable(str(error))
+            self._forget(worker)
+            return Reply(worker=worker, lost=(_cause(error), _first_line(error)))
+        return Reply(worker=worker, receipt=receipt, output=output)
+
+    def stop(self, worker: str) -> None:
+        """Kill an actor."""
+        self._flying = {reference: entry for reference, entry in self._flying.items() if entry[0] != worker}
+        self._forget(worker)
+
+    def _forget(self, worker: str) -> None:
+        import ray
+
+        # An actor that is only unreachable may come back and must not go on writing.
+        ray.kill(self._actors.pop(worker))
+
+    def describe(self) -> str:
+        """What the cluster has by now."""
+        return str(capacity(self.spec.config.cluster))
+
+    def close(self) -> None:
+        """End the actors."""
+        for worker in list(self._actors):
+            self.stop(worker)
+
+
+def _cause(error: Exception) -> Cause:
+    from ray.exceptions import OutOfMemoryError
+
+    text = str(error)
+    if isinstance(error, OutOfMemoryError):
+        return Cause.MEMORY
+    # Ray has one error for both; its text says which: "The actor died because its node has died", "node was …".
+    return Cause.NODE if "node has died" in text or "node was terminated" in text else Cause.PROCESS
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _refuse_unimportable(text: str) -> None:
+    """ResourceError when a worker could not import this project: it would fail on every node of that image."""
+    for package in ("actors", "prismaquant_ray"):
+        if f"No module named '{package}" in text:
+            raise ResourceError(
+                f"a worker cannot import {package}: its node has no prismaquant-ray. Install it in the image, or "
+                "submit the job with --working-dir and this checkout"
+            )

@@ -1,0 +1,68 @@
+"""What to do when workers are lost, as pure functions of what happened; nothing here waits, counts time or calls Ray.
+
+Two budgets: nodes come and go on rented clusters, so their loss is only bounded against a cluster that never works; but
+a shard whose workers die by themselves kills the next one too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Cause(StrEnum):
+    """Why a worker is gone."""
+
+    PROCESS = "its process died"
+    MEMORY = "its node ran out of memory"
+    NODE = "its node is gone"
+    TIMEOUT = "it did not answer in time"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A lost worker. `shard` is what it held, as people read it; None when it held nothing. `message` is Ray's."""
+
+    worker: str
+    cause: Cause
+    shard: str | None
+    message: str = ""
+    was_ready: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recovery:
+    """When to stop replacing workers.
+
+    `per_shard` losses of one shard's workers by themselves, `starting` workers in a row lost before they were ready, or
+    `nodes` lost nodes in all end the run.
+    """
+
+    per_shard: int = 3
+    starting: int = 5
+    nodes: int = 100
+
+    def verdict(self, losses: Sequence[Loss]) -> str | None:
+        """Why the run must stop, given every loss so far, oldest first; None to replace the worker and go on."""
+        last = losses[-1]
+        same = [loss for loss in losses if loss.shard == last.shard and loss.cause is not Cause.NODE]
+        if last.shard is not None and last.cause is not Cause.NODE and len(same) >= self.per_shard:
+            return f"shard {last.shard} lost {len(same)} workers, the last because {last.cause}"
+        failed = losses[-self.starting :]
+        if len(failed) == self.starting and not any(loss.was_ready for loss in failed):
+            return f"{self.starting} workers in a row were lost while they started, the last because {last.cause}"
+        if sum(loss.cause is Cause.NODE for loss in losses) >= self.nodes:
+            return f"{self.nodes} nodes were lost"
+        return None
+
+
+def yielding(held: Mapping[str, int], blocking: Sequence[int]) -> str | None:
+    """The worker that must give its shard up so that the first blocking one can run; None when none should.
+
+    To be asked when every worker waits. Whoever holds the last shard loses the least, if it is behind the blocking one.
+    """
+    if not held or not blocking:
+        return None
+    worker, shard = max(held.items(), key=lambda entry: entry[1])
+    return worker if shard > blocking[0] else None

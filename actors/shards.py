@@ -1,0 +1,136 @@
+"""Which shards a pass still has to visit: pure functions of what is recorded.
+
+A pass runs through its units in order. A unit must run when its own product is missing, or when a unit behind it needs
+what it puts out and that is not stored. Runs of such units are cut into shards of at most `limit` blocks. The same
+rule serves a first run, a resumed one, another shard size, and the repair of a single damaged object.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from actors.ledger import Recorded
+from actors.messages import Shard, Stage, Unit
+
+#: Shards a worker should visit in a pass: filling and draining the pipeline costs about 1/VISITS of a worker's time.
+VISITS = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is left to do."""
+
+    forward: tuple[Shard, ...]
+    backward: tuple[Shard, ...]
+
+    def of(self, stage: Stage) -> tuple[Shard, ...]:
+        """The shards of one pass, in order."""
+        return self.forward if stage is Stage.FORWARD else self.backward
+
+
+def units_of(stage: Stage, blocks: int) -> tuple[Unit, ...]:
+    """Every unit of a pass, in order."""
+    if stage is Stage.FORWARD:
+        return ("entry", *range(blocks))
+    return ("exit", *reversed(range(blocks)))
+
+
+def remaining(blocks: int, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
+    """The shards of both passes for a model of `blocks` blocks, at most `limit` blocks each.
+
+    Backward shards are cut where forward boundaries are stored, if they are: each reads the one it starts from.
+    """
+    below: dict[Unit, Unit] = {block: block - 1 for block in range(1, blocks)}
+    below |= {0: "entry", "exit": blocks - 1}
+    order = units_of(Stage.BACKWARD, blocks)
+    missing = [unit for unit in order if unit not in backward.done]
+    cut = []
+    for run in _runs(order, _needed(order, missing, backward.boundaries)):
+        cut += _cut_backward(run, limit, forward.boundaries, below)
+    backward_shards = _shards(Stage.BACKWARD, order, cut, missing)
+
+    read = {below[shard.units[-1]] for shard in backward_shards} - forward.boundaries
+    order = units_of(Stage.FORWARD, blocks)
+    missing = [unit for unit in order if unit not in forward.done and unit != "entry"]
+    cut = []
+    for run in _runs(order, _needed(order, [*missing, *read], forward.boundaries)):
+        cut += _cut_forward(run, limit, read)
+    return Work(forward=_shards(Stage.FORWARD, order, cut, missing), backward=backward_shards)
+
+
+def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
+    """As many blocks as fit into memory, but not so many that the pipeline stays short of work; at least one."""
+    return max(1, min(fitting, math.ceil(blocks / (VISITS * workers))))
+
+
+def _needed(order: Sequence[Unit], targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
+    """The targets, and everything before each of them back to a stored output."""
+    position = {unit: index for index, unit in enumerate(order)}
+    needed: set[Unit] = set()
+    for target in targets:
+        index = position[target]
+        needed.add(target)
+        while index > 0 and order[index - 1] not in stored and order[index - 1] not in needed:
+            index -= 1
+            needed.add(order[index])
+    return needed
+
+
+def _runs(order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
+    """Maximal stretches of consecutive needed units; entry and exit are stretches of their own."""
+    runs: list[list[Unit]] = []
+    after_needed = False
+    for unit in order:
+        if unit in needed:
+            if after_needed and isinstance(runs[-1][-1], int):
+                runs[-1].append(unit)
+            else:
+                runs.append([unit])
+        after_needed = unit in needed
+    return runs
+
+
+def _cut_forward(run: list[Unit], limit: int, ends: Collection[Unit]) -> list[list[Unit]]:
+    """Pieces of about equal length, each ending at the latest where the backward pass wants to read."""
+    pieces: list[list[Unit]] = [[]]
+    for unit in run:
+        pieces[-1].append(unit)
+        if unit in ends and unit != run[-1]:
+            pieces.append([])
+    return [part for piece in pieces for part in _even(piece, limit)]
+
+
+def _cut_backward(run: list[Unit], limit: int, stored: Collection[Unit], below: dict[Unit, Unit]) -> list[list[Unit]]:
+    """Pieces that start from a stored forward boundary where one is near enough, else of about equal length."""
+    pieces: list[list[Unit]] = []
+    rest = run
+    while rest:
+        ends = [size for size in range(1, min(limit, len(rest)) + 1) if below[rest[size - 1]] in stored]
+        size = ends[-1] if ends else len(_even(rest, limit)[0])
+        pieces.append(rest[:size])
+        rest = rest[size:]
+    return pieces
+
+
+def _even(units: list[Unit], limit: int) -> list[list[Unit]]:
+    """As few pieces of at most `limit` as there can be, the longer ones first."""
+    count = math.ceil(len(units) / limit)
+    short, longer = divmod(len(units), count)
+    pieces, start = [], 0
+    for index in range(count):
+        stop = start + short + (index < longer)
+        pieces.append(units[start:stop])
+        start = stop
+    return pieces
+
+
+def _shards(
+    stage: Stage, order: Sequence[Unit], pieces: Sequence[list[Unit]], missing: Collection[Unit]
+) -> tuple[Shard, ...]:
+    before: dict[Unit, Unit | None] = dict(zip(order, [None, *order[:-1]], strict=True))
+    return tuple(
+        Shard(stage=stage, units=tuple(piece), produce=frozenset(piece) & frozenset(missing), origin=before[piece[0]])
+        for piece in pieces
+    )

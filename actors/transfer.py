@@ -1,0 +1,78 @@
+"""Boundaries between a worker and the run store, moved by a thread while the worker computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from prismaquant_ray.storage.record import Artifact, read_tensors, write_tensors
+from prismaquant_ray.storage.store import Store
+
+_NAME = "boundary"
+# Boundaries that may wait to be written; the worker waits rather than hold more of them.
+_WAITING = 4
+
+
+class Outbox:
+    """Writes boundaries in order, behind the computation. Errors rise where the results are asked for."""
+
+    def __init__(self, store: Store, thread: ThreadPoolExecutor) -> None:
+        self._store = store
+        self._thread = thread
+        self._pending: dict[int, Future[Artifact]] = {}
+        self.written: dict[int, Artifact] = {}
+
+    def put(self, microbatch: int, key: str, tensor: Tensor) -> None:
+        """Take over a boundary; the tensor must not be changed afterwards."""
+        while len(self._pending) >= _WAITING:
+            self._complete(next(iter(self._pending)))
+        self._pending[microbatch] = self._thread.submit(write_tensors, self._store, key, {_NAME: tensor})
+
+    def completed(self) -> dict[int, Artifact]:
+        """What has been written by now."""
+        for microbatch in [microbatch for microbatch, future in self._pending.items() if future.done()]:
+            self._complete(microbatch)
+        return dict(self.written)
+
+    def flush(self) -> dict[int, Artifact]:
+        """Everything, once it is written."""
+        for microbatch in list(self._pending):
+            self._complete(microbatch)
+        return dict(self.written)
+
+    def _complete(self, microbatch: int) -> None:
+        self.written[microbatch] = self._pending.pop(microbatch).result()
+
+
+class Inbox:
+    """Reads a shard's boundaries from the store, one microbatch ahead of what is asked for."""
+
+    def __init__(
+        self, store: Store, thread: ThreadPoolExecutor, find: Callable[[], dict[int, Artifact]], microbatches: int
+    ) -> None:
+        self._store = store
+        self._thread = thread
+        self._find = find
+        self._artifacts: dict[int, Artifact] | None = None
+        self._microbatches = microbatches
+        self._ahead: dict[int, Future[tuple[Tensor, int]]] = {}
+
+    def get(self, microbatch: int) -> tuple[Tensor, int]:
+        """The boundary and its bytes; DamagedError when it is missing or another one."""
+        future = self._ahead.pop(microbatch, None)
+        found = future.result() if future is not None else self._read(microbatch)
+        if microbatch + 1 < self._microbatches:
+            self._ahead[microbatch + 1] = self._thread.submit(self._read, microbatch + 1)
+        return found
+
+    def _read(self, microbatch: int) -> tuple[Tensor, int]:
+        if self._artifacts is None:
+            self._artifacts = self._find()
+        return read_boundary(self._store, self._artifacts[microbatch])
+
+
+def read_boundary(store: Store, artifact: Artifact) -> tuple[Tensor, int]:
+    """A stored boundary and its bytes."""
+    return read_tensors(store, artifact)[_NAME], artifact.size

@@ -1,0 +1,288 @@
+"""A shard while a worker holds it: its loaded units, microbatch by microbatch, then what they leave behind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actors.ledger import Ledger
+from actors.messages import Activation, Shard, Stage, Unit, from_wire, to_wire, unit_key
+from actors.transfer import Inbox, Outbox, read_boundary
+from prismaquant_ray.calibration.text import CalibrationSet
+from prismaquant_ray.config import Config
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.rounding.encode import Rounding
+from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.sensitivity.backward_pass import BackwardVisit
+from prismaquant_ray.sensitivity.fisher import exit_gradient
+from prismaquant_ray.storage.record import Artifact, Record, new_attempt, read_tensors, write_tensors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Workshop:
+    """What every visit of a worker uses."""
+
+    config: Config
+    ledger: Ledger
+    runner: ModelRunner
+    calibration: CalibrationSet
+    rounding: Rounding
+    thread: ThreadPoolExecutor
+
+    @property
+    def microbatches(self) -> tuple[slice, ...]:
+        """The sequences of each microbatch."""
+        return self.calibration.microbatches(self.config.calibration.microbatch)
+
+    def before(self, stage: Stage, unit: Unit) -> Unit:
+        """The unit whose output a unit reads in a pass."""
+        if stage is Stage.FORWARD:
+            return "entry" if unit == 0 else _index(unit) - 1
+        return "exit" if unit == len(self.runner.layout.blocks) - 1 else _index(unit) + 1
+
+
+class Visit(ABC):
+    """One attempt at a shard. Microbatches must come in order, then `finish`; `close` gives the weights up."""
+
+    def __init__(self, shop: Workshop, shard: Shard) -> None:
+        self.shop = shop
+        self.shard = shard
+        self.attempt = new_attempt()
+        self.resident = ExitStack()
+        self.outbox = Outbox(shop.ledger.store, shop.thread)
+        self.moved = {"read": 0, "written": 0}
+        self.reported: set[int] = set()
+        stage, count = shard.stage, len(shop.microbatches)
+        origin = shard.origin
+        self.arrivals = (
+            None
+            if origin is None
+            else Inbox(shop.ledger.store, shop.thread, lambda: shop.ledger.boundary(stage, origin), count)
+        )
+        self.start()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Load the units."""
+
+    @abstractmethod
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        """What leaves the last unit."""
+
+    @abstractmethod
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        """For each unit that must produce something, what makes its record; each is called once, in order."""
+
+    def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, dict[str, Any]]:
+        """One microbatch; the boundary goes to the store behind what follows."""
+        leaving = self.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
+        key = f"{self._directory(self.shard.units[-1])}/boundary-{microbatch:05d}.safetensors"
+        self.outbox.put(microbatch, key, leaving)
+        wire = to_wire(leaving)
+        hop = arriving[1].nbytes if isinstance(arriving, tuple) else 0
+        return wire, {"tokens": leaving.shape[0] * leaving.shape[1], "hop_bytes": hop}
+
+    def stored(self) -> dict[int, Artifact]:
+        """Boundaries that have reached the store since the last call."""
+        fresh = {m: artifact for m, artifact in self.outbox.completed().items() if m not in self.reported}
+        self.reported |= fresh.keys()
+        return fresh
+
+    def finish(self) -> None:
+        """Commit the boundary, then each unit's record: whatever is interrupted, what is recorded can be built on."""
+        last = self.shard.units[-1]
+        boundary = self.outbox.flush()
+        self.shop.ledger.write_boundary(self.shard.stage, last, boundary)
+        self.moved["written"] += sum(artifact.size for artifact in boundary.values())
+        for unit, make in self.products().items():
+            record = make()
+            self.moved["written"] += sum(artifact.size for artifact in record.artifacts.values())
+            self.shop.ledger.write_record(self.shard.stage, unit, record)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what is loaded."""
+        self.resident.close()
+
+    def _arriving(self, microbatch: int, arriving: Activation | Artifact | None) -> Tensor:
+        if self.arrivals is None:
+            return torch.empty(0)
+        if isinstance(arriving, tuple):
+            return from_wire(arriving).to(self.shop.runner.device)
+        found, size = (
+            read_boundary(self.shop.ledger.store, arriving)
+            if isinstance(arriving, Artifact)
+            else self.arrivals.get(microbatch)
+        )
+        self.moved["read"] += size
+        return found.to(self.shop.runner.device)
+
+    def _directory(self, unit: Unit) -> str:
+        return f"{self.shard.stage}/{unit_key(unit)}/{self.attempt}"
+
+    def _write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
+        return write_tensors(self.shop.ledger.store, f"{self._directory(unit)}/{name}.safetensors", tensors)
+
+
+class EntryVisit(Visit):
+    """The embedding: token ids to hidden states. It produces nothing but its boundary."""
+
+    @override
+    def start(self) -> None:
+        self.resident.enter_context(self.shop.runner.entry())
+
+    @override
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.shop.runner.embed(self.shop.calibration.tokens[self.shop.microbatches[microbatch]])
+
+    @override
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        return {}
+
+
+class ForwardShard(Visit):
+    """Blocks of the forward pass: run, gather statistics, encode."""
+
+    @override
+    def start(self) -> None:
+        self.blocks = {
+            unit: ForwardVisit(
+                self.shop.runner,
+                _index(unit),
+                self.shop.config.formats if unit in self.shard.produce else (),
+                self.shop.rounding,
+            )
+            for unit in self.shard.units
+        }
+        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
+
+    @override
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        held_out = self.shop.calibration.holdout[self.shop.microbatches[microbatch]]
+        for visit in self.blocks.values():
+            arriving = visit.run(arriving, held_out)
+        return arriving
+
+    @override
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        return {unit: partial(self._encode, unit) for unit in self.shard.units if unit in self.shard.produce}
+
+    def _encode(self, unit: Unit) -> Record:
+        candidates = self.blocks.pop(unit).finish()
+        artifacts = {str(name): self._write(unit, name, tensors) for name, tensors in candidates.tensors.items()}
+        return Record(artifacts=artifacts, facts=candidates.figures)
+
+    @override
+    def close(self) -> None:
+        self.blocks.clear()
+        super().close()
+
+
+class ExitVisit(Visit):
+    """Final norm and head: hidden states to the gradient of the loss."""
+
+    @override
+    def start(self) -> None:
+        self.resident.enter_context(self.shop.runner.exit())
+        self.loss = 0.0
+        ledger, last = self.shop.ledger, len(self.shop.runner.layout.blocks) - 1
+        self.hidden = Inbox(
+            ledger.store, self.shop.thread, lambda: ledger.boundary(Stage.FORWARD, last), len(self.shop.microbatches)
+        )
+
+    @override
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        config, rows = self.shop.config.calibration, self.shop.microbatches[microbatch]
+        hidden, size = self.hidden.get(microbatch)
+        self.moved["read"] += size
+        gradient, loss = exit_gradient(
+            self.shop.runner,
+            hidden.to(self.shop.runner.device),
+            self.shop.calibration.tokens[rows],
+            labels=config.labels,
+            seed=config.seed,
+            first_sequence=rows.start,
+        )
+        self.loss += loss
+        return gradient
+
+    @override
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        facts = {"loss_per_token": self.loss / self.shop.calibration.tokens.numel()}
+        return {unit: (lambda: Record(facts=facts)) for unit in self.shard.produce}
+
+
+class BackwardShard(Visit):
+    """Blocks of the backward pass: recomputed from the boundary below them, differentiated from the top, priced."""
+
+    @override
+    def start(self) -> None:
+        self.blocks = {
+            unit: BackwardVisit(
+                self.shop.runner,
+                _index(unit),
+                self.shop.config.formats if unit in self.shard.produce else (),
+                self._candidates(unit) if unit in self.shard.produce else {},
+            )
+            for unit in self.shard.units
+        }
+        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
+        ledger, below = self.shop.ledger, self.shop.before(Stage.FORWARD, self.shard.units[-1])
+        self.hidden = Inbox(
+            ledger.store, self.shop.thread, lambda: ledger.boundary(Stage.FORWARD, below), len(self.shop.microbatches)
+        )
+
+    def _candidates(self, unit: Unit) -> dict[FormatName, dict[str, Tensor]]:
+        record = self.shop.ledger.record(Stage.FORWARD, unit)
+        self.moved["read"] += sum(artifact.size for artifact in record.artifacts.values())
+        return {FormatName(name): read_tensors(self.shop.ledger.store, a) for name, a in record.artifacts.items()}
+
+    @override
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        hidden, size = self.hidden.get(microbatch)
+        self.moved["read"] += size
+        hidden = hidden.to(self.shop.runner.device)
+        for visit in reversed(self.blocks.values()):
+            hidden = visit.forward(hidden)
+        for visit in self.blocks.values():
+            arriving = visit.backward(arriving)
+        return arriving
+
+    @override
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        return {unit: partial(self._price, unit) for unit in self.shard.units if unit in self.shard.produce}
+
+    def _price(self, unit: Unit) -> Record:
+        sensitivity = self.blocks.pop(unit).finish()
+        vectors = self._write(unit, "vectors", sensitivity.vectors)
+        return Record(artifacts={"vectors": vectors}, facts=sensitivity.figures)
+
+    @override
+    def close(self) -> None:
+        self.blocks.clear()
+        super().close()
+
+
+def open_visit(shop: Workshop, shard: Shard) -> Visit:
+    """Load a shard."""
+    if shard.units == ("entry",):
+        return EntryVisit(shop, shard)
+    if shard.units == ("exit",):
+        return ExitVisit(shop, shard)
+    return ForwardShard(shop, shard) if shard.stage is Stage.FORWARD else BackwardShard(shop, shard)
+
+
+def _index(unit: Unit) -> int:
+    assert isinstance(unit, int)
+    return unit

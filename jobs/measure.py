@@ -1,0 +1,188 @@
+"""Measuring: both passes over the workers, from what the run store has to what is missing.
+
+Anything that is damaged on the way is forgotten and planned again with the rest; `actors.shards` finds the least that
+must run for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from actors.conductor import Conductor, Workers
+from actors.events import Event, Events
+from actors.ledger import Ledger
+from actors.messages import Shard, Stage, Unit, WorkerSpec
+from actors.needs import Needs, shard_size
+from actors.shards import Work, remaining, units_of
+from prismaquant_ray.errors import DamagedError, InputError, StoreError
+
+#: Opens the workers of a run, given the most of them that could be busy: Ray's, or plain objects of this process.
+OpenWorkers = Callable[[WorkerSpec, int], AbstractContextManager["Crew"]]
+
+# A store that damages what is written again and again is not repaired by writing once more.
+_REPAIRS = 10
+# Seconds the first worker may take to start on a cluster that has room for it.
+_FIRST = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Crew:
+    """Workers, how many of them to ask for, and how many share one machine."""
+
+    workers: Workers
+    wanted: int
+    on_one_machine: int
+    listeners: tuple[Callable[[Event], None], ...] = ()
+
+
+@contextmanager
+def ray_crew(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
+    """Workers as actors on the configured cluster."""
+    from actors.cluster import connected, worker_count
+    from actors.metrics import Metrics
+    from actors.pool import RayWorkers
+
+    with connected(spec.config.cluster):
+        wanted = worker_count(spec.config.cluster, at_most)
+        workers = RayWorkers(spec)
+        try:
+            yield Crew(
+                workers=workers,
+                wanted=wanted,
+                on_one_machine=math.ceil(wanted / max(1, workers.capacity.nodes)),
+                listeners=(Metrics(spec.run),),
+            )
+        finally:
+            workers.close()
+
+
+class Measurement:
+    """Both passes over one run store. `check` raises when the run must end, e.g. because its lease is lost."""
+
+    def __init__(
+        self, *, spec: WorkerSpec, needs: Needs, ledger: Ledger, events: Events, check: Callable[[], None]
+    ) -> None:
+        self.spec = spec
+        self.needs = needs
+        self.ledger = ledger
+        self.events = events
+        self.check = check
+        calibration = spec.config.calibration
+        self.microbatches = math.ceil(calibration.sequences / calibration.microbatch)
+
+    def run(self, open_workers: OpenWorkers) -> int:
+        """Do what is missing; the most memory a worker took. Opens no worker when nothing is missing."""
+        if not any(self._remaining(limit=1).of(stage) for stage in Stage):
+            return 0
+        with open_workers(self.spec, min(self.microbatches, self.needs.blocks + 1)) as crew:
+            self.events.listeners += crew.listeners
+            cluster = self.spec.config.cluster
+            conductor = Conductor(
+                crew.workers,
+                self.events,
+                wanted=crew.wanted,
+                timeout=cluster.timeout,
+                first=max(cluster.wait, _FIRST),
+                check=self.check,
+                admit=self._admit,
+            )
+            first = conductor.wait_for_first()
+            size = shard_size(
+                self.needs,
+                self.spec.config,
+                workers=crew.wanted,
+                free=first["free_bytes"] // (crew.on_one_machine if first["device"] == "cpu" else 1),
+            )
+            self.events(
+                "shards",
+                model_blocks=self.needs.blocks,
+                blocks=size.blocks,
+                free_bytes=size.free,
+                fitting=size.fitting,
+                wanted=size.wanted,
+            )
+            self._passes(conductor, size.blocks)
+            return conductor.peak_bytes
+
+    def _passes(self, conductor: Conductor, limit: int) -> None:
+        for _ in range(_REPAIRS):
+            try:
+                for stage in Stage:
+                    self._run_pass(conductor, stage, self._remaining(limit=limit).of(stage))
+            except DamagedError as error:
+                self.repair(error)
+                conductor.abandon()
+            else:
+                return
+        raise StoreError(f"{self.ledger.store.uri}: {_REPAIRS} objects were damaged in a row; the store cannot be used")
+
+    def _run_pass(self, conductor: Conductor, stage: Stage, shards: tuple[Shard, ...]) -> None:
+        if not shards:
+            return
+        self.events(
+            "pass",
+            stage=str(stage),
+            shards=len(shards),
+            blocks=sum(len(shard.units) for shard in shards),
+            produced=sum(len(shard.produce) for shard in shards),
+            microbatches=self.microbatches,
+            steps=len(shards) * (self.microbatches + 1),
+        )
+        done = set(self.ledger.recorded(stage).done)
+
+        def finished(event: Event) -> None:
+            if event.kind == "shard":
+                units = event.facts["units"]
+                done.update(units)
+                if stage is Stage.BACKWARD:
+                    self._drop_consumed(units, done)
+
+        self.events.listeners.append(finished)
+        try:
+            conductor.run_pass(shards, self.microbatches)
+        finally:
+            self.events.listeners.remove(finished)
+
+    def _remaining(self, *, limit: int) -> Work:
+        recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
+        return remaining(self.needs.blocks, recorded[Stage.FORWARD], recorded[Stage.BACKWARD], limit=limit)
+
+    def repair(self, error: DamagedError) -> None:
+        """Forget what names a damaged object, so that it is made again; StoreError when nothing names it."""
+        forgotten = self.ledger.forget(error.key)
+        if not forgotten and self.ledger.store.size(error.key) is not None:
+            raise error
+        self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
+
+    def _drop_consumed(self, units: list[Unit], done: set[Unit]) -> None:
+        """Delete the boundaries that only these units of the backward pass still needed.
+
+        Neighbours may finish in either order: a gradient goes when both its producer and its consumer are done.
+        """
+        forward, backward = (units_of(stage, self.needs.blocks) for stage in Stage)
+        for unit in units:
+            below = forward[-1] if unit == "exit" else forward[forward.index(unit) - 1]
+            self.ledger.drop_boundary(Stage.FORWARD, below)
+            position = backward.index(unit)
+            if position > 0 and backward[position - 1] in done:
+                self.ledger.drop_boundary(Stage.BACKWARD, backward[position - 1])
+        last = backward.index(units[-1])
+        if last + 1 == len(backward) or backward[last + 1] in done:
+            self.ledger.drop_boundary(Stage.BACKWARD, units[-1])
+
+    def _admit(self, facts: Mapping[str, Any]) -> None:
+        """InputError unless a worker computes on the kind of device the run began with: others round differently."""
+        store, device = self.ledger.store, facts["device"]
+        if store.create("device.json", json.dumps({"device": device}).encode()):
+            return
+        begun = json.loads(store.get("device.json"))["device"]
+        if begun != device:
+            raise InputError(
+                f"{store.uri} was begun on {begun}, a worker on {facts['host']} has {device}, which rounds "
+                "differently; use nodes of one kind (cluster.device, cluster.labels) or choose another store.run"
+            )

@@ -1,0 +1,184 @@
+"""One driver a run store: a lease that its holder renews and that expires when it stops.
+
+Only *create if absent* is asked of the store. Each lease is one numbered object; whoever creates the next number holds
+the run. Clocks of different machines are never compared: a lease has expired when nobody has rewritten it for `TTL`
+seconds of the watcher's own clock, or at once when its holder was a process of this machine that is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+import psutil
+
+from prismaquant_ray.errors import ResourceError, StoreError
+from prismaquant_ray.storage.store import Store
+
+#: Seconds after which a lease that is not renewed may be taken over, and between two renewals.
+TTL = 30.0
+RENEWAL = 5.0
+#: Where leases are.
+LEASES = "lease"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holder:
+    """Who holds a lease. `boot` tells apart machines, and boots of one machine, that share a name."""
+
+    id: str
+    host: str
+    pid: int
+    process_started: float
+    boot: str
+    renewals: int = 0
+
+    @property
+    def is_gone(self) -> bool:
+        """Certainly dead: a process of this boot of this machine that runs no more."""
+        if self.boot != _boot():
+            return False
+        try:
+            return psutil.Process(self.pid).create_time() != self.process_started
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Lease:
+    """A held lease; `check` raises when another driver has taken the run over."""
+
+    def __init__(self, store: Store, number: int, holder: Holder, renewal: float) -> None:
+        self._store = store
+        self._number = number
+        self._holder = holder
+        self._renewal = renewal
+        self._stop = threading.Event()
+        self._failure: StoreError | ResourceError | None = None
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """ResourceError when the lease was taken over, StoreError when it cannot be renewed."""
+        if self._failure is not None:
+            raise self._failure
+
+    def release(self) -> None:
+        """Give the run free for the next driver."""
+        self._stop.set()
+        self._thread.join()
+        if self._failure is None:
+            self._store.delete([_key(self._number)])
+
+    def _renew(self) -> None:
+        renewals = 0
+        while not self._stop.wait(self._renewal):
+            renewals += 1
+            try:
+                found = _read(self._store, self._number)
+                if _newest(self._store) != self._number or found is None or found.id != self._holder.id:
+                    self._failure = ResourceError(
+                        f"{self._store.uri}: another driver has taken this run over; it continues there"
+                    )
+                    return
+                body = asdict(self._holder) | {"renewals": renewals}
+                self._store.put(_key(self._number), json.dumps(body).encode())
+            except StoreError as error:
+                self._failure = error
+                return
+
+
+@contextmanager
+def held(
+    store: Store,
+    *,
+    ttl: float = TTL,
+    renewal: float = RENEWAL,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Lease]:
+    """Hold the run inside the with-block; ResourceError when a living driver holds it.
+
+    A lease found here is watched: renewed within `ttl` seconds, its driver lives; else it is taken over.
+    """
+    me = Holder(
+        id=uuid4().hex,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        process_started=psutil.Process().create_time(),
+        boot=_boot(),
+    )
+    number = _claim(store, me, ttl, sleep, clock)
+    lease = Lease(store, number, me, renewal)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def holder(store: Store) -> Holder | None:
+    """Who held the run last without giving it free, dead or alive."""
+    number = _newest(store)
+    return None if number is None else _read(store, number)
+
+
+def _claim(store: Store, me: Holder, ttl: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> int:
+    while True:
+        number = _newest(store)
+        if number is not None:
+            _wait_until_expired(store, number, ttl, sleep, clock)
+        following = 0 if number is None else number + 1
+        if store.create(_key(following), json.dumps(asdict(me)).encode()):
+            if number is not None:
+                store.delete([_key(number)])
+            return following
+
+
+def _wait_until_expired(
+    store: Store, number: int, ttl: float, sleep: Callable[[float], None], clock: Callable[[], float]
+) -> None:
+    first = _read(store, number)
+    since = clock()
+    while True:
+        now = _read(store, number)
+        if now is None or now.is_gone:
+            return
+        if first is not None and now != first:
+            raise ResourceError(
+                f"{store.uri}: another driver is on this run (process {now.pid} on {now.host}); wait for it or stop it"
+            )
+        if clock() - since >= ttl:
+            return
+        sleep(min(1.0, ttl / 10))
+
+
+def _newest(store: Store) -> int | None:
+    numbers = [int(Path(key).stem) for key in store.list(LEASES)]
+    return max(numbers, default=None)
+
+
+def _read(store: Store, number: int) -> Holder | None:
+    try:
+        return Holder(**json.loads(store.get(_key(number))))
+    except (KeyError, ValueError, TypeError):
+        # Released meanwhile, or not one of ours: nothing that is renewed.
+        return None
+
+
+def _key(number: int) -> str:
+    return f"{LEASES}/{number:08d}.json"
+
+
+def _boot() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    boot = path.read_text().strip() if path.exists() else str(psutil.boot_time())
+    # Containers share their machine's boot but not its processes.
+    namespace = Path("/proc/self/ns/pid")
+    return f"{boot}/{namespace.readlink()}" if namespace.exists() else boot
