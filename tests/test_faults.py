@@ -1,0 +1,352 @@
+"""A real cluster of three Ray nodes on a real S3 server, and everything that dies on rented machines.
+
+Every scenario ends in the same bytes as an undisturbed run, and repeats at most one shard for each worker that was
+lost. What was repeated is printed at the end of the test run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.events import read_events
+from actors.ledger import Ledger
+from actors.messages import Stage
+from prismaquant_ray.storage.store import Store
+from tests.conftest import summarise
+from tests.fault_proxy import FaultProxy
+from tests.ray_cluster import RayCluster, start_driver, wait_for
+from tests.s3_server import S3Server, environment
+from tests.tiny import make_checkpoint, make_text
+
+pytestmark = [pytest.mark.faults, pytest.mark.s3]
+LAYERS, SEQUENCES, MICROBATCH, BLOCKS_PER_SHARD = 6, 12, 2, 2
+MICROBATCHES = SEQUENCES // MICROBATCH
+# Entry or exit and three shards a pass, each taking every microbatch and one more step.
+STEPS = 2 * (1 + LAYERS // BLOCKS_PER_SHARD) * (MICROBATCHES + 1)
+
+
+@dataclass
+class Site:
+    """What the scenarios share."""
+
+    server: S3Server
+    proxy: FaultProxy
+    cluster: RayCluster
+    environment: dict[str, str]
+    text: Path
+    source: str
+    expected: dict[str, str] = field(default_factory=dict)
+
+
+class Scene:
+    """One run on the site, in a store of its own."""
+
+    def __init__(self, site: Site, directory: Path, name: str) -> None:
+        self.site = site
+        self.name = name
+        self.run_uri, self.output = f"s3://faults/{name}/run", f"s3://faults/{name}/repository"
+        self.config = directory / "config.yaml"
+        self.config.write_text(
+            f"""
+model: {{source: {site.source}}}
+calibration: {{text: {site.text}, sequences: {SEQUENCES}, length: 32, microbatch: {MICROBATCH}, holdout: 0.25}}
+budget: {{bpp: 6.0}}
+cluster: {{workers: auto, device: cpu, blocks_per_shard: {BLOCKS_PER_SHARD}}}
+store: {{run: {self.run_uri}, output: {self.output}}}
+"""
+        )
+
+    @property
+    def store(self) -> Store:
+        """The run store, past the proxy: looking at it must not be disturbed."""
+        return Store(self.run_uri)
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        return start_driver(self.config, self.site.cluster.address, self.site.environment, *overrides)
+
+    def end(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
+        out, err = driver.communicate(timeout=240)
+        assert driver.returncode == 0, err
+        result: dict[str, Any] = json.loads(out)
+        return result
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [event.facts for event in read_events(self.store) if event.kind == kind]
+
+    def records(self) -> dict[str, bytes]:
+        return {key: self.store.get(key) for key in self.store.list() if key.endswith("/record.json")}
+
+    def orphans(self) -> int:
+        """Microbatches whose boundary was written by an attempt that left no record."""
+        ledger, kept = Ledger(self.store), set()
+        for stage in Stage:
+            for unit in ledger.recorded(stage).boundaries:
+                kept |= {artifact.key for artifact in ledger.boundary(stage, unit).values()}
+        return sum("/boundary-" in key and key not in kept for key in self.store.list())
+
+    def is_right(self, repeated: int, at_most: int) -> None:
+        """The same bytes as undisturbed, nothing more repeated than allowed."""
+        assert digests(self.output) == self.site.expected
+        summarise("faults", f"{self.name:<44} {repeated:>3} of {STEPS} steps repeated, at most {at_most} allowed")
+        assert repeated <= at_most
+
+    def repeated(self) -> int:
+        return len(self.events("step")) - STEPS
+
+
+def digests(uri: str) -> dict[str, str]:
+    store = Store(uri)
+    return {key: hashlib.sha256(store.get(key)).hexdigest() for key in store.list()}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    directory = tmp_path_factory.mktemp("faults")
+    checkpoint = make_checkpoint(directory / "source", "qwen3", layers=LAYERS)
+    with S3Server() as server, FaultProxy("127.0.0.1", server.port) as proxy:
+        server.make_bucket("faults")
+        patch = pytest.MonkeyPatch()
+        for key, value in environment(server.endpoint).items():
+            patch.setenv(key, value)
+        source = Store("s3://faults/model")
+        for path in checkpoint.iterdir():
+            source.put(path.name, path.read_bytes())
+        through = environment(proxy.endpoint)
+        with RayCluster(2, through) as cluster:
+            # RayCluster's environment is the nodes'; this process itself goes to the server directly.
+            for key, value in environment(server.endpoint).items():
+                patch.setenv(key, value)
+            site = Site(server, proxy, cluster, through, make_text(directory, 6000), "s3://faults/model")
+            scene = Scene(site, directory, "undisturbed")
+            scene.end(scene.start())
+            assert scene.repeated() == 0
+            site.expected = digests(scene.output)
+            yield site
+        patch.undo()
+
+
+@pytest.fixture
+def scene(site: Site, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    name = request.node.name.removeprefix("test_").replace("[", "-").replace("]", "")
+    site.cluster.restore()
+    # Slow enough for a moment to be met, as object storage is.
+    site.proxy.latency = 0.01
+    yield Scene(site, tmp_path, name)
+    site.proxy.clear()
+
+
+MOMENTS = [("forward", "run"), ("forward", "finish"), ("backward", "run"), ("backward", "finish")]
+
+
+@pytest.mark.parametrize(("stage", "kind"), MOMENTS)
+def test_worker_killed(scene: Scene, stage: str, kind: str) -> None:
+    driver = scene.start()
+    os.kill(scene.site.cluster.worker(stage, kind, driver), signal.SIGKILL)
+    scene.end(driver)
+    assert [lost["cause"] for lost in scene.events("lost")] == ["its process died"]
+    scene.is_right(scene.repeated(), MICROBATCHES)
+
+
+def test_both_workers_killed_at_once(scene: Scene) -> None:
+    driver = scene.start()
+    scene.site.cluster.worker("backward", "run", driver)
+    pids = [worker["pid"] for worker in wait_for(lambda: _two(scene.events("worker")), driver)]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    scene.end(driver)
+    assert len(scene.events("lost")) == 2
+    scene.is_right(scene.repeated(), 2 * MICROBATCHES)
+
+
+def _two(workers: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    return workers if len(workers) == 2 else None
+
+
+@pytest.mark.parametrize(("stage", "kind"), MOMENTS)
+def test_node_removed(scene: Scene, stage: str, kind: str) -> None:
+    driver = scene.start()
+    scene.site.cluster.remove_node_of(scene.site.cluster.worker(stage, kind, driver))
+    scene.end(driver)
+    assert len(scene.events("lost")) >= 1
+    # One worker is left; it may have to give up its own shard for the lost one.
+    scene.is_right(scene.repeated(), 2 * MICROBATCHES)
+
+
+def test_node_removed_and_another_comes(scene: Scene) -> None:
+    driver = scene.start()
+    scene.site.cluster.remove_node_of(scene.site.cluster.worker("forward", "run", driver))
+    scene.site.cluster.restore()
+    scene.end(driver)
+    assert len(scene.events("worker")) >= 2
+    scene.is_right(scene.repeated(), 2 * MICROBATCHES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "then"),
+    [
+        ("forward", "run", "cluster.workers=1"),
+        ("forward", "finish", "cluster.blocks_per_shard=1"),
+        ("backward", "run", "cluster.blocks_per_shard=3"),
+        ("backward", "finish", "cluster.workers=2"),
+    ],
+)
+def test_driver_killed(scene: Scene, stage: str, kind: str, then: str) -> None:
+    driver = scene.start()
+    scene.site.cluster.worker(stage, kind, driver)
+    driver.kill()
+    driver.communicate()
+    time.sleep(2)  # its actors end within that
+    recorded, orphans = scene.records(), scene.orphans()
+    driver = scene.start(then)
+    scene.end(driver)
+    assert {key: scene.records()[key] for key in recorded} == recorded, "finished work was done again"
+    scene.is_right(orphans, 2 * MICROBATCHES)
+
+
+def test_driver_killed_before_the_first_step(scene: Scene) -> None:
+    driver = scene.start()
+    wait_for(lambda: scene.store.size("run.json"), driver)
+    driver.kill()
+    driver.communicate()
+    scene.end(scene.start())
+    scene.is_right(scene.repeated(), 0)
+
+
+def test_driver_killed_while_it_assembles(scene: Scene) -> None:
+    scene.site.proxy.latency = 0.05
+    driver = scene.start()
+    output = Store(scene.output)
+    wait_for(lambda: output.size("prismaquant.json"), driver)
+    driver.kill()
+    driver.communicate()
+    assert output.size("config.json") is None, "readers must not see a model yet"
+    scene.site.proxy.latency = 0.0
+    scene.end(scene.start())
+    scene.is_right(scene.repeated(), 0)
+
+
+def test_driver_stopped_by_sigterm(scene: Scene) -> None:
+    driver = scene.start()
+    scene.site.cluster.worker("backward", "run", driver)
+    driver.send_signal(signal.SIGTERM)
+    _, err = driver.communicate(timeout=20)
+    assert driver.returncode == 143
+    assert err.splitlines()[-1] == "stopped; the same command continues"
+    assert scene.events("end")[-1] == {"how": "stopped"}
+    assert not scene.store.list("lease"), "the next driver need not wait"
+    before, orphans = len(scene.events("step")), scene.orphans()
+    scene.end(scene.start())
+    assert len(scene.events("step")) > before
+    scene.is_right(orphans, 2 * MICROBATCHES)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("forward", "finish"), ("backward", "run")])
+def test_storage_killed_for_20_seconds(scene: Scene, stage: str, kind: str) -> None:
+    driver = scene.start()
+    scene.site.cluster.worker(stage, kind, driver)
+    _outage(scene.site.server)
+    scene.end(driver)
+    scene.is_right(scene.repeated(), 0)
+
+
+def test_storage_killed_for_20_seconds_while_the_repository_is_written(scene: Scene) -> None:
+    scene.site.proxy.latency = 0.05
+    driver = scene.start()
+    output = Store(scene.output)
+    wait_for(lambda: output.size("prismaquant.json"), driver)
+    _outage(scene.site.server)
+    scene.end(driver)
+    scene.is_right(scene.repeated(), 0)
+
+
+def _outage(server: S3Server) -> None:
+    server.kill()
+    time.sleep(20)
+    server.restart()
+
+
+def test_storage_answers_slow_down(scene: Scene) -> None:
+    scene.site.proxy.slow_down = 0.3
+    scene.end(scene.start())
+    assert scene.site.proxy.refused > 20
+    scene.is_right(scene.repeated(), 0)
+
+
+def test_storage_cuts_connections(scene: Scene) -> None:
+    driver = scene.start()
+    stopped = threading.Event()
+
+    def cut() -> None:
+        while not stopped.wait(0.3):
+            scene.site.proxy.cut(up=3000, down=3000)
+
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        scene.end(driver)
+    finally:
+        stopped.set()
+        cutter.join()
+    assert scene.site.proxy.cuts > 3
+    scene.is_right(scene.repeated(), 0)
+
+
+def harmed(store: Store, key: str, harm: str) -> None:
+    data = bytearray(store.get(key))
+    if harm == "cut":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 2] ^= 0x40
+    store.put(key, bytes(data))
+
+
+def first(store: Store, ending: str) -> Callable[[], str | None]:
+    prefix, _, name = ending.partition("*")
+    return lambda: next((key for key in store.list(prefix.rstrip("/")) if key.endswith(name)), None)
+
+
+@pytest.mark.parametrize(
+    ("key", "harm"),
+    [("forward/0003/*/NVFP4.safetensors", "flip"), ("forward/0001/*/boundary-00002.safetensors", "cut")],
+)
+def test_object_damaged_during_the_run(scene: Scene, key: str, harm: str) -> None:
+    driver = scene.start()
+    victim = wait_for(first(scene.store, key), driver)
+    wait_for(lambda: scene.store.size(key.partition("*")[0] + "record.json"), driver)
+    harmed(scene.store, victim, harm)
+    scene.end(driver)
+    assert [repair["key"] for repair in scene.events("repair")] == [victim]
+    # Repairing a boundary runs the forward pass up to it again, and the steps under way in the backward pass are lost.
+    scene.is_right(scene.repeated(), STEPS // 2 + 2 * MICROBATCHES)
+
+
+@pytest.mark.parametrize(
+    ("key", "harm"),
+    [
+        ("forward/0000/*/MXFP8.safetensors", "flip"),
+        ("backward/0004/*/vectors.safetensors", "cut"),
+        ("backward/0002/*record.json", "cut"),
+    ],
+)
+def test_object_damaged_between_two_runs(scene: Scene, key: str, harm: str) -> None:
+    driver = scene.start()
+    wait_for(lambda: scene.store.size("measured.json"), driver)
+    driver.kill()
+    driver.communicate()
+    victim = first(scene.store, key)()
+    assert victim is not None
+    harmed(scene.store, victim, harm)
+    scene.end(scene.start())
+    scene.is_right(scene.repeated(), STEPS)
