@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from actors.events import Events
-from actors.messages import Receipt, Shard
+from actors.messages import Receipt, Shard, unit_key
 from actors.recovery import Cause, Loss, Recovery, yielding
 from actors.ring import FINISH, Ring, Step
 from prismaquant_ray import __version__
@@ -97,6 +97,7 @@ class _Pass:
     shards: Sequence[Shard]
     ring: Ring
     outputs: dict[Step, _Output] = field(default_factory=dict)
+    consumed: set[Step] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,9 @@ class Conductor:
             self._turn(None)
         return next(iter(self.ready.values()))
 
-    def run_pass(self, shards: Sequence[Shard], microbatches: int) -> None:
+    def run_pass(self, shards: Sequence[Shard]) -> None:
         """Visit the shards in order; raises what a worker reports, or ResourceError when workers keep dying."""
-        chained = [index > 0 and shards[index - 1].units[-1] == shard.origin for index, shard in enumerate(shards)]
-        state = _Pass(shards, Ring(chained=chained, microbatches=microbatches))
+        state = _Pass(shards, Ring([shard.microbatches for shard in shards], sources_of(shards)))
         while not state.ring.finished:
             self._turn(state)
 
@@ -204,8 +204,8 @@ class Conductor:
             if step.microbatch == FINISH:
                 call = Call(kind=Kind.FINISH, shard=shard)
             else:
-                before = Step(step.shard - 1, step.microbatch)
-                arriving = state.outputs[before].where if state.ring.chained[step.shard] else None
+                before = state.ring.source(step)
+                arriving = None if before is None else state.outputs[before].where
                 call = Call(kind=Kind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
             self._send(worker, call, step)
 
@@ -260,15 +260,17 @@ class Conductor:
         for microbatch, artifact in receipt.stored.items():
             self._is_stored(state, Step(step.shard, microbatch), artifact)
         state.ring.done(reply.worker, step)
-        if step.microbatch != FINISH:
-            # Behind this step nobody reads its input again, unless the worker is lost: then it is in the store.
-            before = state.outputs.get(Step(step.shard - 1, step.microbatch))
-            if before is not None and before.artifact is not None:
-                before.reference = None
+        before = state.ring.source(step)
+        if before is not None:
+            # Nobody reads its input again, unless this worker is lost: then it is in the store.
+            state.consumed.add(before)
+            if state.outputs[before].artifact is not None:
+                state.outputs[before].reference = None
         self.events(
             "step",
             stage=str(shard.stage),
             shard=shard.name,
+            units=len(shard.units),
             microbatch=None if step.microbatch == FINISH else step.microbatch,
             worker=reply.worker,
             started=round(receipt.started, 4),
@@ -277,25 +279,30 @@ class Conductor:
             **receipt.facts,
         )
         if step.microbatch == FINISH:
-            for other in [other for other in state.outputs if other.shard == step.shard - 1]:
-                del state.outputs[other]
+            for microbatch, source in state.ring.sources[step.shard].items():
+                del state.outputs[Step(source, microbatch)]
             self.events(
-                "shard", stage=str(shard.stage), shard=shard.name, units=list(shard.units), worker=reply.worker,
-                produced=len(shard.produce), left=state.ring.unfinished,
-            )  # fmt: skip
+                "shard",
+                stage=str(shard.stage),
+                shard=shard.name,
+                units=[unit_key(unit) for unit in shard.units],
+                worker=reply.worker,
+                produced=len(shard.produce),
+                left=state.ring.unfinished,
+            )
 
     def _is_stored(self, state: _Pass, step: Step, artifact: Artifact) -> None:
         output = state.outputs.setdefault(step, _Output())
         output.artifact = artifact
         state.ring.appeared(step)
-        after = Step(step.shard + 1, step.microbatch)
-        if after in state.outputs:
+        if step in state.consumed:
             output.reference = None
 
     def _not_read(self, state: _Pass, flight: _Flight) -> None:
         """An output was lost with its node between two workers: read it from the store, or have it run again."""
         assert flight.step is not None
-        before = Step(flight.step.shard - 1, flight.step.microbatch)
+        before = state.ring.source(flight.step)
+        assert before is not None
         state.outputs[before].reference = None
         if state.outputs[before].artifact is None:
             state.ring.vanished(before)
@@ -364,6 +371,16 @@ class Conductor:
                 "Run the same command again to continue"
             )
         return since
+
+
+def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
+    """For each shard and microbatch, the earlier shard of the pass that puts out what it reads."""
+    ends = {shard.units[-1]: index for index, shard in enumerate(shards)}
+    found = []
+    for shard in shards:
+        before = [ends[origin] for origin in shard.origins if origin in ends]
+        found.append({m: index for index in before for m in shards[index].microbatches})
+    return found
 
 
 def _check_version(receipt: Receipt) -> None:

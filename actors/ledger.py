@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from actors.messages import Stage, Unit, unit_key
+from actors.messages import Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
@@ -38,24 +38,24 @@ class Ledger:
         for key in self.store.list(str(stage)):
             _, name, *rest = key.split("/")
             if len(rest) == 1 and rest[0] in found:
-                found[rest[0]].add(_unit(name))
+                found[rest[0]].add(unit_of(name))
         return Recorded(done=frozenset(found[_RECORD]), boundaries=frozenset(found[_BOUNDARY]))
 
     def record(self, stage: Stage, unit: Unit) -> Record:
         """Candidates or prices of a unit; DamagedError when they are not there."""
         return self._read(_key(stage, unit, _RECORD))
 
-    def boundary(self, stage: Stage, unit: Unit) -> dict[int, Artifact]:
-        """Where what left a unit is, by microbatch; DamagedError when it is not there."""
-        record = self._read(_key(stage, unit, _BOUNDARY))
-        return {int(microbatch): artifact for microbatch, artifact in record.artifacts.items()}
+    def boundary(self, stage: Stage, *units: Unit) -> dict[int, Artifact]:
+        """Where what left the units is, by microbatch; DamagedError when it is not there."""
+        records = [self._read(_key(stage, unit, _BOUNDARY)) for unit in units]
+        return {int(m): artifact for record in records for m, artifact in record.artifacts.items()}
 
     def write_record(self, stage: Stage, unit: Unit, record: Record) -> None:
         """Commit a unit's candidates or prices; the first writer wins."""
         write_record(self.store, _key(stage, unit, _RECORD), record)
 
     def write_boundary(self, stage: Stage, unit: Unit, artifacts: Mapping[int, Artifact]) -> None:
-        """Commit what left a unit, every microbatch of it."""
+        """Commit what left a unit, every microbatch that it takes."""
         named = {str(microbatch): artifact for microbatch, artifact in sorted(artifacts.items())}
         write_record(self.store, _key(stage, unit, _BOUNDARY), Record(artifacts=named))
 
@@ -103,9 +103,3 @@ class Ledger:
 
 def _key(stage: Stage, unit: Unit, name: str) -> str:
     return f"{stage}/{unit_key(unit)}/{name}"
-
-
-def _unit(name: str) -> Unit:
-    if name == "entry":
-        return "entry"
-    return "exit" if name == "exit" else int(name)

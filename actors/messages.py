@@ -28,27 +28,45 @@ class Stage(StrEnum):
     BACKWARD = "backward"
 
 
-#: The smallest piece of a pass: the embedding, a decoder block by index, or the final norm and head.
-Unit = int | Literal["entry", "exit"]
+@dataclass(frozen=True, slots=True, order=True)
+class Exit:
+    """The final norm and head for one microbatch: they keep nothing between microbatches, so any worker takes any."""
+
+    microbatch: int
+
+
+#: The smallest piece of a pass: the embedding, a decoder block by index, or the exit for a microbatch.
+Unit = int | Literal["entry"] | Exit
 
 
 def unit_key(unit: Unit) -> str:
     """Its directory in the run store."""
+    if isinstance(unit, Exit):
+        return f"exit-{unit.microbatch:05d}"
     return unit if isinstance(unit, str) else f"{unit:04d}"
+
+
+def unit_of(key: str) -> Unit:
+    """The unit of a directory in the run store."""
+    if key == "entry":
+        return "entry"
+    return Exit(int(key.removeprefix("exit-"))) if key.startswith("exit-") else int(key)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """Consecutive units, in the order of their pass, that one worker holds for one visit.
 
-    `produce` are the units whose candidates or prices are missing; the others are run only because something behind
-    them needs what they put out. `origin` is the unit whose output the first one reads; None for entry and exit.
+    `produce` are the blocks whose candidates or prices are missing; the others are run only because something behind
+    them needs what they put out. `origins` are the units whose output the first one reads: one block or the entry,
+    every exit for the last block of the backward pass, none for entry and exit.
     """
 
     stage: Stage
     units: tuple[Unit, ...]
     produce: frozenset[Unit]
-    origin: Unit | None
+    origins: tuple[Unit, ...]
+    microbatches: tuple[int, ...]
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ class Progress:
 
     def on_pass(self, facts: dict[str, Any]) -> None:
         """A pass begins."""
-        self.stage, self.total = facts["stage"], facts["blocks"]
+        self.stage, self.total = facts["stage"], facts["units"]
         self.done = self.tokens = self.moved = 0
         self.started = self.spoke = time.monotonic()
         self.doing.clear()
@@ -49,10 +49,8 @@ class Progress:
 
     def on_step(self, facts: dict[str, Any]) -> None:
         """A worker has taken a step."""
-        # Every block of a shard has seen the tokens of a step.
-        first, _, last = facts["shard"].partition("-")
-        blocks = int(last) - int(first) if last else 0
-        self.tokens += facts.get("tokens", 0) * (abs(blocks) + 1)
+        # Every unit of a shard has seen the tokens of a step.
+        self.tokens += facts.get("tokens", 0) * facts["units"]
         self.moved += facts.get("hop_bytes", 0) + facts.get("read_bytes", 0) + facts.get("written_bytes", 0)
         at = "finished" if facts["microbatch"] is None else f"at {facts['microbatch'] + 1}"
         self.doing[facts["worker"]] = f"{facts['shard']} {at}"

@@ -1,6 +1,7 @@
 """The schedule of a pass, as a pure state machine: who runs what next.
 
-Shards form a pipeline over microbatches: step (s, m) needs what step (s−1, m) put out. A worker holds one shard at a
+Shards form a pipeline over microbatches: step (s, m) needs what step (r, m) put out, where r is the shard before s, or
+one of the shards that share the work before it by microbatches. A worker holds one shard at a
 time and takes its microbatches in order, then its FINISH step (encode or price), which nothing waits for; then it takes
 the first shard that nobody holds. With equal workers shard s ends up with worker s mod W, and while worker 0 runs
 microbatch m of a shard, worker 1 runs m−1 of the next one. A faster worker takes more shards.
@@ -11,7 +12,7 @@ every sum stays the same; what it had put out and stored remains valid, so the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 FINISH = -1
@@ -28,18 +29,20 @@ class Step:
 class Ring:
     """Which step each worker takes next.
 
-    `chained[s]` says that shard s reads what shard s−1 puts out; any other shard reads from the store.
+    `microbatches[s]` are those that shard s takes, in order; `sources[s]` gives, for each of them that another shard
+    of this pass puts out, which shard that is. The others are read from the store.
     """
 
-    def __init__(self, *, chained: Sequence[bool], microbatches: int) -> None:
-        if not chained or microbatches < 1:
-            raise ValueError(f"{len(chained)} shards, {microbatches} microbatches: each must be positive")
-        if chained[0]:
-            raise ValueError("the first shard has nothing before it to read from")
-        self.chained = tuple(chained)
-        self.microbatches = microbatches
+    def __init__(self, microbatches: Sequence[Sequence[int]], sources: Sequence[Mapping[int, int]]) -> None:
+        if not microbatches or not all(microbatches):
+            raise ValueError("a pass needs a shard, and every shard a microbatch")
+        for shard, found in enumerate(sources):
+            if any(not 0 <= source < shard for source in found.values()):
+                raise ValueError(f"shard {shard} can only read from shards before it")
+        self.microbatches = tuple(tuple(entry) for entry in microbatches)
+        self.sources = tuple(dict(entry) for entry in sources)
         self.held: dict[str, int] = {}
-        self._position = [0] * len(chained)
+        self._position = [0] * len(microbatches)
         self._finished: set[int] = set()
         self._out: set[Step] = set()
 
@@ -51,16 +54,12 @@ class Ring:
             if shard is None:
                 return None
             self.held[worker] = shard
-        position = self._position[shard]
-        if position == self.microbatches:
-            return Step(shard, FINISH)
-        return Step(shard, position) if self._can_run(shard) else None
+        return self._at(shard) if self._can_run(shard) else None
 
     def done(self, worker: str, step: Step) -> None:
         """The step's result is there."""
         shard = step.shard
-        expected = FINISH if self._position[shard] == self.microbatches else self._position[shard]
-        if self.held.get(worker) != shard or step.microbatch != expected:
+        if self.held.get(worker) != shard or step != self._at(shard):
             raise ValueError(f"{worker} cannot have done {step}: it holds {self.held.get(worker)}")
         if step.microbatch == FINISH:
             self._finished.add(shard)
@@ -91,16 +90,26 @@ class Ring:
     @property
     def finished(self) -> bool:
         """Every shard is finished."""
-        return len(self._finished) == len(self.chained)
+        return len(self._finished) == len(self.microbatches)
 
     @property
     def unfinished(self) -> int:
         """How many shards are not finished."""
-        return len(self.chained) - len(self._finished)
+        return len(self.microbatches) - len(self._finished)
 
     def _free(self) -> Iterator[int]:
         taken = set(self.held.values())
-        return (s for s in range(len(self.chained)) if s not in taken and s not in self._finished)
+        return (s for s in range(len(self.microbatches)) if s not in taken and s not in self._finished)
+
+    def source(self, step: Step) -> Step | None:
+        """The step whose output a step reads; None when it reads from the store."""
+        shard = self.sources[step.shard].get(step.microbatch)
+        return None if shard is None else Step(shard, step.microbatch)
+
+    def _at(self, shard: int) -> Step:
+        position, microbatches = self._position[shard], self.microbatches[shard]
+        return Step(shard, FINISH if position == len(microbatches) else microbatches[position])
 
     def _can_run(self, shard: int) -> bool:
-        return not self.chained[shard] or Step(shard - 1, self._position[shard]) in self._out
+        source = self.source(self._at(shard))
+        return source is None or source in self._out

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from actors.ledger import Recorded
-from actors.messages import Shard, Stage, Unit
+from actors.messages import Exit, Shard, Stage, Unit
 
 #: Shards a worker should visit in a pass: filling and draining the pipeline costs about 1/VISITS of a worker's time.
 VISITS = 4
@@ -30,34 +30,55 @@ class Work:
         return self.forward if stage is Stage.FORWARD else self.backward
 
 
-def units_of(stage: Stage, blocks: int) -> tuple[Unit, ...]:
-    """Every unit of a pass, in order."""
-    if stage is Stage.FORWARD:
-        return ("entry", *range(blocks))
-    return ("exit", *reversed(range(blocks)))
-
-
-def remaining(blocks: int, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
+def remaining(blocks: int, microbatches: int, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
     """The shards of both passes for a model of `blocks` blocks, at most `limit` blocks each.
 
     Backward shards are cut where forward boundaries are stored, if they are: each reads the one it starts from.
     """
-    below: dict[Unit, Unit] = {block: block - 1 for block in range(1, blocks)}
-    below |= {0: "entry", "exit": blocks - 1}
-    order = units_of(Stage.BACKWARD, blocks)
+    last = blocks - 1
+    every = tuple(range(microbatches))
+    order: list[Unit] = list(reversed(range(blocks)))
     missing = [unit for unit in order if unit not in backward.done]
-    cut = []
+    pieces = []
     for run in _runs(order, _needed(order, missing, backward.boundaries)):
-        cut += _cut_backward(run, limit, forward.boundaries, below)
-    backward_shards = _shards(Stage.BACKWARD, order, cut, missing)
+        pieces += _cut_backward(run, limit, forward.boundaries)
+    exits = tuple(Exit(microbatch) for microbatch in every)
+    backward_shards = [
+        Shard(stage=Stage.BACKWARD, units=(unit,), produce=frozenset(), origins=(), microbatches=(unit.microbatch,))
+        for unit in exits
+        if pieces and pieces[0][0] == last and unit not in backward.boundaries
+    ]
+    read = {below(piece[-1]) for piece in pieces} | ({last} if backward_shards else set())
+    for piece in pieces:
+        origins: tuple[Unit, ...] = exits if piece[0] == last else (_block(piece[0]) + 1,)
+        backward_shards.append(_shard(Stage.BACKWARD, piece, missing, origins, every))
 
-    read = {below[shard.units[-1]] for shard in backward_shards} - forward.boundaries
-    order = units_of(Stage.FORWARD, blocks)
+    order = ["entry", *range(blocks)]
     missing = [unit for unit in order if unit not in forward.done and unit != "entry"]
-    cut = []
+    read -= forward.boundaries
+    forward_shards = []
     for run in _runs(order, _needed(order, [*missing, *read], forward.boundaries)):
-        cut += _cut_forward(run, limit, read)
-    return Work(forward=_shards(Stage.FORWARD, order, cut, missing), backward=backward_shards)
+        for piece in _cut_forward(run, limit, read):
+            origins = () if piece[0] == "entry" else (below(piece[0]),)
+            forward_shards.append(_shard(Stage.FORWARD, piece, missing, origins, every))
+    return Work(forward=tuple(forward_shards), backward=tuple(backward_shards))
+
+
+def below(unit: Unit) -> Unit:
+    """The unit that puts out what a block reads."""
+    return "entry" if unit == 0 else _block(unit) - 1
+
+
+def _shard(
+    stage: Stage, piece: list[Unit], missing: Collection[Unit], origins: tuple[Unit, ...], every: tuple[int, ...]
+) -> Shard:
+    produce = frozenset(piece) & frozenset(missing)
+    return Shard(stage=stage, units=tuple(piece), produce=produce, origins=origins, microbatches=every)
+
+
+def _block(unit: Unit) -> int:
+    assert isinstance(unit, int)
+    return unit
 
 
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
@@ -79,7 +100,7 @@ def _needed(order: Sequence[Unit], targets: Collection[Unit], stored: Collection
 
 
 def _runs(order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
-    """Maximal stretches of consecutive needed units; entry and exit are stretches of their own."""
+    """Maximal stretches of consecutive needed units; the entry is a stretch of its own."""
     runs: list[list[Unit]] = []
     after_needed = False
     for unit in order:
@@ -102,12 +123,12 @@ def _cut_forward(run: list[Unit], limit: int, ends: Collection[Unit]) -> list[li
     return [part for piece in pieces for part in _even(piece, limit)]
 
 
-def _cut_backward(run: list[Unit], limit: int, stored: Collection[Unit], below: dict[Unit, Unit]) -> list[list[Unit]]:
+def _cut_backward(run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
     """Pieces that start from a stored forward boundary where one is near enough, else of about equal length."""
     pieces: list[list[Unit]] = []
     rest = run
     while rest:
-        ends = [size for size in range(1, min(limit, len(rest)) + 1) if below[rest[size - 1]] in stored]
+        ends = [size for size in range(1, min(limit, len(rest)) + 1) if below(rest[size - 1]) in stored]
         size = ends[-1] if ends else len(_even(rest, limit)[0])
         pieces.append(rest[:size])
         rest = rest[size:]
@@ -124,13 +145,3 @@ def _even(units: list[Unit], limit: int) -> list[list[Unit]]:
         pieces.append(units[start:stop])
         start = stop
     return pieces
-
-
-def _shards(
-    stage: Stage, order: Sequence[Unit], pieces: Sequence[list[Unit]], missing: Collection[Unit]
-) -> tuple[Shard, ...]:
-    before: dict[Unit, Unit | None] = dict(zip(order, [None, *order[:-1]], strict=True))
-    return tuple(
-        Shard(stage=stage, units=tuple(piece), produce=frozenset(piece) & frozenset(missing), origin=before[piece[0]])
-        for piece in pieces
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -50,21 +51,26 @@ class Inbox:
     """Reads a shard's boundaries from the store, one microbatch ahead of what is asked for."""
 
     def __init__(
-        self, store: Store, thread: ThreadPoolExecutor, find: Callable[[], dict[int, Artifact]], microbatches: int
+        self,
+        store: Store,
+        thread: ThreadPoolExecutor,
+        find: Callable[[], dict[int, Artifact]],
+        microbatches: Sequence[int],
     ) -> None:
         self._store = store
         self._thread = thread
         self._find = find
         self._artifacts: dict[int, Artifact] | None = None
-        self._microbatches = microbatches
+        self._following = dict(pairwise(microbatches))
         self._ahead: dict[int, Future[tuple[Tensor, int]]] = {}
 
     def get(self, microbatch: int) -> tuple[Tensor, int]:
         """The boundary and its bytes; DamagedError when it is missing or another one."""
         future = self._ahead.pop(microbatch, None)
         found = future.result() if future is not None else self._read(microbatch)
-        if microbatch + 1 < self._microbatches:
-            self._ahead[microbatch + 1] = self._thread.submit(self._read, microbatch + 1)
+        following = self._following.get(microbatch)
+        if following is not None:
+            self._ahead[following] = self._thread.submit(self._read, following)
         return found
 
     def _read(self, microbatch: int) -> tuple[Tensor, int]:

@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from actors.ledger import Ledger
-from actors.messages import Activation, Shard, Stage, Unit, from_wire, to_wire, unit_key
+from actors.messages import Activation, Exit, Shard, Stage, Unit, from_wire, to_wire, unit_key
+from actors.shards import below
 from actors.transfer import Inbox, Outbox, read_boundary
 from prismaquant_ray.calibration.text import CalibrationSet
 from prismaquant_ray.config import Config
@@ -28,9 +29,9 @@ from prismaquant_ray.sensitivity.fisher import exit_gradient
 from prismaquant_ray.storage.record import Artifact, Record, new_attempt, read_tensors, write_tensors
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Workshop:
-    """What every visit of a worker uses."""
+    """What every visit of a worker uses. The head stays loaded from one exit to the next."""
 
     config: Config
     ledger: Ledger
@@ -38,17 +39,29 @@ class Workshop:
     calibration: CalibrationSet
     rounding: Rounding
     thread: ThreadPoolExecutor
+    head: ExitStack | None = None
 
     @property
     def microbatches(self) -> tuple[slice, ...]:
         """The sequences of each microbatch."""
         return self.calibration.microbatches(self.config.calibration.microbatch)
 
-    def before(self, stage: Stage, unit: Unit) -> Unit:
-        """The unit whose output a unit reads in a pass."""
-        if stage is Stage.FORWARD:
-            return "entry" if unit == 0 else _index(unit) - 1
-        return "exit" if unit == len(self.runner.layout.blocks) - 1 else _index(unit) + 1
+    def inbox(self, shard: Shard, stage: Stage, units: tuple[Unit, ...]) -> Inbox:
+        """What the units of a pass put out, for the microbatches of a shard."""
+        store = self.ledger.store
+        return Inbox(store, self.thread, lambda: self.ledger.boundary(stage, *units), shard.microbatches)
+
+    def load_head(self) -> None:
+        """Final norm and head, unless they are loaded."""
+        if self.head is None:
+            self.head = ExitStack()
+            self.head.enter_context(self.runner.exit())
+
+    def unload_head(self) -> None:
+        """Make room for blocks."""
+        if self.head is not None:
+            self.head.close()
+            self.head = None
 
 
 class Visit(ABC):
@@ -61,14 +74,9 @@ class Visit(ABC):
         self.resident = ExitStack()
         self.outbox = Outbox(shop.ledger.store, shop.thread)
         self.moved = {"read": 0, "written": 0}
+        self.facts: dict[str, float] = {}
         self.reported: set[int] = set()
-        stage, count = shard.stage, len(shop.microbatches)
-        origin = shard.origin
-        self.arrivals = (
-            None
-            if origin is None
-            else Inbox(shop.ledger.store, shop.thread, lambda: shop.ledger.boundary(stage, origin), count)
-        )
+        self.arrivals = shop.inbox(shard, shard.stage, shard.origins)
         self.start()
 
     @abstractmethod
@@ -90,7 +98,7 @@ class Visit(ABC):
         self.outbox.put(microbatch, key, leaving)
         wire = to_wire(leaving)
         hop = arriving[1].nbytes if isinstance(arriving, tuple) else 0
-        return wire, {"tokens": leaving.shape[0] * leaving.shape[1], "hop_bytes": hop}
+        return wire, {"tokens": leaving.shape[0] * leaving.shape[1], "hop_bytes": hop, **self.facts}
 
     def stored(self) -> dict[int, Artifact]:
         """Boundaries that have reached the store since the last call."""
@@ -115,7 +123,7 @@ class Visit(ABC):
         self.resident.close()
 
     def _arriving(self, microbatch: int, arriving: Activation | Artifact | None) -> Tensor:
-        if self.arrivals is None:
+        if not self.shard.origins:
             return torch.empty(0)
         if isinstance(arriving, tuple):
             return from_wire(arriving).to(self.shop.runner.device)
@@ -190,16 +198,13 @@ class ForwardShard(Visit):
 
 
 class ExitVisit(Visit):
-    """Final norm and head: hidden states to the gradient of the loss."""
+    """Final norm and head: hidden states to the gradient of the loss. It produces nothing but its boundary."""
 
     @override
     def start(self) -> None:
-        self.resident.enter_context(self.shop.runner.exit())
-        self.loss = 0.0
-        ledger, last = self.shop.ledger, len(self.shop.runner.layout.blocks) - 1
-        self.hidden = Inbox(
-            ledger.store, self.shop.thread, lambda: ledger.boundary(Stage.FORWARD, last), len(self.shop.microbatches)
-        )
+        self.shop.load_head()
+        last = len(self.shop.runner.layout.blocks) - 1
+        self.hidden = self.shop.inbox(self.shard, Stage.FORWARD, (last,))
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -214,13 +219,12 @@ class ExitVisit(Visit):
             seed=config.seed,
             first_sequence=rows.start,
         )
-        self.loss += loss
+        self.facts["loss"] = loss
         return gradient
 
     @override
     def products(self) -> dict[Unit, Callable[[], Record]]:
-        facts = {"loss_per_token": self.loss / self.shop.calibration.tokens.numel()}
-        return {unit: (lambda: Record(facts=facts)) for unit in self.shard.produce}
+        return {}
 
 
 class BackwardShard(Visit):
@@ -238,10 +242,7 @@ class BackwardShard(Visit):
             for unit in self.shard.units
         }
         self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
-        ledger, below = self.shop.ledger, self.shop.before(Stage.FORWARD, self.shard.units[-1])
-        self.hidden = Inbox(
-            ledger.store, self.shop.thread, lambda: ledger.boundary(Stage.FORWARD, below), len(self.shop.microbatches)
-        )
+        self.hidden = self.shop.inbox(self.shard, Stage.FORWARD, (below(self.shard.units[-1]),))
 
     def _candidates(self, unit: Unit) -> dict[FormatName, dict[str, Tensor]]:
         record = self.shop.ledger.record(Stage.FORWARD, unit)
@@ -275,11 +276,12 @@ class BackwardShard(Visit):
 
 
 def open_visit(shop: Workshop, shard: Shard) -> Visit:
-    """Load a shard."""
+    """Load a shard; the head, which only exits need, makes room for anything else."""
     if shard.units == ("entry",):
         return EntryVisit(shop, shard)
-    if shard.units == ("exit",):
+    if isinstance(shard.units[0], Exit):
         return ExitVisit(shop, shard)
+    shop.unload_head()
     return ForwardShard(shop, shard) if shard.stage is Stage.FORWARD else BackwardShard(shop, shard)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from actors.conductor import Conductor, Workers
 from actors.events import Event, Events
 from actors.ledger import Ledger
-from actors.messages import Shard, Stage, Unit, WorkerSpec
+from actors.messages import Exit, Shard, Stage, Unit, WorkerSpec, unit_of
 from actors.needs import Needs, shard_size
-from actors.shards import Work, remaining, units_of
+from actors.shards import Work, below, remaining
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 
 #: Opens the workers of a run, given the most of them that could be busy: Ray's, or plain objects of this process.
@@ -128,29 +128,30 @@ class Measurement:
             "pass",
             stage=str(stage),
             shards=len(shards),
-            blocks=sum(len(shard.units) for shard in shards),
+            units=sum(len(shard.units) for shard in shards),
             produced=sum(len(shard.produce) for shard in shards),
             microbatches=self.microbatches,
-            steps=len(shards) * (self.microbatches + 1),
+            steps=sum(len(shard.microbatches) + 1 for shard in shards),
         )
         done = set(self.ledger.recorded(stage).done)
 
         def finished(event: Event) -> None:
             if event.kind == "shard":
-                units = event.facts["units"]
+                units = [unit_of(key) for key in event.facts["units"]]
                 done.update(units)
                 if stage is Stage.BACKWARD:
                     self._drop_consumed(units, done)
 
         self.events.listeners.append(finished)
         try:
-            conductor.run_pass(shards, self.microbatches)
+            conductor.run_pass(shards)
         finally:
             self.events.listeners.remove(finished)
 
     def _remaining(self, *, limit: int) -> Work:
         recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
-        return remaining(self.needs.blocks, recorded[Stage.FORWARD], recorded[Stage.BACKWARD], limit=limit)
+        forward, backward = recorded[Stage.FORWARD], recorded[Stage.BACKWARD]
+        return remaining(self.needs.blocks, self.microbatches, forward, backward, limit=limit)
 
     def repair(self, error: DamagedError) -> None:
         """Forget what names a damaged object, so that it is made again; StoreError when nothing names it."""
@@ -164,16 +165,20 @@ class Measurement:
 
         Neighbours may finish in either order: a gradient goes when both its producer and its consumer are done.
         """
-        forward, backward = (units_of(stage, self.needs.blocks) for stage in Stage)
         for unit in units:
-            below = forward[-1] if unit == "exit" else forward[forward.index(unit) - 1]
-            self.ledger.drop_boundary(Stage.FORWARD, below)
-            position = backward.index(unit)
-            if position > 0 and backward[position - 1] in done:
-                self.ledger.drop_boundary(Stage.BACKWARD, backward[position - 1])
-        last = backward.index(units[-1])
-        if last + 1 == len(backward) or backward[last + 1] in done:
-            self.ledger.drop_boundary(Stage.BACKWARD, units[-1])
+            if isinstance(unit, Exit):
+                continue
+            assert isinstance(unit, int)
+            self.ledger.drop_boundary(Stage.FORWARD, below(unit))
+            if unit == self.needs.blocks - 1:
+                self.ledger.drop_boundary(Stage.FORWARD, unit)
+                for microbatch in range(self.microbatches):
+                    self.ledger.drop_boundary(Stage.BACKWARD, Exit(microbatch))
+            elif unit + 1 in done:
+                self.ledger.drop_boundary(Stage.BACKWARD, unit + 1)
+        last = units[-1]
+        if last == 0 or (isinstance(last, int) and last - 1 in done):
+            self.ledger.drop_boundary(Stage.BACKWARD, last)
 
     def _admit(self, facts: Mapping[str, Any]) -> None:
         """InputError unless a worker computes on the kind of device the run began with: others round differently."""

@@ -40,7 +40,7 @@ def run(uri: str) -> dict[str, Any]:
         "state": _state(store, events, current is not None and not current.is_gone),
         "blocks": {
             "encoded": len(ledger.recorded(Stage.FORWARD).done),
-            "priced": len(ledger.recorded(Stage.BACKWARD).done - {"exit"}),
+            "priced": len(ledger.recorded(Stage.BACKWARD).done),
             "total": _total(store, events),
         },
         "driver": None if current is None else {"host": current.host, "pid": current.pid},
@@ -90,16 +90,16 @@ def _stage(events: list[Event], begin: int) -> dict[str, Any]:
     steps = [event for event in events[begin:end] if event.kind == "step"]
     finished = [event for event in events[begin:end] if event.kind == "shard"]
     seconds = (events[end].at if end < len(events) else steps[-1].at if steps else first.at) - first.at
-    tokens = sum(event.facts.get("tokens", 0) for event in steps)
+    tokens = sum(event.facts.get("tokens", 0) * event.facts["units"] for event in steps)
     done = sum(len(event.facts["units"]) for event in finished)
-    left = first.facts["blocks"] - done
+    left = first.facts["units"] - done
     return {
         "stage": first.facts["stage"],
-        "blocks": first.facts["blocks"],
+        "units": first.facts["units"],
         "done": done,
         "seconds": seconds,
         "eta": seconds / done * left if done and left else None,
-        "step_tokens_per_second": tokens / seconds if seconds else 0.0,
+        "token_blocks_per_second": tokens / seconds if seconds else 0.0,
         "bytes": {
             kind: sum(event.facts.get(f"{kind}_bytes", 0) for event in steps) for kind in ("hop", "read", "written")
         },
@@ -140,16 +140,16 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"  {worker['worker']}: {worker['device']} on {worker['host']}, process {worker['pid']}, {state}")
     if result["stages"]:
         table = Table(box=None, pad_edge=False)
-        for title in ("  pass", "blocks", "seconds", "ETA", "tokens/s of steps", "MB hop", "read", "written", "busy"):
+        for title in ("  pass", "units", "seconds", "ETA", "token-blocks/s", "MB hop", "read", "written", "busy"):
             table.add_column(title, justify="right")
         for stage in result["stages"]:
             busy = ", ".join(f"{share:.0%}" for share in stage["busy"].values())
             table.add_row(
                 f"  {stage['stage']}",
-                f"{stage['done']}/{stage['blocks']}",
+                f"{stage['done']}/{stage['units']}",
                 f"{stage['seconds']:.0f}",
                 "" if stage["eta"] is None else f"{stage['eta']:.0f} s",
-                f"{stage['step_tokens_per_second']:,.0f}",
+                f"{stage['token_blocks_per_second']:,.0f}",
                 *(f"{stage['bytes'][kind] / 1e6:,.1f}" for kind in ("hop", "read", "written")),
                 busy,
             )

@@ -15,10 +15,20 @@ from prismaquant_ray import __version__
 from prismaquant_ray.errors import DamagedError, InputError, ResourceError
 
 FACTS = {"version": __version__, "host": "here", "pid": 1, "device": "cpu"}
-SHARDS = [
-    Shard(stage=Stage.FORWARD, units=(index,), produce=frozenset({index}), origin="entry" if index == 0 else index - 1)
-    for index in range(4)
-]
+
+
+def shards(microbatches: int) -> list[Shard]:
+    """Four blocks, one a shard."""
+    return [
+        Shard(
+            stage=Stage.FORWARD,
+            units=(index,),
+            produce=frozenset({index}),
+            origins=("entry" if index == 0 else index - 1,),
+            microbatches=tuple(range(microbatches)),
+        )
+        for index in range(4)
+    ]
 
 
 class Scripted:
@@ -65,6 +75,10 @@ class Scripted:
         return "the cluster has 0 GPUs and 2 CPUs on 1 nodes"
 
 
+def unit(call: Call) -> Any:
+    return call.shard and call.shard.units[0]
+
+
 def receipt_of(worker: str, facts: dict[str, Any], failure: Failure | None = None) -> Receipt:
     return Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, facts=facts, failure=failure)
 
@@ -84,7 +98,7 @@ def once(*losses: tuple[Kind, int, Cause]) -> Callable[[str, Call], Cause | None
 def test_a_lost_worker_is_replaced_and_only_its_shard_is_run_again() -> None:
     workers = Scripted(once((Kind.FINISH, 1, Cause.PROCESS)))
     driver, events = conductor(workers)
-    driver.run_pass(SHARDS, 3)
+    driver.run_pass(shards(3))
     runs = [unit for _, kind, unit in workers.log if kind is Kind.RUN]
     assert [runs.count(unit) for unit in range(4)] == [3, 6, 3, 3]
     lost = [event.facts for event in events if event.kind == "lost"]
@@ -103,7 +117,7 @@ def test_a_call_that_hangs_costs_the_worker() -> None:
 
     workers = Scripted(script)
     driver, events = conductor(workers, wanted=1)
-    driver.run_pass(SHARDS[:1], 1)
+    driver.run_pass(shards(1)[:1])
     assert [event.facts["cause"] for event in events if event.kind == "lost"] == ["it did not answer in time"]
 
 
@@ -119,25 +133,25 @@ def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all
 
     workers = Scripted(script, room=2)
     driver, events = conductor(workers, patience=30.0)
-    driver.run_pass(SHARDS, 3)
+    driver.run_pass(shards(3))
     assert len(tried) == 1
     assert [event.facts["worker"] for event in events if event.kind == "yielded"] == ["worker-1"]
     finished = [event.facts["units"][0] for event in events if event.kind == "shard"]
-    assert finished == [0, 1, 2, 3]
+    assert finished == ["0000", "0001", "0002", "0003"]
 
 
 def test_a_shard_that_kills_three_workers_ends_the_run_by_name() -> None:
-    workers = Scripted(lambda _, call: Cause.MEMORY if call.shard == SHARDS[2] and call.kind is Kind.FINISH else None)
+    workers = Scripted(lambda _, call: Cause.MEMORY if unit(call) == 2 and call.kind is Kind.FINISH else None)
     driver, _ = conductor(workers)
     with pytest.raises(ResourceError, match=r"forward 0002 lost 3 workers, the last because its node ran out of memor"):
-        driver.run_pass(SHARDS, 2)
+        driver.run_pass(shards(2))
 
 
 def test_lost_nodes_are_not_held_against_a_shard() -> None:
     left = [Cause.NODE] * 6
     workers = Scripted(lambda _, call: left.pop() if left and call.kind is Kind.FINISH else None)
     driver, events = conductor(workers)
-    driver.run_pass(SHARDS, 2)
+    driver.run_pass(shards(2))
     assert len([event for event in events if event.kind == "lost"]) == 6
 
 
@@ -151,22 +165,22 @@ def test_a_cluster_where_workers_cannot_start_ends_the_run() -> None:
 
 
 def test_a_cluster_that_is_gone_in_the_middle_ends_the_run() -> None:
-    workers = Scripted(lambda _, call: Cause.NODE if call.shard == SHARDS[1] else None, room=1)
+    workers = Scripted(lambda _, call: Cause.NODE if unit(call) == 1 else None, room=1)
     driver, _ = conductor(workers, wanted=1)
     with pytest.raises(ResourceError, match="no worker is left and none could be started in 60 s"):
-        driver.run_pass(SHARDS, 2)
+        driver.run_pass(shards(2))
 
 
 def test_what_a_worker_reports_rises_as_it_is() -> None:
     failure = Failure.of(DamagedError("forward/0001/x is damaged", "forward/0001/x"))
-    workers = Scripted(lambda worker, call: receipt_of(worker, {}, failure) if call.shard == SHARDS[1] else None)
+    workers = Scripted(lambda worker, call: receipt_of(worker, {}, failure) if unit(call) == 1 else None)
     driver, _ = conductor(workers)
     with pytest.raises(DamagedError, match="is damaged") as caught:
-        driver.run_pass(SHARDS, 2)
+        driver.run_pass(shards(2))
     assert caught.value.key == "forward/0001/x"
     workers.script = lambda *_: None
     driver.abandon()
-    driver.run_pass(SHARDS, 2)
+    driver.run_pass(shards(2))
     assert ("worker-0", Kind.DROP, None) in workers.log
 
 

@@ -21,7 +21,14 @@ from tests.tiny import make_checkpoint
 
 
 def step(worker: str, started: float, seconds: float, **facts: object) -> Event:
-    body = {"worker": worker, "started": started, "seconds": seconds, "stage": "forward", "shard": "0000-0001"}
+    body = {
+        "worker": worker,
+        "started": started,
+        "seconds": seconds,
+        "stage": "forward",
+        "shard": "0000-0001",
+        "units": 2,
+    }
     return Event(kind="step", at=started + seconds, facts={**body, "microbatch": 0, **facts})
 
 
@@ -52,7 +59,7 @@ def test_busy_share_counts_between_fill_and_drain_only() -> None:
 def test_a_log_shows_blocks_rate_bytes_eta_and_who_does_what() -> None:
     text = io.StringIO()
     shown = Progress(Console(file=text, width=200), None)
-    facts = {"stage": "forward", "shards": 2, "blocks": 4, "produced": 4, "microbatches": 1, "steps": 4}
+    facts = {"stage": "forward", "shards": 2, "units": 4, "produced": 4, "microbatches": 1, "steps": 4}
     shown(Event(kind="pass", at=0.0, facts=facts))
     shown(step("worker-0", 0, 1, tokens=64, hop_bytes=2_000_000))
     shown(Event(kind="shard", at=1.0, facts={"stage": "forward", "units": [0, 1], "left": 1, "produced": 2}))

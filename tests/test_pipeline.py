@@ -127,10 +127,10 @@ def test_a_stopped_run_continues_to_the_same_bytes_with_another_shard_size(
     assert {path: path.read_bytes() for path in recorded} == recorded, "finished work was done again"
     # What the stopped attempt wrote without a record is gone: two passes over three blocks leave just this.
     left = Counter(path.name for path in config.store.run.rglob("*") if path.is_file() and "ard/" in str(path))
-    assert left == {"record.json": 7, "NVFP4.safetensors": 3, "MXFP8.safetensors": 3, "vectors.safetensors": 3}
+    assert left == {"record.json": 6, "NVFP4.safetensors": 3, "MXFP8.safetensors": 3, "vectors.safetensors": 3}
 
 
-@pytest.mark.parametrize("stuck", [("forward", 1), ("backward", 1), ("backward", "exit")])
+@pytest.mark.parametrize("stuck", [("forward", 1), ("backward", 1)])
 def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     tmp_path: Path, source: Path, expected: dict[str, str], stuck: tuple[str, Any]
 ) -> None:

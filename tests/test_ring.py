@@ -14,7 +14,9 @@ SHAPE = {"shards": st.integers(1, 9), "microbatches": st.integers(1, 6), "worker
 
 
 def ring_of(shards: int, microbatches: int) -> Ring:
-    return Ring(chained=[shard > 0 for shard in range(shards)], microbatches=microbatches)
+    """A chain."""
+    every = range(microbatches)
+    return Ring([every] * shards, [dict.fromkeys(every, shard - 1) if shard else {} for shard in range(shards)])
 
 
 def drive(ring: Ring, workers: int, seed: int, losses: int = 0) -> list[tuple[str, Step]]:
@@ -40,7 +42,7 @@ def drive(ring: Ring, workers: int, seed: int, losses: int = 0) -> list[tuple[st
         if losses and chance.random() < 0.2:
             losses -= 1
             lost = ring.released(worker)
-            for microbatch in range(ring.microbatches):
+            for microbatch in ring.microbatches[lost]:
                 if chance.random() < 0.5:  # the rest had reached the store
                     ring.vanished(Step(lost, microbatch))
             continue
@@ -99,7 +101,7 @@ def test_equal_workers_take_shards_in_turn_and_are_all_busy_once_the_pipeline_is
 
 
 def test_a_shard_that_reads_from_the_store_does_not_wait() -> None:
-    ring = Ring(chained=[False, False], microbatches=1)
+    ring = Ring([[0], [0]], [{}, {}])
     assert ring.next("a") == Step(0, 0)
     assert ring.next("b") == Step(1, 0)
 
@@ -125,8 +127,25 @@ def test_a_step_is_done_once_and_by_its_holder() -> None:
         ring.done("a", step)
 
 
-def test_an_empty_ring_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be positive"):
-        Ring(chained=[], microbatches=1)
-    with pytest.raises(ValueError, match="nothing before it"):
-        Ring(chained=[True], microbatches=1)
+def test_shards_that_share_the_work_before_a_shard_run_side_by_side() -> None:
+    # Four exits of one microbatch each, then a block that reads all of them.
+    ring = Ring([[0], [1], [2], [3], [0, 1, 2, 3]], [{}, {}, {}, {}, {0: 0, 1: 1, 2: 2, 3: 3}])
+    assert [ring.next(name) for name in "abc"] == [Step(0, 0), Step(1, 1), Step(2, 2)]
+    for name, step in zip("ac", [Step(0, 0), Step(2, 2)], strict=True):
+        ring.done(name, step)
+        ring.done(name, Step(step.shard, FINISH))
+    assert ring.next("a") == Step(3, 3)
+    assert ring.next("c") == Step(4, 0)
+    ring.done("c", Step(4, 0))
+    assert ring.next("c") is None, "microbatch 1 is not there yet, and the order of microbatches is kept"
+    ring.done("b", Step(1, 1))
+    assert ring.next("c") == Step(4, 1)
+
+
+def test_what_is_no_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="a pass needs a shard"):
+        Ring([], [])
+    with pytest.raises(ValueError, match="every shard a microbatch"):
+        Ring([[]], [{}])
+    with pytest.raises(ValueError, match="only read from shards before it"):
+        Ring([[0], [0]], [{0: 1}, {}])
