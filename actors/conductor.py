@@ -124,7 +124,7 @@ class Conductor:
         wanted: int,
         timeout: float,
         first: float,
-        patience: float = 30.0,
+        patience: float = 15.0,
         recovery: Recovery = Recovery(),  # noqa: B008 - frozen
         check: Callable[[], None] = lambda: None,
         admit: Callable[[Mapping[str, Any]], None] = lambda _: None,

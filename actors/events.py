@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,16 @@ class Events:
 
     def __init__(self, *listeners: Listener) -> None:
         self.listeners = list(listeners)
+
+    @contextmanager
+    def listening(self, *listeners: Listener) -> Iterator[None]:
+        """More listeners, inside the with-block."""
+        before = self.listeners
+        self.listeners = [*before, *listeners]
+        try:
+            yield
+        finally:
+            self.listeners = before
 
     def __call__(self, kind: str, **facts: Any) -> None:
         """Something happens now."""

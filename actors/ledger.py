@@ -6,7 +6,8 @@ the end of a shard and only until it has been used. Either may be missing; `acto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from actors.messages import Stage, Unit, unit_key, unit_of
@@ -14,6 +15,8 @@ from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
 
+#: Requests of one process that may wait for an object store at a time.
+REQUESTS = 8
 _RECORD = "record.json"
 _BOUNDARY = "boundary.json"
 
@@ -44,6 +47,12 @@ class Ledger:
     def record(self, stage: Stage, unit: Unit) -> Record:
         """Candidates or prices of a unit; DamagedError when they are not there."""
         return self._read(_key(stage, unit, _RECORD))
+
+    def records(self, stage: Stage, units: Iterable[Unit]) -> dict[Unit, Record]:
+        """The records of many units; an object store takes its time for each, so several are asked for at once."""
+        units = list(units)
+        with ThreadPoolExecutor(REQUESTS, thread_name_prefix="records") as threads:
+            return dict(zip(units, threads.map(lambda unit: self.record(stage, unit), units), strict=True))
 
     def boundary(self, stage: Stage, *units: Unit) -> dict[int, Artifact]:
         """Where what left the units is, by microbatch; DamagedError when it is not there."""
@@ -82,9 +91,9 @@ class Ledger:
         """Delete what no record of a finished run needs: boundaries, and data of attempts that were stopped."""
         for stage in Stage:
             kept = set()
-            for unit in self.recorded(stage).done:
+            for unit, record in self.records(stage, self.recorded(stage).done).items():
                 kept.add(_key(stage, unit, _RECORD))
-                kept |= {artifact.key for artifact in self.record(stage, unit).artifacts.values()}
+                kept |= {artifact.key for artifact in record.artifacts.values()}
             self.store.delete(key for key in self.store.list(str(stage)) if key not in kept)
 
     def _names(self, record_key: str, key: str) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from actors.conductor import Conductor, Workers
 from actors.events import Event, Events
-from actors.ledger import Ledger
+from actors.ledger import REQUESTS, Ledger
 from actors.messages import Exit, Shard, Stage, Unit, WorkerSpec, unit_of
 from actors.needs import Needs, shard_size
 from actors.shards import Work, below, remaining
@@ -79,8 +80,10 @@ class Measurement:
         """Do what is missing; the most memory a worker took. Opens no worker when nothing is missing."""
         if not any(self._remaining(limit=1).of(stage) for stage in Stage):
             return 0
-        with open_workers(self.spec, min(self.microbatches, self.needs.blocks + 1)) as crew:
-            self.events.listeners += crew.listeners
+        with (
+            open_workers(self.spec, min(self.microbatches, self.needs.blocks + 1)) as crew,
+            self.events.listening(*crew.listeners),
+        ):
             cluster = self.spec.config.cluster
             conductor = Conductor(
                 crew.workers,
@@ -133,20 +136,23 @@ class Measurement:
             microbatches=self.microbatches,
             steps=sum(len(shard.microbatches) + 1 for shard in shards),
         )
+        if stage is Stage.FORWARD:
+            conductor.run_pass(shards)
+            return
         done = set(self.ledger.recorded(stage).done)
+        drops: list[Future[None]] = []
 
         def finished(event: Event) -> None:
             if event.kind == "shard":
                 units = [unit_of(key) for key in event.facts["units"]]
                 done.update(units)
-                if stage is Stage.BACKWARD:
-                    self._drop_consumed(units, done)
+                drops.append(threads.submit(self._drop_consumed, units, frozenset(done)))
 
-        self.events.listeners.append(finished)
-        try:
+        # Deleting takes many requests, and workers wait for the driver.
+        with ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop") as threads, self.events.listening(finished):
             conductor.run_pass(shards)
-        finally:
-            self.events.listeners.remove(finished)
+        for drop in drops:
+            drop.result()
 
     def _remaining(self, *, limit: int) -> Work:
         recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
@@ -160,7 +166,7 @@ class Measurement:
             raise error
         self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
 
-    def _drop_consumed(self, units: list[Unit], done: set[Unit]) -> None:
+    def _drop_consumed(self, units: list[Unit], done: frozenset[Unit]) -> None:
         """Delete the boundaries that only these units of the backward pass still needed.
 
         Neighbours may finish in either order: a gradient goes when both its producer and its consumer are done.

@@ -239,10 +239,9 @@ class Run:
     @cached_property
     def records(self) -> dict[Stage, dict[int, Record]]:
         """Every block's record, by pass."""
-        return {
-            stage: {block.index: self.ledger.record(stage, block.index) for block in self.layout.blocks}
-            for stage in Stage
-        }
+        indices = [block.index for block in self.layout.blocks]
+        found = {stage: self.ledger.records(stage, indices) for stage in Stage}
+        return {stage: {index: records[index] for index in indices} for stage, records in found.items()}
 
     @cached_property
     def table(self) -> CostTable:

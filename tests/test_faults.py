@@ -33,8 +33,8 @@ from tests.tiny import make_checkpoint, make_text
 pytestmark = [pytest.mark.faults, pytest.mark.s3]
 LAYERS, SEQUENCES, MICROBATCH, BLOCKS_PER_SHARD = 6, 12, 2, 2
 MICROBATCHES = SEQUENCES // MICROBATCH
-# Entry or exit and three shards a pass, each taking every microbatch and one more step.
-STEPS = 2 * (1 + LAYERS // BLOCKS_PER_SHARD) * (MICROBATCHES + 1)
+# The entry and three shards a pass, each taking every microbatch and one more step; an exit takes one and one more.
+STEPS = (1 + LAYERS // BLOCKS_PER_SHARD * 2) * (MICROBATCHES + 1) + 2 * MICROBATCHES
 
 
 @dataclass
@@ -141,8 +141,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 def scene(site: Site, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     name = request.node.name.removeprefix("test_").replace("[", "-").replace("]", "")
     site.cluster.restore()
-    # Slow enough for a moment to be met, as object storage is.
-    site.proxy.latency = 0.01
     yield Scene(site, tmp_path, name)
     site.proxy.clear()
 
@@ -225,7 +223,7 @@ def test_driver_killed_before_the_first_step(scene: Scene) -> None:
 
 
 def test_driver_killed_while_it_assembles(scene: Scene) -> None:
-    scene.site.proxy.latency = 0.05
+    scene.site.proxy.latency = 0.03
     driver = scene.start()
     output = Store(scene.output)
     wait_for(lambda: output.size("prismaquant.json"), driver)
@@ -262,7 +260,7 @@ def test_storage_killed_for_20_seconds(scene: Scene, stage: str, kind: str) -> N
 
 
 def test_storage_killed_for_20_seconds_while_the_repository_is_written(scene: Scene) -> None:
-    scene.site.proxy.latency = 0.05
+    scene.site.proxy.latency = 0.03
     driver = scene.start()
     output = Store(scene.output)
     wait_for(lambda: output.size("prismaquant.json"), driver)
