@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 SET ?=
 
-.PHONY: demo test lint install clean
+.PHONY: demo test faults lint install clean
 
 install: .venv/installed
 
@@ -22,7 +22,10 @@ demo: install
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m 'not faults'
+
+faults: install
+	$(BIN)/python -m pytest -m faults --durations=10
 
 lint: install
 	$(BIN)/ruff check

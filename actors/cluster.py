@@ -134,10 +134,14 @@ def _remove(directory: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What the cluster has: nodes that take workers, how many workers fit, on GPUs or on CPU cores."""
+    """What the cluster has: nodes, how many workers fit, on GPUs or on CPU cores.
+
+    `sharing` workers have to share the memory of the fullest node; a GPU's memory is its worker's own.
+    """
 
     nodes: int
     workers: int
+    sharing: int
     gpu: bool
     gpus: int
     cpus: int
@@ -158,8 +162,9 @@ def capacity(config: ClusterConfig) -> Capacity:
     gpu = config.device == "gpu" or (config.device == "auto" and any(gpus))
     slots = [g if gpu else c // config.threads for g, c in zip(gpus, cpus, strict=True)]
     return Capacity(
-        nodes=sum(slot > 0 for slot in slots) or len(nodes),
+        nodes=len(nodes),
         workers=sum(slots),
+        sharing=1 if gpu else max(1, *slots) if slots else 1,
         gpu=gpu,
         gpus=sum(gpus),
         cpus=sum(cpus),

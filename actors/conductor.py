@@ -9,73 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 from actors.events import Events
 from actors.messages import Receipt, Shard, unit_key
 from actors.recovery import Cause, Loss, Recovery, yielding
 from actors.ring import FINISH, Ring, Step
+from actors.workers import Call, Kind, Reply, Workers
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import ResourceError
 from prismaquant_ray.storage.record import Artifact
-
-
-class Kind(StrEnum):
-    """What a worker can be asked."""
-
-    HELLO = "hello"
-    SETUP = "setup"
-    RUN = "run"
-    FINISH = "finish"
-    DROP = "drop"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None."""
-
-    kind: Kind
-    shard: Shard | None = None
-    microbatch: int = 0
-    arriving: Any = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reply:
-    """What became of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
-
-    Neither means that what was to arrive could not be read, and the worker did nothing.
-    """
-
-    worker: str
-    receipt: Receipt | None = None
-    output: Any = None
-    lost: tuple[Cause, str] | None = None
-
-
-class Workers(Protocol):
-    """A cluster as the conductor sees it. A worker has at most one call in flight."""
-
-    def start(self, worker: str) -> None:
-        """Ask for a worker of this name and send it HELLO; the reply comes when the cluster has room for it."""
-        ...
-
-    def submit(self, worker: str, call: Call) -> None:
-        """Send a call."""
-        ...
-
-    def wait(self, timeout: float) -> Sequence[Reply]:
-        """Replies that have arrived, after at most `timeout` seconds; empty when there are none."""
-        ...
-
-    def stop(self, worker: str) -> None:
-        """End a worker at once; whatever it was doing is not replied to."""
-        ...
-
-    def describe(self) -> str:
-        """What the cluster has, for an error about what it lacks."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +82,6 @@ class Conductor:
         self.check = check
         self.admit = admit
         self.clock = clock
-        self.peak_bytes = 0
         self.ready: dict[str, Mapping[str, Any]] = {}
         self.losses: list[Loss] = []
         self._flying: dict[str, _Flight] = {}
@@ -239,7 +181,6 @@ class Conductor:
 
     def _accept(self, state: _Pass | None, reply: Reply, receipt: Receipt, flight: _Flight) -> None:
         worker = reply.worker
-        self.peak_bytes = max(self.peak_bytes, receipt.peak_bytes)
         if receipt.failure is not None:
             raise receipt.failure.error()
         if flight.call.kind is Kind.HELLO:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.errors import StoreError
 from prismaquant_ray.storage.store import Store
 
 LOG = "events.jsonl"
@@ -73,9 +73,14 @@ class EventLog:
         except KeyError:
             self._text = bytearray()
         self._written = time.monotonic()
+        steps = [event.facts for event in _parse(bytes(self._text), store) if event.kind == "step"]
+        #: The most memory a worker has taken, over all attempts.
+        self.peak_bytes: int = max((facts["peak_bytes"] for facts in steps), default=0)
 
     def __call__(self, event: Event) -> None:
         """Add an event; it reaches the store within seconds."""
+        if event.kind == "step":
+            self.peak_bytes = max(self.peak_bytes, event.facts["peak_bytes"])
         self._text += event.line().encode() + b"\n"
         interval = _INTERVAL + _INTERVAL_PER_MEGABYTE * len(self._text) / 1e6
         if time.monotonic() - self._written > interval:
@@ -90,15 +95,18 @@ class EventLog:
 def read_events(store: Store) -> list[Event]:
     """The log of a run, oldest first; empty before anything happened."""
     try:
-        lines = store.get(LOG).decode().splitlines()
-        bodies = [json.loads(line) for line in lines]
-        return [Event(kind=body.pop("event"), at=body.pop("at"), facts=body) for body in bodies]
-    except KeyError as error:
-        if error.args != (LOG,):
-            raise DamagedError(f"{store.uri}: {LOG} is malformed", LOG) from error
+        text = store.get(LOG)
+    except KeyError:
         return []
-    except ValueError as error:
-        raise DamagedError(f"{store.uri}: {LOG} is not JSON lines", LOG) from error
+    return _parse(text, store)
+
+
+def _parse(text: bytes, store: Store) -> list[Event]:
+    try:
+        bodies = [json.loads(line) for line in text.decode().splitlines()]
+        return [Event(kind=body.pop("event"), at=body.pop("at"), facts=body) for body in bodies]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{store.uri}: {LOG} is damaged; delete it, it is only a log") from error
 
 
 def busy_shares(steps: Sequence[Event]) -> dict[str, float]:

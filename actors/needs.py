@@ -11,11 +11,12 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.layout import Block, Layout
 from prismaquant_ray.rounding.forward_pass import hessian_bytes
+from prismaquant_ray.sensitivity.fisher import LOGIT_BYTES
 
 # torch, transformers, Ray's worker and the calibration tokens of one process.
 BASE_BYTES = 700_000_000
 # Logits of one piece, their softmax, its cumulative sum and their gradient.
-_EXIT_BYTES = 6 * (1 << 26)
+_EXIT_COPIES = 6
 # Float32 copies of a fused group while it is rounded: stacked weights, three attempts and their errors, codes.
 _ROUNDING_COPIES = 8
 # Boundaries of a microbatch in flight: four to be written, two to be read, one in and one out.
@@ -106,7 +107,8 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
     return Needs(
         base=BASE_BYTES,
         working=block.source_bytes + 3 * 4 * widest**2 + _ROUNDING_COPIES * 4 * largest + _BOUNDARIES * hop,
-        exit=layout.vocab_size * layout.hidden_size * compute + _EXIT_BYTES,
+        exit=layout.vocab_size * layout.hidden_size * compute
+        + _EXIT_COPIES * min(LOGIT_BYTES, 4 * calibration.length * layout.vocab_size),
         block_weights=parameters * compute,
         block_hessians=sum(hessian_bytes(group) for group in block.inputs),
         block_candidates=len(codecs_of(config.formats)) * parameters * 4,

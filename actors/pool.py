@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from actors.cluster import Capacity, capacity
-from actors.conductor import Call, Kind, Reply
 from actors.messages import Receipt, WorkerSpec
 from actors.recovery import Cause
 from actors.shard_worker import ShardWorker
+from actors.workers import Call, Kind, Reply
 from prismaquant_ray.errors import ResourceError
 
 # glibc gives every thread a heap of its own, and what a storage thread freed in one block is not there for the

@@ -81,6 +81,32 @@ def _block(unit: Unit) -> int:
     return unit
 
 
+def spent(
+    finished: Collection[Unit], left: Collection[Unit], *, blocks: int, microbatches: int
+) -> list[tuple[Stage, Unit]]:
+    """Boundaries that nobody needs once these units of the backward pass are finished; `left` are those that are not.
+
+    A gradient goes when its producer and its consumer are done, in either order: a lost producer is run again and reads
+    its own input once more. A forward boundary goes when everything that recomputes from it is done.
+    """
+    last = blocks - 1
+    exits = [Exit(microbatch) for microbatch in range(microbatches)]
+    found: list[tuple[Stage, Unit]] = []
+    gradients: list[Unit] = [*finished]
+    for unit in finished:
+        if isinstance(unit, int):
+            found.append((Stage.FORWARD, below(unit)))
+            gradients += exits if unit == last else [unit + 1]
+    for gradient in dict.fromkeys(gradients):
+        consumer = last if isinstance(gradient, Exit) else _block(gradient) - 1
+        if gradient not in left and consumer not in left:
+            found.append((Stage.BACKWARD, gradient))
+    readers = {last, *exits}
+    if readers & set(finished) and not readers & set(left):
+        found.append((Stage.FORWARD, last))
+    return found
+
+
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
     """As many blocks as fit into memory, but not so many that the pipeline stays short of work; at least one."""
     return max(1, min(fitting, math.ceil(blocks / (VISITS * workers))))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -159,44 +159,6 @@ class EntryVisit(Visit):
         return {}
 
 
-class ForwardShard(Visit):
-    """Blocks of the forward pass: run, gather statistics, encode."""
-
-    @override
-    def start(self) -> None:
-        self.blocks = {
-            unit: ForwardVisit(
-                self.shop.runner,
-                _index(unit),
-                self.shop.config.formats if unit in self.shard.produce else (),
-                self.shop.rounding,
-            )
-            for unit in self.shard.units
-        }
-        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
-
-    @override
-    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        held_out = self.shop.calibration.holdout[self.shop.microbatches[microbatch]]
-        for visit in self.blocks.values():
-            arriving = visit.run(arriving, held_out)
-        return arriving
-
-    @override
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        return {unit: partial(self._encode, unit) for unit in self.shard.units if unit in self.shard.produce}
-
-    def _encode(self, unit: Unit) -> Record:
-        candidates = self.blocks.pop(unit).finish()
-        artifacts = {str(name): self._write(unit, name, tensors) for name, tensors in candidates.tensors.items()}
-        return Record(artifacts=artifacts, facts=candidates.figures)
-
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
-        super().close()
-
-
 class ExitVisit(Visit):
     """Final norm and head: hidden states to the gradient of the loss. It produces nothing but its boundary."""
 
@@ -227,22 +189,73 @@ class ExitVisit(Visit):
         return {}
 
 
-class BackwardShard(Visit):
+_Core = TypeVar("_Core", ForwardVisit, BackwardVisit)
+
+
+class BlocksVisit(Visit, Generic[_Core]):
+    """Decoder blocks, each with the core's own visit; those that produce leave a record."""
+
+    @override
+    def start(self) -> None:
+        self.blocks: dict[Unit, _Core] = {unit: self.load(_index(unit)) for unit in self.shard.units}
+        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
+
+    @abstractmethod
+    def load(self, index: int) -> _Core:
+        """A block with its weights."""
+
+    @abstractmethod
+    def record(self, unit: Unit, visit: _Core) -> Record:
+        """What a block produces, stored."""
+
+    def formats(self, unit: Unit) -> tuple[FormatName, ...]:
+        """The formats a block is encoded or priced in; none for one that is only run."""
+        return self.shop.config.formats if unit in self.shard.produce else ()
+
+    @override
+    def products(self) -> dict[Unit, Callable[[], Record]]:
+        producing = [unit for unit in self.shard.units if unit in self.shard.produce]
+        # A block's weights go as soon as its record is made.
+        return {unit: partial(lambda unit: self.record(unit, self.blocks.pop(unit)), unit) for unit in producing}
+
+    @override
+    def close(self) -> None:
+        self.blocks.clear()
+
+
+class ForwardShard(BlocksVisit[ForwardVisit]):
+    """Blocks of the forward pass: run, gather statistics, encode."""
+
+    @override
+    def load(self, index: int) -> ForwardVisit:
+        return ForwardVisit(self.shop.runner, index, self.formats(index), self.shop.rounding)
+
+    @override
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        held_out = self.shop.calibration.holdout[self.shop.microbatches[microbatch]]
+        for visit in self.blocks.values():
+            arriving = visit.run(arriving, held_out)
+        return arriving
+
+    @override
+    def record(self, unit: Unit, visit: ForwardVisit) -> Record:
+        candidates = visit.finish()
+        artifacts = {str(name): self._write(unit, name, tensors) for name, tensors in candidates.tensors.items()}
+        return Record(artifacts=artifacts, facts=candidates.figures)
+
+
+class BackwardShard(BlocksVisit[BackwardVisit]):
     """Blocks of the backward pass: recomputed from the boundary below them, differentiated from the top, priced."""
 
     @override
     def start(self) -> None:
-        self.blocks = {
-            unit: BackwardVisit(
-                self.shop.runner,
-                _index(unit),
-                self.shop.config.formats if unit in self.shard.produce else (),
-                self._candidates(unit) if unit in self.shard.produce else {},
-            )
-            for unit in self.shard.units
-        }
-        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
+        super().start()
         self.hidden = self.shop.inbox(self.shard, Stage.FORWARD, (below(self.shard.units[-1]),))
+
+    @override
+    def load(self, index: int) -> BackwardVisit:
+        formats = self.formats(index)
+        return BackwardVisit(self.shop.runner, index, formats, self._candidates(index) if formats else {})
 
     def _candidates(self, unit: Unit) -> dict[FormatName, dict[str, Tensor]]:
         record = self.shop.ledger.record(Stage.FORWARD, unit)
@@ -261,18 +274,10 @@ class BackwardShard(Visit):
         return arriving
 
     @override
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        return {unit: partial(self._price, unit) for unit in self.shard.units if unit in self.shard.produce}
-
-    def _price(self, unit: Unit) -> Record:
-        sensitivity = self.blocks.pop(unit).finish()
+    def record(self, unit: Unit, visit: BackwardVisit) -> Record:
+        sensitivity = visit.finish()
         vectors = self._write(unit, "vectors", sensitivity.vectors)
         return Record(artifacts={"vectors": vectors}, facts=sensitivity.figures)
-
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
-        super().close()
 
 
 def open_visit(shop: Workshop, shard: Shard) -> Visit:

@@ -13,7 +13,8 @@ from prismaquant_ray.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Measure what is missing, then solve."""
-    return planning.allocate(Run(config))
+    current = Run(config)
+    return current.repairing(lambda: planning.allocate(current))
 
 
 def render(result: dict[str, Any], console: Console) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from actors.cluster import joins
 from actors.shards import VISITS
 from jobs import inputs
 from jobs.run import Run
@@ -36,6 +37,7 @@ def run(config: Config) -> dict[str, Any]:
         "budget_bytes": limit,
         "needs": required.as_dict(),
         "workers": inputs.expected_workers(config),
+        "on_this_machine": not joins(config.cluster),
         "blocks_per_shard": asdict(size),
         "worker_bytes": required.worker(size.blocks),
         "run_store_bytes": required.run_store(size.blocks),
@@ -67,6 +69,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         + f"{max(0, size['fitting'])} fit into {_gb(size['free'])} ((free - process {_gb(needs['base'])} - working "
         f"{_gb(needs['working'])}) / block), {size['wanted']} give every worker {VISITS} visits"
     )
+    if not result["on_this_machine"]:
+        console.print("  (memory of this machine; on the cluster the first worker says what it has)")
     console.print(
         f"  memory: {result['workers']} workers of {_gb(result['worker_bytes'])} (process + working + the larger of "
         f"{size['blocks']} blocks and head {_gb(needs['exit'])})"

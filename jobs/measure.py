@@ -8,43 +8,44 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from actors.conductor import Conductor, Workers
+from actors.conductor import Conductor
 from actors.events import Event, Events
 from actors.ledger import REQUESTS, Ledger
-from actors.messages import Exit, Shard, Stage, Unit, WorkerSpec, unit_of
+from actors.messages import Shard, Stage, Unit, WorkerSpec, unit_of
 from actors.needs import Needs, shard_size
-from actors.shards import Work, below, remaining
+from actors.shards import Work, remaining, spent
+from actors.workers import Workers
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 
 #: Opens the workers of a run, given the most of them that could be busy: Ray's, or plain objects of this process.
 OpenWorkers = Callable[[WorkerSpec, int], AbstractContextManager["Crew"]]
 
-# A store that damages what is written again and again is not repaired by writing once more.
-_REPAIRS = 10
+#: A store that damages what is written again and again is not repaired by writing once more.
+REPAIRS = 10
 # Seconds the first worker may take to start on a cluster that has room for it.
 _FIRST = 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Crew:
-    """Workers, how many of them to ask for, and how many share one machine."""
+    """Workers, how many of them to ask for, and how many share the memory of one, known when the first is there."""
 
     workers: Workers
     wanted: int
-    on_one_machine: int
+    sharing: Callable[[], int]
     listeners: tuple[Callable[[Event], None], ...] = ()
 
 
 @contextmanager
 def ray_crew(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
     """Workers as actors on the configured cluster."""
-    from actors.cluster import connected, worker_count
+    from actors.cluster import capacity, connected, worker_count
     from actors.metrics import Metrics
     from actors.pool import RayWorkers
 
@@ -55,7 +56,7 @@ def ray_crew(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
             yield Crew(
                 workers=workers,
                 wanted=wanted,
-                on_one_machine=math.ceil(wanted / max(1, workers.capacity.nodes)),
+                sharing=lambda: min(wanted, capacity(spec.config.cluster).sharing),
                 listeners=(Metrics(spec.run),),
             )
         finally:
@@ -76,10 +77,10 @@ class Measurement:
         calibration = spec.config.calibration
         self.microbatches = math.ceil(calibration.sequences / calibration.microbatch)
 
-    def run(self, open_workers: OpenWorkers) -> int:
-        """Do what is missing; the most memory a worker took. Opens no worker when nothing is missing."""
+    def run(self, open_workers: OpenWorkers) -> None:
+        """Do what is missing; opens no worker when nothing is."""
         if not any(self._remaining(limit=1).of(stage) for stage in Stage):
-            return 0
+            return
         with (
             open_workers(self.spec, min(self.microbatches, self.needs.blocks + 1)) as crew,
             self.events.listening(*crew.listeners),
@@ -99,7 +100,7 @@ class Measurement:
                 self.needs,
                 self.spec.config,
                 workers=crew.wanted,
-                free=first["free_bytes"] // (crew.on_one_machine if first["device"] == "cpu" else 1),
+                free=first["free_bytes"] // crew.sharing(),
             )
             self.events(
                 "shards",
@@ -110,10 +111,9 @@ class Measurement:
                 wanted=size.wanted,
             )
             self._passes(conductor, size.blocks)
-            return conductor.peak_bytes
 
     def _passes(self, conductor: Conductor, limit: int) -> None:
-        for _ in range(_REPAIRS):
+        for _ in range(REPAIRS):
             try:
                 for stage in Stage:
                     self._run_pass(conductor, stage, self._remaining(limit=limit).of(stage))
@@ -122,7 +122,7 @@ class Measurement:
                 conductor.abandon()
             else:
                 return
-        raise StoreError(f"{self.ledger.store.uri}: {_REPAIRS} objects were damaged in a row; the store cannot be used")
+        raise StoreError(f"{self.ledger.store.uri}: {REPAIRS} objects were damaged in a row; the store cannot be used")
 
     def _run_pass(self, conductor: Conductor, stage: Stage, shards: tuple[Shard, ...]) -> None:
         if not shards:
@@ -139,14 +139,14 @@ class Measurement:
         if stage is Stage.FORWARD:
             conductor.run_pass(shards)
             return
-        done = set(self.ledger.recorded(stage).done)
+        left = {unit for shard in shards for unit in shard.units}
         drops: list[Future[None]] = []
 
         def finished(event: Event) -> None:
             if event.kind == "shard":
                 units = [unit_of(key) for key in event.facts["units"]]
-                done.update(units)
-                drops.append(threads.submit(self._drop_consumed, units, frozenset(done)))
+                left.difference_update(units)
+                drops.append(threads.submit(self._drop, units, frozenset(left)))
 
         # Deleting takes many requests, and workers wait for the driver.
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop") as threads, self.events.listening(finished):
@@ -166,25 +166,10 @@ class Measurement:
             raise error
         self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
 
-    def _drop_consumed(self, units: list[Unit], done: frozenset[Unit]) -> None:
-        """Delete the boundaries that only these units of the backward pass still needed.
-
-        Neighbours may finish in either order: a gradient goes when both its producer and its consumer are done.
-        """
-        for unit in units:
-            if isinstance(unit, Exit):
-                continue
-            assert isinstance(unit, int)
-            self.ledger.drop_boundary(Stage.FORWARD, below(unit))
-            if unit == self.needs.blocks - 1:
-                self.ledger.drop_boundary(Stage.FORWARD, unit)
-                for microbatch in range(self.microbatches):
-                    self.ledger.drop_boundary(Stage.BACKWARD, Exit(microbatch))
-            elif unit + 1 in done:
-                self.ledger.drop_boundary(Stage.BACKWARD, unit + 1)
-        last = units[-1]
-        if last == 0 or (isinstance(last, int) and last - 1 in done):
-            self.ledger.drop_boundary(Stage.BACKWARD, last)
+    def _drop(self, finished: Collection[Unit], left: frozenset[Unit]) -> None:
+        blocks, microbatches = self.needs.blocks, self.microbatches
+        for stage, unit in spent(finished, left, blocks=blocks, microbatches=microbatches):
+            self.ledger.drop_boundary(stage, unit)
 
     def _admit(self, facts: Mapping[str, Any]) -> None:
         """InputError unless a worker computes on the kind of device the run began with: others round differently."""

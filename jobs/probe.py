@@ -17,7 +17,7 @@ def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     """Measure what is missing and say what was found."""
     current = Run(config, fresh=fresh)
     current.measure()
-    return summary(current)
+    return current.repairing(lambda: summary(current))
 
 
 def summary(current: Run) -> dict[str, Any]:

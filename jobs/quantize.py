@@ -20,15 +20,19 @@ def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     with current.claimed():
         current.measure()
         measured = time.monotonic()
-        swept = planning.sweep_targets(current)
-        repository = current.repairing(lambda: assemble.build(current, planning.allocate(current)))
-        return {
-            "probe": probe.summary(current),
-            "sweep": swept,
-            "repository": repository,
-            "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
-            "seconds": {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured},
-        }
+        result = current.repairing(lambda: _outcome(current))
+        result["seconds"] = {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured}
+        return result
+
+
+def _outcome(current: Run) -> dict[str, Any]:
+    """Everything that follows from what was measured."""
+    return {
+        "probe": probe.summary(current),
+        "sweep": planning.sweep_targets(current),
+        "repository": assemble.build(current, planning.allocate(current)),
+        "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
+    }
 
 
 def render(result: dict[str, Any], console: Console) -> None:

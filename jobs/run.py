@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
+import click
 from pydantic import TypeAdapter, ValidationError
 
 from actors.events import EventLog, Events
@@ -17,7 +18,7 @@ from actors.needs import Needs, needs
 from actors.progress import progress
 from actors.shard_worker import read_calibration
 from jobs import inputs
-from jobs.measure import Measurement, OpenWorkers, ray_crew
+from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
 from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
 from prismaquant_ray.checkpoint.candidates import Candidates
@@ -30,7 +31,7 @@ from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.source import local_files
 from prismaquant_ray.sensitivity.table import CostTable, from_figures
 from prismaquant_ray.storage.connection import absolute
-from prismaquant_ray.storage.lease import LEASES, Lease, held
+from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
 from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_record, write_tensors
 from prismaquant_ray.storage.store import Store
 
@@ -153,7 +154,7 @@ class Run:
             yield
             return
         store = Store(self.config.store.run)
-        with held(store) as lease:
+        with held(store, notice=_waiting) as lease:
             self.lease = lease
             try:
                 if self.fresh and self._exists:
@@ -169,7 +170,7 @@ class Run:
         if self.is_measured:
             return
         self.check()
-        with self.claimed(), self._events() as events:
+        with self.claimed(), self._events() as (events, log):
             self._store_calibration()
             spec = WorkerSpec(
                 name="",
@@ -179,21 +180,21 @@ class Run:
             )
             assert self.lease is not None
             passes = Measurement(spec=spec, needs=self.needs, ledger=self.ledger, events=events, check=self.lease.check)
-            peak = passes.run(self.open_workers)
+            passes.run(self.open_workers)
             self.ledger.tidy()
             self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
-            self.store.create("measured.json", json.dumps({"peak_bytes": peak}).encode())
+            self.store.create("measured.json", json.dumps({"peak_bytes": log.peak_bytes}).encode())
         self._read_again()
 
     @contextmanager
-    def _events(self) -> Iterator[Events]:
+    def _events(self) -> Iterator[tuple[Events, EventLog]]:
         log = EventLog(self.store)
         with progress() as shown:
             events = Events(log, shown)
             events("begin", workers=self.config.cluster.workers)
             ended = "stopped"
             try:
-                yield events
+                yield events, log
                 ended = "measured"
             finally:
                 events("end", how=ended)
@@ -207,12 +208,13 @@ class Run:
 
     def repairing(self, action: Callable[[], T]) -> T:
         """What `action` returns; a stored object that it finds damaged is made again first."""
-        for _ in range(len(self.layout.blocks)):
+        for _ in range(REPAIRS):
             try:
                 return action()
             except DamagedError as error:
                 if not self.ledger.forget(error.key):
                     raise
+                click.echo(f"damaged: {error.key}; it is made again", err=True)
                 self.store.delete(["measured.json"])
                 self._read_again()
                 self.measure()
@@ -258,3 +260,8 @@ class Run:
             for name in set(FormatName) & set(record.artifacts):
                 artifacts[index, FormatName(name)] = record.artifacts[name]
         return Candidates(self.store, artifacts)
+
+
+def _waiting(holder: Holder) -> None:
+    who = f"process {holder.pid} on {holder.host}"
+    click.echo(f"{who} holds this run; it is taken over unless that says something within {TTL:.0f} s", err=True)

@@ -14,7 +14,8 @@ from prismaquant_ray.config import Config
 
 def run(config: Config) -> dict[str, Any]:
     """Measure what is missing, then solve every target in one go."""
-    return planning.sweep_targets(Run(config))
+    current = Run(config)
+    return current.repairing(lambda: planning.sweep_targets(current))
 
 
 def render(result: dict[str, Any], console: Console) -> None:

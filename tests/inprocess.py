@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from actors.conductor import Call, Kind, Reply
 from actors.messages import WorkerSpec
 from actors.recovery import Cause
 from actors.shard_worker import ShardWorker
+from actors.workers import Call, Kind, Reply
 from jobs.measure import Crew, OpenWorkers
 
 #: Asked before every call: raise to stop the driver, return a cause to lose the worker before it does anything.
@@ -95,7 +95,7 @@ def in_process(
         found = InProcessWorkers(spec, accident)
         if opened is not None:
             opened.append(found)
-        yield Crew(workers=found, wanted=min(workers, at_most), on_one_machine=1)
+        yield Crew(workers=found, wanted=min(workers, at_most), sharing=lambda: 1)
 
     return open_workers
 

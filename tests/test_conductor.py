@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from actors.conductor import Call, Conductor, Kind, Reply
+from actors.conductor import Conductor
 from actors.events import Event, Events
 from actors.messages import Failure, Receipt, Shard, Stage
 from actors.recovery import Cause, Loss, Recovery, yielding
+from actors.workers import Call, Kind, Reply
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import DamagedError, InputError, ResourceError
 

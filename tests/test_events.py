@@ -13,7 +13,7 @@ from actors.events import Event, EventLog, Events, busy_shares, read_events
 from actors.progress import Progress
 from jobs import assemble, planning, status
 from jobs.run import Run
-from prismaquant_ray.errors import DamagedError, InputError
+from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import after, in_process
 from tests.test_pipeline import configuration
@@ -44,7 +44,7 @@ def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None
     ]
     assert read_events(Store(tmp_path / "empty")) == []
     store.put("events.jsonl", b"{")
-    with pytest.raises(DamagedError, match="not JSON lines"):
+    with pytest.raises(StoreError, match="only a log"):
         read_events(store)
 
 

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from actors.conductor import Call, Kind
 from actors.events import read_events
 from actors.messages import Stage, unit_key
 from actors.recovery import Cause
+from actors.workers import Call, Kind
 from jobs import assemble, planning, probe, verify
 from jobs.measure import Crew
 from jobs.run import Run
@@ -160,7 +160,7 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     @contextmanager
     def open_workers(spec: Any, at_most: int) -> Any:
         opened.append(Patient(spec, never_finish))
-        yield Crew(workers=opened[-1], wanted=2, on_one_machine=1)
+        yield Crew(workers=opened[-1], wanted=2, sharing=lambda: 1)
 
     with pytest.raises(KeyboardInterrupt):
         Run(config, open_workers=open_workers).measure()

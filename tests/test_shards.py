@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.ledger import Recorded
 from actors.messages import Exit, Shard, Stage, Unit
-from actors.shards import Work, below, blocks_per_shard, remaining
+from actors.shards import Work, below, blocks_per_shard, remaining, spent
 
 NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
 
@@ -107,3 +109,29 @@ def test_auto_shards_fill_memory_but_leave_every_worker_four_visits() -> None:
     assert blocks_per_shard(blocks=64, workers=2, fitting=3) == 3
     assert blocks_per_shard(blocks=64, workers=100, fitting=3) == 1
     assert blocks_per_shard(blocks=64, workers=2, fitting=-5) == 1
+
+
+@settings(max_examples=300)
+@given(blocks=st.integers(1, 8), microbatches=st.integers(1, 3), chance=st.randoms(use_true_random=False))
+def test_boundaries_go_when_producer_and_consumer_are_done_and_all_of_them_go(
+    blocks: int, microbatches: int, chance: Any
+) -> None:
+    order = backward_units(blocks, microbatches)
+    chance.shuffle(order)  # units finish in any order that a lossy cluster makes up
+    left = set(order)
+    gone: set[tuple[Stage, Unit]] = set()
+    exits = {Exit(microbatch) for microbatch in range(microbatches)}
+    while order:
+        finished = [order.pop() for _ in range(min(len(order), chance.randint(1, 3)))]
+        left -= set(finished)
+        gone |= set(spent(finished, left, blocks=blocks, microbatches=microbatches))
+        for stage, unit in gone:
+            if stage is Stage.BACKWARD:
+                assert unit not in left
+                assert (blocks - 1 if unit in exits else unit - 1) not in left
+            elif unit == blocks - 1:
+                assert not left & {unit, *exits}
+            else:
+                assert (0 if unit == "entry" else unit + 1) not in left
+    everything = {(Stage.BACKWARD, unit) for unit in backward_units(blocks, microbatches)}
+    assert gone == everything | {(Stage.FORWARD, unit) for unit in forward_units(blocks)}

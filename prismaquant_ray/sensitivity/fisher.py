@@ -18,8 +18,8 @@ from prismaquant_ray.models.runner import ModelRunner
 
 Labels = Literal["sampled", "data"]
 IGNORED = -100
-# Logits of one piece: the head's cost in memory does not grow with the microbatch.
-_LOGIT_BYTES = 1 << 26
+#: Logits of one piece: the head's cost in memory does not grow with the microbatch.
+LOGIT_BYTES = 1 << 26
 
 
 def exit_gradient(
@@ -35,7 +35,7 @@ def exit_gradient(
     for row in range(hidden.shape[0]):
         uniform = torch.from_numpy(np.random.default_rng((seed, first_sequence + row)).random(hidden.shape[1]))
         following = torch.cat([tokens[row, 1:], torch.tensor([IGNORED])]).to(hidden.device)
-        step = max(1, _LOGIT_BYTES // (4 * runner.layout.vocab_size))
+        step = max(1, LOGIT_BYTES // (4 * runner.layout.vocab_size))
         for start in range(0, hidden.shape[1], step):
             piece = hidden[row : row + 1, start : start + step].detach().requires_grad_()
             with torch.enable_grad():

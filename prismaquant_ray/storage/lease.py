@@ -101,12 +101,14 @@ def held(
     *,
     ttl: float = TTL,
     renewal: float = RENEWAL,
+    notice: Callable[[Holder], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Lease]:
     """Hold the run inside the with-block; ResourceError when a living driver holds it.
 
-    A lease found here is watched: renewed within `ttl` seconds, its driver lives; else it is taken over.
+    A lease found here is watched: renewed within `ttl` seconds, its driver lives; else it is taken over. `notice` is
+    told whose lease is waited for.
     """
     me = Holder(
         id=uuid4().hex,
@@ -115,7 +117,7 @@ def held(
         process_started=psutil.Process().create_time(),
         boot=_boot(),
     )
-    number = _claim(store, me, ttl, sleep, clock)
+    number = _claim(store, me, _Watch(ttl=ttl, notice=notice, sleep=sleep, clock=clock))
     lease = Lease(store, number, me, renewal)
     try:
         yield lease
@@ -129,11 +131,21 @@ def holder(store: Store) -> Holder | None:
     return None if number is None else _read(store, number)
 
 
-def _claim(store: Store, me: Holder, ttl: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Watch:
+    """How a lease of somebody else is waited for."""
+
+    ttl: float
+    notice: Callable[[Holder], None]
+    sleep: Callable[[float], None]
+    clock: Callable[[], float]
+
+
+def _claim(store: Store, me: Holder, watch: _Watch) -> int:
     while True:
         number = _newest(store)
         if number is not None:
-            _wait_until_expired(store, number, ttl, sleep, clock)
+            _wait_until_expired(store, number, watch)
         following = 0 if number is None else number + 1
         if store.create(_key(following), json.dumps(asdict(me)).encode()):
             if number is not None:
@@ -141,11 +153,11 @@ def _claim(store: Store, me: Holder, ttl: float, sleep: Callable[[float], None],
             return following
 
 
-def _wait_until_expired(
-    store: Store, number: int, ttl: float, sleep: Callable[[float], None], clock: Callable[[], float]
-) -> None:
+def _wait_until_expired(store: Store, number: int, watch: _Watch) -> None:
     first = _read(store, number)
-    since = clock()
+    if first is not None and not first.is_gone:
+        watch.notice(first)
+    since = watch.clock()
     while True:
         now = _read(store, number)
         if now is None or now.is_gone:
@@ -154,9 +166,9 @@ def _wait_until_expired(
             raise ResourceError(
                 f"{store.uri}: another driver is on this run (process {now.pid} on {now.host}); wait for it or stop it"
             )
-        if clock() - since >= ttl:
+        if watch.clock() - since >= watch.ttl:
             return
-        sleep(min(1.0, ttl / 10))
+        watch.sleep(min(1.0, watch.ttl / 10))
 
 
 def _newest(store: Store) -> int | None:

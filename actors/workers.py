@@ -1,0 +1,68 @@
+"""What the conductor asks of workers and what comes back: the seam between decisions and Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from actors.messages import Receipt, Shard
+from actors.recovery import Cause
+
+
+class Kind(StrEnum):
+    """What a worker can be asked."""
+
+    HELLO = "hello"
+    SETUP = "setup"
+    RUN = "run"
+    FINISH = "finish"
+    DROP = "drop"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None."""
+
+    kind: Kind
+    shard: Shard | None = None
+    microbatch: int = 0
+    arriving: Any = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """What became of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
+
+    Neither means that what was to arrive could not be read, and the worker did nothing.
+    """
+
+    worker: str
+    receipt: Receipt | None = None
+    output: Any = None
+    lost: tuple[Cause, str] | None = None
+
+
+class Workers(Protocol):
+    """A cluster as the conductor sees it. A worker has at most one call in flight."""
+
+    def start(self, worker: str) -> None:
+        """Ask for a worker of this name and send it HELLO; the reply comes when the cluster has room for it."""
+        ...
+
+    def submit(self, worker: str, call: Call) -> None:
+        """Send a call."""
+        ...
+
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        """Replies that have arrived, after at most `timeout` seconds; empty when there are none."""
+        ...
+
+    def stop(self, worker: str) -> None:
+        """End a worker at once; whatever it was doing is not replied to."""
+        ...
+
+    def describe(self) -> str:
+        """What the cluster has, for an error about what it lacks."""
+        ...
