@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from actors.shards import below
 from actors.transfer import Inbox, Outbox, read_boundary
 from prismaquant_ray.calibration.text import CalibrationSet
 from prismaquant_ray.config import Config
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
@@ -88,8 +89,8 @@ class Visit(ABC):
         """What leaves the last unit."""
 
     @abstractmethod
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        """For each unit that must produce something, what makes its record; each is called once, in order."""
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        """The record of each unit that must produce something; its data is stored, and its weights are let go."""
 
     def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, dict[str, Any]]:
         """One microbatch; the boundary goes to the store behind what follows."""
@@ -112,8 +113,7 @@ class Visit(ABC):
         boundary = self.outbox.flush()
         self.shop.ledger.write_boundary(self.shard.stage, last, boundary)
         self.moved["written"] += sum(artifact.size for artifact in boundary.values())
-        for unit, make in self.products().items():
-            record = make()
+        for unit, record in self.products():
             self.moved["written"] += sum(artifact.size for artifact in record.artifacts.values())
             self.shop.ledger.write_record(self.shard.stage, unit, record)
         self.close()
@@ -155,8 +155,8 @@ class EntryVisit(Visit):
             return self.shop.runner.embed(self.shop.calibration.tokens[self.shop.microbatches[microbatch]])
 
     @override
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        return {}
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        return iter(())
 
 
 class ExitVisit(Visit):
@@ -181,12 +181,17 @@ class ExitVisit(Visit):
             seed=config.seed,
             first_sequence=rows.start,
         )
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the model's loss on calibration sequences {rows.start} to {rows.stop - 1} is {loss}; "
+                "is the checkpoint intact?"
+            )
         self.facts["loss"] = loss
         return gradient
 
     @override
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        return {}
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        return iter(())
 
 
 _Core = TypeVar("_Core", ForwardVisit, BackwardVisit)
@@ -213,10 +218,10 @@ class BlocksVisit(Visit, Generic[_Core]):
         return self.shop.config.formats if unit in self.shard.produce else ()
 
     @override
-    def products(self) -> dict[Unit, Callable[[], Record]]:
-        producing = [unit for unit in self.shard.units if unit in self.shard.produce]
-        # A block's weights go as soon as its record is made.
-        return {unit: partial(lambda unit: self.record(unit, self.blocks.pop(unit)), unit) for unit in producing}
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        for unit in self.shard.units:
+            if unit in self.shard.produce:
+                yield unit, self.record(unit, self.blocks.pop(unit))
 
     @override
     def close(self) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,11 +148,14 @@ class Measurement:
                 left.difference_update(units)
                 drops.append(threads.submit(self._drop, units, frozenset(left)))
 
-        # Deleting takes many requests, and workers wait for the driver.
-        with ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop") as threads, self.events.listening(finished):
+        with ExitStack() as stack:
+            # Deleting takes many requests, and workers wait for the driver. Who stops a run does not wait for it.
+            threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop")
+            stack.callback(threads.shutdown, cancel_futures=True)
+            stack.enter_context(self.events.listening(finished))
             conductor.run_pass(shards)
-        for drop in drops:
-            drop.result()
+            for drop in drops:
+                drop.result()
 
     def _remaining(self, *, limit: int) -> Work:
         recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
