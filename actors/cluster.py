@@ -54,13 +54,12 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", namespace="prismaquant")
-    except AuthenticationError as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        # A cluster that wants a token and gets none is reported as one that cannot be connected to.
         raise ResourceError(
-            f"Ray at {address} wants a token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH (or ~/.ray/auth_token) "
-            "as on its nodes"
+            f"Ray at {address} refuses: {str(error).splitlines()[0]}; if its nodes use token authentication, set "
+            "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) here"
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ResourceError(f"Ray at {address} refuses: {str(error).splitlines()[0]}") from error
     try:
         yield
     finally:

@@ -138,9 +138,13 @@ class Conductor:
             self._handle(state, reply)
 
     def _submit(self, state: _Pass) -> None:
+        exhausted = False
         for worker in sorted(self.ready.keys() - self._flying.keys()):
+            if exhausted and worker not in state.ring.held:
+                continue  # what there is nothing of for one free worker there is not for another
             step = state.ring.next(worker)
             if step is None:
+                exhausted = exhausted or worker not in state.ring.held
                 continue
             shard = state.shards[step.shard]
             if step.microbatch == FINISH:

@@ -112,16 +112,19 @@ def _parse(text: bytes, store: Store) -> list[Event]:
 def busy_shares(steps: Sequence[Event]) -> dict[str, float]:
     """Share of the time between pipeline fill and drain that each worker of a pass was in a call, from `step` events.
 
-    Fill ends when the last worker has begun its first call; drain begins when the first worker has ended its last one.
-    Empty when the pass is too short for that window to exist.
+    Fill ends when the last worker has begun its first call for blocks (the exit, which all workers share, comes before
+    it); drain begins when the first worker has ended its last one. Empty when the pass is too short for that window.
     """
     spans: dict[str, list[tuple[float, float]]] = {}
+    first: dict[str, float] = {}
     for event in steps:
-        started = event.facts["started"]
-        spans.setdefault(event.facts["worker"], []).append((started, started + event.facts["seconds"]))
-    if not spans:
+        worker, started = event.facts["worker"], event.facts["started"]
+        spans.setdefault(worker, []).append((started, started + event.facts["seconds"]))
+        if not event.facts["shard"].startswith("exit"):
+            first[worker] = min(started, first.get(worker, started))
+    if not first:
         return {}
-    begin = max(min(start for start, _ in entries) for entries in spans.values())
+    begin = max(first.values())
     end = min(max(stop for _, stop in entries) for entries in spans.values())
     if end <= begin:
         return {}

@@ -52,6 +52,9 @@ def test_busy_share_counts_between_fill_and_drain_only() -> None:
     # a works from 0 to 10 with a pause of 2; b begins at 2 and ends at 12.
     steps = [step("a", 0, 4), step("a", 6, 4), step("b", 2, 10)]
     assert busy_shares(steps) == {"a": pytest.approx(6 / 8), "b": pytest.approx(1.0)}
+    # Both share the exit before it: that is not the pipeline's fill.
+    exits = [step("a", -3, 1, shard="exit-00000"), step("b", -3, 1, shard="exit-00001")]
+    assert busy_shares([*exits, *steps]) == busy_shares(steps)
     assert busy_shares([]) == {}
     assert busy_shares([step("a", 0, 1), step("b", 5, 1)]) == {}
 

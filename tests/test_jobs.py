@@ -28,7 +28,7 @@ from tests.ports import free_ports
 from tests.test_pipeline import configuration, digests, quantized
 from tests.tiny import make_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parent.parent
 _SETTINGS = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_OFFLINE": "1"}
 
@@ -142,8 +142,7 @@ def test_exit_code_and_error_line_reach_the_job(head: Head, tmp_path: Path, sour
     assert job.returncode != 0
     name = next(word.strip("'") for word in job.stdout.split() if word.strip("'").startswith("job-"))
     state = head.ray("job", "status", name)
-    assert "FAILED" in state.stdout + state.stderr
-    assert "exit code 2" in (state.stdout + state.stderr)
+    assert "failed with exit code 2" in state.stdout
     logs = head.ray("job", "logs", name).stdout
     last = [line for line in logs.splitlines() if line.strip()]
     assert any(line.startswith("error: budget 3 bits per parameter is below the smallest plan") for line in last[-3:])
@@ -168,14 +167,12 @@ def wait(what: Callable[[], Any], seconds: float = 90.0) -> Any:
 
 def test_a_stopped_job_ends_promptly_and_its_store_can_be_resumed(head: Head, tmp_path: Path, source: Path) -> None:
     config, run = prepared(tmp_path, source), tmp_path / "slow"
-    text = Path(tmp_path / "text.txt") if (tmp_path / "text.txt").exists() else None
-    assert text is None or text.stat().st_size > 0
     submitted = head.submit("quantize", config, *slow(run), wait=False)
     name = next(word.strip("'") for word in submitted.stdout.split() if word.strip("'").startswith("job-"))
     wait(lambda: list(run.glob("forward/0000/*/boundary-*")))
     begun = time.monotonic()
     assert head.ray("job", "stop", name).returncode == 0
-    wait(lambda: "STOPPED" in "".join(head.ray("job", "status", name).stdout), 30)
+    wait(lambda: "stopped" in head.ray("job", "status", name).stdout.lower(), 30)
     assert time.monotonic() - begun < 60
     assert not list(run.glob("lease/*")), "the next driver need not wait"
     assert status.run(str(run))["state"].startswith("stopped")
@@ -191,25 +188,26 @@ def test_metrics_are_where_prometheus_looks(head: Head, tmp_path: Path, source: 
     submitted = head.submit("quantize", config, *slow(run), wait=False)
     name = next(word.strip("'") for word in submitted.stdout.split() if word.strip("'").startswith("job-"))
 
-    def page() -> str | None:
+    def page() -> list[str] | None:
         with urllib.request.urlopen(f"http://127.0.0.2:{head.metrics}/metrics", timeout=10) as answer:
             text: str = answer.read().decode()
-        return text if "ray_prismaquant_step_seconds_count" in text and "ray_prismaquant_bytes_total" in text else None
+        lines = [line for line in text.splitlines() if f'run="{run}"' in line]
+        return lines if any(line.startswith("ray_prismaquant_bytes_total") for line in lines) else None
 
-    text = wait(page)
-    assert 'stage="forward"' in text
-    assert f'run="{run}"' in text
-    assert "ray_prismaquant_tokens_total" in text
+    lines = wait(page)
+    for metric in ("step_seconds_count", "tokens_total", "shards_left"):
+        assert any(line.startswith(f"ray_prismaquant_{metric}") and 'stage="forward"' in line for line in lines)
     head.ray("job", "stop", name)
 
 
 def direct(head: Head, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """A driver with the project, outside the cluster, that brings no working directory."""
-    arguments = [sys.executable, "-m", "jobs", "quantize", str(config), "--set", f"cluster.address={head.address}"]
+    """A driver with the project installed, which brings no code: Ray's workers look where their driver does."""
+    program = Path(sys.executable).parent / "prismaquant-ray"
+    arguments = [str(program), "quantize", str(config), "--set", f"cluster.address={head.address}"]
     for override in overrides:
         arguments += ["--set", override]
     return subprocess.run(
-        arguments, cwd=ROOT, env={**os.environ, **_SETTINGS}, capture_output=True, text=True, timeout=120
+        arguments, cwd="/", env={**os.environ, **_SETTINGS}, capture_output=True, text=True, timeout=120
     )
 
 
@@ -236,7 +234,7 @@ def test_gpus_that_are_not_there_are_refused_with_what_is(head: Head, tmp_path: 
 
 def test_a_cluster_that_wants_a_token_says_so(bare: Path, tmp_path: Path, source: Path) -> None:
     with started(bare, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}) as head:
-        refused(direct(head, prepared(tmp_path, source)), "wants a token")
+        refused(direct(head, prepared(tmp_path, source)), "set RAY_AUTH_MODE=token")
 
 
 def test_another_version_on_the_nodes_is_refused(bare: Path, tmp_path: Path, source: Path) -> None:

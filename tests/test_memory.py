@@ -20,7 +20,7 @@ from prismaquant_ray.storage.store import Store
 from tests.test_pipeline import configuration
 from tests.tiny import make_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WORKERS, MEMORY = 2, 900_000_000
 _SHAPE = {"hidden": 768, "intermediate": 768, "heads": 12, "kv_heads": 12, "head_dim": 64}
 _LAYER = re.compile(r"model\.layers\.0\.(.+)")
@@ -79,5 +79,5 @@ def test_a_worker_that_takes_more_than_it_was_given_ends_the_run(tmp_path: Path)
 
     with pytest.raises(ResourceError, match=r"worker-0 took \d\.\d\d GB, cluster\.memory allows 0\.90"):
         # This process has torch, transformers and the tests in it.
-        _ = bytearray(901_000_000)
+        _ = b"\x01" * 901_000_000
         Run(config, open_workers=in_process()).measure()

@@ -1,0 +1,518 @@
+"""What a pass takes on W equal workers: a simulation of the ring, a closed form, and what both say of many GPUs.
+
+    .venv/bin/python -m benchmarks.simulation
+
+The simulation drives the schedule that runs use (`actors.shards`, `actors.ring`) with given durations. The closed form
+is one line of arithmetic a shard. The command prints what they give for a 27B model under the assumptions of `GPU`
+and `MODEL`; nothing of that was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+from actors.conductor import sources_of
+from actors.events import Event, busy_shares
+from actors.ledger import Recorded
+from actors.messages import Exit, Shard, Stage
+from actors.ring import FINISH, Ring, Step
+from actors.shards import Work, blocks_per_shard, remaining
+
+_NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Seconds of one unit: loading it, one microbatch, and its part of FINISH (encode, or commit)."""
+
+    load: float = 0.0
+    microbatch: float = 0.0
+    finish: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Durations:
+    """Seconds of everything in a run. `forward` and `backward` are of one block.
+
+    `hop` passes before a step whose input another worker put out, `call` before every call; a worker is idle in both.
+    """
+
+    entry: Cost = Cost()
+    forward: Cost = Cost()
+    exit: Cost = Cost()
+    backward: Cost = Cost()
+    hop: float = 0.0
+    call: float = 0.0
+
+    def of(self, shard: Shard) -> Cost:
+        """Of each unit of a shard."""
+        if shard.units == ("entry",):
+            return self.entry
+        if isinstance(shard.units[0], Exit):
+            return self.exit
+        return self.forward if shard.stage is Stage.FORWARD else self.backward
+
+    def block(self, stage: Stage) -> Cost:
+        """Of a block in a pass."""
+        return self.forward if stage is Stage.FORWARD else self.backward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """What a simulated pass took: seconds in all, seconds in calls summed over workers, busy shares, inputs handed on.
+
+    `busy` is `actors.events.busy_shares`: between fill and drain, by worker; empty when a pass is too short for that.
+    `busy_in_blocks` is the same without exits: the blocks behind them fill the pipeline when all workers have begun.
+    """
+
+    seconds: float
+    work: float
+    busy: dict[str, float]
+    busy_in_blocks: dict[str, float]
+    hops: int
+    between_workers: int
+
+
+def whole_run(blocks: int, microbatches: int, limit: int) -> Work:
+    """The shards of a run that has nothing yet."""
+    return remaining(blocks, microbatches, _NOTHING, _NOTHING, limit=limit)
+
+
+def simulate(shards: Sequence[Shard], durations: Durations, workers: int) -> Pass:
+    """A pass on equal workers that are all ready when it begins."""
+    simulation = _Simulation(shards, durations, workers)
+    while not simulation.ring.finished:
+        simulation.turn()
+    return Pass(
+        seconds=simulation.now,
+        work=sum(event.facts["seconds"] for event in simulation.events),
+        busy=busy_shares(simulation.events),
+        busy_in_blocks=busy_shares([event for event in simulation.events if not event.facts["exit"]]),
+        hops=simulation.hops,
+        between_workers=simulation.between_workers,
+    )
+
+
+class _Simulation:
+    """The conductor's loop over virtual time. Workers that nothing has changed for are not asked again."""
+
+    def __init__(self, shards: Sequence[Shard], durations: Durations, workers: int) -> None:
+        self.shards = shards
+        self.durations = durations
+        self.ring = Ring([shard.microbatches for shard in shards], sources_of(shards))
+        self.reader = {Step(s, m): r for r, found in enumerate(self.ring.sources) for m, s in found.items()}
+        self.events: list[Event] = []
+        self.now = 0.0
+        self.hops = self.between_workers = 0
+        self._ends: list[tuple[float, str, Step]] = []
+        self._holder: dict[int, str] = {}
+        self._free = {f"worker-{index:05d}" for index in range(workers)}
+        self._waiting: set[str] = set()
+        self._heads: set[str] = set()
+        self._submit(set())
+
+    def turn(self) -> None:
+        """Everything that ends next, then what can begin because of it."""
+        self.now = self._ends[0][0]
+        woken: set[str] = set()
+        while self._ends and self._ends[0][0] == self.now:
+            _, worker, step = heapq.heappop(self._ends)
+            self.ring.done(worker, step)
+            if step.microbatch == FINISH:
+                self._free.add(worker)
+                continue
+            woken.add(worker)
+            holder = self._holder.get(self.reader.get(step, -1))
+            if holder in self._waiting:
+                woken.add(holder)
+        self._submit(woken)
+
+    def _submit(self, woken: set[str]) -> None:
+        for worker in sorted(woken):
+            self._waiting.discard(worker)
+            step = self.ring.next(worker)
+            if step is None:
+                self._waiting.add(worker)
+            else:
+                self._begin(worker, step)
+        for worker in sorted(self._free):
+            step = self.ring.next(worker)
+            if step is None:
+                break  # The ring answers every worker that holds nothing alike.
+            self._free.discard(worker)
+            self._holder[step.shard] = worker
+            self._begin(worker, step)
+
+    def _begin(self, worker: str, step: Step) -> None:
+        started = self.now + self.durations.call
+        source = self.ring.source(step)
+        if source is not None:
+            self.hops += 1
+            if self._holder[source.shard] != worker:
+                self.between_workers += 1
+                started += self.durations.hop
+        seconds = self._seconds(worker, step)
+        is_exit = isinstance(self.shards[step.shard].units[0], Exit)
+        name = self.shards[step.shard].name
+        facts = {"worker": worker, "started": started, "seconds": seconds, "shard": name, "exit": is_exit}
+        self.events.append(Event(kind="step", at=started + seconds, facts=facts))
+        heapq.heappush(self._ends, (started + seconds, worker, step))
+
+    def _seconds(self, worker: str, step: Step) -> float:
+        shard = self.shards[step.shard]
+        cost, units = self.durations.of(shard), len(shard.units)
+        if step.microbatch == FINISH:
+            return units * cost.finish
+        loads = step.microbatch == shard.microbatches[0]
+        if isinstance(shard.units[0], Exit):  # the head stays loaded from one exit to the next
+            loads = worker not in self._heads
+            self._heads.add(worker)
+        else:
+            self._heads.discard(worker)
+        return units * (cost.microbatch + cost.load * loads)
+
+
+# The closed form --------------------------------------------------------------------------------------------------
+
+
+def shard_cost(cost: Cost, blocks: int, microbatches: int, *, hop: float, call: float) -> float:
+    """c: what a shard of k blocks takes of a worker, k·load + M·(k·t + hop + call) + k·e + call."""
+    return blocks * (cost.load + cost.finish) + microbatches * (blocks * cost.microbatch + hop + call) + call
+
+
+def shard_fill(cost: Cost, blocks: int, *, hop: float, call: float) -> float:
+    """f: how long after a shard the one behind it begins, k·load + k·t + hop + call."""
+    return blocks * (cost.load + cost.microbatch) + hop + call
+
+
+def chain(
+    costs: Sequence[float], fills: Sequence[float], workers: int, *, punctual: int | None = None, late: float = 0.0
+) -> float:
+    """max over s of f(0) + … + f(s−1) + c(s) + c(s+W) + c(s+2W) + …: filled up to a shard, then one worker's work.
+
+    The first `punctual` workers are ready when the chain begins, the others `late` seconds after.
+    """
+    filled = [0.0, *accumulate(fills)]
+    if punctual is not None and punctual < len(costs):
+        wait = max(0.0, late - filled[punctual])
+        filled[punctual:] = [entry + wait for entry in filled[punctual:]]
+    return max(filled[first] + math.fsum(costs[first::workers]) for first in range(len(costs)))
+
+
+def equal_chain(shards: int, cost: float, fill: float, workers: int) -> float:
+    """The same for equal shards: with V−1 = q·W + r, q·max(c, W·f) + r·f + c."""
+    rounds, rest = divmod(shards - 1, workers)
+    return rounds * max(cost, workers * fill) + rest * fill + cost
+
+
+def busy_workers(cost: float, fill: float) -> float:
+    """c/f: as many workers as a ring of equal shards can keep busy. With more, W·f is the time of a round."""
+    return cost / fill if fill else math.inf
+
+
+def predicted(shards: Sequence[Shard], durations: Durations, workers: int, *, loaded_ahead: bool = False) -> float:
+    """Closed form of a whole pass: entry or exits, then the chain of blocks.
+
+    `loaded_ahead` is what it would be if workers loaded a shard before its first input is there, which they do not.
+    """
+    stage, microbatches = shards[-1].stage, len(shards[-1].microbatches)
+    call = durations.call
+    hop = durations.hop if workers > 1 else 0.0
+    sizes = [len(shard.units) for shard in shards if isinstance(shard.units[0], int)]
+    block = durations.block(stage)
+    costs = [shard_cost(block, size, microbatches, hop=hop, call=call) for size in sizes]
+    filling = replace(block, load=0.0) if loaded_ahead else block
+    fills = [shard_fill(filling, size, hop=hop, call=call) for size in sizes]
+    before = len(shards) - len(sizes)
+    if not before:
+        return chain(costs, fills, workers)
+    if stage is Stage.FORWARD:
+        start, late = _after_entry(durations, microbatches, workers)
+        last = 1
+    else:
+        start, late, last = _after_exits(durations, microbatches, workers)
+    return start + chain(costs, fills, workers, punctual=workers - last, late=late)
+
+
+def _after_entry(durations: Durations, microbatches: int, workers: int) -> tuple[float, float]:
+    """When the first block can begin, and how much later the worker of the entry is free."""
+    first = shard_fill(durations.entry, 1, hop=0.0, call=durations.call)
+    whole = shard_cost(durations.entry, 1, microbatches, hop=0.0, call=durations.call)
+    return (whole, 0.0) if workers == 1 else (first, whole - first)
+
+
+def _after_exits(durations: Durations, microbatches: int, workers: int) -> tuple[float, float, int]:
+    """When the first block can begin, how much later the last workers are free, and how many these are."""
+    one = durations.exit.microbatch + durations.exit.finish + 2 * durations.call
+    rounds, rest = divmod(microbatches, workers)
+    if rounds == 0:
+        first = durations.exit.load + durations.exit.microbatch + durations.call
+        return first, durations.exit.load + one - first, rest
+    return durations.exit.load + rounds * one, one if rest else 0.0, rest
+
+
+# Many GPUs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What a worker is assumed to sustain: FLOP/s, bytes/s, and seconds of one kernel launch and of one call."""
+
+    bfloat16: float = 400e12
+    float32: float = 40e12
+    launch: float = 8e-6
+    storage: float = 1e9
+    network: float = 3e9
+    host: float = 5e9
+    call: float = 2e-3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A decoder of equal blocks. `linears` are the (out, in) of fused groups, `inputs` the widths that have a Hessian.
+
+    `codecs` are, for each quantized format, bits a weight, kernels for a piece of the scale search, kernels for a GPTQ
+    column. `piece` is `_PIECE` of `rounding.scale_search`.
+    """
+
+    blocks: int = 64
+    hidden: int = 5120
+    vocabulary: int = 248_320
+    linears: tuple[tuple[int, int], ...] = ((14_336, 5120), (5120, 6144), (34_816, 5120), (5120, 17_408))
+    codecs: tuple[tuple[float, int, int], ...] = ((4.5, 770, 14), (8.25, 22, 10))
+    piece: int = 1 << 16
+
+    @property
+    def parameters(self) -> int:
+        """Of a block."""
+        return sum(out * width for out, width in self.linears)
+
+    @property
+    def candidate_bytes(self) -> float:
+        """Of a block, every format."""
+        return self.parameters * sum(bits for bits, _, _ in self.codecs) / 8
+
+    @property
+    def launches(self) -> float:
+        """Kernels that encode a block: pieces of the scale search, columns of GPTQ."""
+        pieces = sum(math.ceil(out / max(1, self.piece // width)) for out, width in self.linears)
+        columns = sum(width for _, width in self.linears)
+        return sum(search * pieces + gptq * columns for _, search, gptq in self.codecs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What is run through the model."""
+
+    sequences: int = 256
+    length: int = 1024
+    microbatch: int = 4
+
+    @property
+    def microbatches(self) -> int:
+        """How many there are."""
+        return math.ceil(self.sequences / self.microbatch)
+
+    def hop_bytes(self, model: Model) -> int:
+        """BF16 hidden states of a microbatch."""
+        return self.microbatch * self.length * model.hidden * 2
+
+
+GPU = Machine()
+MODEL = Model()
+COARSE = replace(MODEL, piece=1 << 26)
+
+
+def durations_of(model: Model, machine: Machine, calibration: Calibration) -> Durations:
+    """Floating-point operations, launches and bytes over what the machine sustains.
+
+    Attention scores and element-wise work are left out; products that the code makes in float32 (Hessians, prices) are
+    counted as float32.
+    """
+    tokens = calibration.microbatch * calibration.length
+    product = 2 * tokens * model.parameters
+    copies = 3 * calibration.hop_bytes(model) / machine.host
+    hessians = 2 * tokens * sum(width**2 for _, width in model.linears)
+    # Judging three attempts and the winner twice, lazy updates, and three factorizations of each Hessian.
+    codecs = len(model.codecs)
+    encoding = (2 * 5 + 1) * codecs * sum(out * width**2 for out, width in model.linears)
+    encoding += 2 * sum(width**3 for _, width in model.linears)
+    weights = 2 * model.parameters
+    head = model.vocabulary * model.hidden
+    return Durations(
+        entry=Cost(load=2 * head / machine.storage, microbatch=copies),
+        forward=Cost(
+            load=weights / machine.storage,
+            microbatch=product / machine.bfloat16 + hessians / machine.float32 + copies,
+            finish=encoding / machine.float32
+            + model.launches * machine.launch
+            + model.candidate_bytes / machine.storage,
+        ),
+        exit=Cost(load=2 * head / machine.storage, microbatch=4 * tokens * head / machine.bfloat16 + 2 * copies),
+        backward=Cost(
+            load=(weights + model.candidate_bytes) / machine.storage,
+            microbatch=2 * product / machine.bfloat16 + (1 + codecs) * product / machine.float32 + copies,
+        ),
+        hop=calibration.hop_bytes(model) / machine.network,
+        call=machine.call,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outlook:
+    """A whole run on some GPUs. `busy` is the smallest share of a worker in each pass's blocks, between fill and drain.
+
+    It is None where drain begins before the last worker has a block. `ahead` is `closed` if shards were loaded ahead.
+    `efficiency` is one worker's time over W times this one; `limits` are c/f of both passes; bytes are of the run.
+    """
+
+    gpus: int
+    workers: int
+    blocks: int
+    forward: float
+    backward: float
+    closed: float
+    ahead: float
+    single: float
+    busy: tuple[float | None, ...]
+    limits: tuple[float, ...]
+    hop_bytes: float
+    storage_bytes: float
+
+    @property
+    def seconds(self) -> float:
+        """Both passes."""
+        return self.forward + self.backward
+
+    @property
+    def speedup(self) -> float:
+        """Over one GPU."""
+        return self.single / self.seconds
+
+    @property
+    def efficiency(self) -> float:
+        """Of the workers that the run takes."""
+        return self.speedup / self.workers
+
+    @property
+    def limit(self) -> str:
+        """What keeps more GPUs from helping."""
+        if self.gpus > self.workers:
+            return f"{self.gpus - self.workers} GPUs are not asked for"
+        if self.workers > min(self.limits):
+            return f"c/f = {min(self.limits):.0f}"
+        return "fill and drain" if self.efficiency < 0.95 else "nothing"
+
+
+def outlook(
+    gpus: int,
+    *,
+    model: Model = MODEL,
+    machine: Machine = GPU,
+    calibration: Calibration = Calibration(),
+    limit: int | None = None,
+    at_most: int | None = None,
+) -> Outlook:
+    """Simulated: `limit` blocks a shard (what a run chooses when None), never more than `at_most` workers.
+
+    By default no more than `jobs.measure` asks for: one a microbatch, one a block and the entry.
+    """
+    microbatches = calibration.microbatches
+    workers = min(gpus, at_most if at_most is not None else min(microbatches, model.blocks + 1))
+    if limit is None:
+        limit = blocks_per_shard(blocks=model.blocks, workers=workers, fitting=model.blocks)
+    durations = durations_of(model, machine, calibration)
+    work = whole_run(model.blocks, microbatches, limit)
+    passes = {stage: simulate(work.of(stage), durations, workers) for stage in Stage}
+    once = whole_run(model.blocks, microbatches, model.blocks)
+    visited = sum(isinstance(shard.units[0], int) for shard in work.forward)
+    everything = microbatches * calibration.hop_bytes(model)
+    return Outlook(
+        gpus=gpus,
+        workers=workers,
+        blocks=limit,
+        forward=passes[Stage.FORWARD].seconds,
+        backward=passes[Stage.BACKWARD].seconds,
+        closed=sum(predicted(work.of(stage), durations, workers) for stage in Stage),
+        ahead=sum(predicted(work.of(stage), durations, workers, loaded_ahead=True) for stage in Stage),
+        single=sum(predicted(once.of(stage), durations, 1) for stage in Stage),
+        busy=tuple(
+            min(one.busy_in_blocks.values()) if len(one.busy_in_blocks) == workers else None for one in passes.values()
+        ),
+        limits=tuple(_limit(durations, stage, microbatches, limit) for stage in Stage),
+        hop_bytes=sum(one.hops for one in passes.values()) * calibration.hop_bytes(model),
+        # Weights twice, candidates written and read, each boundary written and the forward ones read again.
+        storage_bytes=model.blocks * (4 * model.parameters + 2 * model.candidate_bytes)
+        + everything * (3 * visited + 3),
+    )
+
+
+def _limit(durations: Durations, stage: Stage, microbatches: int, blocks: int) -> float:
+    hop, call, block = durations.hop, durations.call, durations.block(stage)
+    return busy_workers(
+        shard_cost(block, blocks, microbatches, hop=hop, call=call), shard_fill(block, blocks, hop=hop, call=call)
+    )
+
+
+def block_row(durations: Durations, stage: Stage, label: str) -> str:
+    """A line of the table of one block."""
+    block, microbatches = durations.block(stage), Calibration().microbatches
+    cost = shard_cost(block, 1, microbatches, hop=durations.hop, call=durations.call)
+    fill = shard_fill(block, 1, hop=durations.hop, call=durations.call)
+    return (
+        f"| {label} | {block.load:.2f} | {block.microbatch:.3f} | {block.finish:.1f} | {cost:.1f} | {fill:.2f} "
+        f"| {cost / fill:.0f} |"
+    )
+
+
+def row(found: Outlook, label: str) -> str:
+    """A line of the table."""
+    busy = ", ".join("–" if share is None else f"{share:.0%}" for share in found.busy)
+    return (
+        f"| {label} | {found.workers} | {found.blocks} | {found.forward / 60:.1f} | {found.backward / 60:.1f} "
+        f"| {found.closed / 60:.1f} | {found.ahead / 60:.1f} | {found.speedup:.1f} | {found.efficiency:.0%} | {busy} "
+        f"| {found.hop_bytes / 1e9:,.0f} | {found.storage_bytes / 1e9:,.0f} | {found.limit} |"
+    )
+
+
+def main() -> None:
+    """Print the tables of docs/scaling.md that are computed."""
+    print("seconds of one block, microbatches of 4 × 1024 tokens\n")
+    print("| pass | load | microbatch | encode or commit | c, k = 1 | f, k = 1 | c/f |\n|---|---|---|---|---|---|---|")
+    durations = durations_of(MODEL, GPU, Calibration())
+    print(block_row(durations, Stage.FORWARD, "forward"))
+    print(block_row(durations, Stage.BACKWARD, "backward"))
+    print(block_row(durations_of(COARSE, GPU, Calibration()), Stage.FORWARD, "forward, search in pieces of 2²⁶"))
+    print(f"hop {durations.hop:.3f} s, exit {durations.exit.microbatch:.3f} s a microbatch\n")
+    print(
+        "| GPUs | workers | blocks a shard | forward min | backward min | closed form min | loaded ahead min "
+        "| speed-up | efficiency | busy at least | GB hopped | GB read and written | limited by |"
+    )
+    print("|" + "---|" * 13)
+    for gpus in (1, 8, 16, 64, 256):
+        print(row(outlook(gpus), str(gpus)))
+    for label, found in variants():
+        print(row(found, label))
+
+
+def variants() -> list[tuple[str, Outlook]]:
+    """What changes when something else is chosen."""
+    return [
+        ("8, microbatch 1", outlook(8, calibration=Calibration(microbatch=1))),
+        ("64, microbatch 1", outlook(64, calibration=Calibration(microbatch=1))),
+        ("64, microbatch 1, 1,024 sequences", outlook(64, calibration=Calibration(sequences=1024, microbatch=1))),
+        ("64, 2 blocks a shard", outlook(64, limit=2)),
+        ("64, 4 GB/s of storage", outlook(64, machine=replace(GPU, storage=4e9))),
+        ("8, search in pieces of 2²⁶", outlook(8, model=COARSE)),
+        ("64, search in pieces of 2²⁶", outlook(64, model=COARSE)),
+        ("64, microbatch 16", outlook(64, calibration=Calibration(microbatch=16))),
+        ("64, microbatch 16, all asked for", outlook(64, calibration=Calibration(microbatch=16), at_most=65)),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Claims about the simulation of the ring and the closed form of docs/scaling.md."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.conductor import Call, Conductor, Kind, Reply
+from actors.events import Event, Events
+from actors.messages import Exit, Receipt, Shard, Stage
+from actors.shards import blocks_per_shard
+from benchmarks.scaling import durations_of, makespan, repeated
+from benchmarks.simulation import (
+    Calibration,
+    Cost,
+    Durations,
+    busy_workers,
+    chain,
+    equal_chain,
+    outlook,
+    predicted,
+    row,
+    shard_cost,
+    shard_fill,
+    simulate,
+    whole_run,
+)
+from prismaquant_ray import __version__
+
+# A block of the demo on one core: loading is quick, encoding takes as long as several microbatches.
+REALISTIC = Durations(
+    entry=Cost(load=0.1, microbatch=0.01, finish=0.01),
+    forward=Cost(load=0.05, microbatch=0.25, finish=2.5),
+    exit=Cost(load=0.2, microbatch=0.5, finish=0.01),
+    backward=Cost(load=0.1, microbatch=0.7, finish=0.05),
+    hop=0.01,
+    call=0.002,
+)
+
+
+class VirtualWorkers:
+    """Workers that take the time they are given, on a clock that jumps from one reply to the next."""
+
+    def __init__(self, durations: Durations) -> None:
+        self.durations = durations
+        self.now = 0.0
+        self.order = 0
+        self.queue: list[tuple[float, int, Reply]] = []
+        self.heads: set[str] = set()
+
+    def clock(self) -> float:
+        return self.now
+
+    def start(self, worker: str) -> None:
+        self._reply(0.0, worker, {"version": __version__})
+
+    def submit(self, worker: str, call: Call) -> None:
+        if call.kind is Kind.SETUP:
+            self._reply(0.0, worker, {"device": "cpu"})
+            return
+        assert call.shard is not None
+        hop = self.durations.hop if call.arriving not in (None, worker) else 0.0
+        self._reply(self._seconds(worker, call, call.shard), worker, {}, wait=self.durations.call + hop)
+
+    def _seconds(self, worker: str, call: Call, shard: Shard) -> float:
+        cost, units = self.durations.of(shard), len(shard.units)
+        if call.kind is Kind.FINISH:
+            return units * cost.finish
+        if isinstance(shard.units[0], Exit):
+            loads = worker not in self.heads
+            self.heads.add(worker)
+        else:
+            loads = call.microbatch == shard.microbatches[0]
+        return units * (cost.microbatch + cost.load * loads)
+
+    def _reply(self, seconds: float, worker: str, facts: dict[str, Any], wait: float = 0.0) -> None:
+        started = self.now + wait
+        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, facts=facts)
+        self.order += 1
+        entry = (started + seconds, self.order, Reply(worker=worker, receipt=receipt, output=worker))
+        heapq.heappush(self.queue, entry)
+
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        self.now = self.queue[0][0]
+        replies = []
+        while self.queue and self.queue[0][0] == self.now:
+            replies.append(heapq.heappop(self.queue)[2])
+        return replies
+
+    def stop(self, worker: str) -> None:
+        raise AssertionError("nothing hangs here")
+
+    def describe(self) -> str:
+        return "virtual"
+
+
+def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tuple[float, list[Event]]:
+    """When the conductor that runs use has driven a pass, and its step events."""
+    log: list[Event] = []
+    virtual = VirtualWorkers(durations)
+    conductor = Conductor(virtual, Events(log.append), wanted=workers, timeout=1e9, first=1e9, clock=virtual.clock)
+    conductor.wait_for_first()
+    conductor.run_pass(shards)
+    return virtual.now, [event for event in log if event.kind == "step"]
+
+
+def costs(load: float, microbatch: tuple[float, float], finish: float) -> st.SearchStrategy[Cost]:
+    low, high = microbatch
+    return st.builds(
+        Cost,
+        load=st.floats(0, load),
+        microbatch=st.floats(low, high),
+        finish=st.one_of(st.just(0.0), st.floats(0, finish)),
+    )
+
+
+DURATIONS = st.builds(
+    Durations,
+    entry=costs(1, (0.0, 0.5), 0.1),
+    forward=costs(4, (1.0, 1.0), 100),
+    exit=costs(2, (0.1, 2.0), 0.1),
+    backward=costs(4, (0.5, 4.0), 2),
+    hop=st.floats(0, 0.125),
+    call=st.floats(0, 0.01),
+)
+SHAPE = {"blocks": st.integers(1, 64), "microbatches": st.integers(1, 32), "workers": st.integers(1, 16)}
+
+
+@settings(max_examples=40)
+@given(blocks=st.integers(1, 12), microbatches=st.integers(1, 8), workers=st.integers(1, 6), durations=DURATIONS)
+def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
+    blocks: int, microbatches: int, workers: int, durations: Durations
+) -> None:
+    limit = blocks_per_shard(blocks=blocks, workers=workers, fitting=blocks)
+    for stage in Stage:
+        shards = whole_run(blocks, microbatches, limit).of(stage)
+        seconds, steps = conducted(shards, durations, workers)
+        found = simulate(shards, durations, workers)
+        assert found.seconds == pytest.approx(seconds)
+        # Events round to a tenth of a millisecond.
+        assert found.work == pytest.approx(sum(event.facts["seconds"] for event in steps), abs=1e-4 * len(steps))
+
+
+@settings(max_examples=100)
+@given(**SHAPE, fitting=st.integers(1, 64), durations=DURATIONS)
+def test_the_closed_form_is_within_4_percent_forward_and_10_percent_backward(
+    blocks: int, microbatches: int, workers: int, fitting: int, durations: Durations
+) -> None:
+    workers = min(workers, microbatches, blocks + 1)
+    limit = blocks_per_shard(blocks=blocks, workers=workers, fitting=fitting)
+    for stage in Stage:
+        shards = whole_run(blocks, microbatches, limit).of(stage)
+        found = simulate(shards, durations, workers).seconds
+        bound = 0.04 if stage is Stage.FORWARD else 0.1
+        assert found == pytest.approx(predicted(shards, durations, workers), rel=bound)
+
+
+@settings(max_examples=100)
+@given(blocks=st.integers(1, 64), microbatches=st.integers(1, 32), limit=st.integers(1, 64), durations=DURATIONS)
+def test_the_closed_form_is_exact_for_one_worker(
+    blocks: int, microbatches: int, limit: int, durations: Durations
+) -> None:
+    for stage in Stage:
+        shards = whole_run(blocks, microbatches, limit).of(stage)
+        assert predicted(shards, durations, 1) == pytest.approx(simulate(shards, durations, 1).seconds)
+
+
+@settings(max_examples=100)
+@given(blocks=st.integers(1, 8), microbatches=st.integers(1, 32), workers=st.integers(2, 8), durations=DURATIONS)
+def test_the_closed_form_is_exact_for_one_shard_of_the_forward_pass(
+    blocks: int, microbatches: int, workers: int, durations: Durations
+) -> None:
+    shards = whole_run(blocks, microbatches, blocks).forward
+    assert predicted(shards, durations, workers) == pytest.approx(simulate(shards, durations, workers).seconds)
+
+
+@given(
+    shards=st.integers(1, 100),
+    workers=st.integers(1, 100),
+    fill=st.floats(0, 10),
+    rest=st.floats(0, 100),
+)
+def test_equal_shards_need_no_maximum_over_paths(shards: int, workers: int, fill: float, rest: float) -> None:
+    cost = fill + rest
+    general = chain([cost] * shards, [fill] * shards, workers)
+    assert general == pytest.approx(equal_chain(shards, cost, fill, workers), abs=1e-9)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4, 6, 8, 12, 16])
+def test_workers_are_busy_85_percent_with_four_microbatches_and_four_shards_each(workers: int) -> None:
+    work = whole_run(4 * workers, 4 * workers, 1)
+    for stage in Stage:
+        busy = simulate(work.of(stage), REALISTIC, workers).busy
+        assert len(busy) == workers
+        assert min(busy.values()) >= 0.85
+
+
+def test_more_workers_than_the_ring_can_fill_are_idle() -> None:
+    block = REALISTIC.backward
+    cost, fill = (
+        shard_cost(block, 1, 8, hop=REALISTIC.hop, call=REALISTIC.call),
+        shard_fill(block, 1, hop=REALISTIC.hop, call=REALISTIC.call),
+    )
+    most = busy_workers(cost, fill)
+    shards = whole_run(64, 8, 1).backward
+    inside, beyond = (simulate(shards, REALISTIC, workers).seconds for workers in (int(most), 4 * int(most)))
+    assert inside < simulate(shards, REALISTIC, int(most) - 2).seconds
+    assert beyond > 0.9 * inside
+
+
+def test_encoding_lets_the_forward_pass_use_more_workers_than_microbatches() -> None:
+    shards = whole_run(64, 4, 1).forward
+    four, sixteen = (simulate(shards, REALISTIC, workers).seconds for workers in (4, 16))
+    assert sixteen < 0.4 * four
+
+
+def test_workers_without_a_shard_do_nothing() -> None:
+    shards = whole_run(3, 8, 1).forward
+    assert simulate(shards, REALISTIC, 50).seconds == pytest.approx(simulate(shards, REALISTIC, 4).seconds)
+
+
+def test_every_input_but_the_stored_ones_hops_once() -> None:
+    work = whole_run(12, 5, 2)
+    assert simulate(work.forward, REALISTIC, 3).hops == 6 * 5
+    assert simulate(work.backward, REALISTIC, 3).hops == 6 * 5
+    assert simulate(work.forward, REALISTIC, 1).between_workers == 0
+
+
+def test_durations_are_found_again_in_a_log() -> None:
+    log = []
+    for stage in Stage:
+        log += conducted(whole_run(12, 8, 2).of(stage), REALISTIC, 1)[1]
+    found = durations_of(log)
+    for kind in ("entry", "forward", "exit", "backward"):
+        fitted, given_ = getattr(found, kind), getattr(REALISTIC, kind)
+        assert fitted.load == pytest.approx(given_.load, abs=3e-4)
+        assert fitted.microbatch == pytest.approx(given_.microbatch, abs=3e-4)
+        assert fitted.finish == pytest.approx(given_.finish, abs=3e-4)
+    assert found.call == pytest.approx(REALISTIC.call, abs=3e-4)
+    assert repeated(log) == 0
+    assert repeated([*log, log[0]]) == 1
+    forward = [event for event in log if event.facts["stage"] == "forward"]
+    assert makespan(forward) == pytest.approx(simulate(whole_run(12, 8, 2).forward, REALISTIC, 1).seconds, abs=0.003)
+
+
+def test_a_large_model_gains_from_gpus_until_something_named_limits_it() -> None:
+    one, eight, many = (outlook(gpus) for gpus in (1, 8, 256))
+    assert one.speedup == pytest.approx(1.0, abs=0.01)
+    assert 6 < eight.speedup <= 8
+    assert many.workers == Calibration().microbatches
+    assert many.limit == "192 GPUs are not asked for"
+
+
+def test_the_document_shows_what_the_command_prints() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    for gpus in (1, 8, 16, 64):
+        assert row(outlook(gpus), str(gpus)) in text
