@@ -187,9 +187,10 @@ def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
 ) -> None:
     chance = random.Random(seed)
     lost: list[str] = []
+    most = 2 if cause is Cause.PROCESS else 4  # a shard that loses three workers by itself ends the run
 
     def accident(worker: str, call: Call) -> Cause | None:
-        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < 4 and chance.random() < 0.08:
+        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < most and chance.random() < 0.08:
             lost.append(worker)
             return cause
         return None
