@@ -183,6 +183,7 @@ class Run:
             passes.run(self.open_workers)
             self.ledger.tidy()
             self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
+            log.flush()
             self.store.create("measured.json", json.dumps({"peak_bytes": log.peak_bytes}).encode())
         self._read_again()
 
@@ -212,12 +213,15 @@ class Run:
             try:
                 return action()
             except DamagedError as error:
-                if not self.ledger.forget(error.key):
-                    raise
-                click.echo(f"damaged: {error.key}; it is made again", err=True)
-                self.store.delete(["measured.json"])
-                self._read_again()
-                self.measure()
+                with self.claimed():
+                    forgotten = self.ledger.forget(error.key)
+                    if not forgotten:
+                        raise
+                    click.echo(f"damaged: {error.key}; it is made again", err=True)
+                    self.note("repair", key=error.key, message=str(error), forgotten=forgotten)
+                    self.store.delete(["measured.json"])
+                    self._read_again()
+                    self.measure()
         return action()
 
     def _read_again(self) -> None:
