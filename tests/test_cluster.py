@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import ray
 
 from actors.cluster import capacity, joins, worker_count
 from prismaquant_ray.config import ClusterConfig
@@ -20,7 +21,8 @@ def node(cpus: float, gpus: float = 0, *, alive: bool = True, **labels: str) -> 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(ray, "nodes", lambda: found)
+    # Not the real module: Ray decides on its authentication when it is first imported in a process.
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(nodes=lambda: found))
     return found
 
 
