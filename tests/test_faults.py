@@ -251,9 +251,10 @@ def test_driver_stopped_by_sigterm(scene: Scene) -> None:
     scene.is_right(orphans, 2 * MICROBATCHES)
 
 
-def test_storage_killed_for_20_seconds(scene: Scene) -> None:
+@pytest.mark.parametrize(("stage", "kind"), [("forward", "finish"), ("backward", "run")])
+def test_storage_killed_for_20_seconds(scene: Scene, stage: str, kind: str) -> None:
     driver = scene.start()
-    scene.site.cluster.worker("forward", "finish", driver)
+    scene.site.cluster.worker(stage, kind, driver)
     _outage(scene.site.server)
     scene.end(driver)
     scene.is_right(scene.repeated(), 0)
@@ -276,7 +277,7 @@ def _outage(server: S3Server) -> None:
 
 
 def test_storage_answers_slow_down(scene: Scene) -> None:
-    scene.site.proxy.slow_down = 0.2
+    scene.site.proxy.slow_down = 0.3
     scene.end(scene.start())
     assert scene.site.proxy.refused > 20
     scene.is_right(scene.repeated(), 0)
