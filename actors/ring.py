@@ -87,6 +87,10 @@ class Ring:
         """Shards that nobody holds and that could run now, first to last."""
         return [shard for shard in self._free() if self._can_run(shard)]
 
+    def is_finished(self, shard: int) -> bool:
+        """Whether a shard's FINISH is done."""
+        return shard in self._finished
+
     @property
     def finished(self) -> bool:
         """Every shard is finished."""

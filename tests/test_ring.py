@@ -13,10 +13,17 @@ from actors.ring import FINISH, Ring, Step
 SHAPE = {"shards": st.integers(1, 9), "microbatches": st.integers(1, 6), "workers": st.integers(1, 5)}
 
 
-def ring_of(shards: int, microbatches: int) -> Ring:
-    """A chain."""
+def ring_of(shards: int, microbatches: int, sources: list[int] | None = None) -> Ring:
+    """Shards that each read from the one before, or from the one that `sources` says; −1 is the store."""
     every = range(microbatches)
-    return Ring([every] * shards, [dict.fromkeys(every, shard - 1) if shard else {} for shard in range(shards)])
+    before = sources if sources is not None else [shard - 1 for shard in range(shards)]
+    return Ring([every] * shards, [dict.fromkeys(every, source) if source >= 0 else {} for source in before])
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[int]:
+    """Where each shard reads from: some outputs are read by several shards, some shards read from the store."""
+    return [draw(st.integers(-1, shard - 1)) for shard in range(draw(st.integers(1, 9)))]
 
 
 def drive(ring: Ring, workers: int, seed: int, losses: int = 0) -> list[tuple[str, Step]]:
@@ -56,7 +63,20 @@ def drive(ring: Ring, workers: int, seed: int, losses: int = 0) -> list[tuple[st
 def test_every_step_runs_once_in_an_order_that_respects_its_needs(
     shards: int, microbatches: int, workers: int, seed: int
 ) -> None:
-    log = drive(ring_of(shards, microbatches), workers, seed)
+    respects_needs([shard - 1 for shard in range(shards)], microbatches, workers, seed)
+
+
+@settings(max_examples=200)
+@given(sources=trees(), microbatches=SHAPE["microbatches"], workers=SHAPE["workers"], seed=st.integers(0, 1000))
+def test_so_it_does_where_several_shards_read_from_one(
+    sources: list[int], microbatches: int, workers: int, seed: int
+) -> None:
+    respects_needs(sources, microbatches, workers, seed)
+
+
+def respects_needs(sources: list[int], microbatches: int, workers: int, seed: int) -> None:
+    shards = len(sources)
+    log = drive(ring_of(shards, microbatches, sources), workers, seed)
     position = {step: index for index, (_, step) in enumerate(log)}
     assert len(position) == len(log) == shards * (microbatches + 1)
     holder = {}
@@ -64,8 +84,8 @@ def test_every_step_runs_once_in_an_order_that_respects_its_needs(
         assert holder.setdefault(step.shard, worker) == worker, "a shard stays with one worker"
         if step.microbatch == FINISH:
             assert all(position[Step(step.shard, m)] < position[step] for m in range(microbatches))
-        elif step.shard:
-            assert position[Step(step.shard - 1, step.microbatch)] < position[step]
+        elif sources[step.shard] >= 0:
+            assert position[Step(sources[step.shard], step.microbatch)] < position[step]
         if step.microbatch > 0:
             assert position[Step(step.shard, step.microbatch - 1)] < position[step]
 
@@ -75,7 +95,26 @@ def test_every_step_runs_once_in_an_order_that_respects_its_needs(
 def test_losses_delay_but_never_block_and_every_shard_finishes_once(
     shards: int, microbatches: int, workers: int, seed: int, losses: int
 ) -> None:
-    log = drive(ring_of(shards, microbatches), workers, seed, losses)
+    finishes_in_spite_of_losses([shard - 1 for shard in range(shards)], microbatches, workers, seed, losses)
+
+
+@settings(max_examples=200)
+@given(
+    sources=trees(),
+    microbatches=SHAPE["microbatches"],
+    workers=SHAPE["workers"],
+    seed=st.integers(0, 1000),
+    losses=st.integers(1, 6),
+)
+def test_losses_never_block_where_several_shards_read_from_one(
+    sources: list[int], microbatches: int, workers: int, seed: int, losses: int
+) -> None:
+    finishes_in_spite_of_losses(sources, microbatches, workers, seed, losses)
+
+
+def finishes_in_spite_of_losses(sources: list[int], microbatches: int, workers: int, seed: int, losses: int) -> None:
+    shards = len(sources)
+    log = drive(ring_of(shards, microbatches, sources), workers, seed, losses)
     finished = [step.shard for _, step in log if step.microbatch == FINISH]
     assert sorted(finished) == list(range(shards))
     for shard in range(shards):
@@ -140,6 +179,21 @@ def test_shards_that_share_the_work_before_a_shard_run_side_by_side() -> None:
     assert ring.next("c") is None, "microbatch 1 is not there yet, and the order of microbatches is kept"
     ring.done("b", Step(1, 1))
     assert ring.next("c") == Step(4, 1)
+
+
+def test_shards_that_read_from_one_run_side_by_side() -> None:
+    # Block 0, then a draft that takes the first microbatch only and a head that takes both.
+    ring = Ring([[0, 1], [0], [0, 1]], [{}, {0: 0}, {0: 0, 1: 0}])
+    ring.next("a")
+    ring.done("a", Step(0, 0))
+    assert [ring.next(name) for name in "bc"] == [Step(1, 0), Step(2, 0)]
+    ring.done("c", Step(2, 0))
+    assert ring.next("c") is None, "microbatch 1 is not there yet"
+    ring.done("b", Step(1, 0))
+    assert ring.next("b") == Step(1, FINISH)
+    ring.next("a")
+    ring.done("a", Step(0, 1))
+    assert ring.next("c") == Step(2, 1)
 
 
 def test_what_is_no_pass_is_refused() -> None:

@@ -22,7 +22,8 @@ from prismaquant_ray.storage.store import Store
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-SCHEMA = 1
+SCHEMA = 2
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +87,7 @@ def read_tensors(store: Store, artifact: Artifact) -> dict[str, Tensor]:
 def write_record(store: Store, key: str, record: Record) -> bool:
     """Create the record unless one exists; False when another attempt was first."""
     body = {"schema": SCHEMA, **asdict(record)}
-    return store.create(key, json.dumps(body, indent=1, allow_nan=False).encode())
+    return store.create(key, json.dumps({**body, _DIGEST: _digest(body)}, indent=1, allow_nan=False).encode())
 
 
 def read_record(store: Store, key: str) -> Record | None:
@@ -97,10 +98,18 @@ def read_record(store: Store, key: str) -> Record | None:
         return None
     except ValueError as error:
         raise DamagedError(f"{store.uri}: {key} is not JSON; run the same command again to repair it", key) from error
-    if isinstance(body, dict) and body.get("schema", SCHEMA) != SCHEMA:
+    # A price with another digit is JSON, too.
+    if not isinstance(body, dict) or body.pop(_DIGEST, None) != _digest(body):
+        raise DamagedError(f"{store.uri}: {key} is not what was written; run the same command again to repair it", key)
+    if body.get("schema", SCHEMA) != SCHEMA:
         raise StoreError(f"{store.uri}: {key} has schema {body['schema']!r}; this version reads {SCHEMA}")
     try:
         artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
         return Record(artifacts=artifacts, facts=body["facts"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{store.uri}: {key} is malformed; run the same command again to repair it", key) from error
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """SHA-256 of everything else in a record, however its JSON is laid out."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
