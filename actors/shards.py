@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from actors.course import Course
 from actors.ledger import Recorded
 from actors.messages import Exit, Shard, Stage, Unit
 
@@ -30,80 +31,63 @@ class Work:
         return self.forward if stage is Stage.FORWARD else self.backward
 
 
-def remaining(blocks: int, microbatches: int, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
-    """The shards of both passes for a model of `blocks` blocks, at most `limit` blocks each.
+def remaining(course: Course, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
+    """The shards of both passes, at most `limit` blocks each.
 
     Backward shards are cut where forward boundaries are stored, if they are: each reads the one it starts from.
     """
-    last = blocks - 1
-    every = tuple(range(microbatches))
-    order: list[Unit] = list(reversed(range(blocks)))
+    order = course.order(Stage.BACKWARD)
     missing = [unit for unit in order if unit not in backward.done]
+    needed = _needed(course, Stage.BACKWARD, missing, backward.boundaries)
     pieces = []
-    for run in _runs(order, _needed(order, missing, backward.boundaries)):
-        pieces += _cut_backward(run, limit, forward.boundaries)
-    exits = tuple(Exit(microbatch) for microbatch in every)
-    backward_shards = [
-        Shard(stage=Stage.BACKWARD, units=(unit,), produce=frozenset(), origins=(), microbatches=(unit.microbatch,))
-        for unit in exits
-        if pieces and pieces[0][0] == last and unit not in backward.boundaries
-    ]
-    read = {below(piece[-1]) for piece in pieces} | ({last} if backward_shards else set())
-    for piece in pieces:
-        origins: tuple[Unit, ...] = exits if piece[0] == last else (_block(piece[0]) + 1,)
-        backward_shards.append(_shard(Stage.BACKWARD, piece, missing, origins, every))
+    for run in _runs(course, order, needed):
+        pieces += _cut_backward(course, run, limit, forward.boundaries)
+    exits = [unit for unit in course.exits if course.last in needed and unit not in backward.boundaries]
+    read = {course.below(piece[-1]) for piece in pieces} | ({course.last} if exits else set())
+    singles: list[list[Unit]] = [[unit] for unit in exits]
+    backward_shards = [_shard(course, Stage.BACKWARD, piece, missing) for piece in (*singles, *pieces)]
 
-    order = ["entry", *range(blocks)]
-    missing = [unit for unit in order if unit not in forward.done and unit != "entry"]
+    order = course.order(Stage.FORWARD)
+    missing = [unit for unit in order if isinstance(unit, int) and unit not in forward.done]
     read -= forward.boundaries
     forward_shards = []
-    for run in _runs(order, _needed(order, [*missing, *read], forward.boundaries)):
-        for piece in _cut_forward(run, limit, read):
-            origins = () if piece[0] == "entry" else (below(piece[0]),)
-            forward_shards.append(_shard(Stage.FORWARD, piece, missing, origins, every))
+    for run in _runs(course, order, _needed(course, Stage.FORWARD, [*missing, *read], forward.boundaries)):
+        forward_shards += [_shard(course, Stage.FORWARD, piece, missing) for piece in _cut_forward(run, limit, read)]
     return Work(forward=tuple(forward_shards), backward=tuple(backward_shards))
 
 
-def below(unit: Unit) -> Unit:
-    """The unit that puts out what a block reads."""
-    return "entry" if unit == 0 else _block(unit) - 1
+def _shard(course: Course, stage: Stage, piece: list[Unit], missing: Collection[Unit]) -> Shard:
+    return Shard(
+        stage=stage,
+        units=tuple(piece),
+        produce=frozenset(piece) & frozenset(missing),
+        origins=course.reads(stage, piece[0]),
+        microbatches=course.microbatches(piece[0]),
+    )
 
 
-def _shard(
-    stage: Stage, piece: list[Unit], missing: Collection[Unit], origins: tuple[Unit, ...], every: tuple[int, ...]
-) -> Shard:
-    produce = frozenset(piece) & frozenset(missing)
-    return Shard(stage=stage, units=tuple(piece), produce=produce, origins=origins, microbatches=every)
-
-
-def _block(unit: Unit) -> int:
-    assert isinstance(unit, int)
-    return unit
-
-
-def spent(
-    finished: Collection[Unit], left: Collection[Unit], *, blocks: int, microbatches: int
-) -> list[tuple[Stage, Unit]]:
+def spent(course: Course, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
     """Boundaries that nobody needs once these units of the backward pass are finished; `left` are those that are not.
 
     A gradient goes when its producer and its consumer are done, in either order: a lost producer is run again and reads
     its own input once more. A forward boundary goes when everything that recomputes from it is done.
     """
-    last = blocks - 1
-    exits = [Exit(microbatch) for microbatch in range(microbatches)]
     found: list[tuple[Stage, Unit]] = []
-    gradients: list[Unit] = [*finished]
+    gradients: list[Unit] = [unit for unit in finished if unit not in course.leaves]
     for unit in finished:
-        if isinstance(unit, int):
-            found.append((Stage.FORWARD, below(unit)))
-            gradients += exits if unit == last else [unit + 1]
-    for gradient in dict.fromkeys(gradients):
-        consumer = last if isinstance(gradient, Exit) else _block(gradient) - 1
-        if gradient not in left and consumer not in left:
-            found.append((Stage.BACKWARD, gradient))
-    readers = {last, *exits}
+        if isinstance(unit, int) and unit not in course.leaves:
+            found.append((Stage.FORWARD, course.below(unit)))
+            if unit == course.first and course.vision:
+                found.append((Stage.FORWARD, course.vision - 1))  # the merger's, which only the entry reads
+            gradients += course.reads(Stage.BACKWARD, unit)
+    found += [
+        (Stage.BACKWARD, gradient)
+        for gradient in dict.fromkeys(gradients)
+        if gradient not in left and course.reader(gradient) not in left
+    ]
+    readers = set(course.leaf_readers())
     if readers & set(finished) and not readers & set(left):
-        found.append((Stage.FORWARD, last))
+        found.append((Stage.FORWARD, course.last))
     return found
 
 
@@ -112,30 +96,29 @@ def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
     return max(1, min(fitting, math.ceil(blocks / (VISITS * workers))))
 
 
-def _needed(order: Sequence[Unit], targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
-    """The targets, and everything before each of them back to a stored output."""
-    position = {unit: index for index, unit in enumerate(order)}
+def _needed(course: Course, stage: Stage, targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
+    """The targets, and everything each of them reads, back to a stored output; exits are not followed."""
     needed: set[Unit] = set()
-    for target in targets:
-        index = position[target]
-        needed.add(target)
-        while index > 0 and order[index - 1] not in stored and order[index - 1] not in needed:
-            index -= 1
-            needed.add(order[index])
+    waiting = list(targets)
+    while waiting:
+        unit = waiting.pop()
+        if unit not in needed and not isinstance(unit, Exit):
+            needed.add(unit)
+            waiting += [origin for origin in course.reads(stage, unit) if origin not in stored]
     return needed
 
 
-def _runs(order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
-    """Maximal stretches of consecutive needed units; the entry is a stretch of its own."""
+def _runs(course: Course, order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
+    """Maximal stretches of consecutive needed units that may share a visit."""
     runs: list[list[Unit]] = []
-    after_needed = False
+    before: Unit | None = None
     for unit in order:
         if unit in needed:
-            if after_needed and isinstance(runs[-1][-1], int):
+            if before in needed and before is not None and course.joined(before, unit):
                 runs[-1].append(unit)
             else:
                 runs.append([unit])
-        after_needed = unit in needed
+        before = unit
     return runs
 
 
@@ -149,12 +132,12 @@ def _cut_forward(run: list[Unit], limit: int, ends: Collection[Unit]) -> list[li
     return [part for piece in pieces for part in _even(piece, limit)]
 
 
-def _cut_backward(run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
+def _cut_backward(course: Course, run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
     """Pieces that start from a stored forward boundary where one is near enough, else of about equal length."""
     pieces: list[list[Unit]] = []
     rest = run
     while rest:
-        ends = [size for size in range(1, min(limit, len(rest)) + 1) if below(rest[size - 1]) in stored]
+        ends = [size for size in range(1, min(limit, len(rest)) + 1) if course.below(rest[size - 1]) in stored]
         size = ends[-1] if ends else len(_even(rest, limit)[0])
         pieces.append(rest[:size])
         rest = rest[size:]

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
+from actors.course import Course
 from actors.ledger import Ledger
-from actors.messages import Activation, Exit, Shard, Stage, Unit, from_wire, to_wire, unit_key
-from actors.shards import below
+from actors.messages import Activation, Shard, Stage, Unit, from_wire, to_wire, unit_key
 from actors.transfer import Inbox, Outbox, read_boundary
-from prismaquant_ray.calibration.text import CalibrationSet
+from prismaquant_ray.calibration.batches import Batch, CalibrationSet
 from prismaquant_ray.config import Config
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FormatName
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
-from prismaquant_ray.sensitivity.backward_pass import BackwardVisit
-from prismaquant_ray.sensitivity.fisher import exit_gradient
-from prismaquant_ray.storage.record import Artifact, Record, new_attempt, read_tensors, write_tensors
+from prismaquant_ray.sensitivity.fisher import Loss
+from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_tensors
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Workshop:
     """What every visit of a worker uses. The head stays loaded from one exit to the next."""
 
@@ -42,10 +37,24 @@ class Workshop:
     thread: ThreadPoolExecutor
     head: ExitStack | None = None
 
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """Every microbatch: texts, then images."""
+        return self.calibration.batches(self.config.calibration.microbatch)
+
+    @cached_property
+    def course(self) -> Course:
+        """What reads what."""
+        images = len(self.calibration.images)
+        return Course.of(self.runner.layout, texts=len(self.batches) - images, images=images)
+
     @property
-    def microbatches(self) -> tuple[slice, ...]:
-        """The sequences of each microbatch."""
-        return self.calibration.microbatches(self.config.calibration.microbatch)
+    def loss(self) -> Loss:
+        """The loss of the model and of its draft head."""
+        config, layout = self.config.calibration, self.runner.layout
+        return Loss(
+            labels=config.labels, seed=config.seed, vocab_size=layout.vocab_size, image_token=layout.image_token
+        )
 
     def inbox(self, shard: Shard, stage: Stage, units: tuple[Unit, ...]) -> Inbox:
         """What the units of a pass put out, for the microbatches of a shard."""
@@ -67,6 +76,9 @@ class Workshop:
 
 class Visit(ABC):
     """One attempt at a shard. Microbatches must come in order, then `finish`; `close` gives the weights up."""
+
+    #: Whether anything reads what its last unit puts out.
+    is_read: ClassVar[bool] = True
 
     def __init__(self, shop: Workshop, shard: Shard) -> None:
         self.shop = shop
@@ -95,11 +107,13 @@ class Visit(ABC):
     def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, dict[str, Any]]:
         """One microbatch; the boundary goes to the store behind what follows."""
         leaving = self.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
-        key = f"{self._directory(self.shard.units[-1])}/boundary-{microbatch:05d}.safetensors"
-        self.outbox.put(microbatch, key, leaving)
+        if self.is_read:
+            key = f"{self._directory(self.shard.units[-1])}/boundary-{microbatch:05d}.safetensors"
+            self.outbox.put(microbatch, key, leaving)
         wire = to_wire(leaving)
         hop = arriving[1].nbytes if isinstance(arriving, tuple) else 0
-        return wire, {"tokens": leaving.shape[0] * leaving.shape[1], "hop_bytes": hop, **self.facts}
+        tokens = self.shop.batches[microbatch].tokens.numel()
+        return wire, {"tokens": tokens, "hop_bytes": hop, **self.facts}
 
     def stored(self) -> dict[int, Artifact]:
         """Boundaries that have reached the store since the last call."""
@@ -109,10 +123,10 @@ class Visit(ABC):
 
     def finish(self) -> None:
         """Commit the boundary, then each unit's record: whatever is interrupted, what is recorded can be built on."""
-        last = self.shard.units[-1]
-        boundary = self.outbox.flush()
-        self.shop.ledger.write_boundary(self.shard.stage, last, boundary)
-        self.moved["written"] += sum(artifact.size for artifact in boundary.values())
+        if self.is_read:
+            boundary = self.outbox.flush()
+            self.shop.ledger.write_boundary(self.shard.stage, self.shard.units[-1], boundary)
+            self.moved["written"] += sum(artifact.size for artifact in boundary.values())
         for unit, record in self.products():
             self.moved["written"] += sum(artifact.size for artifact in record.artifacts.values())
             self.shop.ledger.write_record(self.shard.stage, unit, record)
@@ -140,161 +154,3 @@ class Visit(ABC):
 
     def _write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
         return write_tensors(self.shop.ledger.store, f"{self._directory(unit)}/{name}.safetensors", tensors)
-
-
-class EntryVisit(Visit):
-    """The embedding: token ids to hidden states. It produces nothing but its boundary."""
-
-    @override
-    def start(self) -> None:
-        self.resident.enter_context(self.shop.runner.entry())
-
-    @override
-    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.shop.runner.embed(self.shop.calibration.tokens[self.shop.microbatches[microbatch]])
-
-    @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        return iter(())
-
-
-class ExitVisit(Visit):
-    """Final norm and head: hidden states to the gradient of the loss. It produces nothing but its boundary."""
-
-    @override
-    def start(self) -> None:
-        self.shop.load_head()
-        last = len(self.shop.runner.layout.blocks) - 1
-        self.hidden = self.shop.inbox(self.shard, Stage.FORWARD, (last,))
-
-    @override
-    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        config, rows = self.shop.config.calibration, self.shop.microbatches[microbatch]
-        hidden, size = self.hidden.get(microbatch)
-        self.moved["read"] += size
-        gradient, loss = exit_gradient(
-            self.shop.runner,
-            hidden.to(self.shop.runner.device),
-            self.shop.calibration.tokens[rows],
-            labels=config.labels,
-            seed=config.seed,
-            first_sequence=rows.start,
-        )
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the model's loss on calibration sequences {rows.start} to {rows.stop - 1} is {loss}; "
-                "is the checkpoint intact?"
-            )
-        self.facts["loss"] = loss
-        return gradient
-
-    @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        return iter(())
-
-
-_Core = TypeVar("_Core", ForwardVisit, BackwardVisit)
-
-
-class BlocksVisit(Visit, Generic[_Core]):
-    """Decoder blocks, each with the core's own visit; those that produce leave a record."""
-
-    @override
-    def start(self) -> None:
-        self.blocks: dict[Unit, _Core] = {unit: self.load(_index(unit)) for unit in self.shard.units}
-        self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
-
-    @abstractmethod
-    def load(self, index: int) -> _Core:
-        """A block with its weights."""
-
-    @abstractmethod
-    def record(self, unit: Unit, visit: _Core) -> Record:
-        """What a block produces, stored."""
-
-    def formats(self, unit: Unit) -> tuple[FormatName, ...]:
-        """The formats a block is encoded or priced in; none for one that is only run."""
-        return self.shop.config.formats if unit in self.shard.produce else ()
-
-    @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        for unit in self.shard.units:
-            if unit in self.shard.produce:
-                yield unit, self.record(unit, self.blocks.pop(unit))
-
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
-
-
-class ForwardShard(BlocksVisit[ForwardVisit]):
-    """Blocks of the forward pass: run, gather statistics, encode."""
-
-    @override
-    def load(self, index: int) -> ForwardVisit:
-        return ForwardVisit(self.shop.runner, index, self.formats(index), self.shop.rounding)
-
-    @override
-    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        held_out = self.shop.calibration.holdout[self.shop.microbatches[microbatch]]
-        for visit in self.blocks.values():
-            arriving = visit.run(arriving, held_out)
-        return arriving
-
-    @override
-    def record(self, unit: Unit, visit: ForwardVisit) -> Record:
-        candidates = visit.finish()
-        artifacts = {str(name): self._write(unit, name, tensors) for name, tensors in candidates.tensors.items()}
-        return Record(artifacts=artifacts, facts=candidates.figures)
-
-
-class BackwardShard(BlocksVisit[BackwardVisit]):
-    """Blocks of the backward pass: recomputed from the boundary below them, differentiated from the top, priced."""
-
-    @override
-    def start(self) -> None:
-        super().start()
-        self.hidden = self.shop.inbox(self.shard, Stage.FORWARD, (below(self.shard.units[-1]),))
-
-    @override
-    def load(self, index: int) -> BackwardVisit:
-        formats = self.formats(index)
-        return BackwardVisit(self.shop.runner, index, formats, self._candidates(index) if formats else {})
-
-    def _candidates(self, unit: Unit) -> dict[FormatName, dict[str, Tensor]]:
-        record = self.shop.ledger.record(Stage.FORWARD, unit)
-        self.moved["read"] += sum(artifact.size for artifact in record.artifacts.values())
-        return {FormatName(name): read_tensors(self.shop.ledger.store, a) for name, a in record.artifacts.items()}
-
-    @override
-    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        hidden, size = self.hidden.get(microbatch)
-        self.moved["read"] += size
-        hidden = hidden.to(self.shop.runner.device)
-        for visit in reversed(self.blocks.values()):
-            hidden = visit.forward(hidden)
-        for visit in self.blocks.values():
-            arriving = visit.backward(arriving)
-        return arriving
-
-    @override
-    def record(self, unit: Unit, visit: BackwardVisit) -> Record:
-        sensitivity = visit.finish()
-        vectors = self._write(unit, "vectors", sensitivity.vectors)
-        return Record(artifacts={"vectors": vectors}, facts=sensitivity.figures)
-
-
-def open_visit(shop: Workshop, shard: Shard) -> Visit:
-    """Load a shard; the head, which only exits need, makes room for anything else."""
-    if shard.units == ("entry",):
-        return EntryVisit(shop, shard)
-    if isinstance(shard.units[0], Exit):
-        return ExitVisit(shop, shard)
-    shop.unload_head()
-    return ForwardShard(shop, shard) if shard.stage is Stage.FORWARD else BackwardShard(shop, shard)
-
-
-def _index(unit: Unit) -> int:
-    assert isinstance(unit, int)
-    return unit

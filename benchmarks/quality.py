@@ -3,7 +3,8 @@
     .venv/bin/python -m benchmarks.quality configs/demo.yaml [--set key=value …] [--parts error,kl,prediction,sweep]
 
 Weights come from assembled repositories and are decoded by compressed-tensors; nothing of ours decodes them. The
-evaluation text shares no passage with the calibration text. Results are printed as one JSON object.
+evaluation text shares no passage with the calibration text. Results are printed as one JSON object. For dense models
+that read text; `benchmarks.trained` measures one with experts.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ from jobs.run import Run
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, load
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.divergence import summarize, token_kl
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import FusedGroup
+from prismaquant_ray.layout import FusedGroup, Kind, Layout
 from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.models.source import local_files
 from prismaquant_ray.storage.record import read_tensors
 from prismaquant_ray.storage.store import Store
 
@@ -47,13 +50,17 @@ class Measured:
 
     def __init__(self, run: Run, sequences: int) -> None:
         self.run = run
+        if any(block.kind is not Kind.DECODER for block in run.layout.blocks) or run.layout.top_k:
+            raise InputError(f"{run.layout.architecture} is more than a dense decoder; see benchmarks.trained")
         self.runner = ModelRunner(run.source, dtype=torch.float32, device=torch.device("cpu"))
         self.blocks = [self.runner.load_block(index) for index in range(len(run.layout.blocks))]
-        tokenizer = AutoTokenizer.from_pretrained(run.directory)
+        with local_files(run.source) as directory:
+            tokenizer = AutoTokenizer.from_pretrained(directory)
         text = load_sequences(TEXT, tokenizer, sequences=sequences, length=LENGTH, seed=0, holdout=0.0)
         self.tokens = text.tokens
+        self.batches = text.batches(4)
         with self.runner.entry(), torch.no_grad():
-            self.entering = [self.runner.embed(self.tokens[i : i + 4]) for i in range(0, sequences, 4)]
+            self.entering = [self.runner.embed(batch.inputs) for batch in self.batches]
 
     def linear(self, name: str) -> torch.nn.Linear:
         """A Linear of the resident model, by checkpoint name."""
@@ -65,11 +72,11 @@ class Measured:
     @torch.no_grad()
     def hidden(self, entering: list[Tensor], first: int = 0) -> Iterator[Tensor]:
         """What leaves the last block for what enters block `first`."""
-        for arriving in entering:
-            hidden = arriving
+        for hidden, batch in zip(entering, self.batches, strict=True):
+            leaving = hidden
             for index in range(first, len(self.blocks)):
-                hidden = self.runner.run_block(index, self.blocks[index], hidden)
-            yield hidden
+                leaving = self.runner.run_block(index, self.blocks[index], leaving, batch.inputs)
+            yield leaving
 
     @torch.no_grad()
     def kl(self, source: list[Tensor], quantized: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,7 +123,7 @@ class Measured:
                 handle.remove()
 
 
-def decoded(repository: Path) -> tuple[dict[str, Tensor], dict[str, tuple[FormatName, Tensor | None]]]:
+def decoded(repository: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, tuple[FormatName, Tensor | None]]]:
     """Weights of every quantized Linear by compressed-tensors, and each one's format and input scale."""
     checkpoint = Checkpoint(Store(repository))
     groups = checkpoint.config["quantization_config"]["config_groups"].values()
@@ -127,7 +134,7 @@ def decoded(repository: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Format
     for name in checkpoint.tensors:
         module, _, suffix = name.rpartition(".")
         members.setdefault(module, {})[suffix] = checkpoint.read([name])[name]
-    by_linear = {linear: FormatName(fmt) for group, fmt in choice.items() for linear in _linears(group)}
+    by_linear = {linear.name: FormatName(choice[group.name]) for group in layout.groups for linear in group.linears}
     for module, tensors in members.items():
         name = by_linear.get(module)
         if name is None or name is FormatName.BF16:
@@ -145,12 +152,6 @@ def decoded(repository: Path) -> tuple[dict[str, Tensor], dict[str, tuple[Format
         weights[module] = compressor.decompress(tensors, scheme)["weight"].to(torch.bfloat16).float()
         formats[module] = name, scale
     return weights, formats
-
-
-def _linears(group: str) -> list[str]:
-    parent, _, leaf = group.rpartition(".")
-    fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    return [f"{parent}.{member}" for member in fused.get(leaf, (leaf,))]
 
 
 def nearest_by_compressed_tensors(weight: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def assembled(run: Run, bpp: float) -> Path:
 def output_error(run: Run) -> dict[str, Any]:
     """Held-out output MSE of stored NVFP4 weights against round-to-nearest, per Linear."""
     model = Measured(run, 8)
-    weights, _ = decoded(assembled(run, 4.5))
+    weights, _ = decoded(assembled(run, 4.5), run.layout)
     ratios: dict[str, float] = {}
 
     def hook(name: str) -> Any:
@@ -219,7 +220,7 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
         }
 
     for bpp in budgets:
-        weights, formats = decoded(assembled(run, bpp))
+        weights, formats = decoded(assembled(run, bpp), run.layout)
         predicted = planning.allocate(Run(run.config.model_copy(update={"budget": BudgetConfig(bpp=bpp)})))
         results[f"{bpp:g}"] = {**measured(weights, formats), "predicted": predicted["predicted_loss"]}
         if all(name is FormatName.NVFP4 for name, _ in formats.values()):
@@ -237,7 +238,8 @@ def prediction(run: Run, every: int = 3) -> dict[str, Any]:
     with torch.no_grad():
         boundaries = [model.entering]
         for index, block in enumerate(model.blocks):
-            boundaries.append([model.runner.run_block(index, block, hidden) for hidden in boundaries[-1]])
+            entering = zip(boundaries[-1], model.batches, strict=True)
+            boundaries.append([model.runner.run_block(index, block, x, batch.inputs) for x, batch in entering])
     table = run.table
     pairs = []
     groups: list[FusedGroup] = [group for position, group in enumerate(run.layout.groups) if position % every == 0]

@@ -123,7 +123,7 @@ def _is_exit(event: Event) -> bool:
 
 
 def _blocks(steps: Iterable[Event]) -> list[Event]:
-    return [event for event in steps if event.facts["shard"] != "entry" and not _is_exit(event)]
+    return [event for event in steps if event.facts["shard"] not in ("pixels", "entry") and not _is_exit(event)]
 
 
 def makespan(steps: Sequence[Event]) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from actors.conductor import sources_of
+from actors.course import Course
 from actors.events import Event, busy_shares
 from actors.ledger import Recorded
 from actors.messages import Exit, Shard, Stage
@@ -36,7 +37,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Durations:
-    """Seconds of everything in a run. `forward` and `backward` are of one block.
+    """Seconds of everything in a run. `forward` and `backward` are of one block of any kind, `entry` also of pixels.
 
     `hop` passes before a step whose input another worker put out, `call` before every call; a worker is idle in both.
     """
@@ -50,7 +51,7 @@ class Durations:
 
     def of(self, shard: Shard) -> Cost:
         """Of each unit of a shard."""
-        if shard.units == ("entry",):
+        if isinstance(shard.units[0], str):
             return self.entry
         if isinstance(shard.units[0], Exit):
             return self.exit
@@ -77,9 +78,14 @@ class Pass:
     between_workers: int
 
 
-def whole_run(blocks: int, microbatches: int, limit: int) -> Work:
+def visits(course: Course, limit: int) -> Work:
     """The shards of a run that has nothing yet."""
-    return remaining(blocks, microbatches, _NOTHING, _NOTHING, limit=limit)
+    return remaining(course, _NOTHING, _NOTHING, limit=limit)
+
+
+def whole_run(blocks: int, microbatches: int, limit: int) -> Work:
+    """The same of a decoder alone, with nothing before or behind it, on text."""
+    return visits(Course(decoder=blocks, texts=microbatches), limit)
 
 
 def simulate(shards: Sequence[Shard], durations: Durations, workers: int) -> Pass:
@@ -104,7 +110,10 @@ class _Simulation:
         self.shards = shards
         self.durations = durations
         self.ring = Ring([shard.microbatches for shard in shards], sources_of(shards))
-        self.reader = {Step(s, m): r for r, found in enumerate(self.ring.sources) for m, s in found.items()}
+        self.readers: dict[Step, list[int]] = {}
+        for reader, found in enumerate(self.ring.sources):
+            for microbatch, source in found.items():
+                self.readers.setdefault(Step(source, microbatch), []).append(reader)
         self.events: list[Event] = []
         self.now = 0.0
         self.hops = self.between_workers = 0
@@ -126,9 +135,8 @@ class _Simulation:
                 self._free.add(worker)
                 continue
             woken.add(worker)
-            holder = self._holder.get(self.reader.get(step, -1))
-            if holder in self._waiting:
-                woken.add(holder)
+            holders = {self._holder.get(reader) for reader in self.readers.get(step, ())}
+            woken |= {holder for holder in holders if holder in self._waiting}
         self._submit(woken)
 
     def _submit(self, woken: set[str]) -> None:
@@ -215,7 +223,7 @@ def busy_workers(cost: float, fill: float) -> float:
 
 
 def predicted(shards: Sequence[Shard], durations: Durations, workers: int, *, loaded_ahead: bool = False) -> float:
-    """Closed form of a whole pass: entry or exits, then the chain of blocks.
+    """Closed form of a whole pass over a decoder alone: entry or exits, then the chain of blocks.
 
     `loaded_ahead` is what it would be if workers loaded a shard before its first input is there, which they do not.
     """

@@ -1,6 +1,6 @@
 """`prismaquant-ray COMMAND CONFIG.yaml [--set key=value …] [--json]`, also `python -m jobs COMMAND …`.
 
-`status` takes the run store in place of CONFIG.
+`status` takes the run store in place of CONFIG, `dequantize` a repository and an output.
 
 Commands are imported when they run: `--help` answers without torch.
 """
@@ -42,13 +42,13 @@ class Stopped(KeyboardInterrupt):
 def cli() -> None:
     """Mixed-precision quantization of large language models as a Ray job.
 
-    Every command but `status` takes the same CONFIG and runs what it needs and is missing. Exit codes: 0 done, 2 the
-    input, 3 the environment, 1 a bug, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    Every command but `status` and `dequantize` takes the same CONFIG and runs what it needs and is missing. Exit codes:
+    0 done, 2 the input, 3 the environment, 1 a bug, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
 
 
 def _add(name: str, help_text: str) -> None:
-    def command(config: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool, **options: bool) -> None:
+    def command(config: Path | None, overrides: tuple[str, ...], as_json: bool, debug: bool, **options: Any) -> None:
         sys.exit(_guarded(lambda: _execute(name, config, overrides, as_json, options), debug=debug))
 
     decorators = [
@@ -61,6 +61,10 @@ def _add(name: str, help_text: str) -> None:
     ]
     if name in _MEASURING:
         decorators.append(click.option("--fresh", is_flag=True, help="Delete what store.run holds and start over."))
+    if name == "inspect":
+        decorators.append(
+            click.option("--for", "machines", multiple=True, metavar="NxSIZE", help="Plan for e.g. 8x80GB instead.")
+        )
     for decorator in reversed(decorators):
         command = decorator(command)
     cli.command(name, help=help_text)(command)
@@ -81,6 +85,20 @@ def _status(uri: str, as_json: bool, debug: bool) -> None:
         return _show(status, status.run(uri), as_json)
 
     sys.exit(_guarded(show, debug=debug))
+
+
+@cli.command("dequantize", help="The BF16 weights of a compressed-tensors repository, as a repository at OUT.")
+@click.argument("repo")
+@click.argument("out")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def _dequantize(repo: str, out: str, as_json: bool, debug: bool) -> None:
+    def write() -> int:
+        from jobs import dequantize
+
+        return _show(dequantize, dequantize.run(repo, out), as_json)
+
+    sys.exit(_guarded(write, debug=debug))
 
 
 def _execute(name: str, path: Path | None, overrides: tuple[str, ...], as_json: bool, options: dict[str, bool]) -> int:

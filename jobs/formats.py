@@ -9,18 +9,19 @@ from rich.table import Table
 
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.formats.servability import SERVABILITY
 
 _EXAMPLE = (4096, 4096)
 
 
 def run(config: Config | None) -> dict[str, Any]:
-    """Every format; with a configuration also how many Linears of its model can take each."""
-    linears = None
+    """Every format; with a configuration also how many fused groups of its model can take each."""
+    groups = None
     if config is not None:
         from jobs.run import Run
 
-        linears = list(Run(config).layout.linears())
+        groups = Run(config).layout.groups
     entries = []
     for name, spec in FORMATS.items():
         entry: dict[str, Any] = {
@@ -30,10 +31,9 @@ def run(config: Config | None) -> dict[str, Any]:
             "summary": spec.summary,
             "served_by": SERVABILITY[name].as_dict(),
         }
-        if linears is not None:
-            refusals = [spec.refusal(item.out_features, item.in_features) for item in linears]
-            entry["linears"] = sum(reason is None for reason in refusals)
-            entry["of"] = len(refusals)
+        if groups is not None:
+            entry["groups"] = sum(refusal(name, group) is None for group in groups)
+            entry["of"] = len(groups)
         entries.append(entry)
     return {"formats": entries}
 
@@ -42,8 +42,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     """The table."""
     table = Table(box=None, pad_edge=False)
     columns = ["format", "bits", "compressed-tensors format", "runtime needs", "what it is"]
-    with_model = "linears" in result["formats"][0]
-    for title in [*columns, *(["Linears"] if with_model else [])]:
+    with_model = "groups" in result["formats"][0]
+    for title in [*columns, *(["fused groups"] if with_model else [])]:
         table.add_column(title)
     for entry in result["formats"]:
         row = [
@@ -53,5 +53,5 @@ def render(result: dict[str, Any], console: Console) -> None:
             entry["served_by"]["needs"],
             entry["summary"],
         ]
-        table.add_row(*row, *([f"{entry['linears']} of {entry['of']}"] if with_model else []))
+        table.add_row(*row, *([f"{entry['groups']} of {entry['of']}"] if with_model else []))
     console.print(table)

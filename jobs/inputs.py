@@ -22,9 +22,15 @@ from prismaquant_ray.models.source import resolve
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.store import Store, check_directory
 
+# Files that decide what text and images become: of the tokenizer, and of the processor.
+_PREPARING = ("tokenizer", "processor", "preprocessor", "chat_template")
 
-def open_source(model: ModelConfig) -> Checkpoint:
-    """The checkpoint: as given, from the hub's cache, or written from the package that embeds it."""
+
+def open_source(model: ModelConfig, *, weights: bool = True) -> Checkpoint:
+    """The checkpoint: as given, from the hub's cache, or written from the package that embeds it.
+
+    Where `weights` are not needed, a directory with nothing but a configuration will do.
+    """
     if model.embedded is not None:
         from prismaquant_ray.models.embedded import materialise
 
@@ -32,6 +38,11 @@ def open_source(model: ModelConfig) -> Checkpoint:
     store = resolve(model.source, model.revision)
     if store.path is None:
         store.check_readable()
+    if not weights:
+        from prismaquant_ray.models.outline import Outline
+
+        if Outline.fits(store):
+            return Outline(store)
     return Checkpoint(store)
 
 
@@ -131,15 +142,22 @@ def fingerprint(config: Config, source: Checkpoint) -> dict[str, Any]:
         raise InputError(f"calibration.text {text}: cannot be read ({error.strerror})") from error
     tokenizer = hashlib.sha256()
     for name in sorted(source.other_files()):
-        if name.startswith("tokenizer") or name in ("vocab.json", "merges.txt"):
+        if name.startswith(_PREPARING) or name in ("vocab.json", "merges.txt"):
             tokenizer.update(source.store.get(name))
+    images = None
+    if calibration.images is not None:
+        from prismaquant_ray.calibration.images import files_digest
+
+        images = files_digest(calibration.images)
     return {
         "code": __version__,
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
+        "model.quantize_lm_head": config.model.quantize_lm_head,
         "calibration.text": text_digest,
+        "calibration.images": images,
         "tokenizer": tokenizer.hexdigest(),
-        **{f"calibration.{key}": value for key, value in calibration.model_dump(exclude={"text"}).items()},
+        **{f"calibration.{key}": value for key, value in calibration.model_dump(exclude={"text", "images"}).items()},
         "formats": [str(name) for name in config.formats],
         "rounding": config.rounding.model_dump(mode="json"),
         "cluster.threads": config.cluster.threads,

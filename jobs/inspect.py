@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 
 from actors.cluster import joins
+from actors.needs import Needs, shard_size
 from actors.shards import VISITS
 from jobs import inputs
 from jobs.run import Run
-from prismaquant_ray.config import Config
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.config import Config, parse_bytes
+from prismaquant_ray.errors import InputError
+
+_MACHINE = re.compile(r"(\d+)x(.+)")
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Layout, candidates, budget bounds, memory and disk plan. Refuses what cannot fit."""
-    current = Run(config)
+def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
+    """Layout, candidates, budget bounds, memory and disk plan. Refuses what cannot fit on this machine.
+
+    With `machines`, e.g. 8x80GB, the plan is for those instead; no weights need to be there.
+    """
+    others = [_machine(machine) for machine in machines]
+    current = Run(config, weights=False)
     layout, sizes = current.layout, current.sizes
     limit = sizes.limit(config.budget)
     required = current.needs
-    size = inputs.check_room(config, required)
+    workers = inputs.expected_workers(config)
+    if others:
+        size = shard_size(required, config, workers=workers, free=inputs.free_device_memory(config) // workers)
+    else:
+        size = inputs.check_room(config, required)
     groups = Counter(group.name.rpartition(".")[2] for group in layout.groups)
     allowed = {str(name): int(sizes.allowed[:, column].sum()) for column, name in enumerate(sizes.formats)}
     return {
         "architecture": layout.architecture,
         "family": layout.family,
-        "guesses": list(layout.guesses),
+        "guesses": [*layout.guesses, *_outlined(current.source)],
         "blocks": len(layout.blocks),
         "quantizable_parameters": layout.parameters,
         "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
@@ -36,12 +51,53 @@ def run(config: Config) -> dict[str, Any]:
         "kept": dict(layout.kept),
         "budget_bytes": limit,
         "needs": required.as_dict(),
-        "workers": inputs.expected_workers(config),
+        "workers": workers,
         "on_this_machine": not joins(config.cluster),
         "blocks_per_shard": asdict(size),
         "worker_bytes": required.worker(size.blocks),
         "run_store_bytes": required.run_store(size.blocks),
+        "machines": [_plan(config, required, machine, *others[i]) for i, machine in enumerate(machines)],
     }
+
+
+def _machine(text: str) -> tuple[int, int]:
+    """Workers and bytes of each from 8x80GB."""
+    found = _MACHINE.fullmatch(text)
+    try:
+        count, size = (int(found[1]), parse_bytes(found[2])) if found else (0, 0)
+    except ValueError as error:
+        raise InputError(f"--for {text}: {error}") from error
+    if count < 1 or size < 1:
+        raise InputError(f"--for {text}: write how many devices of how much memory, e.g. 8x80GB")
+    return count, size
+
+
+def _plan(config: Config, required: Needs, machine: str, workers: int, memory: int) -> dict[str, Any]:
+    """What a worker would do on a machine with that many devices."""
+    elsewhere = config.model_copy(update={"cluster": config.cluster.model_copy(update={"memory": "auto"})})
+    size = shard_size(required, elsewhere, workers=workers, free=memory)
+    blocks = max(1, size.blocks)
+    return {
+        "machine": machine,
+        "workers": workers,
+        "fits": required.worker(blocks) <= memory,
+        "blocks_per_shard": blocks,
+        "fitting": max(0, size.fitting),
+        "wanted": size.wanted,
+        "worker_bytes": required.worker(blocks),
+        "run_store_bytes": required.run_store(blocks),
+    }
+
+
+def _outlined(source: Checkpoint) -> Iterator[str]:
+    """What was taken for granted because there are no weights."""
+    from prismaquant_ray.models.outline import Outline
+
+    if isinstance(source, Outline):
+        yield "no weights are there: names and shapes are those of the configuration, in BF16"
+        names = source.unexplained()
+        if names:
+            yield f"the index names {len(names)} tensors that the configuration does not explain, {names[0]} the first"
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -55,14 +111,21 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"  guess: {guess}")
     console.print("  fused groups: " + ", ".join(f"{count} {name}" for name, count in result["groups"].items()))
     console.print("  can take: " + ", ".join(f"{count} {name}" for name, count in result["groups_per_format"].items()))
+    by_reason: dict[str, list[str]] = {}
     for name, reason in result["kept"].items():
-        console.print(f"  kept: {name} ({reason})")
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        console.print(f"  kept: {names[0]}{more} ({reason})")
     needs, size = result["needs"], result["blocks_per_shard"]
     console.print(
         f"  a block: {_gb(needs['block'])} = weights {_gb(needs['block_weights'])} + the larger of Hessians "
         f"{_gb(needs['block_hessians'])} and candidates {_gb(needs['block_candidates'])} with activations "
         f"{_gb(needs['block_activations'])}"
     )
+    if result["machines"]:
+        _render_machines(result, console)
+        return
     console.print(
         f"  blocks per shard: {size['blocks']}"
         + (" as configured; " if size["configured"] else "; ")
@@ -76,6 +139,26 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"{size['blocks']} blocks and head {_gb(needs['exit'])})"
     )
     console.print(f"  disk: run store {_gb(result['run_store_bytes'])} at most, repository {_gb(needs['repository'])}")
+
+
+def _render_machines(result: dict[str, Any], console: Console) -> None:
+    needs = result["needs"]
+    console.print(
+        f"  a worker: process {_gb(needs['base'])} + working {_gb(needs['working'])} + the larger of its blocks and "
+        f"head {_gb(needs['exit'])}; repository {_gb(needs['repository'])}"
+    )
+    for plan in result["machines"]:
+        if not plan["fits"]:
+            console.print(
+                f"  {plan['machine']}: does not fit, a worker needs {_gb(plan['worker_bytes'])}; lower "
+                "calibration.microbatch, name fewer formats, or set model.dtype to bfloat16 if it is not"
+            )
+            continue
+        console.print(
+            f"  {plan['machine']}: {plan['workers']} workers of {_gb(plan['worker_bytes'])}, "
+            f"{plan['blocks_per_shard']} blocks a shard ({plan['fitting']} fit, {plan['wanted']} give every worker "
+            f"{VISITS} visits), run store {_gb(plan['run_store_bytes'])} at most"
+        )
 
 
 def _gb(size: int) -> str:

@@ -7,7 +7,6 @@ must run for it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.conductor import Conductor
+from actors.course import Course
 from actors.events import Event, Events
 from actors.ledger import REQUESTS, Ledger
 from actors.messages import Shard, Stage, Unit, WorkerSpec, unit_of
@@ -67,22 +67,28 @@ class Measurement:
     """Both passes over one run store. `check` raises when the run must end, e.g. because its lease is lost."""
 
     def __init__(
-        self, *, spec: WorkerSpec, needs: Needs, ledger: Ledger, events: Events, check: Callable[[], None]
+        self,
+        *,
+        spec: WorkerSpec,
+        needs: Needs,
+        course: Course,
+        ledger: Ledger,
+        events: Events,
+        check: Callable[[], None],
     ) -> None:
         self.spec = spec
         self.needs = needs
+        self.course = course
         self.ledger = ledger
         self.events = events
         self.check = check
-        calibration = spec.config.calibration
-        self.microbatches = math.ceil(calibration.sequences / calibration.microbatch)
 
     def run(self, open_workers: OpenWorkers) -> None:
         """Do what is missing; opens no worker when nothing is."""
         if not any(self._remaining(limit=1).of(stage) for stage in Stage):
             return
         with (
-            open_workers(self.spec, min(self.microbatches, self.needs.blocks + 1)) as crew,
+            open_workers(self.spec, min(len(self.course.every), self.course.blocks + 1)) as crew,
             self.events.listening(*crew.listeners),
         ):
             cluster = self.spec.config.cluster
@@ -133,7 +139,7 @@ class Measurement:
             shards=len(shards),
             units=sum(len(shard.units) for shard in shards),
             produced=sum(len(shard.produce) for shard in shards),
-            microbatches=self.microbatches,
+            microbatches=len(self.course.every),
             steps=sum(len(shard.microbatches) + 1 for shard in shards),
         )
         if stage is Stage.FORWARD:
@@ -160,7 +166,7 @@ class Measurement:
     def _remaining(self, *, limit: int) -> Work:
         recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
         forward, backward = recorded[Stage.FORWARD], recorded[Stage.BACKWARD]
-        return remaining(self.needs.blocks, self.microbatches, forward, backward, limit=limit)
+        return remaining(self.course, forward, backward, limit=limit)
 
     def repair(self, error: DamagedError) -> None:
         """Forget what names a damaged object, so that it is made again; StoreError when nothing names it."""
@@ -170,8 +176,7 @@ class Measurement:
         self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
 
     def _drop(self, finished: Collection[Unit], left: frozenset[Unit]) -> None:
-        blocks, microbatches = self.needs.blocks, self.microbatches
-        for stage, unit in spent(finished, left, blocks=blocks, microbatches=microbatches):
+        for stage, unit in spent(self.course, finished, left):
             self.ledger.drop_boundary(stage, unit)
 
     def _admit(self, facts: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from actors.messages import Stage
 from jobs.run import Run
 from prismaquant_ray.config import Config
+from prismaquant_ray.layout import Kind
 
 
 def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -28,11 +30,11 @@ def summary(current: Run) -> dict[str, Any]:
     for record in current.records[Stage.FORWARD].values():
         for codecs in record.facts["linears"].values():
             for codec, figures in codecs.items():
-                errors, method = figures["holdout_error"], figures["method"]
-                if errors["nearest"] > 0:
-                    gains.setdefault(codec, []).append(errors[method] / errors["nearest"])
-                methods.setdefault(codec, {}).setdefault(method, 0)
-                methods[codec][method] += 1
+                for method, errors in _by_matrix(figures):
+                    if errors["nearest"] > 0:
+                        gains.setdefault(codec, []).append(errors[method] / errors["nearest"])
+                    counts = methods.setdefault(codec, {})
+                    counts[method] = counts.get(method, 0) + 1
     sensitive: list[dict[str, Any]] = []
     for column, name in enumerate(table.formats):
         for row, group in enumerate(table.groups):
@@ -53,8 +55,37 @@ def summary(current: Run) -> dict[str, Any]:
         "holdout_error_to_nearest": {codec: _geometric_mean(ratios) for codec, ratios in gains.items()},
         "methods": methods,
         "most_sensitive": sensitive[:10],
+        "experts": _experts(current),
+        "draft_agreement": _draft_agreement(current),
         "peak_worker_bytes": json.loads(current.store.get("measured.json"))["peak_bytes"],
     }
+
+
+def _by_matrix(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The method that won and the errors of all, for a Linear or for each expert's."""
+    methods, errors = figures["method"], figures["holdout_error"]
+    if isinstance(methods, str):
+        yield methods, errors
+        return
+    for expert, method in enumerate(methods):
+        yield method, {name: values[expert] for name, values in errors.items()}
+
+
+def _experts(current: Run) -> dict[str, dict[str, Any]]:
+    """Calibration tokens of every routed expert, by layer, with what most needs to be known of them."""
+    found = {}
+    for record in current.records[Stage.FORWARD].values():
+        for name, tokens in record.facts["experts"].items():
+            found[name] = {"tokens": tokens, "fewest": min(tokens), "unseen": sum(count == 0 for count in tokens)}
+    return found
+
+
+def _draft_agreement(current: Run) -> dict[str, float] | None:
+    """How often the draft head's best guess is the model's: as it is (BF16), and with all of it in a format."""
+    for block in current.layout.of(Kind.DRAFT):
+        agreement: dict[str, float] = current.records[Stage.BACKWARD][block.index].facts["agreement"]
+        return agreement
+    return None
 
 
 def _total(costs: list[float]) -> float | None:
@@ -75,6 +106,15 @@ def render(result: dict[str, Any], console: Console) -> None:
     for codec, ratio in result["holdout_error_to_nearest"].items():
         wins = ", ".join(f"{method} {count}" for method, count in sorted(result["methods"][codec].items()))
         console.print(f"  {codec:<13} held-out output error {ratio:.3f} of round-to-nearest ({wins})")
+    if result["experts"]:
+        fewest = min(entry["fewest"] for entry in result["experts"].values())
+        unseen = sum(entry["unseen"] for entry in result["experts"].values())
+        console.print(
+            f"  experts of {len(result['experts'])} layers: {fewest:,} calibration tokens at least, {unseen} saw none"
+        )
+    if result["draft_agreement"]:
+        shown = ", ".join(f"{name} {share:.3f}" for name, share in result["draft_agreement"].items())
+        console.print(f"  draft head agrees with the model's best guess: {shown}")
     console.print("most sensitive:")
     for entry in result["most_sensitive"][:5]:
         console.print(f"  {entry['cost']:.5f} ± {entry['standard_error']:.5f}  {entry['format']:<8} {entry['group']}")

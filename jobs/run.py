@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import TypeAdapter, ValidationError
 
+from actors.course import Course
 from actors.events import EventLog, Events
 from actors.ledger import Ledger
 from actors.messages import Stage, WorkerSpec
@@ -20,7 +22,8 @@ from actors.shard_worker import read_calibration
 from jobs import inputs
 from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
-from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
+from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.publish import check_output
 from prismaquant_ray.checkpoint.reader import Checkpoint
@@ -45,14 +48,19 @@ T = TypeVar("T")
 class Run:
     """One configuration over one run store. Opening checks the inputs; stages run when asked for."""
 
-    def __init__(self, config: Config, *, open_workers: OpenWorkers = ray_crew, fresh: bool = False) -> None:
-        """`open_workers` gives the workers; `fresh` deletes what the run store holds before anything is measured."""
+    def __init__(
+        self, config: Config, *, open_workers: OpenWorkers = ray_crew, fresh: bool = False, weights: bool = True
+    ) -> None:
+        """`open_workers` gives the workers; `fresh` deletes what the run store holds before anything is measured.
+
+        Without `weights` the model may be a configuration only, and nothing but its layout and needs can be asked for.
+        """
         self.config = config
         self.open_workers = open_workers
         self.fresh = fresh
         self.lease: Lease | None = None
         self.peak_bytes = 0
-        self.source: Checkpoint = inputs.open_source(config.model)
+        self.source: Checkpoint = inputs.open_source(config.model, weights=weights)
 
     @cached_property
     def store(self) -> Store:
@@ -85,14 +93,14 @@ class Run:
         return self._build_layout()
 
     def _build_layout(self) -> Layout:
-        from prismaquant_ray.models.inspect import build
+        from prismaquant_ray.models.inspect import build, scope_of
 
-        return build(self.source)[1]
+        return build(self.source, scope_of(self.config))[1]
 
     @cached_property
     def sizes(self) -> Sizes:
         """Bytes of every candidate and of everything else."""
-        quantizable = {linear.weight for linear in self.layout.linears()}
+        quantizable = {source for linear in self.layout.linears() for source in linear.sources}
         kept = [info for name, info in self.source.tensors.items() if name not in quantizable]
         tensors = sum(info.nbytes + entry_bytes(info.name) for info in kept)
         files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
@@ -108,7 +116,7 @@ class Run:
 
     @cached_property
     def calibration(self) -> CalibrationSet:
-        """The token sequences; InputError when the text is too short or there is no tokenizer."""
+        """Texts and images; InputError when the text is too short, or what prepares them is not there."""
         from transformers import AutoTokenizer
 
         calibration = self.config.calibration
@@ -118,7 +126,7 @@ class Run:
             except (OSError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise InputError(f"{self.source.store.uri}: no tokenizer can be loaded ({reason})") from error
-            return load_sequences(
+            texts = load_sequences(
                 calibration.text,
                 tokenizer,
                 sequences=calibration.sequences,
@@ -126,6 +134,24 @@ class Run:
                 seed=calibration.seed,
                 holdout=calibration.holdout,
             )
+            if calibration.images is None:
+                return texts
+            if self.layout.image_token is None:
+                raise InputError(
+                    f"calibration.images is given, but {self.layout.architecture} has no vision tower that is known "
+                    "here; remove it"
+                )
+            from prismaquant_ray.calibration.images import load_images
+
+            images = load_images(calibration.images, directory, image_token=self.layout.image_token)
+            return texts.with_images((image.inputs for image in images), calibration.holdout)
+
+    @cached_property
+    def course(self) -> Course:
+        """The units of both passes."""
+        images = len(self.calibration.images)
+        texts = math.ceil(self.calibration.texts / self.config.calibration.microbatch)
+        return Course.of(self.layout, texts=texts, images=images)
 
     # Stages ---------------------------------------------------------------------------------------------------
 
@@ -179,7 +205,14 @@ class Run:
                 run=absolute(self.config.store.run),
             )
             assert self.lease is not None
-            passes = Measurement(spec=spec, needs=self.needs, ledger=self.ledger, events=events, check=self.lease.check)
+            passes = Measurement(
+                spec=spec,
+                needs=self.needs,
+                course=self.course,
+                ledger=self.ledger,
+                events=events,
+                check=self.lease.check,
+            )
             passes.run(self.open_workers)
             self.ledger.tidy()
             self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
@@ -235,8 +268,7 @@ class Run:
         except DamagedError:
             self.store.delete([_CALIBRATION])
         found = self.calibration
-        tensors = {"tokens": found.tokens, "holdout": found.holdout}
-        artifact = write_tensors(self.store, f"calibration/{new_attempt()}/tokens.safetensors", tensors)
+        artifact = write_tensors(self.store, f"calibration/{new_attempt()}/tokens.safetensors", found.state())
         facts = {"fingerprint": found.fingerprint}
         write_record(self.store, _CALIBRATION, Record(artifacts={"tokens": artifact}, facts=facts))
 
@@ -254,7 +286,13 @@ class Run:
         """Prices of every candidate; measures first when needed."""
         self.measure()
         figures = {stage: {i: record.facts for i, record in found.items()} for stage, found in self.records.items()}
-        return from_figures(self.layout, self.config.formats, figures[Stage.FORWARD], figures[Stage.BACKWARD])
+        return from_figures(
+            self.layout,
+            self.config.formats,
+            figures[Stage.FORWARD],
+            figures[Stage.BACKWARD],
+            draft_weight=self.config.allocation.mtp_weight,
+        )
 
     @cached_property
     def candidates(self) -> Candidates:

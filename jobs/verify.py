@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jobs import inputs
 from jobs.run import Run
+from prismaquant_ray.checkpoint.shards import MANIFEST, is_dequantized
 from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
@@ -19,12 +20,14 @@ from prismaquant_ray.storage.store import Store
 def run(config: Config) -> dict[str, Any]:
     """Check the repository that is there, whatever budget it was made for. Exit code 2 when it is wrong."""
     output = config.store.output
-    if not inputs.exists(output, "prismaquant.json"):
+    if not inputs.exists(output, MANIFEST):
         raise InputError(f"store.output {output} is not a repository of ours; run assemble first")
+    store = Store(output, create=False)
+    if is_dequantized(store.get(MANIFEST)):
+        raise InputError(f"store.output {output} is a dequantized repository; verify the quantized one")
     current = Run(config)
     current.measure()
-    store = Store(output, create=False)
-    choice = {group: FormatName(name) for group, name in json.loads(store.get("prismaquant.json"))["choice"].items()}
+    choice = {group: FormatName(name) for group, name in json.loads(store.get(MANIFEST))["choice"].items()}
     report = verify_repository(store, current.source, current.layout, choice, current.candidates)
     return {
         "repository": str(output),

@@ -60,22 +60,26 @@ class ModelConfig(Section):
 
     `source` is a local directory, an s3:// or gs:// URI, or a hub id already in the hub's cache (of every node). With
     `embedded`, the named model that a Python package carries is first written to the directory `source`. Blocks
-    compute in `dtype`.
+    compute in `dtype`. `quantize_lm_head` makes the output head an item like any other; vLLM before 0.32 may refuse it.
     """
 
     source: str = Field(min_length=1)
     revision: str = "main"
     embedded: Literal["smollm2-135m-instruct"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize_lm_head: bool = False
 
 
 class CalibrationConfig(Section):
     """Which text is run through the model, and how.
 
     `holdout` is the share of sequences that judge GPTQ instead of driving it; `microbatch` sequences run at once.
+    `images` is a JSONL file of images with captions, for the vision tower of a model that has one; without it the tower
+    stays in BF16.
     """
 
     text: Path
+    images: Path | None = None
     sequences: int = Field(default=128, ge=2)
     length: int = Field(default=1024, ge=2)
     seed: int = Field(default=0, ge=0)
@@ -130,9 +134,14 @@ class RoundingConfig(Section):
 
 
 class AllocationConfig(Section):
-    """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods."""
+    """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods.
+
+    `mtp_weight` is what a nat of a draft head's loss is worth in nats of the model's. A worse draft costs speed, not
+    quality: fewer of its tokens are accepted.
+    """
 
     objective: Literal["token_fisher", "fisher_trace"] = "token_fisher"
+    mtp_weight: float = Field(default=0.1, ge=0.0)
 
 
 class ClusterConfig(Section):

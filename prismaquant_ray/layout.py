@@ -1,4 +1,4 @@
-"""The parts of a model as names and shapes: blocks, input groups, fused groups, Linears.
+"""The parts of a model as names and shapes: blocks, Linears, and how Linears belong together.
 
 A layout is built from the configuration and the safetensors headers only (`models.inspect`). It is the one
 place where module names are parsed; everything after works with these objects.
@@ -8,37 +8,104 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
+from itertools import accumulate, pairwise
+
+#: Stands for the number of an expert in the name of a Linear that every expert of a layer has.
+EXPERT = "{}"
+
+
+class Kind(StrEnum):
+    """What a block is, and with it where it stands: images, then decoder, then what reads the decoder's output."""
+
+    VISION = "vision"
+    MERGER = "merger"
+    DECODER = "decoder"
+    DRAFT = "draft"
+    HEAD = "head"
+
+
+#: Blocks with a loss of their own behind the last decoder layer: nothing reads what they put out.
+LEAVES = (Kind.DRAFT, Kind.HEAD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearSpec:
-    """One Linear that may be quantized. `name` is its module path in the source checkpoint."""
+    """One Linear that may be quantized, or the same Linear of every expert of a layer.
+
+    `name` is its module path in the repository, with `{}` for the expert's number; `experts` how many there are, None
+    for one Linear by itself. `sources` are the checkpoint tensors that hold it: one, one an expert, or a packed tensor.
+    """
 
     name: str
     out_features: int
     in_features: int
+    sources: tuple[str, ...]
+    experts: int | None = None
 
     @property
-    def weight(self) -> str:
-        """Name of its weight in the source checkpoint."""
-        return f"{self.name}.weight"
+    def names(self) -> tuple[str, ...]:
+        """Module path of each matrix, by expert."""
+        if self.experts is None:
+            return (self.name,)
+        return tuple(self.name.replace(EXPERT, str(expert)) for expert in range(self.experts))
 
     @property
     def parameters(self) -> int:
-        """Number of weights."""
-        return self.out_features * self.in_features
+        """Number of weights of all matrices."""
+        return (self.experts or 1) * self.out_features * self.in_features
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Matrix:
+    """Linears that the runtime holds as one matrix (one an expert), stacked along the rows: q/k/v, gate/up.
+
+    They read the tensor that `input` names and share NVFP4's global scales. `parameters` are the weights in the block's
+    module: one of each Linear, or one packed (experts, rows, columns).
+    """
+
+    name: str
+    input: str
+    linears: tuple[LinearSpec, ...]
+    parameters: tuple[str, ...]
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts have this matrix; None for a matrix by itself."""
+        return self.linears[0].experts
+
+    @property
+    def in_features(self) -> int:
+        """Columns."""
+        return self.linears[0].in_features
+
+    @property
+    def rows(self) -> tuple[slice, ...]:
+        """Where each Linear is in the matrix."""
+        stops = accumulate((linear.out_features for linear in self.linears), initial=0)
+        return tuple(slice(start, stop) for start, stop in pairwise(stops))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedGroup:
-    """Linears the serving runtime fuses: one format, one NVFP4 global scale, one allocator item.
+    """Matrices that must have one format: one allocator item. More than one only for the experts of a layer.
 
-    Members read the same input. `name` is the runtime's name for them, or the Linear's own when it is alone.
+    `name` is the runtime's name for it, or the Linear's own when it is alone.
     """
 
     name: str
-    linears: tuple[LinearSpec, ...]
+    matrices: tuple[Matrix, ...]
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Every Linear of it, in order."""
+        return tuple(linear for matrix in self.matrices for linear in matrix.linears)
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts it belongs to, or None."""
+        return self.matrices[0].experts
 
     @property
     def parameters(self) -> int:
@@ -48,33 +115,39 @@ class FusedGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputGroup:
-    """Fused groups whose members read the same tensor: one Hessian, one Cholesky factor."""
+    """Matrices that read the same tensor: one Hessian, one Cholesky factor (one an expert)."""
 
     name: str
-    groups: tuple[FusedGroup, ...]
-
-    @property
-    def linears(self) -> tuple[LinearSpec, ...]:
-        """Every Linear that reads this input, in order."""
-        return tuple(linear for group in self.groups for linear in group.linears)
+    matrices: tuple[Matrix, ...]
 
     @property
     def in_features(self) -> int:
         """Width of the shared input."""
-        return self.groups[0].linears[0].in_features
+        return self.matrices[0].in_features
+
+    @property
+    def experts(self) -> int | None:
+        """How many experts read their share of it, or None."""
+        return self.matrices[0].experts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameter:
+    """A tensor of a block's module and the checkpoint tensors it is read from, concatenated along the rows."""
+
+    name: str
+    tensors: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The smallest unit that is loaded and run: one decoder layer.
-
-    `prefix` is its module path; `tensors` are the names of everything it loads, in checkpoint order.
-    """
+    """The smallest unit that is loaded and run, e.g. one decoder layer. `prefix` is its module path."""
 
     index: int
+    kind: Kind
     prefix: str
-    tensors: tuple[str, ...]
-    inputs: tuple[InputGroup, ...]
+    parameters: tuple[Parameter, ...]
+    groups: tuple[FusedGroup, ...]
     source_bytes: int
 
     @property
@@ -82,10 +155,19 @@ class Block:
         """Its name in the run store."""
         return f"{self.index:04d}"
 
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Checkpoint tensors it loads."""
+        return tuple(tensor for parameter in self.parameters for tensor in parameter.tensors)
+
     @cached_property
-    def groups(self) -> tuple[FusedGroup, ...]:
-        """Every fused group, in order."""
-        return tuple(group for entry in self.inputs for group in entry.groups)
+    def inputs(self) -> tuple[InputGroup, ...]:
+        """Its matrices by what they read, in order of first appearance."""
+        found: dict[str, list[Matrix]] = {}
+        for group in self.groups:
+            for matrix in group.matrices:
+                found.setdefault(matrix.input, []).append(matrix)
+        return tuple(InputGroup(name=name, matrices=tuple(matrices)) for name, matrices in found.items())
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -93,24 +175,41 @@ class Block:
         return tuple(linear for group in self.groups for linear in group.linears)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """What different runtimes call a part of module names, whole dotted words; `names` begins with the checkpoint's."""
+
+    part: str
+    names: tuple[str, ...]
+
+    def part_of(self, name: str) -> bool:
+        """Whether a name has the part."""
+        return f".{self.part}." in f".{name}."
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A model as the quantizer sees it.
 
-    `embedding` and `head` name the tensors that the entry and the exit of the model load (they share the
-    embedding when it is tied). `kept` gives the reason for every Linear that stays as it is, by module path.
-    `guesses` is empty for a known family; otherwise it says what was assumed.
+    `embedding`, `pixels` and `head` name the tensors that the entry of the model, the entry of its vision tower and its
+    exit load (entry and exit share the embedding when it is tied). `kept` gives the reason for every matrix that
+    stays as it is, by module path. `guesses` is empty for a known family; otherwise it says what was assumed.
+    `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets.
     """
 
     architecture: str
     family: str
     blocks: tuple[Block, ...]
     embedding: tuple[str, ...]
+    pixels: tuple[str, ...]
     head: tuple[str, ...]
     kept: dict[str, str]
     guesses: tuple[str, ...]
+    views: tuple[View, ...]
     hidden_size: int
     vocab_size: int
+    image_token: int | None
+    top_k: int
 
     @cached_property
     def groups(self) -> tuple[FusedGroup, ...]:
@@ -127,6 +226,17 @@ class Layout:
         """Weights of all quantizable Linears: the denominator of bits per parameter."""
         return sum(group.parameters for group in self.groups)
 
+    def of(self, *kinds: Kind) -> tuple[Block, ...]:
+        """Blocks of these kinds, in order."""
+        return tuple(block for block in self.blocks if block.kind in kinds)
+
     def linears(self) -> Iterator[LinearSpec]:
         """Every quantizable Linear, in order."""
         return (linear for group in self.groups for linear in group.linears)
+
+    def called(self, name: str) -> tuple[str, ...]:
+        """Every name that a runtime may know a module of the checkpoint by, the checkpoint's own first."""
+        view = next((view for view in self.views if view.part_of(name)), None)
+        if view is None:
+            return (name,)
+        return tuple(f".{name}.".replace(f".{view.part}.", f".{other}.", 1).strip(".") for other in view.names)

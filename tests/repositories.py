@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +17,20 @@ from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
 from prismaquant_ray.checkpoint.writer import MANIFEST, Repository, write_repository
-from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.inspect import build
+from prismaquant_ray.formats import FORMATS, FormatName, experts_of
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.layout import Layout, LinearSpec, Matrix
+from prismaquant_ray.models.inspect import Scope, build
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.record import write_tensors
 from prismaquant_ray.storage.store import Store
 from tests.tiny import make_checkpoint
+from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
 
 Choice = dict[str, FormatName]
+#: The formats of a configuration that names none.
+DEFAULT_FORMATS = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
+INPUT_DIVISOR = 96.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Model:
         return verify_repository(Store(output, create=False), self.source, self.layout, choice, candidates)
 
     def stored(self, choice: Choice) -> dict[str, tuple[FormatName, dict[str, Tensor]]]:
-        """Linear name → its format and candidate tensors by suffix, for every quantized Linear."""
+        """Module name → its format and candidate tensors by suffix, for every quantized Linear of every expert."""
         found = {}
         for block in self.layout.blocks:
             for group in block.groups:
@@ -62,36 +66,84 @@ class Model:
                     continue
                 file = self.candidates.file(block.index, name)
                 for linear in group.linears:
-                    tensors = file.read([info.name for info in file.of(name, linear)])
-                    found[linear.name] = (name, {key.rpartition(".")[2]: value for key, value in tensors.items()})
+                    for module, infos in file.of(name, linear).items():
+                        tensors = file.read([info.name for info in infos])
+                        found[module] = name, {key.rpartition(".")[2]: value for key, value in tensors.items()}
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        """Module name → its weight in the source, for every Linear of every expert."""
+        found = {}
+        for group in self.layout.groups:
+            for matrix in group.matrices:
+                for linear, weight in zip(matrix.linears, weights_of(self.source, matrix), strict=True):
+                    found |= zip(linear.names, [weight] if linear.experts is None else weight, strict=True)
         return found
 
 
-def make_model(directory: Path, architecture: str, **arguments: Any) -> Model:
-    source = Checkpoint(Store(make_checkpoint(directory / "source", architecture, **arguments)))
-    layout = build(source)[1]
+def make_model(directory: Path, name: str, *, scope: Scope | None = None, **arguments: Any) -> Model:
+    """A model of an architecture of `tests.tiny`, or of a family of `tests.tiny_families`.
+
+    Of a family everything is quantizable that can be, unless `scope` says otherwise.
+    """
+    make = make_family if name in FAMILIES else make_checkpoint
+    source = Checkpoint(Store(make(directory / "source", name, **arguments)))
+    if scope is None:
+        scope = everything(source, name) if name in FAMILIES else Scope()
+    layout = build(source, scope)[1]
     return Model(source, layout, store_candidates(source, layout, Store(directory / "run")))
 
 
+def everything(source: Checkpoint, family: str) -> Scope:
+    """The vision tower, and the output head but where it must stay."""
+    tied = source.config.get("tie_word_embeddings", False)
+    return Scope(images=family in VISION_FAMILIES, head=family != "gpt_oss" and not tied)
+
+
+def weights_of(source: Checkpoint, matrix: Matrix) -> list[Tensor]:
+    """The weights of a matrix's Linears as the source has them: (O, I), or (E, O, I) of every expert."""
+    return [_weight(source, linear, rows) for linear, rows in zip(matrix.linears, matrix.rows, strict=True)]
+
+
+def _weight(source: Checkpoint, linear: LinearSpec, rows: slice) -> Tensor:
+    read = source.read(linear.sources)
+    tensors = [read[name] for name in linear.sources]
+    if linear.experts is None:
+        return tensors[0]
+    return tensors[0][:, rows] if len(tensors) == 1 else torch.stack(tensors)
+
+
 def store_candidates(source: Checkpoint, layout: Layout, store: Store) -> Candidates:
+    """Every Linear of every expert in every format it can take, rounded to nearest."""
     artifacts = {}
-    for block, name in itertools.product(layout.blocks, FORMATS):
-        tensors: dict[str, Tensor] = {}
+    for block in layout.blocks:
+        tensors: dict[FormatName, dict[str, Tensor]] = {}
         for group in block.groups:
-            weights = [source.read([linear.weight])[linear.weight].float() for linear in group.linears]
-            if codec := FORMATS[name].codec:
-                divisor = codec.global_scale(max(float(weight.abs().max()) for weight in weights))
-                for linear, weight in zip(group.linears, weights, strict=True):
-                    if FORMATS[name].refusal(linear.out_features, linear.in_features):
-                        continue
-                    packed = codec.pack(nearest(weight, codec, divisor))
-                    if FORMATS[name].static_input_scale:
-                        packed["input_global_scale"] = torch.tensor([96.0])
-                    tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-        if tensors:
+            for matrix in group.matrices:
+                weights = [weight.float() for weight in weights_of(source, matrix)]
+                for name in formats_of(group, tuple(FORMATS)):
+                    if FORMATS[name].codec is not None:
+                        tensors.setdefault(name, {}).update(_candidates(name, matrix, weights))
+        for name, found in tensors.items():
             key = f"forward/{block.key}/abc/{name}.safetensors"
-            artifacts[block.index, name] = write_tensors(store, key, tensors)
+            artifacts[block.index, name] = write_tensors(store, key, found)
     return Candidates(store, artifacts)
+
+
+def _candidates(name: FormatName, matrix: Matrix, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    codec = FORMATS[name].codec
+    assert codec is not None
+    # One divisor for the whole matrix, or one for each expert's.
+    amax = torch.cat(list(weights), dim=-2).abs().amax((-2, -1))
+    divisor = codec.global_scale(float(amax) if matrix.experts is None else amax.view(-1, 1, 1))
+    found = {}
+    for linear, weight in zip(matrix.linears, weights, strict=True):
+        packed = codec.pack(nearest(weight, codec, divisor))
+        for module, tensors in zip(linear.names, experts_of(packed) if linear.experts else [packed], strict=True):
+            if FORMATS[name].static_input_scale:
+                tensors["input_global_scale"] = torch.tensor([INPUT_DIVISOR])
+            found |= {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    return found
 
 
 def uniform(layout: Layout, name: FormatName) -> Choice:
@@ -99,11 +151,20 @@ def uniform(layout: Layout, name: FormatName) -> Choice:
 
 
 def mixed(layout: Layout, formats: Sequence[FormatName] = tuple(FormatName)) -> Choice:
-    """Formats in turn, shifted from block to block, so that no place in a block has one format throughout."""
-    return {
-        group.name: formats[(index + layout.block_of[group.name].index) % len(formats)]
-        for index, group in enumerate(layout.groups)
-    }
+    """Formats in turn, shifted from block to block, so that no place in a block has one format throughout.
+
+    A group's turn is among the formats that it can take.
+    """
+    choice = {}
+    for index, group in enumerate(layout.groups):
+        possible = formats_of(group, formats)
+        choice[group.name] = possible[(index + layout.block_of[group.name].index) % len(possible)]
+    return choice
+
+
+def mixed_choice(layout: Layout) -> Choice:
+    """Every default format in turn, as `mixed` does."""
+    return mixed(layout, DEFAULT_FORMATS)
 
 
 def shards(directory: Path) -> dict[str, dict[str, Tensor]]:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prismaquant_ray.calibration.text import CalibrationSet, load_sequences
+from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.errors import InputError
 from tests.tiny import make_checkpoint, make_text
 
@@ -79,9 +81,66 @@ def test_holdout_is_spread_evenly(tokenizer: PreTrainedTokenizerBase, sequences:
 @pytest.mark.parametrize("size", [1, 5, 12, 100])
 def test_microbatches_cover_every_sequence_once(size: int, text: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     drawn = draw(text, tokenizer)
-    parts = [drawn.tokens[rows] for rows in drawn.microbatches(size)]
-    assert all(1 <= len(part) <= size for part in parts)
-    assert torch.equal(torch.cat(parts), drawn.tokens)
+    batches = drawn.batches(size)
+    assert all(1 <= len(batch.tokens) <= size for batch in batches)
+    assert torch.equal(torch.cat([batch.tokens for batch in batches]), drawn.tokens)
+    assert torch.equal(torch.cat([batch.holdout for batch in batches]), drawn.holdout)
+    for batch in batches:
+        assert list(batch.inputs) == ["input_ids"]
+        assert torch.equal(batch.tokens, drawn.tokens[batch.first_sequence :][: len(batch.tokens)])
+
+
+def images(*lengths: int) -> list[dict[str, Tensor]]:
+    """What a processor might make of images, with so many tokens."""
+    return [
+        {
+            "input_ids": torch.full((1, length), number),
+            "pixel_values": torch.full((4 * length, 6), number / 3),
+            "image_grid_thw": torch.tensor([[1, 4, length]]),
+        }
+        for number, length in enumerate(lengths)
+    ]
+
+
+def test_images_are_microbatches_of_their_own_behind_the_texts(text: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    texts = draw(text, tokenizer)
+    added = images(7, 3, 5)
+    drawn = texts.with_images(added, 0.3)
+    assert (drawn.texts, drawn.positions) == (12, 12 * 32 + 7 + 3 + 5)
+    assert drawn.holdout.shape == (15,)
+    assert torch.equal(drawn.holdout[:12], texts.holdout)
+    assert drawn.holdout[12:].tolist() == [False, True, False]
+    batches = drawn.batches(5)
+    assert [len(batch.tokens) for batch in batches] == [5, 5, 2, 1, 1, 1]
+    for number, (batch, image) in enumerate(zip(batches[3:], added, strict=True)):
+        assert batch.inputs.keys() == image.keys()
+        assert all(torch.equal(batch.inputs[name], tensor) for name, tensor in image.items())
+        assert batch.first_sequence == 12 + number
+        assert torch.equal(batch.holdout, drawn.holdout[12 + number : 13 + number])
+
+
+def test_a_stored_set_is_read_again_as_it_was(text: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    # More than ten images: their order is not that of their names.
+    drawn = draw(text, tokenizer).with_images(images(*range(2, 14)), 0.25)
+    again = CalibrationSet.of_state(dict(sorted(drawn.state().items())))
+    assert again.fingerprint == drawn.fingerprint
+    assert torch.equal(again.holdout, drawn.holdout)
+    for left, right in zip(again.batches(4), drawn.batches(4), strict=True):
+        assert left.first_sequence == right.first_sequence
+        assert left.inputs.keys() == right.inputs.keys()
+        assert all(torch.equal(left.inputs[name], tensor) for name, tensor in right.inputs.items())
+
+
+def test_the_fingerprint_changes_with_every_image_and_their_order(
+    text: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = draw(text, tokenizer)
+    one, two = images(4, 4)
+    brighter = {**one, "pixel_values": one["pixel_values"] + 0.5}
+    sets = [[], [one], [two], [one, two], [two, one], [brighter], [{**one, "more": torch.zeros(1)}]]
+    prints = [texts.with_images(images_, 0.0).fingerprint for images_ in sets]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == texts.fingerprint
 
 
 def test_a_text_that_just_suffices_is_taken_and_one_token_less_is_refused(

@@ -22,7 +22,7 @@ Body = dict[str, Any]
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
     "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).reshape(2, 3),
-    "b.scale": torch.arange(4, dtype=torch.uint8).view(torch.float8_e4m3fn),
+    "b.scale": torch.arange(4, dtype=torch.uint8).view(torch.float8_e5m2),
     "empty": torch.empty(0, 5),
     "scalar": torch.tensor(3, dtype=torch.int64),
 }

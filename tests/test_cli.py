@@ -17,6 +17,7 @@ from prismaquant_ray.errors import InputError
 from tests.inprocess import in_process
 from tests.test_pipeline import configuration, quantized
 from tests.tiny import make_checkpoint
+from tests.tiny_families import make_family
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,20 @@ def test_formats_needs_no_configuration() -> None:
     assert {entry["format"] for entry in json.loads(result.stdout)["formats"]} == {
         "NVFP4", "NVFP4A16", "MXFP4", "MXFP8", "FP8", "INT4", "BF16",
     }  # fmt: skip
+
+
+def test_formats_counts_the_fused_groups_that_can_take_each(finished: Path, tmp_path: Path) -> None:
+    def counts(config: Path) -> dict[str, tuple[int, int]]:
+        found = json.loads(call("formats", config, "--json").stdout)["formats"]
+        return {entry["format"]: (entry["groups"], entry["of"]) for entry in found}
+
+    # Two layers with q/k/v, o, gate/up and down each; two with q/k/v, o and experts each.
+    assert set(counts(finished).values()) == {(8, 8)}
+    configuration(tmp_path, make_family(tmp_path / "source", "qwen3_moe", moe_intermediate_size=80))
+    others = {"FP8": (6, 6), "BF16": (6, 6), "NVFP4": (6, 6)}
+    experts_cannot = dict.fromkeys(["NVFP4A16", "MXFP4", "MXFP8", "INT4"], (4, 6))
+    assert counts(tmp_path / "config.yaml") == others | experts_cannot
+    assert "4 of 6" in call("formats", tmp_path / "config.yaml").stdout
 
 
 @pytest.mark.parametrize(

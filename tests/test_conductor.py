@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import random
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from actors.conductor import Conductor
+from actors.conductor import Conductor, sources_of
+from actors.course import Course
 from actors.events import Event, Events
-from actors.messages import Failure, Receipt, Shard, Stage
+from actors.ledger import Recorded
+from actors.messages import Failure, Receipt, Shard, Stage, Unit
 from actors.recovery import Cause, Loss, Recovery, yielding
+from actors.shards import remaining
 from actors.workers import Call, Kind, Reply
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import DamagedError, InputError, ResourceError
+from prismaquant_ray.storage.record import Artifact
 
 FACTS = {"version": __version__, "host": "here", "pid": 1, "device": "cpu"}
 
@@ -90,6 +100,109 @@ def conductor(workers: Scripted, wanted: int = 2, **options: Any) -> tuple[Condu
     return Conductor(workers, Events(events.append), wanted=wanted, **settings), events
 
 
+#: Two texts and an image; the merger reads images only, the draft texts only, draft and head the same decoder block.
+SEEING = Course(decoder=2, texts=2, vision=2, images=1, draft=True, head=True)
+
+
+def whole_pass(course: Course, stage: Stage, limit: int = 1) -> tuple[Shard, ...]:
+    """What a first run visits."""
+    nothing = Recorded(done=frozenset(), boundaries=frozenset())
+    return remaining(course, nothing, nothing, limit=limit).of(stage)
+
+
+@dataclass(frozen=True, eq=False, weakref_slot=True, slots=True)
+class Output:
+    """What a step put out, in the memory of its worker's node."""
+
+    unit: Unit
+    microbatch: int
+    worker: str
+
+
+class Handing(Scripted):
+    """Workers that check what they are handed, and lose it with their nodes.
+
+    Outputs reach the store some steps later, at FINISH at the latest; of those that FINISH wrote nobody is told, but
+    they have a record.
+    """
+
+    def __init__(self, passed: Sequence[Shard], seed: int, losses: int = 0, stored: float = 0.5) -> None:
+        super().__init__()
+        self.passed = passed
+        self.chance = random.Random(seed)
+        self.losses = losses
+        self.stored = stored
+        self.gone: set[str] = set()
+        self.waiting: dict[str, list[int]] = {}
+        self.recorded: set[Unit] = set()
+        self.outputs: dict[tuple[Unit, int], weakref.ref[Output]] = {}
+        self.read: set[tuple[Unit, Unit, int]] = set()
+        self.turns = 0
+
+    def readers(self, unit: Unit, microbatch: int) -> list[Unit]:
+        """First units of the shards that take a microbatch of what a unit puts out."""
+        return [s.units[0] for s in self.passed if unit in s.origins and microbatch in s.microbatches]
+
+    def wait(self, timeout: float) -> Sequence[Reply]:
+        self.now += timeout
+        self.turns += 1
+        assert self.turns < 3000, "nothing happens any more"
+        if not self.queue:
+            return []
+        worker, call = self.queue.pop(self.chance.randrange(len(self.queue)))
+        self.log.append((worker, call.kind, unit(call)))
+        if call.shard is None:
+            return [Reply(worker=worker, receipt=receipt_of(worker, FACTS))]
+        if self.losses and self.chance.random() < 0.15:
+            self.losses -= 1
+            self.waiting.pop(worker, None)
+            cause = self.chance.choice([Cause.NODE, Cause.NODE, Cause.PROCESS])
+            if cause is Cause.NODE:
+                self.gone.add(worker)
+            return [Reply(worker=worker, lost=(cause, "scripted"))]
+        if call.kind is Kind.RUN and not self.arrived(call):
+            return [Reply(worker=worker)]
+        return [self.answered(worker, call, call.shard)]
+
+    def arrived(self, call: Call) -> bool:
+        """Whether what a step was handed can be read; it is what its source has put out."""
+        assert call.shard is not None
+        ends = {shard.units[-1] for shard in self.passed if call.microbatch in shard.microbatches}
+        origins = [origin for origin in call.shard.origins if origin in ends]
+        if not origins:
+            assert call.arriving is None
+            return True
+        (origin,) = origins
+        if isinstance(call.arriving, Output):
+            assert (call.arriving.unit, call.arriving.microbatch) == (origin, call.microbatch)
+            return call.arriving.worker not in self.gone
+        if call.arriving is None:
+            assert origin in self.recorded, "where it is must be known, or recorded"
+        else:
+            assert call.arriving.key == f"{origin}/{call.microbatch}"
+        return True
+
+    def answered(self, worker: str, call: Call, shard: Shard) -> Reply:
+        last = shard.units[-1]
+        if call.kind is Kind.FINISH:
+            self.waiting.pop(worker, None)
+            self.recorded.add(last)
+            return Reply(worker=worker, receipt=receipt_of(worker, {}))
+        for origin in shard.origins:
+            self.read.add((origin, shard.units[0], call.microbatch))
+        if call.microbatch == shard.microbatches[0]:
+            self.waiting[worker] = []
+        waiting = self.waiting[worker]
+        waiting.append(call.microbatch)
+        written = [m for m in waiting if self.chance.random() < self.stored]
+        self.waiting[worker] = [m for m in waiting if m not in written]
+        output = Output(last, call.microbatch, worker)
+        self.outputs[last, call.microbatch] = weakref.ref(output)
+        stored = {m: Artifact(key=f"{last}/{m}", size=0, sha256="") for m in written}
+        receipt = Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, stored=stored)
+        return Reply(worker=worker, receipt=receipt, output=output)
+
+
 def once(*losses: tuple[Kind, int, Cause]) -> Callable[[str, Call], Cause | None]:
     """Each (kind, unit) is lost the first time it is tried."""
     left = {(kind, unit): cause for kind, unit, cause in losses}
@@ -105,6 +218,83 @@ def test_a_lost_worker_is_replaced_and_only_its_shard_is_run_again() -> None:
     lost = [event.facts for event in events if event.kind == "lost"]
     assert [(entry["cause"], entry["shard"]) for entry in lost] == [("its process died", "forward 0001")]
     assert {name for name, kind, _ in workers.log if kind is Kind.SETUP} == {"worker-0", "worker-1", "worker-2"}
+
+
+@pytest.mark.parametrize("stage", Stage)
+def test_a_shard_reads_from_another_only_the_microbatches_that_both_take(stage: Stage) -> None:
+    passed = whole_pass(SEEING, stage)
+    for shard, sources in zip(passed, sources_of(passed), strict=True):
+        expected = {
+            microbatch: index
+            for microbatch in shard.microbatches
+            for index, source in enumerate(passed)
+            if source.units[-1] in shard.origins and microbatch in source.microbatches
+        }
+        assert sources == expected
+    readers = Counter(source for sources in sources_of(passed) for source in sources.values())
+    assert (max(readers.values()) > 3) is (stage is Stage.FORWARD), "draft and head read one block"
+
+
+@settings(max_examples=200)
+@given(
+    seed=st.integers(0, 2**31),
+    stage=st.sampled_from(Stage),
+    limit=st.integers(1, 2),
+    workers=st.integers(1, 4),
+    losses=st.integers(0, 8),
+    stored=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_every_step_is_handed_what_its_source_put_out_whatever_is_lost(
+    seed: int, stage: Stage, limit: int, workers: int, losses: int, stored: float
+) -> None:
+    passed = whole_pass(SEEING, stage, limit)
+    cluster = Handing(passed, seed, losses, stored)
+    driver, events = conductor(cluster, workers, recovery=Recovery(per_shard=99, starting=99))
+    driver.run_pass(passed)
+    finished = [event.facts["shard"] for event in events if event.kind == "shard"]
+    assert sorted(finished) == sorted(shard.name for shard in passed)
+
+
+@pytest.mark.parametrize("stage", Stage)
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_an_output_is_let_go_of_once_it_is_stored_and_all_have_read_it(stage: Stage, workers: int) -> None:
+    passed = whole_pass(SEEING, stage)
+    held: Counter[bool] = Counter()
+
+    class Watching(Handing):
+        def wait(self, timeout: float) -> Sequence[Reply]:
+            for (unit_, microbatch), output in self.outputs.items():
+                readers = self.readers(unit_, microbatch)
+                unread = [reader for reader in readers if (unit_, reader, microbatch) not in self.read]
+                if readers:
+                    assert (output() is not None) is bool(unread), (unit_, microbatch, readers)
+                    held[bool(unread)] += 1
+            return super().wait(timeout)
+
+    cluster = Watching(passed, 0, stored=1.0)
+    driver, _ = conductor(cluster, workers)
+    driver.run_pass(passed)
+    assert held[True] > 5
+    assert held[False] > 5
+
+
+def test_what_a_lost_node_had_put_out_is_read_from_the_store_once_its_shard_is_finished() -> None:
+    # Shard 0 was finished on worker-0, whose node takes the output with it before shard 1 has read it.
+    passed = whole_pass(Course(decoder=1, texts=1), Stage.FORWARD)
+    handed: list[Any] = []
+
+    class Leaving(Handing):
+        def arrived(self, call: Call) -> bool:
+            if unit(call) == 0:
+                assert self.recorded == {"entry"}
+                handed.append(call.arriving)
+                self.gone.add("worker-0")
+            return super().arrived(call)
+
+    cluster = Leaving(passed, 0, stored=0.0)
+    driver, _ = conductor(cluster, wanted=1)
+    driver.run_pass(passed)
+    assert [type(found) for found in handed] == [Output, type(None)]
 
 
 def test_a_call_that_hangs_costs_the_worker() -> None:

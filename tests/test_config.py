@@ -29,6 +29,8 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert config.sweep == (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
     assert config.rounding.gptq is not None
     assert (config.rounding.scale_search.grid, config.rounding.scale_search.span) == (32, (0.5, 1.5))
+    assert (config.model.quantize_lm_head, config.calibration.images) == (False, None)
+    assert (config.allocation.objective, config.allocation.mtp_weight) == ("token_fisher", 0.1)
 
 
 def test_the_shipped_configuration_loads() -> None:
@@ -64,6 +66,10 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("store.run=a/out/run", "must be separate directories"),
         ("model.embedded=gpt-5", "model.embedded: "),
         ("cluster.workers=0", "cluster.workers: "),
+        ("model.quantise_lm_head=true", "unknown key model.quantise_lm_head; did you mean quantize_lm_head?"),
+        ("calibration.image=x.jsonl", "unknown key calibration.image; did you mean images?"),
+        ("allocation.mtp_weights=1", "unknown key allocation.mtp_weights; did you mean mtp_weight?"),
+        ("allocation.mtp_weight=-0.1", "allocation.mtp_weight: "),
         ("nonsense", "expected key=value"),
         ("model.source.deep=1", "is not a section"),
     ],

@@ -15,7 +15,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismaquant_ray.formats import FORMATS, Codec, Format, FormatName, Rounded, codecs_of, get_format
+from prismaquant_ray.formats import (
+    FORMATS,
+    Codec,
+    Format,
+    FormatName,
+    Rounded,
+    codecs_of,
+    experts_of,
+    get_format,
+    stack,
+)
 from prismaquant_ray.formats.base import Tensors, grouped
 from prismaquant_ray.formats.grids import e8m0_value
 from prismaquant_ray.formats.nvfp4 import divisor
@@ -217,6 +227,48 @@ def test_packed_tensors_own_their_memory(codec: Codec) -> None:
         assert tensor.is_contiguous()
     if rounded.global_scale is not None:
         assert codec.pack(rounded)["weight_global_scale"].data_ptr() != rounded.global_scale.data_ptr()
+
+
+@EACH_CODEC
+def test_a_stack_packs_and_decodes_as_each_of_its_matrices(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(weights(5, 128).values())
+    each = [nearest_rounding(codec, case) for case in cases]
+    divisors = [one.global_scale for one in each]
+    rounded = Rounded(
+        values=torch.stack([one.values for one in each]),
+        scale=torch.stack([one.scale for one in each]),
+        global_scale=None if divisors[0] is None else torch.stack(divisors).unsqueeze(-1),
+    )
+    amax = torch.stack(cases).abs().amax((1, 2), keepdim=True)
+    assert divisors[0] is None or torch.equal(codec.global_scale(amax), rounded.global_scale)
+    for piece in (1 << 20, 300):
+        monkeypatch.setattr("prismaquant_ray.formats.base._PIECE", piece)
+        packed = codec.pack(rounded)
+        for one, expert in zip(each, experts_of(packed), strict=True):
+            for suffix, tensor in codec.pack(one).items():
+                assert expert[suffix].shape == tensor.shape
+                assert torch.equal(bits(expert[suffix]), bits(tensor)), suffix
+        decoded = codec.decode(stack(experts_of(packed)))
+        assert torch.equal(bits(decoded), bits(torch.stack([codec.decode(codec.pack(one)) for one in each])))
+        assert torch.equal(decoded, codec.dequantized(rounded))
+
+
+@EACH_CODEC
+def test_grid_values_kept_in_a_byte_are_the_same_values(codec: Codec) -> None:
+    for name, weight in accepted(codec):
+        rounded = nearest_rounding(codec, weight)
+        values = rounded.values.to(torch.float8_e4m3fn)
+        kept = Rounded(values=values, scale=rounded.scale, global_scale=rounded.global_scale)
+        assert torch.equal(bits(kept.values.float()), bits(rounded.values)), name
+        for suffix, tensor in codec.pack(rounded).items():
+            assert torch.equal(bits(codec.pack(kept)[suffix]), bits(tensor)), name
+
+
+@EACH_CODEC
+@given(x=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=64))
+@settings(deadline=None)
+def test_snapping_is_rounding_but_for_the_sign_of_zero(codec: Codec, x: list[float]) -> None:
+    assert torch.equal(codec.snap(torch.tensor(x)), codec.round(torch.tensor(x)))
 
 
 # --- rounding to nearest ----------------------------------------------------------------------------------------

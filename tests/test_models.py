@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.layout import LinearSpec
-from prismaquant_ray.models.families import family_of
-from prismaquant_ray.models.inspect import build, input_groups, load_config
+from prismaquant_ray.models.families import FusedRule, family_of
+from prismaquant_ray.models.inspect import build, load_config
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.skeleton import longest_layer_list
 from prismaquant_ray.models.taps import tapped
@@ -33,10 +33,11 @@ def runner_of(directory: Path) -> ModelRunner:
 
 def streamed(runner: ModelRunner, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
     """Hidden states at every boundary, and the logits."""
+    inputs = {"input_ids": tokens}
     with runner.entry():
-        boundaries = [runner.embed(tokens)]
+        boundaries = [runner.embed(inputs)]
     for index in range(len(runner.layout.blocks)):
-        boundaries.append(runner.run_block(index, runner.load_block(index), boundaries[-1]))
+        boundaries.append(runner.run_block(index, runner.load_block(index), boundaries[-1], inputs))
     with runner.exit():
         return boundaries, runner.logits(boundaries[-1])
 
@@ -70,7 +71,7 @@ def test_streaming_gradients_equal_autograd_through_the_whole_model(checkpoint: 
         (gradient,) = torch.autograd.grad(runner.logits(last), last, direction)
     for index in reversed(range(len(runner.layout.blocks))):
         hidden = boundaries[index].detach().requires_grad_()
-        output = runner.run_block(index, runner.load_block(index), hidden)
+        output = runner.run_block(index, runner.load_block(index), hidden, {"input_ids": tokens})
         (gradient,) = torch.autograd.grad(output, hidden, gradient)
         assert captured[index].grad is not None
         torch.testing.assert_close(gradient, captured[index].grad, rtol=1e-5, atol=1e-6)
@@ -90,6 +91,10 @@ def test_layout_holds_every_tensor_once(checkpoint: Path) -> None:
     assert set(named) | set(layout.head) == set(source.tensors)
     assert len(named) == len(set(named))
     assert not layout.guesses
+    matrices = {name.removesuffix(".weight") for name, info in source.tensors.items() if len(info.shape) > 1}
+    quantizable = {name for linear in layout.linears() for name in linear.names}
+    assert quantizable == matrices - layout.kept.keys()
+    assert layout.kept.keys() == {"model.embed_tokens", "lm_head"}
 
 
 def test_fused_groups_are_those_of_the_runtime(checkpoint: Path) -> None:
@@ -103,27 +108,22 @@ def test_fused_groups_are_those_of_the_runtime(checkpoint: Path) -> None:
     }
 
 
-def test_a_wrong_fused_rule_is_found_by_running(tmp_path: Path) -> None:
-    runner = runner_of(make_checkpoint(tmp_path / "m", "llama"))
-    block = runner.layout.blocks[0]
-    wrong = [
-        LinearSpec(name=item.name.replace("o_proj", "v_proj"), out_features=1, in_features=1) for item in block.linears
-    ]
+def test_a_wrong_fused_rule_is_found_by_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = family_of("LlamaForCausalLM")
     assert family is not None
-    names = {item.name: item for item in block.linears}
-    mixed = (names["model.layers.0.self_attn.q_proj"], names["model.layers.0.self_attn.o_proj"])
-    from dataclasses import replace
-
-    group = replace(block.inputs[0], groups=(replace(block.inputs[0].groups[0], linears=mixed),))
+    wrong = replace(family, fused=(FusedRule(name="qo_proj", members=("q_proj", "o_proj")),))
+    monkeypatch.setattr("prismaquant_ray.models.inspect.family_of", lambda _: wrong)
+    runner = runner_of(make_checkpoint(tmp_path / "m", "llama"))
+    block = runner.layout.blocks[0]
+    assert [linear.name.rpartition(".")[2] for linear in block.groups[0].linears] == ["q_proj", "o_proj"]
     module = runner.load_block(0)
-    with (
-        torch.no_grad(),
-        pytest.raises(InputError, match=r"o_proj does not read the tensor"),
-        tapped(module, replace(block, inputs=(group,))),
-    ):
-        runner.run_block(0, module, torch.zeros(1, 4, runner.layout.hidden_size))
-    assert input_groups(wrong, family)
+    hidden, inputs = torch.zeros(1, 4, runner.layout.hidden_size), {"input_ids": random_tokens(1, 4)}
+    with torch.no_grad():
+        runner.run_block(0, module, hidden, inputs)
+        with pytest.raises(InputError, match=r"o_proj\S* does not read the tensor"), tapped(module, block):
+            runner.run_block(0, module, hidden, inputs)
+        # Nothing is left of the hooks.
+        runner.run_block(0, module, hidden, inputs)
 
 
 def test_an_unknown_architecture_takes_the_generic_path_and_says_what_it_guessed(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from prismaquant_ray.config import Config, load
 from prismaquant_ray.errors import InputError
 from tests.inprocess import InProcessWorkers, after, in_process, unopened
 from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
+from tests.tiny_families import make_family
 
 ALL_FORMATS = ["INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
 
@@ -91,6 +92,102 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
     written = json.loads((config.store.output / "config.json").read_text())
     original = json.loads((checkpoint / "config.json").read_text())
     assert {key: value for key, value in written.items() if key != "quantization_config"} == original
+
+
+IMAGES = Path(__file__).parents[1] / "configs/data/images"
+
+
+def full_configuration(directory: Path, source: Path, *overrides: str) -> Config:
+    """A run that measures all that a model has: images, experts, draft, head."""
+    directory.mkdir(parents=True, exist_ok=True)
+    entries = [{"image": str(IMAGES / name), "text": name} for name in ("maze.png", "clock.png", "handwriting.png")]
+    (directory / "images.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    settings = ("model.quantize_lm_head=true", f"calibration.images={directory / 'images.jsonl'}")
+    return configuration(directory, source, *settings, *overrides)
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with everything: 2 blocks and a merger that see, 4 that decode, a draft, a head; experts and images."""
+    return make_family(tmp_path_factory.mktemp("source") / "qwen3_5_moe", "qwen3_5_moe", shards=2)
+
+
+@pytest.fixture(scope="module")
+def finished_seeing(tmp_path_factory: pytest.TempPathFactory, seeing: Path) -> Config:
+    """An undisturbed run of it; do not write into it."""
+    config = full_configuration(tmp_path_factory.mktemp("expected"), seeing)
+    quantized(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def expected_of_seeing(finished_seeing: Config) -> dict[str, str]:
+    return digests(finished_seeing.store.output)
+
+
+@pytest.mark.parametrize("steps", [29, 83])
+def test_a_stopped_run_of_a_model_with_everything_continues_to_the_same_bytes(
+    tmp_path: Path, seeing: Path, expected_of_seeing: dict[str, str], steps: int
+) -> None:
+    config = full_configuration(tmp_path, seeing, "cluster.blocks_per_shard=2")
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, open_workers=in_process(2, after(steps))).measure()
+    recorded = {path: path.read_bytes() for path in config.store.run.rglob("record.json")}
+    config = full_configuration(tmp_path, seeing, "cluster.blocks_per_shard=3")
+    quantized(config, workers=1)
+    assert digests(config.store.output) == expected_of_seeing
+    assert {path: path.read_bytes() for path in recorded} == recorded, "finished work was done again"
+    left = Counter(path.name for path in config.store.run.rglob("*") if path.is_file() and "ard/" in str(path))
+    assert left == {"record.json": 18, "NVFP4.safetensors": 9, "MXFP8.safetensors": 9, "vectors.safetensors": 9}
+
+
+@pytest.mark.slow
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10_000), workers=st.integers(1, 4), blocks=st.integers(1, 3))
+def test_lost_workers_change_no_byte_of_a_model_with_everything(
+    seeing: Path, expected_of_seeing: dict[str, str], seed: int, workers: int, blocks: int
+) -> None:
+    chance = random.Random(seed)
+    lost: list[str] = []
+
+    def accident(worker: str, call: Call) -> Cause | None:
+        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < 6 and chance.random() < 0.08:
+            lost.append(worker)
+            return Cause.NODE
+        return None
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = full_configuration(Path(directory), seeing, f"cluster.blocks_per_shard={blocks}")
+        run = Run(config, open_workers=in_process(workers, accident))
+        run.measure()
+        assemble.build(run, planning.allocate(run))
+        assert digests(config.store.output) == expected_of_seeing
+        assert [event.kind for event in read_events(run.store)].count("lost") == len(lost)
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "forward/0000/*/NVFP4.safetensors",
+        "forward/0002/*/MXFP8.safetensors",
+        "forward/0007/*/NVFP4.safetensors",
+        "forward/0008/record.json",
+        "backward/0001/record.json",
+        "backward/0007/record.json",
+        "backward/0008/record.json",
+    ],
+)
+def test_a_damaged_object_of_a_tower_a_draft_or_a_head_is_made_again(
+    tmp_path: Path, seeing: Path, finished_seeing: Config, expected_of_seeing: dict[str, str], victim: str
+) -> None:
+    config = full_configuration(tmp_path, seeing, "cluster.blocks_per_shard=2")
+    shutil.copytree(finished_seeing.store.run, config.store.run)
+    damage(next(config.store.run.glob(victim)), "cut")
+    run = Run(config, open_workers=in_process(2))
+    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assert digests(config.store.output) == expected_of_seeing
+    repairs = [event.facts["key"] for event in read_events(run.store) if event.kind == "repair"]
+    assert [Path(key).match(victim) for key in repairs] == [True]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
@@ -236,6 +333,26 @@ def test_a_damaged_object_of_a_finished_run_is_made_again(
     assert digests(config.store.output) == expected
 
 
+@pytest.mark.parametrize(("block", "stage"), [(0, "backward"), (2, "backward"), (1, "forward")])
+def test_a_changed_digit_of_a_record_is_noticed(
+    tmp_path: Path, source: Path, expected: dict[str, str], block: int, stage: str
+) -> None:
+    """What is still JSON is not what was written."""
+    config = configuration(tmp_path, source, "cluster.blocks_per_shard=2")
+    quantized(config)
+    record = config.store.run / stage / f"{block:04d}" / "record.json"
+    text = record.read_text()
+    figure = '"cost": 0.' if stage == "backward" else '"weight_mse": '
+    place = text.index(figure) + len(figure)
+    record.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+    assert json.loads(record.read_text()) != json.loads(text)
+    shutil.rmtree(config.store.output)
+    run = Run(config, open_workers=in_process())
+    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assert digests(config.store.output) == expected
+    assert [event.kind for event in read_events(run.store)].count("repair") == 1
+
+
 @pytest.mark.parametrize("victim", ["forward/0000/*/boundary-00001.safetensors", "forward/0001/*/MXFP8.safetensors"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
 def test_an_object_damaged_during_a_run_is_made_again(
@@ -321,6 +438,24 @@ def test_a_budget_in_bytes_counts_every_byte(tmp_path: Path, finished: Config) -
     assert total <= budget
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_budget_in_bytes_counts_every_byte_of_experts_towers_and_drafts(
+    tmp_path: Path, finished_seeing: Config, share: float
+) -> None:
+    smallest, largest = bounds(finished_seeing)
+    budget = smallest + int(share * (largest - smallest))
+    config = finished_seeing.model_copy(
+        update={
+            "budget": finished_seeing.budget.model_copy(update={"bpp": None, "bytes": budget}),
+            "store": finished_seeing.store.model_copy(update={"output": tmp_path / "bytes"}),
+        }
+    )
+    assemble.run(config)
+    assert verify.run(config)["ok"]
+    total = sum(path.stat().st_size for path in config.store.output.iterdir())
+    assert total <= budget
+
+
 def bounds(config: Config) -> tuple[int, int]:
     """Smallest and largest repository, read from the refusal of an impossible budget."""
     impossible = config.budget.model_copy(update={"bpp": None, "bytes": 1})
@@ -350,8 +485,9 @@ def test_stored_vectors_reproduce_the_prices(finished: Config) -> None:
         for group in block.groups:
             for name, price in record.facts["groups"][group.name].items():
                 p = vectors[f"{group.name}|{name}"].double()
-                assert p.shape == (8, 32)
+                assert p.shape == (8 * 32,)
                 assert 0.5 * float(p.square().mean()) == pytest.approx(price["cost"], rel=1e-6)
+                assert float(p.mean()) == pytest.approx(price["first_order"], rel=1e-6, abs=1e-12)
 
 
 def test_boundaries_are_gone_when_they_are_not_needed(finished: Config) -> None:

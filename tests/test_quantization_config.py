@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from prismaquant_ray.checkpoint.quantization_config import build, scheme_of, targets
+from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.routing import (
     config_problems,
+    experts_route,
     fused_mapping,
     is_ignored,
     named_groups,
@@ -26,14 +30,39 @@ from prismaquant_ray.checkpoint.routing import (
 )
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Layout, LinearSpec
-from tests.repositories import Choice, mixed, uniform
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.layout import Block, FusedGroup, Kind, Layout, LinearSpec, Matrix, View
+from prismaquant_ray.models import inspect
+from prismaquant_ray.storage.store import Store
+from tests.repositories import Choice, everything, mixed, mixed_choice, uniform
+from tests.tiny_families import FAMILIES, make_family
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
-def layout_of(layers: int, *, width: int = 256, kept: Mapping[str, str] | None = None) -> Layout:
-    """Attention fused, an MLP pair fused, and o_proj and down_proj alone; down_proj is 160 wide."""
+def linear_of(name: str, out_features: int = 8, in_features: int = 128, experts: int | None = None) -> LinearSpec:
+    return LinearSpec(
+        name=name, out_features=out_features, in_features=in_features, sources=(f"{name}.weight",), experts=experts
+    )
+
+
+def matrix_of(name: str, *linears: LinearSpec) -> Matrix:
+    parameters = tuple(f"{linear.name.partition('.')[2]}.weight" for linear in linears)
+    return Matrix(name=name, input=name, linears=linears, parameters=parameters)
+
+
+def layout_of(
+    layers: int,
+    *,
+    width: int = 256,
+    kept: Mapping[str, str] | None = None,
+    experts: int = 0,
+    views: tuple[View, ...] = (),
+) -> Layout:
+    """Attention fused, an MLP pair fused, and o_proj and down_proj alone; down_proj is 160 wide.
+
+    With experts, every second layer has these in place of its MLP.
+    """
     blocks = []
     for index in range(layers):
         prefix = f"model.layers.{index}"
@@ -43,37 +72,46 @@ def layout_of(layers: int, *, width: int = 256, kept: Mapping[str, str] | None =
             "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
             "mlp.down_proj": ("mlp.down_proj",),
         }
-        groups = [
-            FusedGroup(
-                name=f"{prefix}.{place}",
-                linears=tuple(
-                    LinearSpec(
-                        name=f"{prefix}.{member}",
-                        out_features=32,
-                        in_features=160 if place == "mlp.down_proj" else width,
-                    )
-                    for member in members
-                ),
+        groups = []
+        for place, members in places.items():
+            if experts and index % 2 and place.startswith("mlp"):
+                continue
+            in_features = 160 if place == "mlp.down_proj" else width
+            linears = [linear_of(f"{prefix}.{member}", 32, in_features) for member in members]
+            groups.append(FusedGroup(name=f"{prefix}.{place}", matrices=(matrix_of(f"{prefix}.{place}", *linears),)))
+        if experts and index % 2:
+            parent = f"{prefix}.mlp.experts"
+            gate, up, down = (
+                linear_of(f"{parent}.{{}}.{leaf}_proj", 32, in_features, experts)
+                for leaf, in_features in (("gate", width), ("up", width), ("down", 160))
             )
-            for place, members in places.items()
-        ]
-        inputs = tuple(InputGroup(name=group.name, groups=(group,)) for group in groups)
-        blocks.append(Block(index=index, prefix=prefix, tensors=(), inputs=inputs, source_bytes=0))
+            matrices = (matrix_of(f"{parent}.gate_up_proj", gate, up), matrix_of(f"{parent}.down_proj", down))
+            groups.append(FusedGroup(name=parent, matrices=matrices))
+        block = Block(
+            index=index, kind=Kind.DECODER, prefix=prefix, parameters=(), groups=tuple(groups), source_bytes=0
+        )
+        blocks.append(block)
     return Layout(
         architecture="LlamaForCausalLM",
         family="llama",
         blocks=tuple(blocks),
         embedding=("model.embed_tokens.weight",),
+        pixels=(),
         head=(),
         kept=dict(kept if kept is not None else {"lm_head": "output head"}),
         guesses=(),
+        views=views,
         hidden_size=width,
         vocab_size=64,
+        image_token=None,
+        top_k=2 if experts else 0,
     )
 
 
 def choices(layout: Layout) -> st.SearchStrategy[Choice]:
-    return st.fixed_dictionaries({group.name: st.sampled_from(FormatName) for group in layout.groups})
+    return st.fixed_dictionaries(
+        {group.name: st.sampled_from(formats_of(group, tuple(FormatName))) for group in layout.groups}
+    )
 
 
 def built(layout: Layout, choice: Choice) -> dict[str, Any]:
@@ -112,17 +150,60 @@ class Skeleton(nn.Module):
 
 
 LAYOUT = layout_of(12)
+MIXTURE = layout_of(4, experts=3, views=(View(part="model", names=("model", "language_model.model")),))
 
 
 @given(choices(LAYOUT))
 def test_every_choice_is_routed_as_meant_by_both_runtimes(choice: Choice) -> None:
-    config = build(LAYOUT, choice)
+    are_routed_as_meant(LAYOUT, choice)
+
+
+@given(choices(MIXTURE))
+def test_so_is_every_choice_for_experts_under_other_names(choice: Choice) -> None:
+    are_routed_as_meant(MIXTURE, choice)
+
+
+def are_routed_as_meant(layout: Layout, choice: Choice) -> None:
+    config = build(layout, choice)
     if config is None:
         assert set(choice.values()) == {FormatName.BF16}
         return
     config = json.loads(json.dumps(config))
     assert list(config_problems(config)) == []
-    assert list(route_problems(config, LAYOUT, choice, ["model.embed_tokens", "model.norm"])) == []
+    assert list(route_problems(config, layout, choice, ["model.embed_tokens", "model.norm"])) == []
+    get_what_was_chosen(config, layout, choice)
+
+
+def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) -> None:
+    """Every expert, under every name that a runtime has for it, and no name twice."""
+    schemes = {group: without_targets(entry) for group, entry in config["config_groups"].items()}
+    seen: dict[str, str] = {}
+    for group in layout.groups:
+        chosen = {linear: scheme_of(choice[group.name], linear) for linear in group.linears}
+        for linear, scheme in chosen.items():
+            for module in linear.names:
+                for called in layout.called(module):
+                    assert seen.setdefault(called, module) == module
+                    assert len(named_groups(config, called)) == (scheme is not None)
+                    assert is_ignored(config, called) is (scheme is None)
+                    for route in (transformers_route(config, called), vllm_route(config, called)):
+                        assert (schemes[route] if route else None) == scheme
+        scheme = chosen[group.linears[0]]
+        if group.experts is None:
+            routes = [vllm_route(config, name, fused=fused_mapping(layout)) for name in layout.called(group.name)]
+        else:
+            names = zip(*(layout.called(linear.names[0]) for linear in group.linears), strict=True)
+            routes = [experts_route(config, called) for called in names]
+        assert [schemes[route] if route else None for route in routes] == [scheme] * len(routes)
+    for kept in layout.kept:
+        for called in layout.called(kept):
+            assert named_groups(config, called) == set()
+            assert is_ignored(config, called)
+            assert transformers_route(config, called) is vllm_route(config, called) is None
+
+
+def without_targets(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "targets"}
 
 
 def test_compressed_tensors_itself_attaches_the_chosen_schemes() -> None:
@@ -273,8 +354,173 @@ def test_a_plan_for_another_model_is_refused(change: Callable[[Choice], Choice],
 
 def test_a_format_the_shape_cannot_take_is_refused() -> None:
     layout = layout_of(1, width=40)
-    with pytest.raises(InputError, match=r"q_proj cannot be NVFP4: in_features 40"):
+    with pytest.raises(InputError, match=r"self_attn\.qkv_proj cannot be NVFP4: in_features 40"):
         build(layout, uniform(layout, FormatName.NVFP4))
+
+
+def test_a_format_the_runtime_cannot_load_for_experts_is_refused() -> None:
+    choice = uniform(MIXTURE, FormatName.BF16) | {"model.layers.3.mlp.experts": FormatName.NVFP4A16}
+    with pytest.raises(InputError, match=r"model\.layers\.3\.mlp\.experts cannot be NVFP4A16: vLLM 0\.32 waits"):
+        build(MIXTURE, choice)
+
+
+# Families -----------------------------------------------------------------------------------------------------
+
+Layouts = Callable[..., Layout]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> Layouts:
+    """Everything of a family that can be quantized; each once for the whole module."""
+
+    @functools.cache
+    def layout(family: str, layers: int | None = None, depth: int | None = None) -> Layout:
+        return family_layout(tmp_path_factory.mktemp(family), family, layers, depth)
+
+    return layout
+
+
+def family_layout(directory: Path, family: str, layers: int | None, depth: int | None) -> Layout:
+    overrides: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    if layers is not None and family.startswith(("qwen3_5", "gpt_oss")):
+        other = "sliding" if family == "gpt_oss" else "linear"
+        overrides["layer_types"] = [f"{other if i % 4 < 3 else 'full'}_attention" for i in range(layers)]
+    if depth is not None:
+        overrides["vision_config"] = {"depth": depth}
+    source = Checkpoint(Store(make_family(directory, family, **overrides)))
+    return inspect.build(source, everything(source, family))[1]
+
+
+@pytest.mark.parametrize("formats", [mixed_choice, mixed])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_of_a_family_gets_what_was_chosen_for_it_in_every_view(
+    family: str, formats: Callable[[Layout], Choice], layouts: Layouts
+) -> None:
+    layout = layouts(family)
+    choice = formats(layout)
+    config = built(layout, choice)
+    assert list(config_problems(config)) == []
+    get_what_was_chosen(config, layout, choice)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "others"),
+    [
+        (
+            "qwen3_5",
+            "model.language_model.layers.0.linear_attn.out_proj",
+            ["language_model.model.layers.0.linear_attn.out_proj", "model.layers.0.linear_attn.out_proj"],
+        ),
+        (
+            "qwen3_5_moe",
+            "model.language_model.layers.3.mlp.experts.7.up_proj",
+            ["language_model.model.layers.3.mlp.experts.7.up_proj", "model.layers.3.mlp.experts.7.up_proj"],
+        ),
+        ("qwen3_5", "model.visual.blocks.1.mlp.linear_fc1", ["visual.blocks.1.mlp.linear_fc1"]),
+        ("qwen3_5", "model.visual.merger.linear_fc2", ["visual.merger.linear_fc2"]),
+        ("qwen3_5", "lm_head", ["language_model.lm_head"]),
+        ("qwen3_5", "mtp.layers.0.mlp.down_proj", []),
+        ("qwen3_5_moe", "mtp.layers.0.mlp.experts.7.up_proj", []),
+        ("gpt_oss", "model.layers.1.self_attn.o_proj", ["model.layers.1.attn.o_proj"]),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w2", []),
+    ],
+)
+def test_a_module_is_a_target_by_each_name_that_a_runtime_has_for_it(
+    family: str, name: str, others: list[str], layouts: Layouts
+) -> None:
+    layout = layouts(family)
+    assert layout.called(name) == (name, *others)
+    chosen = next(group for group in layout.groups if any(name in linear.names for linear in group.linears))
+    for other, expected in ((FormatName.BF16, FormatName.FP8), (FormatName.FP8, FormatName.BF16)):
+        config = built(layout, uniform(layout, other) | {chosen.name: expected})
+        quantized = expected is FormatName.FP8
+        for called in (name, *others):
+            assert (vllm_route(config, called) is not None) is quantized
+            assert (transformers_route(config, called) is not None) is quantized
+            assert is_ignored(config, called) is not quantized
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_a_decoder_pattern_never_reaches_a_draft_nor_a_drafts_the_decoder(family: str, layouts: Layouts) -> None:
+    layout = layouts(family)
+    (draft,) = layout.of(Kind.DRAFT)
+    own = {group.name for group in draft.groups}
+    places = {
+        linear.name.partition(".layers.")[2].partition(".")[2].replace("{}", "5")
+        for block in layout.of(Kind.DECODER, Kind.DRAFT)
+        for linear in block.linears
+    }
+    assert len(places) > 10
+    for in_draft in (False, True):
+        inside, outside = (FormatName.FP8, FormatName.BF16) if in_draft else (FormatName.BF16, FormatName.FP8)
+        config = built(layout, {group.name: inside if group.name in own else outside for group in layout.groups})
+        beyond = [f"mtp.layers.{index}.{place}" for index in range(1, 40) for place in places]
+        beyond += [f"{prefix}mtp.layers.0.{place}" for prefix in ("model.", "language_model.") for place in places]
+        beyond += [f"mtp.{prefix}.layers.0.{place}" for prefix in layout.views[0].names for place in places]
+        for name in beyond:
+            assert named_groups(config, name) == set(), name
+            assert vllm_route(config, name) is transformers_route(config, name) is None
+        for block in layout.of(Kind.DECODER, Kind.DRAFT):
+            for linear in block.linears:
+                for called in layout.called(linear.names[-1]):
+                    assert bool(named_groups(config, called)) is ((block is draft) is in_draft), called
+
+
+@pytest.mark.parametrize(
+    ("family", "few", "many"),
+    [
+        ("qwen3_moe", (6, None), (18, None)),
+        ("mixtral", (6, None), (18, None)),
+        ("deepseek_v3", (7, None), (19, None)),
+        ("qwen3_5", (12, 3), (36, 9)),
+        ("qwen3_5_moe", (12, 3), (24, 6)),
+        ("gpt_oss", (6, None), (18, None)),
+    ],
+)
+def test_the_number_of_patterns_does_not_grow_with_layers_or_experts(
+    family: str, few: tuple[int, int | None], many: tuple[int, int | None], layouts: Layouts
+) -> None:
+    counts = []
+    for layers, depth in (few, many):
+        layout = layouts(family, layers, depth)
+        config = built(layout, mixed_choice(layout))
+        counts.append((sum(len(entry["targets"]) for entry in config["config_groups"].values()), len(config["ignore"])))
+    assert counts[0] == counts[1]
+
+
+@settings(max_examples=50)
+@given(st.data())
+def test_targets_match_exactly_the_modules_they_were_made_from_in_every_view(data: st.DataObject) -> None:
+    linears = list(MIXTURE.linears())
+    names = data.draw(st.sets(st.sampled_from([linear.name for linear in linears])))
+    made = targets(MIXTURE, [linear.name for linear in linears if linear.name in names])
+    assert len(made) <= 10
+    for linear in linears:
+        for module in linear.names:
+            called = MIXTURE.called(module)
+            assert len(called) == 2
+            assert [sum(bool(re.match(target[3:], name)) for target in made) for name in called] == [
+                int(linear.name in names)
+            ] * 2
+        # A number of experts is not part of a pattern, but what is no number is no expert.
+        for other in ("x", "", "1.2", "-1"):
+            near = linear.name.replace("{}", other) if linear.experts else f"{linear.name}{other or '_'}"
+            assert not any(re.match(target[3:], near) for target in made)
+
+
+def test_experts_need_one_scheme_and_vllm_takes_that_of_the_first() -> None:
+    names = ["a.experts.0.gate_proj", "a.experts.0.up_proj", "a.experts.0.down_proj"]
+    config = config_of(
+        group(r"re:^a\.experts\.\d+\.(gate|up)_proj$"), group(r"re:^a\.experts\.\d+\.down_proj$", bits=4)
+    )
+    with pytest.raises(InputError, match=r"projections of a\.experts get group_0, group_1"):
+        experts_route(config, names)
+    with pytest.raises(InputError, match="get group_0, no group"):
+        experts_route(config_of(group(*names[:2])), names)
+    assert experts_route(config_of(group(r"re:^a\.experts\.0\..*")), names) == "group_0"
+    assert experts_route(config_of(group("re:.*", bits=4), ignore=tuple(names)), names) is None
+    # vLLM asks for the experts as a whole, so a class does not reach them.
+    assert experts_route(config_of(group("Linear")), names) is None
 
 
 # The rules themselves -----------------------------------------------------------------------------------------
@@ -350,6 +596,23 @@ def test_the_fused_mapping_is_that_of_the_runtime() -> None:
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
+    assert fused_mapping(MIXTURE) == fused_mapping(LAYOUT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_mapping_of_a_family_is_that_of_the_runtime(family: str, layouts: Layouts) -> None:
+    # `packed_modules_mapping` of vLLM 0.32, as far as the tiny model has such a module.
+    attention, mlp = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    delta = {"in_proj_qkvz": ("in_proj_qkv", "in_proj_z"), "in_proj_ba": ("in_proj_b", "in_proj_a")}
+    expected: dict[str, dict[str, tuple[str, ...]]] = {
+        "qwen3_moe": {"qkv_proj": attention},
+        "mixtral": {"qkv_proj": attention},
+        "deepseek_v3": {"fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"), "gate_up_proj": mlp},
+        "qwen3_5": {"qkv_proj": attention, "gate_up_proj": mlp, **delta},
+        "gpt_oss": {"qkv_proj": attention},
+    }
+    base = family.removesuffix("_fp8").removesuffix("_text").removesuffix("_moe") if "3_5" in family else family
+    assert fused_mapping(layouts(family)) == expected[base.removesuffix("_fp8")]
 
 
 def _no_status(config: dict[str, Any]) -> None:
@@ -406,7 +669,7 @@ def test_a_configuration_that_would_be_misread_is_a_problem(
 
 
 def test_schemes_are_the_formats_own() -> None:
-    linear = LinearSpec(name="a", out_features=8, in_features=128)
+    linear = linear_of("a")
     for name, spec in FORMATS.items():
         scheme = scheme_of(name, linear)
         assert (scheme is None) == (spec.codec is None)

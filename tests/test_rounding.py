@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from prismaquant_ray.formats import FORMATS, Codec, FormatName
-from prismaquant_ray.rounding.encode import Rounding, encode_group
+from prismaquant_ray.formats import FORMATS, Codec, FormatName, Rounded, codecs_of, experts_of
+from prismaquant_ray.rounding import encode, hessian, scale_search
+from prismaquant_ray.rounding import gptq as gptq_module
+from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
-from prismaquant_ray.rounding.hessian import InputStatistics, output_error
+from prismaquant_ray.rounding.hessian import PRIOR_SHARE, InputStatistics, Prior, output_error
 from prismaquant_ray.rounding.scale_search import ScaleSearch, nearest, searched
 from tests.reference.gptq import textbook
 
+EVERY_CODEC = pytest.mark.parametrize("codec", codecs_of(FORMATS).values(), ids=lambda codec: codec.name)
 CODECS = [FORMATS[name].codec for name in (FormatName.NVFP4, FormatName.MXFP4, FormatName.INT4, FormatName.MXFP8)]
 
 
@@ -169,3 +174,227 @@ def test_statistics_are_sums_over_the_right_tokens() -> None:
     assert whole.amax == parts.amax == float(x.abs().max())
     assert torch.allclose(whole.train, parts.train, atol=1e-5)
     assert torch.allclose(whole.importance, kept.square().mean(0), atol=1e-5)
+
+
+def test_rows_taken_in_pieces_are_encoded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = statistics_of(correlated(1024, 64))
+    members = [weight(40, 64, 5), weight(24, 64, 6)]
+    for codec in CODECS:
+        whole = encode_group(members, codec, found, Rounding().factor(found), Rounding())
+        with monkeypatch.context() as patch:
+            patch.setattr(encode, "AT_ONCE", 16 * 64)
+            pieces = encode_group(members, codec, found, Rounding().factor(found), Rounding())
+        for one, other in zip(whole, pieces, strict=True):
+            assert_same(one.rounded, other.rounded)
+            assert one.method == other.method
+            assert other.output_mse == pytest.approx(one.output_mse, rel=1e-5)
+            assert other.weight_mse == pytest.approx(one.weight_mse, rel=1e-5)
+
+
+def test_a_scale_that_many_multipliers_round_to_is_tried_once_and_in_order() -> None:
+    groups = torch.tensor([[5, 5, 7, 7], [5, 5, 5, 5], [1, 2, 2, 3], [4, 4, 1, 4]], dtype=torch.uint8)
+    distinct = scale_search._distinct(list(groups.T))
+    assert torch.stack(distinct, dim=1).tolist() == [[5, 7, 7], [5, 5, 5], [1, 2, 3], [4, 1, 4]]
+
+
+# --- experts: a stack of matrices, each with its own share of the tokens ----------------------------------------
+
+#: no token, one, fewer than columns, as many, and more than one tile of the statistics
+COUNTS = (0, 1, 7, 64, 300, 0, 33, 129)
+
+
+def routed_rows(counts: tuple[int, ...], features: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows by expert, their counts, and which are held out: every fourth, so that a single one is not."""
+    x = correlated(sum(counts), features) if sum(counts) else torch.zeros(0, features)
+    return x, torch.tensor(counts, dtype=torch.int64), torch.arange(sum(counts)) % 4 == 3
+
+
+def expert_weights(experts: int, rows: int, columns: int, seed: int = 1) -> Tensor:
+    """Of different sizes, so that no expert could use another's scale."""
+    return weight(experts * rows, columns, seed).view(experts, rows, columns) * torch.arange(1, experts + 1).view(
+        -1, 1, 1
+    )
+
+
+def assert_same(one: Rounded, other: Rounded) -> None:
+    for name in ("values", "scale", "global_scale"):
+        ours, theirs = getattr(one, name), getattr(other, name)
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours.float(), theirs.float()), name
+
+
+def pooled(x: Tensor, held_out: Tensor) -> InputStatistics:
+    """All rows of a layer as one dense input."""
+    return InputStatistics.empty(x.shape[1], x.device).plus(x.unsqueeze(1), held_out)
+
+
+@EVERY_CODEC
+def test_experts_are_encoded_together_as_each_alone(codec: Codec) -> None:
+    x, counts, held_out = routed_rows(COUNTS)
+    prior = Prior.of(pooled(x, held_out))
+    members = [expert_weights(len(COUNTS), rows, 64, seed) for rows, seed in ((16, 3), (48, 4))]
+    rounding = Rounding()
+    found = InputStatistics.routed(x, counts, held_out, prior)
+    together = encode_group(members, codec, found, rounding.factor(found), rounding)
+    ends = counts.cumsum(0).tolist()
+    for expert, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)):
+        own = slice(expert, expert + 1)
+        alone = InputStatistics.routed(x[start:stop], counts[own], held_out[start:stop], prior)
+        assert torch.equal(alone.train, found.train[own])
+        assert torch.equal(alone.holdout, found.holdout[own])
+        factor = rounding.factor(alone)
+        for stack, one in zip(
+            together, encode_group([m[own] for m in members], codec, alone, factor, rounding), strict=True
+        ):
+            assert_same(part(stack.rounded, own), one.rounded)
+            assert [stack.method[expert]] == one.method
+            for name, figure in one.holdout_error.items():
+                assert stack.holdout_error[name][expert] == pytest.approx(figure[0], rel=1e-6)
+            assert stack.weight_mse[expert] == pytest.approx(one.weight_mse[0], rel=1e-6)
+            assert stack.output_mse[expert] == pytest.approx(one.output_mse[0], rel=1e-6)
+
+
+@EVERY_CODEC
+def test_an_expert_is_encoded_as_a_dense_matrix_of_its_statistics(codec: Codec) -> None:
+    x, counts, held_out = routed_rows((300, 129))
+    found = InputStatistics.routed(x, counts, held_out)
+    matrices = expert_weights(2, 32, 64)
+    (stack,) = encode_group([matrices], codec, found, Rounding().factor(found), Rounding())
+    for expert in range(2):
+        dense = InputStatistics(
+            train=found.train[expert],
+            holdout=found.holdout[expert],
+            train_tokens=int(found.train_weight[expert]),
+            holdout_tokens=int(found.holdout_weight[expert]),
+            amax=found.amax,
+        )
+        (one,) = encode_group([matrices[expert]], codec, dense, Rounding().factor(dense), Rounding())
+        assert_same(part(stack.rounded, expert, dense=True), one.rounded)
+        assert stack.method[expert] == one.method
+        assert stack.output_mse[expert] == pytest.approx(one.output_mse, rel=1e-6)
+
+
+def part(stack: Rounded, experts: slice | int, *, dense: bool = False) -> Rounded:
+    scale = None if stack.global_scale is None else stack.global_scale[experts]
+    return Rounded(
+        values=stack.values[experts],
+        scale=stack.scale[experts],
+        global_scale=scale.view(1) if dense and scale is not None else scale,
+    )
+
+
+def test_how_experts_are_split_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = FORMATS[FormatName.NVFP4].codec
+    x, counts, held_out = routed_rows(COUNTS)
+    matrices = expert_weights(len(COUNTS), 16, 64)
+
+    def encoded() -> EncodedLinear:
+        found = InputStatistics.routed(x, counts, held_out)
+        (result,) = encode_group([matrices], codec, found, Rounding().factor(found), Rounding())
+        return result
+
+    whole = encoded()
+    for module, name, size in (
+        (encode, "AT_ONCE", 3 * 16 * 64),
+        (hessian, "_CHUNK", 3 * 128 * 64),
+        (gptq_module, "_CHUNK", 3 * 64 * 64),
+        (gptq_module, "_ROWS", 3 * 16),
+        (scale_search, "_PIECE", 5 * 64),
+        (scale_search, "_PIECE", 3 * 16 * 64),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, size)
+            split = encoded()
+        assert_same(split.rounded, whole.rounded)
+        assert (split.method, split.holdout_error, split.output_mse) == (
+            whole.method,
+            whole.holdout_error,
+            whole.output_mse,
+        )
+
+
+def test_statistics_of_experts_are_sums_over_their_rows_shrunk_towards_the_mean() -> None:
+    x, counts, held_out = routed_rows(COUNTS)
+    found = InputStatistics.routed(x.bfloat16(), counts, held_out)
+    x = x.bfloat16().double()
+    kappa = PRIOR_SHARE * 64
+    for sums, tokens, prior, chosen in (
+        (found.train, found.train_tokens, found.train_prior, ~held_out),
+        (found.holdout, found.holdout_tokens, found.holdout_prior, held_out),
+    ):
+        mean = x[chosen].T @ x[chosen] / chosen.sum()
+        start = 0
+        for expert, count in enumerate(COUNTS):
+            own = x[start : start + count][chosen[start : start + count]]
+            start += count
+            assert tokens[expert] == len(own)
+            expected = (own.T @ own + kappa * mean).float()
+            assert torch.allclose(sums[expert], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert prior == kappa
+    assert found.amax == float(x.abs().max())
+    assert found.importance.shape == (len(COUNTS), 64)
+    whole = Prior.of(pooled(x.float(), held_out))
+    again = InputStatistics.routed(x.float(), counts, held_out, whole)
+    assert torch.allclose(again.train, found.train, rtol=1e-4, atol=1e-3)
+
+
+@EVERY_CODEC
+@given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=5), zeros=st.sets(st.integers(0, 4)))
+@example(counts=[0, 0], zeros={0})
+@example(counts=[1], zeros=set())
+@example(counts=[0, 1, 40], zeros={1})
+@settings(deadline=None, max_examples=15)
+def test_cold_experts_get_finite_weights_and_positive_scales(codec: Codec, counts: list[int], zeros: set[int]) -> None:
+    x, tokens, held_out = routed_rows(tuple(counts), 32)
+    matrices = expert_weights(len(counts), 8, 32)
+    for expert in zeros & set(range(len(counts))):
+        matrices[expert] = 0
+    found = InputStatistics.routed(x, tokens, held_out)
+    factor = Rounding().factor(found)
+    assert factor.upper.isfinite().all()
+    (result,) = encode_group([matrices], codec, found, factor, Rounding())
+    assert (codec.scale_value(result.rounded.scale, result.rounded.global_scale) > 0).all()
+    decoded = codec.decode(codec.pack(result.rounded))
+    assert decoded.isfinite().all()
+    assert torch.equal(decoded, codec.dequantized(result.rounded))
+    for figures in (*result.holdout_error.values(), result.weight_mse, result.output_mse):
+        assert torch.tensor(figures).isfinite().all()
+    for expert, trained in enumerate(found.train_tokens.tolist()):
+        assert trained or result.method[expert] != "gptq"
+        assert expert not in zeros or not decoded[expert].any()
+
+
+def test_an_expert_without_tokens_is_rounded_for_the_mean_input_of_its_layer() -> None:
+    codec = FORMATS[FormatName.NVFP4].codec
+    x, counts, held_out = routed_rows((0, 300))
+    found = InputStatistics.routed(x, counts, held_out)
+    matrices = expert_weights(2, 16, 64)
+    (result,) = encode_group([matrices], codec, found, Rounding().factor(found), Rounding())
+    assert result.method == ["search", "gptq"]
+    importance = x[~held_out].square().mean(0)
+    alone = searched(matrices[0], codec, scale_of(codec, matrices[0]), importance, ScaleSearch())
+    assert torch.equal(alone.scale.float(), result.rounded.scale[0].float())
+
+
+def test_damping_rises_only_for_the_expert_that_needs_it() -> None:
+    good, one = correlated(512, 64), torch.ones(32, 1) @ correlated(1, 64)
+    both = torch.stack((good.T @ good, one.T @ one, good.T @ good))
+    settings_ = Gptq(damping=1e-12)
+    found = factorize(both, settings_)
+    for expert, matrix in enumerate(both):
+        alone = factorize(matrix, settings_)
+        assert torch.equal(found.upper[expert], alone.upper)
+        assert torch.equal(found.order[expert], alone.order)
+
+
+@EVERY_CODEC
+def test_every_expert_has_its_own_divisor_and_ships_what_it_would_alone(codec: Codec) -> None:
+    matrices = expert_weights(3, 8, 64)
+    amax = matrices.abs().amax((1, 2), keepdim=True)
+    stack = nearest(matrices, codec, codec.global_scale(amax))
+    for expert, shipped in enumerate(experts_of(codec.pack(stack))):
+        alone = codec.pack(nearest(matrices[expert], codec, scale_of(codec, matrices[expert])))
+        assert shipped.keys() == alone.keys()
+        for suffix, tensor in alone.items():
+            assert shipped[suffix].shape == tensor.shape
+            assert torch.equal(shipped[suffix].view(torch.uint8), tensor.view(torch.uint8)), suffix

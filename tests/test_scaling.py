@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.conductor import Call, Conductor, Kind, Reply
+from actors.course import Course
 from actors.events import Event, Events
 from actors.messages import Exit, Receipt, Shard, Stage
 from actors.shards import blocks_per_shard
@@ -29,6 +30,7 @@ from benchmarks.simulation import (
     shard_cost,
     shard_fill,
     simulate,
+    visits,
     whole_run,
 )
 from prismaquant_ray import __version__
@@ -144,6 +146,32 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
         found = simulate(shards, durations, workers)
         assert found.seconds == pytest.approx(seconds)
         # Events round to a tenth of a millisecond.
+        assert found.work == pytest.approx(sum(event.facts["seconds"] for event in steps), abs=1e-4 * len(steps))
+
+
+@settings(max_examples=40)
+@given(
+    course=st.builds(
+        Course,
+        decoder=st.integers(1, 6),
+        texts=st.integers(1, 5),
+        vision=st.integers(1, 4),
+        images=st.integers(1, 4),
+        draft=st.booleans(),
+        head=st.booleans(),
+    ),
+    limit=st.integers(1, 3),
+    workers=st.integers(1, 6),
+    durations=DURATIONS,
+)
+def test_the_simulation_takes_that_time_with_images_and_leaves_too(
+    course: Course, limit: int, workers: int, durations: Durations
+) -> None:
+    for stage in Stage:
+        shards = visits(course, limit).of(stage)
+        seconds, steps = conducted(shards, durations, workers)
+        found = simulate(shards, durations, workers)
+        assert found.seconds == pytest.approx(seconds)
         assert found.work == pytest.approx(sum(event.facts["seconds"] for event in steps), abs=1e-4 * len(steps))
 
 

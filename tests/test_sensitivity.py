@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from prismaquant_ray.calibration.batches import Batch, CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -20,8 +21,8 @@ from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.rounding.forward_pass import ForwardVisit
 from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, BlockSensitivity
-from prismaquant_ray.sensitivity.cost import price
-from prismaquant_ray.sensitivity.fisher import exit_gradient, sample
+from prismaquant_ray.sensitivity.cost import half_squares, price
+from prismaquant_ray.sensitivity.fisher import Labels, Loss, sample
 from prismaquant_ray.storage.store import Store
 from tests.tiny import make_checkpoint, random_tokens
 
@@ -29,36 +30,46 @@ FORMATS_USED = (FormatName.NVFP4, FormatName.NVFP4A16, FormatName.MXFP8, FormatN
 SEQUENCES, LENGTH, SEED = 4, 24, 7
 
 
-def backward(visit: BackwardVisit, hidden: Tensor, gradient: Tensor) -> Tensor:
-    visit.forward(hidden)
-    return visit.backward(gradient)
+def backward(visit: BackwardVisit, hidden: Tensor, gradient: Tensor, batch: Batch) -> Tensor:
+    visit.forward(hidden, batch)
+    return visit.backward(gradient, batch)
+
+
+def loss_of(runner: ModelRunner, labels: Labels, seed: int) -> Loss:
+    return Loss(labels=labels, seed=seed, vocab_size=runner.layout.vocab_size)
 
 
 class Probed:
     """A tiny model probed by our two passes, and the pieces to check them with."""
 
-    def __init__(self, directory: Path, labels: str) -> None:
+    def __init__(self, directory: Path, labels: Labels) -> None:
         self.tokens = random_tokens(SEQUENCES, LENGTH, seed=3)
         self.runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
         held = torch.tensor([False, False, False, True])
+        batches = CalibrationSet(tokens=self.tokens, holdout=held).batches(2)
         with self.runner.entry(), torch.no_grad():
-            hidden = self.runner.embed(self.tokens)
+            hidden = [self.runner.embed(batch.inputs) for batch in batches]
         entering, self.candidates = [], []
         for index in range(len(self.runner.layout.blocks)):
             visit = ForwardVisit(self.runner, index, FORMATS_USED, Rounding())
             entering.append(hidden)
-            hidden = torch.cat([visit.run(hidden[:2], held[:2]), visit.run(hidden[2:], held[2:])])
+            hidden = [visit.run(each, batch) for each, batch in zip(hidden, batches, strict=True)]
             self.candidates.append(visit.finish())
+        loss = loss_of(self.runner, labels, SEED)
         with self.runner.exit():
-            gradient, self.loss = exit_gradient(
-                self.runner, hidden, self.tokens, labels=labels, seed=SEED, first_sequence=0
-            )
+            exits = [
+                loss.gradient(self.runner.logits, each, batch) for each, batch in zip(hidden, batches, strict=True)
+            ]
+        self.loss = sum(value for _, value in exits)
+        gradients = [gradient for gradient, _ in exits]
         self.sensitivity: dict[int, BlockSensitivity] = {}
         for index in reversed(range(len(entering))):
             visit = BackwardVisit(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
-            halves = [backward(visit, entering[index][half], gradient[half]) for half in (slice(0, 2), slice(2, 4))]
-            gradient = torch.cat(halves)
-            self.sensitivity[index] = visit.finish()
+            gradients = [
+                backward(visit, each, gradient, batch)
+                for each, gradient, batch in zip(entering[index], gradients, batches, strict=True)
+            ]
+            self.sensitivity[index] = visit.finish(self.tokens.numel())
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +138,12 @@ def test_cost_and_trace_equal_per_token_autograd(directory: Path, probed: Probed
                     rounded = (
                         x if spec.round_activation is None else spec.round_activation(x, own.get("input_global_scale"))
                     )
-                    error = rounded @ decoded.T - x @ model.get_parameter(linear.weight).T
+                    error = rounded @ decoded.T - x @ model.get_parameter(linear.sources[0]).T
                     expected += (gradients[linear.name] * error).sum(-1)
                 p = found.vectors[f"{group.name}|{name}"]
-                torch.testing.assert_close(p, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+                assert p.dtype == torch.float32
+                largest = float(expected.abs().max())
+                torch.testing.assert_close(p, expected.flatten(), rtol=1e-3, atol=1e-4 * largest)
                 cost = found.figures["groups"][group.name][name]["cost"]
                 assert cost == pytest.approx(
                     float(0.5 * expected.double().square().sum()) / (SEQUENCES * LENGTH), rel=1e-3
@@ -152,7 +165,7 @@ def test_the_first_order_term_is_the_derivative_along_the_weight_error(directory
     tensors = probed.candidates[0].tensors[FormatName.NVFP4A16]
     own = {k.removeprefix(f"{linear.name}."): v for k, v in tensors.items() if k.startswith(f"{linear.name}.")}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).requires_grad_(False)
-    weight = model.get_parameter(linear.weight).requires_grad_()
+    weight = model.get_parameter(linear.sources[0]).requires_grad_()
     logits = model(probed.tokens).logits
     uniform = [torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)) for i in range(SEQUENCES)]
     labels = torch.stack([sample(row.detach().float(), u) for row, u in zip(logits, uniform, strict=True)])
@@ -175,12 +188,13 @@ def test_data_labels_give_the_gradient_of_the_training_loss(directory: Path) -> 
     tokens = random_tokens(2, 16)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     expected = float(model(tokens, labels=tokens).loss.detach()) * 2 * 15
+    (batch,) = CalibrationSet(tokens=tokens, holdout=torch.zeros(2, dtype=torch.bool)).batches(2)
     with torch.no_grad(), runner.entry():
-        hidden = runner.embed(tokens)
+        hidden = runner.embed(batch.inputs)
         for index in range(len(runner.layout.blocks)):
-            hidden = runner.run_block(index, runner.load_block(index), hidden)
+            hidden = runner.run_block(index, runner.load_block(index), hidden, batch.inputs)
     with runner.exit():
-        gradient, loss = exit_gradient(runner, hidden, tokens, labels="data", seed=0, first_sequence=0)
+        gradient, loss = loss_of(runner, "data", 0).gradient(runner.logits, hidden, batch)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (gradient[:, -1] == 0).all()
 
@@ -199,7 +213,7 @@ def test_samples_follow_the_distribution() -> None:
 @given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
 def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: int) -> None:
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found = price(p)
+    found = price(p.flatten(), half_squares(p), p.numel())
     assert found.cost == pytest.approx(0.5 * float(p.double().square().mean()))
     assert found.first_order == pytest.approx(float(p.double().mean()), abs=1e-9)
     leave_one_out = [0.5 * float(torch.cat([p[:s], p[s + 1 :]]).double().square().mean()) for s in range(sequences)]
@@ -208,9 +222,66 @@ def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: 
     assert found.standard_error == pytest.approx(spread, rel=1e-6, abs=1e-12)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 40), st.integers(0, 2**31))
+def test_tokens_that_are_not_in_p_count_as_zero(sequences: int, length: int, more: int, seed: int) -> None:
+    """Routed tokens and patches are fewer, or others, than the tokens a price is given for."""
+    p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
+    found, own = (price(p.flatten(), half_squares(p), tokens) for tokens in (p.numel() + more, p.numel()))
+    share = p.numel() / (p.numel() + more)
+    for figure in ("cost", "first_order", "standard_error"):
+        assert getattr(found, figure) == pytest.approx(share * getattr(own, figure), rel=1e-6, abs=1e-12)
+    padded = torch.cat([p.flatten(), torch.zeros(more)])
+    assert found.cost == pytest.approx(0.5 * float(padded.double().square().mean()))
+
+
+def test_labels_depend_on_the_sequence_and_its_stream_only() -> None:
+    tokens = random_tokens(4, 12)
+    hidden = torch.randn(4, 12, 6, generator=torch.Generator().manual_seed(1))
+    head = torch.randn(6, 320, generator=torch.Generator().manual_seed(2))
+    drawn = CalibrationSet(tokens=tokens, holdout=torch.zeros(4, dtype=torch.bool))
+
+    def gradients(size: int, vocab_size: int, stream: int = 0) -> Tensor:
+        # A huge vocabulary is a piece of one position.
+        loss = Loss(labels="sampled", seed=5, vocab_size=vocab_size)
+        batches = drawn.batches(size)
+        found = [
+            loss.gradient(lambda x: x @ head, hidden[batch.first_sequence :][: len(batch.tokens)], batch, stream=stream)
+            for batch in batches
+        ]
+        return torch.cat([gradient for gradient, _ in found])
+
+    whole = gradients(4, 320)
+    for size, vocab_size in ((1, 320), (3, 320), (4, 1 << 24), (2, 1 << 22)):
+        torch.testing.assert_close(gradients(size, vocab_size), whole)
+    assert not torch.allclose(gradients(4, 320, stream=1), whole)
+
+
+@pytest.mark.parametrize("labels", ["sampled", "data"])
+def test_no_loss_is_taken_where_an_image_would_have_to_be_predicted(labels: Labels) -> None:
+    image = 7
+    tokens = random_tokens(2, 10)
+    tokens[:, 4:7] = image
+    (batch,) = CalibrationSet(tokens=tokens, holdout=torch.zeros(2, dtype=torch.bool)).batches(2)
+    hidden, head = torch.randn(2, 10, 6), torch.randn(6, 320)
+    loss = Loss(labels=labels, seed=5, vocab_size=320, image_token=image)
+    gradient, value = loss.gradient(lambda x: x @ head, hidden, batch)
+    silent = (gradient == 0).all(-1)
+    expected = torch.zeros(10, dtype=torch.bool)
+    expected[3:6] = True  # the positions whose next token is a piece of the image
+    if labels == "data":
+        expected[-1] = True  # what follows the last token is not known
+    assert torch.equal(silent, expected.expand(2, -1))
+    everywhere = Loss(labels=labels, seed=5, vocab_size=320)
+    other, more = everywhere.gradient(lambda x: x @ head, hidden, batch)
+    assert torch.equal(other[:, ~expected], gradient[:, ~expected])
+    assert value < more
+
+
 def test_a_gradient_that_does_not_arrive_is_an_error(directory: Path, probed: Probed) -> None:
     visit = BackwardVisit(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
     hidden = torch.randn(1, 8, probed.runner.layout.hidden_size)
-    backward(visit, hidden, torch.zeros_like(hidden))
+    (batch,) = CalibrationSet(tokens=random_tokens(1, 8), holdout=torch.zeros(1, dtype=torch.bool)).batches(1)
+    backward(visit, hidden, torch.zeros_like(hidden), batch)
     with pytest.raises(InputError, match="gradient is zero"):
-        visit.finish()
+        visit.finish(8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,9 +20,22 @@ from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.checkpoint.writer import MANIFEST
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.layout import Layout
 from prismaquant_ray.storage.store import Store
-from tests.repositories import Choice, Model, make_model, mixed, rewrite, shards, tensors_of, uniform
+from tests.repositories import (
+    Choice,
+    Model,
+    make_model,
+    mixed,
+    mixed_choice,
+    rewrite,
+    shards,
+    tensors_of,
+    uniform,
+)
+from tests.tiny_families import FAMILIES
 
 F = FormatName
 LAYER = "model.layers."
@@ -48,12 +62,13 @@ class Written:
 
     model: Model
     path: Path
+    choice: Choice
 
     def copy(self, path: Path) -> Path:
         return Path(shutil.copytree(self.path, path / "copy"))
 
     def problems(self, path: Path, *, stored: bool = True) -> tuple[str, ...]:
-        return self.model.verify(path, PLAN, stored=stored).problems
+        return self.model.verify(path, self.choice, stored=stored).problems
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +76,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     directory = tmp_path_factory.mktemp("verify")
     model = make_model(directory, "llama_untied")
     model.write(directory / "out", PLAN, shard=40_000)
-    return Written(model, directory / "out")
+    return Written(model, directory / "out", PLAN)
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -106,6 +121,41 @@ def test_every_uniform_plan_of_every_architecture_is_right(
 @pytest.fixture(scope="module")
 def uniform_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     return {name: make_model(tmp_path_factory.mktemp(name), name) for name in ("llama", "qwen2", "gemma2")}
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Each family once for the whole module."""
+    return functools.cache(lambda family: make_model(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.mark.parametrize("formats", [mixed_choice, mixed])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixed_plan_of_every_family_is_right(
+    family: str, formats: Callable[[Layout], Choice], tmp_path: Path, families: Callable[[str], Model]
+) -> None:
+    model = families(family)
+    choice = formats(model.layout)
+    model.write(tmp_path, choice, shard=100_000)
+    report = model.verify(tmp_path, choice)
+    assert report.ok, report.problems
+    assert report.tensors == len(tensors_of(tmp_path))
+    by_format = [name for group in model.layout.groups for name in [choice[group.name]] * len(group.linears)]
+    assert report.linears == {name: by_format.count(name) for name in FORMATS if name in by_format}
+    assert model.verify(tmp_path, choice, stored=False).ok
+
+
+@pytest.mark.parametrize("name", list(FormatName))
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe", "gpt_oss"])
+def test_a_plan_of_one_format_wherever_a_family_can_take_it_is_right(
+    name: FormatName, family: str, tmp_path: Path, families: Callable[[str], Model]
+) -> None:
+    model = families(family)
+    choice = {group.name: formats_of(group, (name, F.BF16))[0] for group in model.layout.groups}
+    model.write(tmp_path, choice)
+    report = model.verify(tmp_path, choice)
+    assert report.ok, report.problems
+    assert report.linears.get(name, 0) > 0
 
 
 def test_a_model_card_written_later_is_no_problem(written: Written, tmp_path: Path) -> None:
@@ -199,6 +249,124 @@ def test_divisors_are_compared_inside_fused_modules_only(written: Written, tmp_p
     assert sum("input_global_scale not as in the stored candidate" in problem for problem in problems) == 3
     # Without the candidates this is a sound repository.
     assert written.problems(path, stored=False) == ()
+
+
+# Experts: stored one by one in the source, or packed. ------------------------------------------------------------
+
+EXPERTS = {
+    "qwen3_moe": "model.layers.1.mlp.experts",
+    "deepseek_v3_fp8": "model.layers.2.mlp.experts",
+    "qwen3_5_moe": "model.language_model.layers.3.mlp.experts",
+}
+
+
+@pytest.fixture(scope="module", params=EXPERTS)
+def routed(
+    request: pytest.FixtureRequest, families: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Written, str]:
+    """A right repository, and the name of experts that are NVFP4 in it; others are MXFP8 and BF16."""
+    model, experts = families(request.param), EXPERTS[request.param]
+    choice = mixed_choice(model.layout)
+    blocks = [group.name for group in model.layout.groups if group.experts]
+    choice |= {name: (F.NVFP4, F.MXFP8, F.BF16)[index % 3] for index, name in enumerate(reversed(blocks))}
+    choice |= {experts: F.NVFP4}
+    path = tmp_path_factory.mktemp("routed") / "out"
+    model.write(path, choice, shard=100_000)
+    assert model.verify(path, choice).ok
+    return Written(model, path, choice), experts
+
+
+EXPERT_TENSORS: dict[str, tuple[str, Callable[[Tensor], Tensor | None], str]] = {
+    "missing scale": ("7.up_proj.weight_scale", _removed, "tensor {}.7.up_proj.weight_scale is missing"),
+    "missing codes": ("0.gate_proj.weight_packed", _removed, "tensor {}.0.gate_proj.weight_packed is missing"),
+    "missing divisor": ("3.down_proj.weight_global_scale", _removed, "weight_global_scale is missing"),
+    "gate and up differ": (
+        "5.gate_proj.weight_global_scale",
+        lambda t: t * 2,
+        "{0}.5.gate_proj, {0}.5.up_proj: members have different weight_global_scale",
+    ),
+    "up and gate differ": (
+        "7.up_proj.weight_global_scale",
+        lambda t: t * 2,
+        "{0}.7.gate_proj, {0}.7.up_proj: members have different weight_global_scale",
+    ),
+    "input of one expert": (
+        "6.down_proj.input_global_scale",
+        lambda t: t * 2,
+        "{0}.0.down_proj, {0}.1.down_proj: members have different input_global_scale",
+    ),
+    "input of one projection": (
+        "6.up_proj.input_global_scale",
+        lambda t: t * 2,
+        "members have different input_global_scale",
+    ),
+    "E4M3 NaN": ("2.down_proj.weight_scale", lambda t: filled(t, 5, 0x7F), "zero, negative, infinite or NaN"),
+    "divisor zero": ("2.down_proj.weight_global_scale", lambda t: t * 0, "it must be finite and above zero"),
+    "divisor of 24 bits": ("2.down_proj.weight_global_scale", lambda t: t * 1.001, "is not a BF16 value"),
+    "codes changed": ("4.up_proj.weight_packed", lambda t: t ^ 1, "{}.4.up_proj: weight_packed not as in the stored"),
+}
+
+
+@pytest.mark.parametrize("damage", EXPERT_TENSORS)
+def test_one_damaged_expert_is_reported(damage: str, routed: tuple[Written, str], tmp_path: Path) -> None:
+    written, experts = routed
+    leaf, change, message = EXPERT_TENSORS[damage]
+    name = f"{experts}.{leaf}"
+    path = written.copy(tmp_path)
+    rewrite(path, {name: change(tensors_of(path)[name])})
+    problems = written.problems(path)
+    assert any(message.format(experts) in problem for problem in problems), problems
+    # No other expert is blamed; which expert's input scale is the wrong one nobody can say.
+    place = name.rpartition(".")[0]
+    shared = f"{experts}.0." if "input" in leaf else place
+    assert all(place in problem or shared in problem or "states b" in problem for problem in problems), problems
+
+
+def test_experts_have_divisors_of_their_own_but_share_that_of_their_input(
+    routed: tuple[Written, str], tmp_path: Path
+) -> None:
+    written, experts = routed
+    tensors = tensors_of(written.path)
+    first, last = (tensors[f"{experts}.{expert}.gate_proj.weight_global_scale"] for expert in (0, 7))
+    assert not torch.equal(first, last)
+    path = written.copy(tmp_path)
+    # Consistent changes: both halves of one expert's matrix, and the input of every expert.
+    changed = [f"{experts}.3.{leaf}_proj.weight_global_scale" for leaf in ("gate", "up")]
+    changed += [f"{experts}.{expert}.down_proj.input_global_scale" for expert in range(8)]
+    rewrite(path, {name: tensors[name] * 2 for name in changed})
+    problems = written.problems(path)
+    assert len(problems) == len(changed)
+    assert all("not as in the stored candidate" in problem for problem in problems), problems
+    # Without the candidates this is a sound repository.
+    assert written.problems(path, stored=False) == ()
+
+
+def test_exchanged_experts_are_reported(routed: tuple[Written, str], tmp_path: Path) -> None:
+    written, experts = routed
+    tensors = tensors_of(written.path)
+    path = written.copy(tmp_path)
+    own = {name.removeprefix(f"{experts}.1.") for name in tensors if name.startswith(f"{experts}.1.")}
+    assert len(own) == 12
+    rewrite(
+        path,
+        {f"{experts}.{a}.{leaf}": tensors[f"{experts}.{b}.{leaf}"] for a, b in ((1, 2), (2, 1)) for leaf in own},
+    )
+    problems = written.problems(path)
+    for expert in (1, 2):
+        for leaf in ("gate", "up", "down"):
+            assert any(problem.startswith(f"{experts}.{expert}.{leaf}_proj: weight_packed") for problem in problems)
+
+
+@pytest.mark.parametrize("leaf", ["8.up_proj.weight_packed", "gate_up_proj", "0.gate_proj.weight", "down_proj.weight"])
+def test_an_expert_too_many_or_one_as_it_was_is_reported(
+    leaf: str, routed: tuple[Written, str], tmp_path: Path
+) -> None:
+    written, experts = routed
+    path = written.copy(tmp_path)
+    rewrite(path, {f"{experts}.{leaf}": torch.ones(1)})
+    assert f"tensor {experts}.{leaf} does not belong here; vLLM refuses tensors it does not know" in written.problems(
+        path
+    )
 
 
 # Files ------------------------------------------------------------------------------------------------------------
@@ -454,6 +622,77 @@ def test_a_configuration_that_is_wrong_is_reported(
     path = written.copy(tmp_path)
     edit(path / "config.json", change)
     problems = written.problems(path)
+    assert any(message in problem for problem in problems), problems
+
+
+# Configurations of families -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeing(families: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """Everything but the draft head in FP8: experts, vision tower, head."""
+    model = families("qwen3_5_moe")
+    choice = {group.name: F.BF16 if group.name.startswith("mtp.") else F.FP8 for group in model.layout.groups}
+    path = tmp_path_factory.mktemp("seeing") / "out"
+    model.write(path, choice)
+    assert model.verify(path, choice).ok
+    return Written(model, path, choice)
+
+
+def _replaced(**parts: str) -> Callable[[dict[str, Any]], None]:
+    """In every target and `ignore`, each of these patterns in place of another."""
+
+    def change(config: dict[str, Any]) -> None:
+        quantization = config["quantization_config"]
+        lists = [quantization["ignore"], *(entry["targets"] for entry in quantization["config_groups"].values())]
+        found = 0
+        for targets in lists:
+            for index, target in enumerate(targets):
+                targets[index] = target.replace(parts["old"], parts["new"])
+                found += targets[index] != target
+        assert found
+
+    return change
+
+
+def _expert_ignored(config: dict[str, Any]) -> None:
+    config["quantization_config"]["ignore"].append(r"re:^model\.language_model\.layers\.0\.mlp\.experts\.0\.up_proj$")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _replaced(old=r"(model\.language_model|language_model\.model|model)", new=r"model\.language_model"),
+            "language_model.model.layers.0.linear_attn.in_proj_qkvz gets nothing from vLLM",
+        ),
+        (
+            _replaced(old=r"(model\.language_model|language_model\.model|model)", new=r"language_model\.model"),
+            "model.language_model.layers.0.linear_attn.in_proj_z gets nothing from transformers",
+        ),
+        (
+            _replaced(old=r"(model\.visual|visual)", new=r"model\.visual"),
+            "visual.blocks.0.attn.qkv gets nothing from vLLM",
+        ),
+        (
+            _replaced(old=r"^(lm_head|language_model\.lm_head)$", new="^lm_head$"),
+            "language_model.lm_head gets nothing from vLLM",
+        ),
+        (_replaced(old=r"experts\.\d+\.", new=r"experts\.0\."), "mlp.experts.1.gate_proj is no target by name"),
+        (_replaced(old=r"experts\.\d+\.", new=r"experts\.[1-9]\."), "mlp.experts.0.gate_proj gets nothing from vLLM"),
+        (
+            _replaced(old="re:^(model", new="re:.*(mtp|model"),
+            "mtp.layers.0.mlp.experts.0.up_proj is not to be quantized",
+        ),
+        (_expert_ignored, "get group_0, no group; vLLM needs one scheme for all of a layer's"),
+    ],
+)
+def test_a_configuration_that_is_wrong_for_experts_towers_or_drafts_is_reported(
+    change: Callable[[dict[str, Any]], None], message: str, seeing: Written, tmp_path: Path
+) -> None:
+    path = seeing.copy(tmp_path)
+    edit(path / "config.json", change)
+    problems = seeing.problems(path)
     assert any(message in problem for problem in problems), problems
 
 

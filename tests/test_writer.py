@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.base import decompress_module
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shipped
 from prismaquant_ray.checkpoint.publish import check_output, publish_directory
@@ -27,8 +29,20 @@ from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.models.inspect import build
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.store import Store
-from tests.repositories import Model, make_model, mixed, shards, store_candidates, tensors_of, uniform
+from tests.repositories import (
+    DEFAULT_FORMATS,
+    Choice,
+    Model,
+    make_model,
+    mixed,
+    mixed_choice,
+    shards,
+    store_candidates,
+    tensors_of,
+    uniform,
+)
 from tests.tiny import make_checkpoint, random_tokens, read_config
+from tests.tiny_families import FAMILIES, VISION_FAMILIES, dequantize_blocks, make_family
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +51,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make_model(tmp_path_factory.mktemp("model"), "llama", layers=3, shards=2)
 
 
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    """Each family once for the whole module."""
+    return functools.cache(lambda family: make_model(tmp_path_factory.mktemp(family), family))
+
+
 def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def source_tensors(path: Path) -> dict[str, Tensor]:
+    """The weights of a source; those in blocks of FP8 are what they stand for."""
+    stored = tensors_of(path)
+    found = {}
+    for name, tensor in stored.items():
+        if (scale := stored.get(f"{name}_scale_inv")) is not None:
+            found[name] = dequantize_blocks(tensor, scale).to(torch.bfloat16)
+        elif not name.endswith("_scale_inv"):
+            found[name] = tensor
+    return found
 
 
 def directory(checkpoint: Checkpoint) -> Path:
@@ -50,13 +82,27 @@ def directory(checkpoint: Checkpoint) -> Path:
 
 
 def test_everything_unquantized_is_the_sources_and_everything_else_the_candidates(model: Model, tmp_path: Path) -> None:
-    choice = mixed(model.layout)
-    model.write(tmp_path, choice)
-    expected = tensors_of(directory(model.source))
-    for linear, (_, tensors) in model.stored(choice).items():
-        del expected[f"{linear}.weight"]
-        expected |= {f"{linear}.{suffix}": tensor for suffix, tensor in tensors.items()}
-    written = tensors_of(tmp_path)
+    is_source_and_candidates(model, mixed(model.layout), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_experts_towers_and_drafts_too(family: str, families: Callable[[str], Model], tmp_path: Path) -> None:
+    model = families(family)
+    choice = mixed_choice(model.layout)
+    assert set(choice.values()) >= set(DEFAULT_FORMATS) - ({FormatName.BF16} if family == "gpt_oss" else set())
+    is_source_and_candidates(model, choice, tmp_path)
+
+
+def is_source_and_candidates(model: Model, choice: Choice, output: Path) -> None:
+    model.write(output, choice)
+    expected = source_tensors(directory(model.source))
+    for group in model.layout.groups:
+        if FORMATS[choice[group.name]].codec is not None:
+            for source in {source for linear in group.linears for source in linear.sources}:
+                del expected[source]
+    for module, (_, tensors) in model.stored(choice).items():
+        expected |= {f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()}
+    written = tensors_of(output)
     assert written.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (written[name].dtype, written[name].shape) == (tensor.dtype, tensor.shape), name
@@ -64,11 +110,28 @@ def test_everything_unquantized_is_the_sources_and_everything_else_the_candidate
 
 
 def test_all_bf16_is_the_source(model: Model, tmp_path: Path) -> None:
-    repository = model.write(tmp_path, uniform(model.layout, FormatName.BF16))
+    is_the_source(model, tmp_path)
     assert (tmp_path / "config.json").read_bytes() == (directory(model.source) / "config.json").read_bytes()
-    source, written = tensors_of(directory(model.source)), tensors_of(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe"])
+def test_all_bf16_is_the_source_however_its_experts_are_stored(
+    family: str, families: Callable[[str], Model], tmp_path: Path
+) -> None:
+    is_the_source(families(family), tmp_path)
+    config = read_config(directory(families(family).source))
+    assert (config.pop("quantization_config", None) is not None) is (family == "deepseek_v3_fp8")
+    assert read_config(tmp_path) == config
+
+
+def is_the_source(model: Model, output: Path) -> None:
+    repository = model.write(output, uniform(model.layout, FormatName.BF16))
+    source, written = source_tensors(directory(model.source)), tensors_of(output)
     assert {name: raw(tensor) for name, tensor in written.items()} == {name: raw(t) for name, t in source.items()}
-    assert repository.bpp == repository.bits_all_parameters == 16
+    bits = 8 * sum(t.nbytes for t in source.values()) / sum(t.numel() for t in source.values())
+    assert (repository.bpp, repository.bits_all_parameters) == (16, bits)
+    # Some norms, biases and decays are in float32.
+    assert 16 <= bits < 16.1
 
 
 def test_unknown_tensors_and_other_dtypes_pass_through(tmp_path: Path) -> None:
@@ -161,17 +224,26 @@ def test_shards_hold_at_most_the_limit_in_the_sources_order(limit: int, model: M
 
 
 def test_sizes_are_those_of_the_files_and_bits_those_of_the_formats(model: Model, tmp_path: Path) -> None:
-    choice = mixed(model.layout)
-    repository = model.write(tmp_path, choice)
-    assert repository.total_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+    are_those_of_the_files(model, mixed(model.layout), tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_and_bits_count_every_expert(family: str, families: Callable[[str], Model], tmp_path: Path) -> None:
+    are_those_of_the_files(families(family), mixed_choice(families(family).layout), tmp_path)
+
+
+def are_those_of_the_files(model: Model, choice: Choice, output: Path) -> None:
+    repository = model.write(output, choice)
+    assert repository.total_bytes == sum(file.stat().st_size for file in output.iterdir())
     weight_bytes = sum(
-        FORMATS[choice[group.name]].weight_bytes(linear.out_features, linear.in_features)
+        (linear.experts or 1) * FORMATS[choice[group.name]].weight_bytes(linear.out_features, linear.in_features)
         for group in model.layout.groups
         for linear in group.linears
     )
-    assert repository.bpp == 8 * weight_bytes / model.layout.parameters
-    written = sum(tensor.nbytes for tensor in tensors_of(tmp_path).values())
-    parameters = sum(math.prod(info.shape) for info in model.source.tensors.values())
+    quantizable = sum(weight.numel() for weight in model.weights().values())
+    assert repository.bpp == 8 * weight_bytes / model.layout.parameters == 8 * weight_bytes / quantizable
+    written = sum(tensor.nbytes for tensor in tensors_of(output).values())
+    parameters = sum(tensor.numel() for tensor in source_tensors(directory(model.source)).values())
     assert repository.bits_all_parameters == 8 * written / parameters
 
 
@@ -199,25 +271,29 @@ def test_two_writes_are_the_same_bytes(model: Model, tmp_path: Path) -> None:
 # Readers --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_transformers_loads_all_seven_formats_and_decodes_the_same_weights(architecture: str, tmp_path: Path) -> None:
-    model = make_model(tmp_path, architecture, layers=3)
+# It does not read experts that are quantized one by one.
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_5", "qwen3_5_text", "gpt_oss"])
+def test_transformers_loads_all_seven_formats_and_decodes_the_same_weights(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path, name, **({} if name in FAMILIES else {"layers": 3}))
     choice = mixed(model.layout)
-    assert set(choice.values()) == set(FormatName)
+    assert set(choice.values()) == set(FormatName) or name == "gpt_oss"
     model.write(tmp_path / "out", choice, shard=50_000)
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    auto = AutoModelForImageTextToText if name in VISION_FAMILIES else AutoModelForCausalLM
+    loaded, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
-    stored = model.stored(choice)
+    stored, source = model.stored(choice), model.weights()
     for linear in model.layout.linears():
+        if linear.name.startswith("mtp."):
+            continue  # nor does it load draft heads
         module = loaded.get_submodule(linear.name)
         decompress_module(module)
         if linear.name in stored:
-            name, tensors = stored[linear.name]
-            codec = FORMATS[name].codec
+            format_name, tensors = stored[linear.name]
+            codec = FORMATS[format_name].codec
             assert codec is not None
             expected = codec.decode(tensors)
         else:
-            expected = model.source.read([linear.weight])[linear.weight]
+            expected = source[linear.name]
         assert module.weight.dtype == torch.bfloat16
         assert raw(module.weight.detach()) == raw(expected), linear.name
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("a river").input_ids
@@ -235,21 +311,34 @@ def test_transformers_runs_it_and_its_logits_are_near_the_sources(model: Model, 
 
 def test_compressed_tensors_decompresses_every_module_as_we_do(model: Model, tmp_path: Path) -> None:
     choice = mixed(model.layout)
-    model.write(tmp_path, choice)
-    config = read_config(tmp_path)["quantization_config"]
+    assert decompressed(model, choice, tmp_path) == {name for name in FormatName if name is not FormatName.BF16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_tensors_decompresses_every_expert_as_we_do(
+    family: str, families: Callable[[str], Model], tmp_path: Path
+) -> None:
+    model = families(family)
+    assert decompressed(model, mixed_choice(model.layout), tmp_path) == {FormatName.NVFP4, FormatName.MXFP8}
+
+
+def decompressed(model: Model, choice: Choice, output: Path) -> set[FormatName]:
+    """The formats of every module that compressed-tensors decodes as we do."""
+    model.write(output, choice)
+    config = read_config(output)["quantization_config"]
     schemes = QuantizationConfig.model_validate(config).config_groups
-    repository = Checkpoint(Store(tmp_path))
+    repository = Checkpoint(Store(output))
     seen = set()
-    for linear, (name, stored) in model.stored(choice).items():
-        names = {suffix: f"{linear}.{suffix}" for suffix in stored}
+    for module, (name, stored) in model.stored(choice).items():
+        names = {suffix: f"{module}.{suffix}" for suffix in stored}
         tensors = dict(zip(names, repository.read(names.values()).values(), strict=True))
-        scheme = schemes[str(transformers_route(config, linear))]
+        scheme = schemes[str(transformers_route(config, module))]
         theirs = BaseCompressor.get_value_from_registry(str(scheme.format)).decompress(tensors, scheme)["weight"]
         codec = FORMATS[name].codec
         assert codec is not None
-        assert raw(theirs.to(torch.bfloat16)) == raw(codec.decode(tensors)), linear
+        assert raw(theirs.to(torch.bfloat16)) == raw(codec.decode(tensors)), module
         seen.add(name)
-    assert seen == {name for name in FormatName if name is not FormatName.BF16}
+    return seen
 
 
 # Refusals and failures ------------------------------------------------------------------------------------------
@@ -278,6 +367,19 @@ def test_a_missing_or_foreign_candidate_is_refused_before_anything_is_written(mo
         assert output.list() == []
 
 
+def test_a_source_that_has_a_tensor_of_the_name_of_a_quantized_experts_is_refused(tmp_path: Path) -> None:
+    source = make_family(tmp_path / "made", "qwen3_5_moe_text")
+    tensors = load_file(source / "model.safetensors")
+    taken = "model.layers.0.mlp.experts.3.up_proj.weight_scale"
+    save_file(tensors | {taken: torch.ones(1)}, source / "model.safetensors", {"format": "pt"})
+    model = make_model_from(source, tmp_path)
+    with pytest.raises(InputError, match=rf"has a tensor {taken}, a name the quantized weight needs"):
+        model.write(tmp_path / "out", uniform(model.layout, FormatName.FP8))
+    assert list((tmp_path / "out").iterdir()) == []
+    model.write(tmp_path / "out", uniform(model.layout, FormatName.BF16))
+    assert raw(tensors_of(tmp_path / "out")[taken]) == raw(torch.ones(1))
+
+
 def test_a_damaged_candidate_file_is_named(model: Model, tmp_path: Path) -> None:
     artifact = model.candidates.artifacts[0, FormatName.NVFP4]
     data = model.candidates.store.get(artifact.key)
@@ -303,12 +405,12 @@ def test_shipped_tensors_are_what_the_codec_packs(name: FormatName, shape: tuple
     codec = FORMATS[name].codec
     assert codec is not None
     packed = codec.pack(nearest(torch.randn(shape), codec, codec.global_scale(4.0)))
-    expected = shipped(name, LinearSpec(name="a", out_features=shape[0], in_features=shape[1]))
+    expected = shipped(name, LinearSpec(name="a", out_features=shape[0], in_features=shape[1], sources=("a.weight",)))
     scalars = {"input_global_scale"} if FORMATS[name].static_input_scale else set()
     assert expected.keys() == packed.keys() | scalars
     for suffix, tensor in packed.items():
         assert expected[suffix][1] == tuple(tensor.shape)
-    assert shipped(FormatName.BF16, LinearSpec(name="a", out_features=8, in_features=8)) == {}
+    assert shipped(FormatName.BF16, LinearSpec(name="a", out_features=8, in_features=8, sources=("a.weight",))) == {}
 
 
 class Failing(Store):

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.layout import Layout
 
 # Tensors of one Linear in the format that has most of them.
@@ -77,19 +78,22 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
     for row, group in enumerate(layout.groups):
         for column, name in enumerate(formats):
             spec = FORMATS[name]
-            if spec.group_refusal(group.linears):
+            if refusal(name, group):
                 continue
             allowed[row, column] = True
-            weights[row, column] = sum(spec.weight_bytes(item.out_features, item.in_features) for item in group.linears)
-            stored[row, column] = weights[row, column] + spec.extra_bytes() * len(group.linears)
+            weights[row, column] = sum(
+                len(item.names) * spec.weight_bytes(item.out_features, item.in_features) for item in group.linears
+            )
+            matrices = sum(len(item.names) for item in group.linears)
+            stored[row, column] = weights[row, column] + spec.extra_bytes() * matrices
         if not allowed[row].any():
-            reason = FORMATS[formats[0]].group_refusal(group.linears)
+            reason = refusal(formats[0], group)
             raise InputError(f"{group.name} can take none of {', '.join(formats)} ({reason}); add BF16 to formats")
     for column, name in enumerate(formats):
         if not allowed[:, column].any():
-            reason = FORMATS[name].group_refusal(layout.groups[0].linears)
+            reason = refusal(name, layout.groups[0])
             raise InputError(f"no Linear can take {name} ({reason}); remove it from formats")
-    names = sum(_TENSORS * entry_bytes(linear.name) for linear in layout.linears())
+    names = sum(_TENSORS * len(linear.names) * entry_bytes(linear.names[-1]) for linear in layout.linears())
     return Sizes(
         formats=tuple(formats),
         weights=weights,

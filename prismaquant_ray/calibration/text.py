@@ -6,35 +6,19 @@ The text is taken as it is: no chat template is applied. A model whose tokenizer
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from prismaquant_ray.calibration.batches import CalibrationSet, spread_evenly
 from prismaquant_ray.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CalibrationSet", "load_sequences"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class CalibrationSet:
-    """Token sequences of equal length, some of them held out to judge what the others decided."""
-
-    tokens: Tensor  # int64 (sequences, length)
-    holdout: Tensor  # bool (sequences,)
-    fingerprint: str  # sha256 of the token ids and their shape
-
-    def microbatches(self, size: int) -> tuple[slice, ...]:
-        """Consecutive runs of at most `size` sequences that cover all of them."""
-        sequences = len(self.tokens)
-        return tuple(slice(start, min(start + size, sequences)) for start in range(0, sequences, size))
+__all__ = ["load_sequences"]
 
 
 def load_sequences(
@@ -70,7 +54,7 @@ def load_sequences(
     chosen = np.random.Generator(np.random.PCG64(seed)).permutation(windows)[:sequences]
     text_tokens = torch.tensor(ids[: windows * width], dtype=torch.long).view(windows, width)[torch.from_numpy(chosen)]
     tokens = torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), text_tokens], dim=1)
-    return CalibrationSet(tokens=tokens, holdout=_spread_evenly(sequences, holdout), fingerprint=_fingerprint(tokens))
+    return CalibrationSet(tokens=tokens, holdout=spread_evenly(sequences, holdout))
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -86,18 +70,3 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8.") from error
     except OSError as error:
         raise InputError(f"Calibration text {path} cannot be read: {error.strerror}.") from error
-
-
-def _spread_evenly(sequences: int, share: float) -> Tensor:
-    """A mask with `share` of the entries set, each in the middle of an equal part of the whole."""
-    mask = torch.zeros(sequences, dtype=torch.bool)
-    if share > 0:
-        count = max(1, min(round(share * sequences), sequences - 1))
-        mask[((torch.arange(count) + 0.5) * sequences / count).long()] = True
-    return mask
-
-
-def _fingerprint(tokens: Tensor) -> str:
-    digest = hashlib.sha256(repr(tuple(tokens.shape)).encode())
-    digest.update(tokens.numpy().astype("<i8").tobytes())
-    return digest.hexdigest()

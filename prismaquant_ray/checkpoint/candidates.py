@@ -23,7 +23,7 @@ _PIECE = 1 << 26
 
 
 def shipped(name: FormatName, linear: LinearSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Suffix → (dtype, shape) of everything a Linear ships in a format; empty for BF16.
+    """Suffix → (dtype, shape) of everything a Linear (of each expert) ships in a format; empty for BF16.
 
     Only these may exist beside each other: vLLM refuses a tensor it does not expect and does not miss one it does.
     """
@@ -72,16 +72,17 @@ class CandidateFile:
         pairs = zip(infos, buffers, strict=True)
         return {info.name: as_tensor(buffer, info.dtype, info.shape) for info, buffer in pairs}
 
-    def of(self, name: FormatName, linear: LinearSpec) -> list[TensorInfo]:
-        """What a Linear ships from here, in file order; StoreError unless it is exactly what the format stores."""
-        found = self._by_linear.get(linear.name, [])
-        held = {info.name.removeprefix(f"{linear.name}."): (info.dtype, info.shape) for info in found}
-        if held != shipped(name, linear):
-            raise self._damaged(f"does not hold {linear.name} as {name} stores it")
+    def of(self, name: FormatName, linear: LinearSpec) -> dict[str, list[TensorInfo]]:
+        """What a Linear ships from here, by module, in file order; StoreError unless that is what the format stores."""
+        expected = shipped(name, linear)
+        found = {module: self._by_module.get(module, []) for module in linear.names}
+        for module, infos in found.items():
+            if {info.name.removeprefix(f"{module}."): (info.dtype, info.shape) for info in infos} != expected:
+                raise self._damaged(f"does not hold {module} as {name} stores it")
         return found
 
     @functools.cached_property
-    def _by_linear(self) -> dict[str, list[TensorInfo]]:
+    def _by_module(self) -> dict[str, list[TensorInfo]]:
         found: dict[str, list[TensorInfo]] = {}
         for name, info in self.tensors.items():
             found.setdefault(name.rpartition(".")[0], []).append(info)

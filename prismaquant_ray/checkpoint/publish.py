@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prismaquant_ray.checkpoint.reader import INDEX
-from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, check_ours
+from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, check_ours, is_dequantized
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.record import new_attempt
@@ -41,14 +41,29 @@ def published(output: str | Path) -> Iterator[Store]:
         with publish_directory(directory) as staging:
             yield Store(staging)
         return
-    check_output(output)
+    _check_place(output)
     held = HeldBack(str(output))
     yield held
     held.publish()
 
 
-def check_output(output: str | Path) -> None:
-    """InputError unless a repository may be put there: nothing is there, or one of ours, whole or not."""
+def check_output(output: str | Path, *, dequantized: bool = False) -> None:
+    """InputError unless a repository may be put there: nothing is there, or one of ours and its kind, whole or not."""
+    _check_place(output)
+    path = local_path(str(output))
+    if path is not None and not path.is_dir():
+        return
+    try:
+        manifest = Store(str(output), create=False).get(MANIFEST)
+    except KeyError:
+        return
+    if is_dequantized(manifest) != dequantized:
+        kind = "quantized" if dequantized else "dequantized"
+        raise InputError(f"{output} holds a {kind} repository; choose another output")
+
+
+def _check_place(output: str | Path) -> None:
+    """InputError unless nothing is there, or a repository of ours."""
     path = local_path(str(output))
     if path is None:
         check_ours(str(output), Store(str(output)).list())

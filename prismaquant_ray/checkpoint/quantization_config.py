@@ -14,7 +14,8 @@ from typing import Any
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.formats.fitting import refusal
+from prismaquant_ray.layout import EXPERT, Layout, LinearSpec
 
 Choice = Mapping[str, FormatName]
 
@@ -59,10 +60,9 @@ def check_choice(layout: Layout, choice: Choice) -> None:
     for group in layout.groups:
         if group.name not in choice:
             raise InputError(f"the plan has no format for {group.name}; was it made for another model?")
-        for linear in group.linears:
-            reason = FORMATS[choice[group.name]].refusal(linear.out_features, linear.in_features)
-            if reason is not None:
-                raise InputError(f"{linear.name} cannot be {choice[group.name]}: {reason}")
+        reason = refusal(choice[group.name], group)
+        if reason is not None:
+            raise InputError(f"{group.name} cannot be {choice[group.name]}: {reason}")
     extra = choice.keys() - layout.block_of.keys()
     if extra:
         raise InputError(f"the plan names {min(extra)}, which the model does not have; was it made for another one?")
@@ -95,7 +95,8 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
     """Patterns that match exactly these modules: one for each place in a block, and full names outside blocks.
 
     `re:^model\\.layers\\.(0|3|17)\\.mlp\\.down_proj$`. Both ends are anchored because the runtimes use `re.match`:
-    without `^` such a pattern would also name a draft head's layers, without `$` a longer sibling.
+    without `^` such a pattern would also name a draft head's layers, without `$` a longer sibling. A module that
+    runtimes call differently is spelled in every way; `{}` in a name is any expert.
     """
     prefixes = {block.prefix: block.prefix.rpartition(".") for block in layout.blocks}
     places: dict[tuple[str, str], list[str]] = {}
@@ -104,11 +105,31 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
         prefix = next((prefix for prefix in _parents(name) if prefix in prefixes), None)
         stem, _, index = prefixes.get(prefix or "", ("", "", ""))
         if prefix is None or not index.isdecimal():
-            alone.append(name)
+            exact = EXPERT not in name and len(layout.called(name)) == 1
+            alone.append(name if exact else f"re:^{_spelled(layout, name)}$")
         else:
             places.setdefault((stem, name.removeprefix(f"{prefix}.")), []).append(index)
-    patterns = [f"re:^{re.escape(stem)}\\.{_any(found)}\\.{re.escape(leaf)}$" for (stem, leaf), found in places.items()]
-    return [*patterns, *alone]
+    patterns = [
+        f"re:^{_spelled(layout, stem)}\\.{_any(found)}\\.{_spelled(layout, leaf)}$"
+        for (stem, leaf), found in places.items()
+    ]
+    return [*patterns, *dict.fromkeys(alone)]
+
+
+def _spelled(layout: Layout, name: str) -> str:
+    """A pattern for a dotted name, or a part of one, under every name that runtimes have for it."""
+    view = next((view for view in layout.views if view.part_of(name)), None)
+    if view is None:
+        return re.escape(name).replace(re.escape(EXPERT), r"\d+")
+    before, _, after = f".{name}.".partition(f".{view.part}.")
+    spelled = f"({'|'.join(re.escape(other) for other in view.names)})"
+    return r"\.".join(
+        [
+            *([_spelled(layout, before.strip("."))] if before else []),
+            spelled,
+            *([_spelled(layout, after.strip("."))] if after else []),
+        ]
+    )
 
 
 def _parents(name: str) -> Iterable[str]:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.errors import StoreError
-from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: A tensor and the store that holds it.
-Piece = tuple[Store, TensorInfo]
+
+class Ranged(Protocol):
+    """What gives bytes of named things: a store, or something that decodes what one holds."""
+
+    @property
+    def uri(self) -> str:
+        """Where it is, for errors."""
+
+    def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]], /) -> list[Buffer]:
+        """Bytes [start, stop) of each range."""
+
+
+#: A tensor and what holds its file.
+Piece = tuple[Ranged, TensorInfo]
 _BATCH_BYTES = 1 << 26
 
 

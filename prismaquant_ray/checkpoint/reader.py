@@ -6,14 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from prismaquant_ray.checkpoint import block_fp8
 from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo, header_length, parse_header
+from prismaquant_ray.checkpoint.ranges import Piece
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,21 +43,37 @@ def read_header(store: Store, file: str) -> list[TensorInfo]:
 class Checkpoint:
     """A directory of safetensors files with its config.json.
 
-    `tensors` maps every tensor name to where it is, in file order. Opening reads headers only and raises
-    InputError for a missing or damaged file, an index that disagrees with the files, or an unsafe file name.
+    `tensors` describes every tensor, in file order, and `config` the model they are of. Weights stored as FP8 in
+    blocks are seen as BF16: their scales are no tensors, and `config` does not speak of them. What the files say
+    is in `stored` and `source_config`; where a tensor's bytes come from is `piece`.
+
+    Opening reads headers only and raises InputError for a missing or damaged file, an index that disagrees with
+    the files, an unsafe file name, or FP8 that cannot be decoded.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.config = self._json("config.json")
+        self.source_config = self._json("config.json")
         self.files = self._files()
-        self.tensors: dict[str, TensorInfo] = {}
+        self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
             for info in self._header(file):
-                if info.name in self.tensors:
-                    raise InputError(f"{store.uri}: {info.name} is in both {self.tensors[info.name].file} and {file}")
-                self.tensors[info.name] = info
+                if info.name in self.stored:
+                    raise InputError(f"{store.uri}: {info.name} is in both {self.stored[info.name].file} and {file}")
+                self.stored[info.name] = info
         self._check_index()
+        block = block_fp8.block_of(self.source_config, store.uri)
+        if block is None:
+            block_fp8.check_unquantized(self.source_config, self.stored.values(), store.uri)
+        self.config = self.source_config if block is None else block_fp8.without_scheme(self.source_config)
+        self._scaled = block_fp8.pair(self.stored, block, store.uri) if block else {}
+        self._decoder = block_fp8.Decoder(store, self._scaled)
+        scales = {scaled.scale.name for scaled in self._scaled.values()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: self._scaled[name].info if name in self._scaled else info
+            for name, info in self.stored.items()
+            if name not in scales
+        }
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
@@ -94,26 +115,48 @@ class Checkpoint:
         if self._index is None:
             return
         for name, file in self._index.items():
-            if name not in self.tensors or self.tensors[name].file != file:
+            if name not in self.stored or self.stored[name].file != file:
                 raise InputError(f"{self.store.uri}: {INDEX} places {name} in {file}, which does not hold it")
+
+    def piece(self, name: str) -> Piece:
+        """A tensor's bytes, as read_pieces takes them."""
+        info = self._info(name)
+        return self._decoder if name in self._scaled else self.store, info
 
     def raw(self, name: str) -> memoryview:
         """A tensor's bytes."""
-        info = self._info(name)
-        return memoryview(self.store.get_ranges(info.file, [(info.start, info.stop)])[0])
+        holder, info = self.piece(name)
+        return memoryview(holder.get_ranges(info.file, [(info.start, info.stop)])[0])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors in their own dtype, one ranged request a file."""
+        waiting = {name: self._parts(name) for name in names}
         by_file: dict[str, list[TensorInfo]] = {}
-        for name in names:
-            info = self._info(name)
-            by_file.setdefault(info.file, []).append(info)
+        for parts in waiting.values():
+            for part in parts:
+                by_file.setdefault(part.file, []).append(part)
         loaded: dict[str, Tensor] = {}
+        held: dict[str, Buffer] = {}
         for file, infos in by_file.items():
             buffers = self.store.get_ranges(file, [(info.start, info.stop) for info in infos])
-            for info, buffer in zip(infos, buffers, strict=True):
-                loaded[info.name] = as_tensor(buffer, info.dtype, info.shape)
+            held |= zip((info.name for info in infos), buffers, strict=True)
+            del buffers
+            # A weight may be in another file than its scales.
+            for name in [name for name, parts in waiting.items() if all(part.name in held for part in parts)]:
+                loaded[name] = self._tensor(name, [held.pop(part.name) for part in waiting.pop(name)])
         return loaded
+
+    def _parts(self, name: str) -> list[TensorInfo]:
+        """What of the files makes a tensor."""
+        info = self._info(name)
+        return [self._scaled[name].weight, self._scaled[name].scale] if name in self._scaled else [info]
+
+    def _tensor(self, name: str, buffers: Sequence[Buffer]) -> Tensor:
+        info = self.tensors[name]
+        if name not in self._scaled:
+            return as_tensor(buffers[0], info.dtype, info.shape)
+        scaled = self._scaled[name]
+        return scaled.decode(0, scaled.rows, buffers[0], buffers[1], self.store.uri).reshape(info.shape)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -129,9 +172,9 @@ class Checkpoint:
 
         Cheap enough for remote sources (no full read), yet a fine-tuned copy with equal headers differs.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.source_config, sort_keys=True).encode())
         by_file: dict[str, list[TensorInfo]] = {}
-        for info in sorted(self.tensors.values(), key=lambda info: info.name):
+        for info in sorted(self.stored.values(), key=lambda info: info.name):
             digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
             by_file.setdefault(info.file, []).append(info)
         samples: dict[str, list[bytes]] = {}

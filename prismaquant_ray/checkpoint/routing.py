@@ -1,7 +1,7 @@
 """Which config group each module gets: under vLLM's rules and under compressed-tensors' (which transformers runs).
 
 vLLM's rules are re-stated from its `compressed_tensors/utils.py` (0.32); compressed-tensors' own functions are
-called. Names are those of the checkpoint: renaming inside vLLM (vision-language models) is not modelled.
+called. Where runtimes call a module by several names (`Layout.called`), every rule is applied to each of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from prismaquant_ray.checkpoint.quantization_config import Choice, scheme_of
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
-from prismaquant_ray.layout import Layout
+from prismaquant_ray.layout import FusedGroup, Layout
 
 #: last part of a fused module's name → last parts of its members' names
 FusedMapping = Mapping[str, Sequence[str]]
@@ -31,8 +31,21 @@ def fused_mapping(layout: Layout) -> dict[str, tuple[str, ...]]:
     return {
         group.name.rpartition(".")[2]: tuple(linear.name.rpartition(".")[2] for linear in group.linears)
         for group in layout.groups
-        if len(group.linears) > 1
+        if len(group.linears) > 1 and group.experts is None
     }
+
+
+def experts_route(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """Config group vLLM gives a layer's experts, from the names of one expert's Linears; it only looks at expert 0.
+
+    InputError where vLLM refuses: all of them need one scheme.
+    """
+    names = list(names)
+    found = {vllm_route(config, name, class_name="") for name in names}
+    if len(found) > 1:
+        layer = names[0].rpartition(".")[0].rpartition(".")[0]
+        raise InputError(f"projections of {layer} get {_listed(found)}; vLLM needs one scheme for all of a layer's")
+    return found.pop()
 
 
 def vllm_route(
@@ -109,32 +122,55 @@ def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, mo
     fused = fused_mapping(layout)
     for group in layout.groups:
         schemes = {linear.name: scheme_of(choice[group.name], linear) for linear in group.linears}
-        try:
-            route = vllm_route(config, group.name, fused=fused)
-        except InputError as error:
-            yield str(error)
-        else:
-            yield from _wrong(config, "vLLM", group.name, route, schemes[group.linears[0].name])
-        for name, scheme in schemes.items():
-            yield from _wrong(config, "transformers", name, transformers_route(config, name), scheme)
-    for name in layout.kept:
-        yield from _wrong(config, "vLLM", name, vllm_route(config, name), None)
-        yield from _wrong(config, "transformers", name, transformers_route(config, name), None)
+        for route, name in _vllm_routes(config, layout, group, fused):
+            if isinstance(route, InputError):
+                yield str(route)
+            else:
+                yield from _wrong(config, "vLLM", name, route, schemes[group.linears[0].name])
+        for linear in group.linears:
+            for name in dict.fromkeys([linear.names[0], linear.names[-1]]):
+                for called in layout.called(name):
+                    route = transformers_route(config, called)
+                    yield from _wrong(config, "transformers", called, route, schemes[linear.name])
+    for kept in layout.kept:
+        for name in layout.called(kept):
+            yield from _wrong(config, "vLLM", name, vllm_route(config, name), None)
+            yield from _wrong(config, "transformers", name, transformers_route(config, name), None)
     linears = dict.fromkeys(layout.kept, False)  # name → quantized
     for group in layout.groups:
-        linears |= dict.fromkeys(
-            (linear.name for linear in group.linears), FORMATS[choice[group.name]].codec is not None
-        )
+        quantized = FORMATS[choice[group.name]].codec is not None
+        linears |= {name: quantized for linear in group.linears for name in linear.names}
     for name in dict.fromkeys([*linears, *modules]):
-        found = named_groups(config, name)
-        if len(found) > 1:
-            yield f"{name} is a target of {', '.join(sorted(found))}; vLLM and transformers choose differently"
-        if found and not linears.get(name):
-            yield f"{name} is not to be quantized, but a target of {min(found)}"
-        if not found and linears.get(name):
-            yield f"{name} is no target by name; class names reach other modules too"
-        if not linears.get(name, True) and not is_ignored(config, name):
-            yield f"{name} is not quantized and not in `ignore`"
+        for called in layout.called(name):
+            yield from _named(config, called, linears.get(name))
+
+
+def _vllm_routes(
+    config: Mapping[str, Any], layout: Layout, group: FusedGroup, fused: FusedMapping
+) -> Iterator[tuple[str | InputError | None, str]]:
+    """What vLLM gives a group under each of its names, or why it refuses."""
+    names = [group.name] if group.experts is None else [linear.names[0] for linear in group.linears]
+    for called in zip(*(layout.called(name) for name in names), strict=True):
+        try:
+            if group.experts is None:
+                yield vllm_route(config, called[0], fused=fused), called[0]
+            else:
+                yield experts_route(config, called), called[0]
+        except InputError as error:
+            yield error, called[0]
+
+
+def _named(config: Mapping[str, Any], name: str, quantized: bool | None) -> Iterator[str]:
+    """Problems of the patterns that match a name; `quantized` is None for what is no Linear."""
+    found = named_groups(config, name)
+    if len(found) > 1:
+        yield f"{name} is a target of {', '.join(sorted(found))}; vLLM and transformers choose differently"
+    if found and not quantized:
+        yield f"{name} is not to be quantized, but a target of {min(found)}"
+    if not found and quantized:
+        yield f"{name} is no target by name; class names reach other modules too"
+    if quantized is False and not is_ignored(config, name):
+        yield f"{name} is not quantized and not in `ignore`"
 
 
 def _wrong(

@@ -24,7 +24,7 @@ from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read
 from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
-from prismaquant_ray.layout import FusedGroup, Layout, LinearSpec
+from prismaquant_ray.layout import FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.storage.store import Store
 
 WEIGHT_SCALE = "weight_global_scale"
@@ -107,12 +107,13 @@ class _Check:
             for linear in linears
             if FORMATS[name].codec is not None
         ]
-        self.replaced = {linear.weight for _, linear in quantized}
+        self.replaced = {tensor for _, linear in quantized for tensor in linear.sources}
         self.expected: dict[str, tuple[str, tuple[int, ...]]] = {
             name: (info.dtype, info.shape) for name, info in source.tensors.items() if name not in self.replaced
         }
         for name, linear in quantized:
-            self.expected |= {f"{linear.name}.{suffix}": entry for suffix, entry in shipped(name, linear).items()}
+            entries = shipped(name, linear)
+            self.expected |= {f"{module}.{suffix}": e for module in linear.names for suffix, e in entries.items()}
 
     def bits(self) -> tuple[float, float]:
         return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
@@ -239,27 +240,30 @@ class _Check:
         codec = FORMATS[name].codec
         if codec is None:
             return
-        shared: dict[str, set[bytes]] = {WEIGHT_SCALE: set(), INPUT_SCALE: set()}
-        entries = {linear: [f"{linear.name}.{suffix}" for suffix in shipped(name, linear)] for linear in group.linears}
-        sound = {linear: names for linear, names in entries.items() if not any(self._differs(n) for n in names)}
-        read = self.read([tensor for names in sound.values() for tensor in names])
+        sound: dict[str, list[str]] = {}
+        for linear in group.linears:
+            for module in linear.names:
+                tensors = [f"{module}.{suffix}" for suffix in shipped(name, linear)]
+                if not any(self._differs(tensor) for tensor in tensors):
+                    sound[module] = tensors
+        read = self.read([tensor for tensors in sound.values() for tensor in tensors])
         stored: dict[str, Tensor] = {}
         if file is not None:
             try:
-                infos = [info for linear in sound for info in file.of(name, linear)]
+                held = {module: infos for linear in group.linears for module, infos in file.of(name, linear).items()}
             except StoreError as error:
                 yield str(error)
             else:
-                stored = file.read(info.name for info in infos)
-        for linear, names in sound.items():
-            tensors = {tensor.rpartition(".")[2]: read[tensor] for tensor in names}
-            yield from _scale_problems(linear, tensors)
-            yield from _weight_problems(codec, linear, tensors, _own(stored, linear))
-            for suffix in shared.keys() & tensors.keys():
-                shared[suffix].add(_raw(tensors[suffix]))
-        for suffix, values in shared.items():
-            if len(values) > 1:
-                yield f"{group.name}: members have different {suffix}; vLLM applies one of them to all"
+                stored = file.read(info.name for module in sound for info in held[module])
+        for linear in group.linears:
+            for module in linear.names:
+                if module in sound:
+                    found = _own(read, module, sound[module])
+                    yield from _scale_problems(linear, module, found)
+                    own = _own(stored, module, sound[module]) if stored else {}
+                    yield from _weight_problems(codec, module, found, own)
+        for matrix in group.matrices:
+            yield from _shared_problems(matrix, read)
 
     def _differs(self, name: str) -> bool:
         info = self.tensors.get(name)
@@ -269,7 +273,7 @@ class _Check:
         """Everything that is not quantized is the source's, byte for byte."""
         names = [name for name in self.source.tensors if name not in self.replaced and not self._differs(name)]
         ours = read_pieces((self.repository, self.tensors[name]) for name in names)
-        theirs = read_pieces((self.source.store, self.source.tensors[name]) for name in names)
+        theirs = read_pieces(self.source.piece(name) for name in names)
         for name, (_, left), (_, right) in zip(names, ours, theirs, strict=True):
             if not np.array_equal(
                 np.frombuffer(memoryview(left), np.uint8), np.frombuffer(memoryview(right), np.uint8)
@@ -277,12 +281,27 @@ class _Check:
                 yield f"{name} is not the source's, byte for byte"
 
 
-def _own(tensors: Mapping[str, Tensor], linear: LinearSpec) -> dict[str, Tensor]:
-    """A Linear's tensors, by suffix."""
-    return {n.rpartition(".")[2]: tensor for n, tensor in tensors.items() if n.rpartition(".")[0] == linear.name}
+def _own(tensors: Mapping[str, Tensor], module: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """A module's tensors, by suffix."""
+    return {name.removeprefix(f"{module}."): tensors[name] for name in names}
 
 
-def _scale_problems(linear: LinearSpec, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Global scales that the runtime takes from one module for others, and that are not the same."""
+    experts = list(zip(*(linear.names for linear in matrix.linears), strict=True))
+    together = {
+        WEIGHT_SCALE: experts,
+        INPUT_SCALE: [tuple(name for names in experts for name in names)],
+    }
+    for suffix, sharing in together.items():
+        for modules in sharing:
+            found = {_raw(tensors[f"{name}.{suffix}"]) for name in modules if f"{name}.{suffix}" in tensors}
+            if len(found) > 1:
+                where = matrix.name if matrix.experts is None else ", ".join(modules[:2])
+                yield f"{where}: members have different {suffix}; vLLM applies one of them to all"
+
+
+def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     scale = tensors["weight_scale"]
     if scale.dtype == torch.uint8:
         sound = (scale != 0) & (scale != 255)  # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently
@@ -290,29 +309,29 @@ def _scale_problems(linear: LinearSpec, tensors: Mapping[str, Tensor]) -> Iterat
         value = scale.to(torch.float32)
         sound = (value > 0) & torch.isfinite(value)
     if not bool(sound.all()):
-        yield f"{linear.name}.weight_scale has zero, negative, infinite or NaN scales"
+        yield f"{module}.weight_scale has zero, negative, infinite or NaN scales"
     for suffix in (WEIGHT_SCALE, INPUT_SCALE):
         divisor = tensors.get(suffix)
         if divisor is None:
             continue
         if not (bool(torch.isfinite(divisor).all()) and bool((divisor > 0).all())):
-            yield f"{linear.name}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
+            yield f"{module}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
         elif suffix == WEIGHT_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
-            yield f"{linear.name}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
+            yield f"{module}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
     if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
-        yield f"{linear.name}.weight_shape is {tensors['weight_shape'].tolist()}"
+        yield f"{module}.weight_shape is {tensors['weight_shape'].tolist()}"
 
 
 def _weight_problems(
-    codec: Codec, linear: LinearSpec, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+    codec: Codec, module: str, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
 ) -> Iterator[str]:
     decoded = codec.decode(tensors)
     if not bool(torch.isfinite(decoded).all()):
-        yield f"{linear.name} decodes to NaN or infinite weights"
+        yield f"{module} decodes to NaN or infinite weights"
     changed = [suffix for suffix in stored if _raw(stored[suffix]) != _raw(tensors[suffix])]
     if changed:
         weights = "the same" if _raw(codec.decode(stored)) == _raw(decoded) else "other"
-        yield f"{linear.name}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
+        yield f"{module}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:

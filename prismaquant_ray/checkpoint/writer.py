@@ -6,30 +6,35 @@ that nothing is seen that was not verified, and leaves an old local repository i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.header import TensorInfo, build_header
 from prismaquant_ray.checkpoint.quantization_config import Choice, build
-from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
+from prismaquant_ray.checkpoint.shards import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    Output,
+    as_json,
+    check_ours,
+    claim,
+    write_shards,
+)
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
-from prismaquant_ray.layout import Layout
-from prismaquant_ray.storage.store import ByteWriter, Store
+from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.storage.store import Store
 
-CONFIG = "config.json"
-MANIFEST = "prismaquant.json"
-MANIFEST_SCHEMA = 1
+# CONFIG, MANIFEST and check_ours are those of `shards`.
+__all__ = ["CONFIG", "MANIFEST", "REWRITTEN", "Repository", "bits", "check_ours", "write_repository"]
+
 #: files of the source that are written anew
 REWRITTEN = (CONFIG, MANIFEST)
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # What bits per parameter count; the scalars beside them are some bytes of a matrix of megabytes.
 _COUNTED = ("weight", "weight_packed", "weight_scale")
 
@@ -49,14 +54,6 @@ class Repository:
     bits_all_parameters: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """One tensor of the output: its bytes are `info`'s in `store`."""
-
-    info: TensorInfo
-    store: Store
-
-
 def write_repository(
     source: Checkpoint,
     layout: Layout,
@@ -70,42 +67,37 @@ def write_repository(
     """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
 
     Shards hold the tensors in the source's order and are streamed tensor by tensor. A prefix that holds a
-    repository of ours is replaced, not atomically; one that holds anything else is refused with InputError.
+    quantized repository of ours is replaced, not atomically; one that holds anything else is refused with InputError.
     """
     if any("quantization_config" in part for part in (source.config, source.config.get("text_config") or {})):
         raise InputError(f"{source.store.uri} is already quantized (config.json); start from the BF16 model")
     config = build(layout, choice)
     copies = _copies(source, layout, choice, candidates)
-    shards = _cut(copies, max_shard_bytes)
-    stale = _claim(output)
-
-    files: dict[str, int] = {}
-    sha256: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files[file], sha256[file] = _write_shard(output, file, shard)
-        weight_map.update((copy.info.name, file) for copy in shard)
+    stale = claim(output, {"schema": MANIFEST_SCHEMA})
+    shards = write_shards(output, copies, limit=max_shard_bytes)
+    files = dict(shards.files)
     for file in source.other_files():
         if file not in REWRITTEN:
             files[file] = _put(output, file, source.store.get(file))
 
-    sizes = {copy.info.name: copy.info.nbytes for copy in copies}
-    index = _json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+    sizes = {copy.name: copy.nbytes for copy in copies}
+    index = as_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.weight_map})
     config_json = source.store.get(CONFIG)
     if config is not None:
-        config_json = _json({**source.config, "quantization_config": config})
+        config_json = as_json({**source.config, "quantization_config": config})
+    elif json.loads(config_json) != source.config:
+        config_json = as_json(source.config)  # the source's own quantization is decoded
     files |= {INDEX: len(index), CONFIG: len(config_json)}
     bpp, bits_all_parameters = bits(source, layout, sizes)
-    body = _manifest(choice, manifest) | {"complete": True, "files": files, "sha256": sha256}
+    body = _manifest(choice, manifest) | {"complete": True, "files": files, "sha256": shards.sha256}
     body |= {"bpp": bpp, "bits_all_parameters": bits_all_parameters}
-    files = {**files, MANIFEST: _put(output, MANIFEST, _json(body))}
+    files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}
     _put(output, INDEX, index)
     _put(output, CONFIG, config_json)
     output.delete(file for file in stale if file not in files)
     return Repository(
         files=files,
-        sha256=sha256,
+        sha256=shards.sha256,
         total_bytes=sum(files.values()),
         bpp=bpp,
         bits_all_parameters=bits_all_parameters,
@@ -114,14 +106,20 @@ def write_repository(
 
 def bits(source: Checkpoint, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, float]:
     """Bits per quantizable parameter and per parameter of the model, from the bytes of every written tensor."""
-    counted = sum(sizes.get(f"{linear.name}.{suffix}", 0) for linear in layout.linears() for suffix in _COUNTED)
+    counted = sum(sizes.get(tensor, 0) for tensor in _counted(layout))
     parameters = sum(math.prod(info.shape) for info in source.tensors.values())
     return 8 * counted / layout.parameters, 8 * sum(sizes.values()) / parameters
 
 
-def _copies(source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates) -> list[_Copy]:
+def _counted(layout: Layout) -> set[str]:
+    """Names under which weights of quantizable Linears may be: as shipped, or as in the source."""
+    shipped = {f"{name}.{suffix}" for linear in layout.linears() for name in linear.names for suffix in _COUNTED}
+    return shipped | {source for linear in layout.linears() for source in linear.sources}
+
+
+def _copies(source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
     """Every tensor of the output: the source's, each quantized weight replaced by its candidate's tensors."""
-    replaced: dict[str, list[_Copy]] = {}
+    replaced: dict[str, list[Output]] = {}
     for block in layout.blocks:
         for group in block.groups:
             name = choice[group.name]
@@ -129,73 +127,27 @@ def _copies(source: Checkpoint, layout: Layout, choice: Choice, candidates: Cand
                 continue
             file = candidates.file(block.index, name)
             for linear in group.linears:
-                replaced[linear.weight] = [_Copy(info, candidates.store) for info in file.of(name, linear)]
-    copies: list[_Copy] = []
-    for info in source.tensors.values():
-        copies.extend(replaced.pop(info.name, [_Copy(info, source.store)]))
+                for place, infos in zip(_places(linear), file.of(name, linear).values(), strict=True):
+                    replaced.setdefault(place, []).extend(Output.copy((candidates.store, info)) for info in infos)
+    copies: list[Output] = []
+    for tensor in source.tensors:
+        if tensor in replaced:
+            copies += replaced.pop(tensor)
+        else:
+            copies.append(Output.copy(source.piece(tensor)))
     if replaced:
         raise InputError(f"{source.store.uri}: tensor {min(replaced)} is missing; the checkpoint is incomplete")
     seen: set[str] = set()
     for copy in copies:
-        if copy.info.name in seen:
-            raise InputError(f"{source.store.uri}: has a tensor {copy.info.name}, a name the quantized weight needs")
-        seen.add(copy.info.name)
+        if copy.name in seen:
+            raise InputError(f"{source.store.uri}: has a tensor {copy.name}, a name the quantized weight needs")
+        seen.add(copy.name)
     return copies
 
 
-def _cut(copies: Sequence[_Copy], limit: int) -> list[list[_Copy]]:
-    """Consecutive runs of at most `limit` bytes; a larger tensor is alone."""
-    shards: list[list[_Copy]] = [[]]
-    filled = 0
-    for copy in copies:
-        if shards[-1] and filled + copy.info.nbytes > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(copy)
-        filled += copy.info.nbytes
-    return shards
-
-
-def _write_shard(output: Store, file: str, shard: Sequence[_Copy]) -> tuple[int, str]:
-    """Bytes and digest of the shard."""
-    header = build_header({copy.info.name: (copy.info.dtype, copy.info.shape, copy.info.nbytes) for copy in shard})
-
-    def write(writer: ByteWriter) -> str:
-        digest = hashlib.sha256(header)
-        writer.write(header)
-        for _, data in read_pieces((copy.store, copy.info) for copy in shard):
-            digest.update(data)
-            writer.write(data)
-        return digest.hexdigest()
-
-    return len(header) + sum(copy.info.nbytes for copy in shard), output.upload(file, write)
-
-
-def _claim(output: Store) -> list[str]:
-    """Mark a prefix as ours and as incomplete; what a former repository may leave behind."""
-    keys = output.list()
-    check_ours(output.uri, keys)
-    listed = _listed(output, keys)
-    stale = [key for key in keys if key in listed or _SHARD.fullmatch(key)]
-    output.delete([CONFIG, INDEX])
-    # The old names are kept until the new files are there: the next attempt must know them, too.
-    _put(output, MANIFEST, _json({"schema": MANIFEST_SCHEMA, "complete": False, "files": dict.fromkeys(stale, 0)}))
-    return stale
-
-
-def check_ours(uri: str, keys: Sequence[str]) -> None:
-    """InputError unless these keys are those of a repository of ours, or none."""
-    if keys and MANIFEST not in keys:
-        raise InputError(f"{uri} holds something else ({keys[0]}); choose another output or empty it")
-
-
-def _listed(output: Store, keys: Sequence[str]) -> set[str]:
-    """The files that the manifest in place names; none when it cannot be read, a stopped write may have cut it."""
-    try:
-        files = json.loads(output.get(MANIFEST))["files"] if MANIFEST in keys else {}
-    except (ValueError, KeyError, TypeError):
-        return set()
-    return set(files) if isinstance(files, dict) else set()
+def _places(linear: LinearSpec) -> tuple[str, ...]:
+    """For each of its modules the source tensor whose place it takes: its own, or the packed one."""
+    return linear.sources if len(linear.sources) == len(linear.names) else linear.sources * len(linear.names)
 
 
 def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +158,3 @@ def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
 def _put(output: Store, file: str, data: bytes) -> int:
     output.put(file, data)
     return len(data)
-
-
-def _json(body: Mapping[str, Any]) -> bytes:
-    return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

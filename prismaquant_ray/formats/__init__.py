@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from prismaquant_ray.formats import bf16, fp8, int4, mxfp4, mxfp8, nvfp4, nvfp4a16
-from prismaquant_ray.formats.base import Codec, Format, FormatName, Rounded
+from prismaquant_ray.formats.base import Codec, Format, FormatName, Rounded, experts_of, stack
 
-__all__ = ["FORMATS", "Codec", "Format", "FormatName", "Rounded", "codecs_of", "get_format"]
+__all__ = ["FORMATS", "Codec", "Format", "FormatName", "Rounded", "codecs_of", "experts_of", "get_format", "stack"]
 
 FORMATS: dict[FormatName, Format] = {
     module.FORMAT.name: module.FORMAT for module in (int4, mxfp4, nvfp4, nvfp4a16, fp8, mxfp8, bf16)

@@ -3,13 +3,15 @@
 A *codec* stores weights; a *format* is a codec together with the activation rounding the runtime applies.
 NVFP4 and NVFP4A16 share a codec, so their weights are rounded once.
 
-Shapes: O output features (rows), I input features (columns), G scale groups along a row (I / width), T tokens.
+Shapes: O output features (rows), I input features (columns), G scale groups along a row (I / width), T tokens,
+E experts of a mixture-of-experts layer. A weight is (O, I), or the same matrix of every expert, (E, O, I); what is said
+of (O, I) here holds for each expert of a stack.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -18,6 +20,9 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+
+# Codes packed or decoded at a time: bounds the float32 and index tensors between codes and weights.
+_PIECE = 1 << 20
 
 
 class FormatName(StrEnum):
@@ -36,8 +41,9 @@ class FormatName(StrEnum):
 class Rounded:
     """A weight on a codec's grid: everything the stored tensors hold, nothing that must be derived again.
 
-    `values` (O, I) float32 are exact grid points; `scale` (O, G) is in the stored dtype; `global_scale` is the
-    float32 (1,) divisor of two-level formats, else None.
+    `values` (O, I) are exact grid points, in float32 or, to be kept, in float8_e4m3fn, which holds every grid's;
+    `scale` (O, G) is in the stored dtype; `global_scale` is the float32 divisor of two-level formats, (1,) or one an
+    expert, (E, 1, 1), else None.
     """
 
     values: Tensor
@@ -46,7 +52,11 @@ class Rounded:
 
     def rows(self, start: int, stop: int) -> Rounded:
         """The same for output rows start..stop: a member of a stacked group."""
-        return Rounded(values=self.values[start:stop], scale=self.scale[start:stop], global_scale=self.global_scale)
+        return Rounded(
+            values=self.values[..., start:stop, :],
+            scale=self.scale[..., start:stop, :],
+            global_scale=self.global_scale,
+        )
 
 
 class Codec(ABC):
@@ -61,6 +71,8 @@ class Codec(ABC):
     scale_bits: int
     #: largest grid value
     grid_max: float
+    #: suffix of the tensor of codes
+    codes: str = "weight_packed"
 
     @abstractmethod
     def width(self, in_features: int) -> int:
@@ -73,6 +85,10 @@ class Codec(ABC):
     @abstractmethod
     def round(self, x: Tensor) -> Tensor:
         """Nearest grid value, ties to even, saturating; keeps the sign of zero. Float32 in and out."""
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Like `round` but for the sign of zero: enough to measure an error, and faster."""
+        return self.round(x)
 
     @abstractmethod
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -87,15 +103,50 @@ class Codec(ABC):
         """Stored scales (O, G) to be judged by the search, each as it would be stored."""
 
     @abstractmethod
-    def pack(self, rounded: Rounded) -> Tensors:
-        """Tensors as they ship, keyed by suffix (`weight_packed`, `weight_scale`, …)."""
+    def packed(self, values: Tensor) -> Tensor:
+        """Codes of grid values (rows, I), in either dtype of `Rounded`, as they are stored."""
 
     @abstractmethod
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """BF16 weight (O, I) that the runtime computes from the shipped tensors."""
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """Float32 grid values (rows, I) of stored codes."""
 
-    def global_scale(self, amax: float) -> Tensor | None:  # noqa: ARG002 - only two-level codecs have one
-        """Divisor (1,) float32 for a fused group whose largest |weight| is amax; None for one-level codecs."""
+    def pack(self, rounded: Rounded) -> Tensors:
+        """Tensors as they ship, keyed by suffix (`weight_packed`, `weight_scale`, …).
+
+        Of a stack every tensor leads with its expert: see `experts_of`.
+        """
+        values, g = rounded.values, rounded.global_scale
+        pieces = [self.packed(piece) for piece in _in_pieces(values.flatten(0, -2))]
+        tensors = {
+            self.codes: _joined(pieces).view(*values.shape[:-1], -1),
+            "weight_scale": rounded.scale.contiguous(),
+        }
+        return tensors if g is None else {**tensors, "weight_global_scale": g.clone().view(*g.shape[:-2], 1)}
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """BF16 weight that the runtime computes from the shipped tensors; of a stack (see `stack`) (E, O, I)."""
+        codes, scale, g = tensors[self.codes], tensors["weight_scale"], tensors.get("weight_global_scale")
+        # Stacked or not, what is left are rows; a stack's rows each get their expert's divisor.
+        if g is not None and codes.dim() == 3:
+            g = g.repeat_interleave(codes.shape[1], dim=0)
+        pieces = []
+        row = 0
+        for piece in _in_pieces(codes.flatten(0, -2)):
+            rows = slice(row, row + len(piece))
+            row = rows.stop
+            divisor = g[rows] if g is not None and codes.dim() == 3 else g
+            pieces.append(
+                self.dequantized(
+                    Rounded(values=self.unpacked(piece), scale=scale.flatten(0, -2)[rows], global_scale=divisor)
+                )
+            )
+        return _joined(pieces).view(*codes.shape[:-1], -1)
+
+    def global_scale(self, amax: float | Tensor) -> Tensor | None:  # noqa: ARG002 - only two-level codecs have one
+        """Float32 divisor for a fused group whose largest |weight| is amax; None for one-level codecs.
+
+        (1,) for a number, amax's shape for a tensor: (E, 1, 1) for a stack.
+        """
         return None
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
@@ -106,12 +157,33 @@ class Codec(ABC):
     def dequantized(self, rounded: Rounded) -> Tensor:
         """BF16 weight (O, I): grid value × scale in float32, then one rounding."""
         factor = self.scale_value(rounded.scale, rounded.global_scale)
-        return (grouped(rounded.values, factor.shape[1]) * factor.unsqueeze(-1)).flatten(1).to(torch.bfloat16)
+        values = grouped(rounded.values.to(torch.float32), factor.shape[-1])
+        return (values * factor.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
 
 
 def grouped(matrix: Tensor, groups: int) -> Tensor:
     """View (O, I) as (O, groups, I / groups)."""
     return matrix.view(*matrix.shape[:-1], groups, -1)
+
+
+def experts_of(packed: Mapping[str, Tensor]) -> list[Tensors]:
+    """What each expert of a packed stack ships, as views."""
+    experts = len(packed["weight_scale"])
+    return [{suffix: tensor[expert] for suffix, tensor in packed.items()} for expert in range(experts)]
+
+
+def stack(experts: Sequence[Mapping[str, Tensor]]) -> Tensors:
+    """The inverse of `experts_of`: shipped tensors of every expert as one stack."""
+    return {suffix: torch.stack([expert[suffix] for expert in experts]) for suffix in experts[0]}
+
+
+def _in_pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = rows.split(max(1, _PIECE // rows.shape[-1]))
+    return pieces
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 #: Activation rounding Q(x) of a format: x (T, I) float32 and the static input scale, if the format has one.

@@ -26,4 +26,5 @@ class Bf16ScaleCodec(Codec):
 
     def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
         """BF16 of each multiple up to 1: a larger scale than amax needs never helps a uniform grid much."""
-        return (self.nearest_scale(amax * m, global_scale) for m in multipliers.tolist() if m <= 1.0)
+        below = multipliers[multipliers <= 1.0].to(amax)
+        return iter(self.nearest_scale(amax * below.view(-1, *[1] * amax.dim()), global_scale).unbind())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Rounded, Tensors
+from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
 
 
@@ -16,6 +16,7 @@ class E4m3Codec(Codec):
 
     code_bits = 8
     grid_max = E4M3_MAX
+    codes = "weight"
 
     def round(self, x: Tensor) -> Tensor:
         """E4M3."""
@@ -25,11 +26,10 @@ class E4m3Codec(Codec):
         """The nearest scale alone: a float grid is as fine near its end as anywhere, so clipping only loses."""
         return iter((self.nearest_scale(amax, global_scale),))
 
-    def pack(self, rounded: Rounded) -> Tensors:
-        """Codes and scales."""
-        return {"weight": rounded.values.to(torch.float8_e4m3fn), "weight_scale": rounded.scale.contiguous()}
+    def packed(self, values: Tensor) -> Tensor:
+        """E4M3 is its own code."""
+        return values.to(torch.float8_e4m3fn)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """E4M3 × scale in float32, then BF16."""
-        values = tensors["weight"].to(torch.float32)
-        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """E4M3 in float32."""
+        return codes.to(torch.float32)

@@ -21,15 +21,28 @@ def round_e2m1(x: Tensor) -> Tensor:
 
     E2M1 has one mantissa bit, so the step is half the power of two below |x|, and ½ below 1.
     """
-    clamped = x.clamp(-E2M1_MAX, E2M1_MAX)
-    magic = (clamped.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    magic = magic.clamp_(min=1.0).mul_(0.5 * _ROUND_TO_INTEGER)
-    return (clamped + magic).sub_(magic).copysign_(x)
+    return snap_e2m1(x).copysign_(x)
+
+
+def snap_e2m1(x: Tensor) -> Tensor:
+    """The same but for the sign of zero."""
+    return _snap(x, E2M1_MAX, 1.0, 0.5)
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """Nearest float8_e4m3fn value, ties to even, saturating at ±448; float32."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    """Nearest float8_e4m3fn value, ties to even, saturating at ±448; float32 of the same shape.
+
+    E4M3 has three mantissa bits, so the step is an eighth of the power of two below |x|, and 2⁻⁹ below 2⁻⁶.
+    """
+    return _snap(x, E4M3_MAX, 2.0**-6, 0.125).copysign_(x)
+
+
+def _snap(x: Tensor, end: float, smallest_normal: float, step: float) -> Tensor:
+    """Nearest multiple of `step` times the power of two below |x|, but for the sign of zero."""
+    clamped = x.clamp(-end, end)
+    magic = (clamped.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
+    magic = magic.clamp_(min=smallest_normal).mul_(step * _ROUND_TO_INTEGER)
+    return clamped.add_(magic).sub_(magic)
 
 
 def pack_e2m1(values: Tensor) -> Tensor:
@@ -37,18 +50,23 @@ def pack_e2m1(values: Tensor) -> Tensor:
 
     Equal to compressed-tensors' packing, negative zero included.
     """
-    # 2|v| is 0,1,2,3,4,6,8,12: the code is that value below 4, then one code per power-of-two half step.
-    twice = values.abs().mul(2).to(torch.uint8)
-    code = torch.where(twice <= 4, twice, torch.where(twice == 6, 5, torch.where(twice == 8, 6, 7)).to(torch.uint8))
-    code |= values.signbit().to(torch.uint8) << 3
-    return code[..., 0::2] | (code[..., 1::2] << 4)
+    # As E4M3, ½ is 0x30 and the values from 1 on are 0x38, 0x3C, … 0x4C: one code every four bytes.
+    stored = values.to(torch.float8_e4m3fn).view(torch.uint8)
+    size = stored & 0x7F
+    code = (size >> 2).clamp_(min=12).sub_(12)
+    code |= size == 0x30
+    code |= (stored & 0x80) >> 4
+    # Two codes as one little-endian 16-bit number.
+    pairs = code.view(torch.int16)
+    return ((pairs >> 4) | pairs).to(torch.uint8)
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Inverse of `pack_e2m1`: bytes (O, I/2) to float32 grid values (O, I)."""
-    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device=packed.device)
-    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-    return table[codes.to(torch.int64)]
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device=packed.device)
+    # A table of bytes: two values are fetched as one 64-bit number.
+    table = torch.stack((values.repeat(16), values.repeat_interleave(16)), dim=-1).view(torch.float64).squeeze(-1)
+    return table[packed.to(torch.int32)].view(torch.float32)
 
 
 def e8m0_at_least(x: Tensor) -> Tensor:

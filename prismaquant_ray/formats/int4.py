@@ -6,7 +6,6 @@ Tensors: `weight_packed` I32 (O, I/8), eight codes a word, lowest first, offset 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,24 +39,23 @@ class Int4Codec(Bf16ScaleCodec):
         return x.round().clamp_(-8, 7)
 
     def pack(self, rounded: Rounded) -> Tensors:
+        """Codes, scales and the shape."""
+        *experts, rows, columns = rounded.values.shape
+        shape = torch.tensor((rows, columns), dtype=torch.int64).repeat(*experts, 1)
+        return {**super().pack(rounded), "weight_shape": shape}
+
+    def packed(self, values: Tensor) -> Tensor:
         """Offset-binary nibbles in 32-bit words, lowest column first."""
-        codes = grouped((rounded.values + 8).to(torch.int64), rounded.values.shape[-1] // _CODES_PER_WORD)
+        codes = grouped((values.to(torch.float32) + 8).to(torch.int64), values.shape[-1] // _CODES_PER_WORD)
         shifts = torch.arange(0, 32, 4, device=codes.device)
         # A top code of 8 or more sets the sign bit: wrap to the int32 of the same bits.
         words = (codes << shifts).sum(-1)
-        words = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-        return {
-            "weight_packed": words,
-            "weight_scale": rounded.scale.contiguous(),
-            "weight_shape": torch.tensor(rounded.values.shape, dtype=torch.int64),
-        }
+        return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """(code − 8) × scale in float32, then BF16."""
-        words = tensors["weight_packed"]
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-        values = ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.float32) - 8
-        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """Code − 8."""
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
+        return ((codes.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.float32) - 8
 
 
 CODEC = Int4Codec()

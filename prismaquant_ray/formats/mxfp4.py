@@ -5,15 +5,15 @@ Tensors: `weight_packed` U8 (O, I/2), `weight_scale` U8 (O, I/32), the biased ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import mx
-from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors
-from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, unpack_e2m1
+from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 
 class MxFp4Codec(mx.MxCodec):
@@ -27,19 +27,22 @@ class MxFp4Codec(mx.MxCodec):
         """E2M1."""
         return round_e2m1(x)
 
+    def snap(self, x: Tensor) -> Tensor:
+        """E2M1 but for the sign of zero."""
+        return snap_e2m1(x)
+
     def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:  # noqa: ARG002
         """The smallest scale without clipping, and the next two smaller ones: 4 bits often gain by clipping."""
         largest = self.nearest_scale(amax, None)
         return ((largest.to(torch.int16) - step).clamp_(min=1).to(torch.uint8) for step in range(3))
 
-    def pack(self, rounded: Rounded) -> Tensors:
-        """Codes and biased exponents."""
-        return {"weight_packed": pack_e2m1(rounded.values), "weight_scale": rounded.scale.contiguous()}
+    def packed(self, values: Tensor) -> Tensor:
+        """Two codes a byte."""
+        return pack_e2m1(values)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """E2M1 × 2^(e − 127)."""
-        values = unpack_e2m1(tensors["weight_packed"])
-        return self.dequantized(Rounded(values=values, scale=tensors["weight_scale"], global_scale=None))
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """E2M1."""
+        return unpack_e2m1(codes)
 
 
 def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - one scheme for all shapes

@@ -6,14 +6,14 @@ activation rounding, `input_global_scale` F32 (1,). Both global scales are divis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Format, FormatName, Rounded, Tensors, grouped
-from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, unpack_e2m1
+from prismaquant_ray.formats.base import Codec, Format, FormatName, grouped
+from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 WIDTH = 16
 #: a searched group scale may exceed the one that maps amax to 6 by this factor and must still fit in E4M3
@@ -22,18 +22,17 @@ HEADROOM = 1.5
 ZERO_SCALE = 0.125
 
 
-def divisor(amax: float, headroom: float) -> Tensor:
-    """448·6 / (headroom · amax), the largest BF16-representable value not above it; float32 (1,).
+def divisor(amax: float | Tensor, headroom: float) -> Tensor:
+    """448·6 / (headroom · amax), the largest BF16-representable value not above it.
 
-    With a BF16 value, `s/g` (compressed-tensors) and `s·(1/g)` (vLLM) decode to the same BF16 weight.
-    A tensor of zeros gets 1.
+    Float32, (1,) for a number and amax's shape for a tensor of them. With a BF16 value, `s/g` (compressed-tensors) and
+    `s·(1/g)` (vLLM) decode to the same BF16 weight. Where amax is 0, so is every weight, and the divisor is 1.
     """
-    if amax == 0.0:
-        return torch.ones(1)
-    exact = torch.tensor([E4M3_MAX * E2M1_MAX / (headroom * amax)], dtype=torch.float32)
+    largest = torch.atleast_1d(torch.as_tensor(amax, dtype=torch.float64))
+    exact = (E4M3_MAX * E2M1_MAX / (headroom * largest)).to(torch.float32)
     exact = exact.clamp_(max=torch.finfo(torch.bfloat16).max)
     # Truncating a float32 to its upper half rounds toward zero, so head-room is never lost to rounding.
-    return (exact.view(torch.int32) & -65536).view(torch.float32)
+    return torch.where(largest == 0, 1.0, (exact.view(torch.int32) & -65536).view(torch.float32))
 
 
 class NvFp4Codec(Codec):
@@ -52,7 +51,7 @@ class NvFp4Codec(Codec):
         """vLLM has no padding: a padded scale loads and drops the last group."""
         return None if in_features % WIDTH == 0 else f"in_features {in_features} is not a multiple of {WIDTH}"
 
-    def global_scale(self, amax: float) -> Tensor:
+    def global_scale(self, amax: float | Tensor) -> Tensor:
         """Shared by every member of a fused group, because vLLM applies the largest to all of them."""
         return divisor(amax, HEADROOM)
 
@@ -60,9 +59,14 @@ class NvFp4Codec(Codec):
         """E2M1."""
         return round_e2m1(x)
 
+    def snap(self, x: Tensor) -> Tensor:
+        """E2M1 but for the sign of zero."""
+        return snap_e2m1(x)
+
     def _stored(self, scale: Tensor) -> Tensor:
         stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-        return torch.where(stored.view(torch.uint8) == 0, torch.tensor(ZERO_SCALE).to(stored.dtype), stored)
+        zero = torch.tensor(ZERO_SCALE, device=scale.device).to(stored.dtype)
+        return torch.where(stored.view(torch.uint8) == 0, zero, stored)
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """E4M3(amax / 6 · g), in compressed-tensors' order: another one rounds a few float32 ties differently."""
@@ -78,23 +82,15 @@ class NvFp4Codec(Codec):
         """E4M3 of each multiple of amax / 6 · g."""
         assert global_scale is not None
         base = amax / E2M1_MAX * global_scale
-        return (self._stored(base * m) for m in multipliers.tolist())
+        return iter(self._stored(base * multipliers.to(base).view(-1, *[1] * base.dim())).unbind())
 
-    def pack(self, rounded: Rounded) -> Tensors:
-        """Codes, scales and the divisor."""
-        assert rounded.global_scale is not None
-        return {
-            "weight_packed": pack_e2m1(rounded.values),
-            "weight_scale": rounded.scale.contiguous(),
-            "weight_global_scale": rounded.global_scale.clone(),
-        }
+    def packed(self, values: Tensor) -> Tensor:
+        """Two codes a byte."""
+        return pack_e2m1(values)
 
-    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """E2M1 × (s / g) in float32, then BF16."""
-        values = unpack_e2m1(tensors["weight_packed"])
-        return self.dequantized(
-            Rounded(values=values, scale=tensors["weight_scale"], global_scale=tensors["weight_global_scale"])
-        )
+    def unpacked(self, codes: Tensor) -> Tensor:
+        """E2M1."""
+        return unpack_e2m1(codes)
 
 
 def round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:

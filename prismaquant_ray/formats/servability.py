@@ -47,3 +47,8 @@ SERVABILITY: dict[FormatName, Served] = {
     FormatName.INT4: Served(vllm_scheme="WNA16", loads_from=75, full_from=75, shape_rule="in % 32"),
     FormatName.BF16: Served(vllm_scheme="unquantized", loads_from=0, full_from=0, shape_rule="none"),
 }
+
+#: Formats that the runtime cannot load for routed experts, and why.
+EXPERTS_REFUSED: dict[FormatName, str] = {
+    FormatName.NVFP4A16: "vLLM 0.32 waits for an input scale of every expert, which a weight-only format does not have",
+}

@@ -1,16 +1,21 @@
-"""Loading a block's weights from the checkpoint into the skeleton, and letting go of them again."""
+"""Loading a block's weights from the checkpoint into the skeleton, running it, and letting go of them again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.inspect import build
+from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.models.draft import DraftHead
+from prismaquant_ray.models.inspect import Scope, build
+from prismaquant_ray.models.skeleton import Inputs
 
 
 class ModelRunner:
@@ -19,24 +24,55 @@ class ModelRunner:
     Weights never require gradients: the probe differentiates with respect to activations.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scope: Scope = Scope(),  # noqa: B008 - frozen
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.skeleton, self.layout = build(checkpoint)
+        self.skeleton, self.layout = build(checkpoint, scope)
+        self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is Kind.DECODER)
         for module in self.skeleton.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(device))
 
+    # Loading --------------------------------------------------------------------------------------------------
+
     def load_block(self, index: int) -> nn.Module:
-        """Decoder layer `index` with its weights; InputError names a tensor that is NaN or infinite."""
+        """Block `index` with its weights; InputError names a tensor that is NaN or infinite."""
         block = self.layout.blocks[index]
+        module = self._new(block)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         weights = self._read(block.tensors)
-        module = self.skeleton.new_block(index)
-        cut = len(block.prefix) + 1
-        module.load_state_dict({name[cut:]: tensor for name, tensor in weights.items()}, strict=True, assign=True)
+        state = {
+            parameter.name: _joined([weights.pop(name) for name in parameter.tensors], shapes[parameter.name])
+            for parameter in block.parameters
+        }
+        module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).to(self.device)
+
+    def _new(self, block: Block) -> nn.Module:
+        """The block's module on the meta device."""
+        if block.kind is Kind.DECODER:
+            return self.skeleton.new_layer(block.index - self._first_decoder)
+        if block.kind is Kind.VISION:
+            return copy.deepcopy(self.skeleton.vision_layers[block.index])
+        if block.kind is Kind.MERGER:
+            return cast(nn.Module, copy.deepcopy(self.skeleton.merger))
+        if block.kind is Kind.DRAFT:
+            return DraftHead(self.skeleton)
+        return nn.ModuleDict({self._head_name: copy.deepcopy(self.skeleton.model.get_output_embeddings())})
+
+    @property
+    def _head_name(self) -> str:
+        output = self.skeleton.model.get_output_embeddings()
+        return str(next(path for path, module in self.skeleton.model.named_modules() if module is output))
 
     @contextmanager
     def entry(self) -> Iterator[None]:
@@ -45,22 +81,70 @@ class ModelRunner:
             yield
 
     @contextmanager
+    def pixels(self) -> Iterator[None]:
+        """What is before the vision tower's blocks is loaded inside the with-block."""
+        with self._resident(self.layout.pixels):
+            yield
+
+    @contextmanager
     def exit(self) -> Iterator[None]:
         """Final norm and head are loaded inside the with-block."""
         with self._resident(self.layout.head):
             yield
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """What enters block 0 for token ids (sequences, tokens); call inside `entry()`."""
-        return self.skeleton.embed(tokens.to(self.device))
+    @contextmanager
+    def beside(self, index: int) -> Iterator[None]:
+        """What a block needs of the rest of the model is loaded inside the with-block."""
+        kind = self.layout.blocks[index].kind
+        with ExitStack() as stack:
+            if kind is Kind.DRAFT:
+                stack.enter_context(self._resident(dict.fromkeys([*self.layout.embedding, *self.layout.head])))
+            elif kind is Kind.HEAD:
+                stack.enter_context(self.exit())
+            yield
 
-    def run_block(self, index: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """What leaves a block; differentiable in `hidden`."""
-        return self.skeleton.run_block(index, block, hidden)
+    # Running --------------------------------------------------------------------------------------------------
+
+    def embed(self, inputs: Inputs, features: Tensor | None = None) -> Tensor:
+        """What enters the first decoder layer; call inside `entry()`. `features` are what the merger put out."""
+        return self.skeleton.embed(self._there(inputs), features)
+
+    def patches(self, inputs: Inputs) -> Tensor:
+        """What enters the first vision block (patches, width); call inside `pixels()`."""
+        return self.skeleton.patches(self._there(inputs))
+
+    def run_block(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """What leaves a block; differentiable in `hidden`.
+
+        A draft head puts out what the output head reads, one token less; an output head its logits. Call both inside
+        `beside(index)`.
+        """
+        kind, inputs = self.layout.blocks[index].kind, self._there(inputs)
+        if kind is Kind.DECODER:
+            return self.skeleton.run_layer(index - self._first_decoder, module, hidden, inputs)
+        if kind is Kind.VISION:
+            return self.skeleton.run_vision(index, module, hidden, inputs)
+        if kind is Kind.MERGER:
+            return cast(Tensor, module(hidden))
+        if kind is Kind.DRAFT:
+            return cast(DraftHead, module).run(self.skeleton, hidden, inputs)
+        head = cast(Callable[[Tensor], Tensor], module[self._head_name])  # type: ignore[index]
+        return self.skeleton.logits(hidden, head)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (sequences, tokens, vocabulary); call inside `exit()`."""
+        """Logits (sequences, tokens, vocabulary) for what left the last decoder layer; call inside `exit()`."""
         return self.skeleton.logits(hidden)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the output head reads for what left the last decoder layer; call inside `exit()`."""
+        return self.skeleton.normed(hidden)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits for what a draft head put out; call inside `beside` of it."""
+        return cast(Tensor, self.skeleton.model.get_output_embeddings()(hidden))
+
+    def _there(self, inputs: Inputs) -> Inputs:
+        return {name: value.to(self.device) for name, value in inputs.items()}
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         weights = self.checkpoint.read(names)
@@ -68,9 +152,10 @@ class ModelRunner:
         return {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 
     @contextmanager
-    def _resident(self, names: Sequence[str]) -> Iterator[None]:
+    def _resident(self, names: Sequence[str] | dict[str, None]) -> Iterator[None]:
         model = self.skeleton.model
-        weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in self._read(names).items()}
+        read = self._read([*names])
+        weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in read.items()}
         # A tied head is the same parameter under two owners; both must see the loaded one.
         by_identity = {id(model.get_parameter(name)): value for name, value in weights.items()}
         replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
@@ -84,6 +169,11 @@ class ModelRunner:
         finally:
             for module, leaf, parameter in replaced:
                 setattr(module, leaf, parameter)
+
+
+def _joined(tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """One tensor of the module from those of the checkpoint: the same, or experts one by one along the rows."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors)).view(shape)
 
 
 def check_finite(weights: dict[str, Tensor], where: str) -> None:

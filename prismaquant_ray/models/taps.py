@@ -1,4 +1,4 @@
-"""Watching what a block's Linears read and write while the block runs."""
+"""Watching what a block's matrices read and write while the block runs."""
 
 from __future__ import annotations
 
@@ -9,44 +9,74 @@ from typing import Any
 from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.layout import Block
+from prismaquant_ray.layout import Block, InputGroup, Matrix
+from prismaquant_ray.models.experts import Routing
 
 
 class Taps:
-    """Inputs by input group and outputs by Linear, filled by running the block once inside `tapped`."""
+    """Filled by running the block once inside `tapped`.
+
+    `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
+    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix.
+    """
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.routing: dict[str, Routing] = {}
 
 
 @contextmanager
 def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
-    """Record the input (sequences, tokens, I) of every input group and the output of every Linear.
+    """Record every input group and the output of every parameter of its matrices.
 
     Raises InputError when Linears that should share an input do not: the family's fused rules are wrong then, and
     every Hessian would be too.
     """
     taps = Taps()
     handles = []
-    cut = len(block.prefix) + 1
+    watched: list[Any] = []
     for group in block.inputs:
-        for linear in group.linears:
-            submodule = module.get_submodule(linear.name[cut:])
-            handles.append(submodule.register_forward_hook(_recorder(taps, group.name, linear.name)))
+        for matrix in group.matrices:
+            if matrix.experts is not None:
+                experts = module.get_submodule(matrix.parameters[0].rpartition(".")[0])
+                watched.append(experts)
+                _watch(experts, taps, group, matrix)
+                continue
+            for parameter in matrix.parameters:
+                submodule = module.get_submodule(parameter.rpartition(".")[0])
+                handles.append(submodule.register_forward_hook(_recorder(taps, group.name, parameter)))
     try:
         yield taps
     finally:
         for handle in handles:
             handle.remove()
+        for experts in watched:
+            experts.watcher = None
 
 
-def _recorder(taps: Taps, group: str, linear: str) -> Any:
+def _recorder(taps: Taps, group: str, parameter: str) -> Any:
     def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         x = args[0]
         seen = taps.inputs.setdefault(group, x)
         if seen is not x:
-            raise InputError(f"{linear} does not read the tensor that {group} reads; correct the family's fused rules")
-        taps.outputs[linear] = output
+            raise InputError(
+                f"{parameter} does not read the tensor that {group} reads; correct the family's fused rules"
+            )
+        taps.outputs[parameter] = output
 
     return record
+
+
+def _watch(experts: Any, taps: Taps, group: InputGroup, matrix: Matrix) -> None:
+    """Record one packed parameter; the experts module may be watched for several."""
+    before = getattr(experts, "watcher", None)
+    parameter = matrix.parameters[0]
+
+    def watch(name: str, rows: Tensor, output: Tensor, routing: Routing) -> None:
+        if before is not None:
+            before(name, rows, output, routing)
+        if name == parameter.rpartition(".")[2]:
+            taps.inputs[group.name], taps.outputs[parameter], taps.routing[group.name] = rows, output, routing
+
+    experts.watcher = watch

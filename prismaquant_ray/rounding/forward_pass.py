@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS, Codec, FormatName, codecs_of
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of, experts_of
+from prismaquant_ray.formats.base import Codec, Tensors
+from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.formats.nvfp4 import divisor
-from prismaquant_ray.layout import Block, FusedGroup, InputGroup
+from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Kind, LinearSpec, Matrix
 from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.models.taps import tapped
+from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.hessian import InputStatistics
+from prismaquant_ray.rounding.routed_inputs import RoutedInputs
 
 # The divisor of an NVFP4 input allows activations twice as large as any calibration token showed: too small a
 # divisor costs almost nothing over four octaves, too large a one clips.
@@ -44,77 +48,140 @@ class ForwardVisit:
         self.module = runner.load_block(index)
         self.formats = tuple(formats)
         self.rounding = rounding
-        self.statistics = {
-            group.name: InputStatistics.empty(group.in_features, runner.device)
-            for group in (self.block.inputs if formats else ())
-        }
+        self.dense: dict[str, InputStatistics] = {}
+        self.routed: dict[str, RoutedInputs] = {}
+        for group in self.block.inputs if formats else ():
+            if group.experts is None:
+                self.dense[group.name] = InputStatistics.empty(group.in_features, runner.device)
+        for fused in self.block.groups if formats else ():
+            if fused.experts is not None:
+                self.routed[fused.name] = RoutedInputs(_experts(self.module, fused), runner.device)
 
     @torch.no_grad()
-    def run(self, hidden: Tensor, held_out: Tensor) -> Tensor:
-        """What leaves the block for hidden (sequences, tokens, H); `held_out` (sequences,) marks acceptance data."""
+    def run(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What leaves the block for hidden (sequences, tokens, H), or (patches, width) in the vision tower."""
+        if self.block.kind is Kind.HEAD:
+            # Its logits would be the largest tensor of all, and nothing reads them.
+            read = Taps()
+            read.inputs[self.block.inputs[0].name] = self.runner.normed(hidden)
+            self._gather(read, batch.holdout.to(hidden.device))
+            return hidden
         with tapped(self.module, self.block) if self.formats else nullcontext() as taps:
-            output = self.runner.run_block(self.block.index, self.module, hidden)
-        for name, x in taps.inputs.items() if taps else ():
-            self.statistics[name] = self.statistics[name].plus(x, held_out)
+            output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
+        if taps is not None:
+            self._gather(taps, batch.holdout.to(hidden.device))
         if not bool(torch.isfinite(output).all()):
             raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
         return output
 
+    def _gather(self, taps: Taps, held_out: Tensor) -> None:
+        for name, statistics in self.dense.items():
+            # Patches of an image and tokens of a sequence alike: rows that share their sequence's fate.
+            x = taps.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
+            self.dense[name] = statistics.plus(x, held_out)
+        for fused in self.block.groups:
+            if fused.name in self.routed:
+                rows, inner = (taps.inputs[matrix.input] for matrix in fused.matrices)
+                routing = taps.routing[fused.matrices[0].input]
+                tokens = len(routing.chosen) // len(held_out)
+                self.routed[fused.name].add(rows, inner, routing, held_out.repeat_interleave(tokens))
+
     @torch.no_grad()
     def finish(self) -> BlockCandidates:
         """Encode every fused group in every format it can take."""
-        tensors: dict[FormatName, dict[str, Tensor]] = {
-            name: {} for name in self.formats if FORMATS[name].codec is not None
-        }
-        linears: dict[str, dict[str, Any]] = {}
+        found = _Encoded(self.formats)
         for group in self.block.inputs:
-            statistics = self.statistics.pop(group.name)
-            factor = self.rounding.factor(statistics)
-            for fused in group.groups:
-                weights = [self._weight(linear.name) for linear in fused.linears]
-                for codec in codecs_of(formats_of(fused, self.formats)).values():
-                    encoded = encode_group(weights, codec, statistics, factor, self.rounding)
-                    for linear, result in zip(fused.linears, encoded, strict=True):
-                        linears.setdefault(linear.name, {})[codec.name] = _figures(result)
-                        self._collect(tensors, linear.name, codec, result, statistics)
-        return BlockCandidates(tensors=tensors, figures={"linears": linears})
+            if group.experts is None:
+                self._finish_dense(group, self.dense.pop(group.name), found)
+        experts: dict[str, list[int]] = {}
+        for fused in self.block.groups:
+            if fused.name in self.routed:
+                routed = self.routed.pop(fused.name)
+                experts[fused.name] = routed.tokens_of.tolist()
+                for chunk in routed.chunks():
+                    for matrix in fused.matrices:
+                        statistics = chunk.statistics[matrix.parameters[0].rpartition(".")[2]]
+                        weights = [weight[chunk.start : chunk.stop] for weight in self._weights(matrix)]
+                        self._encode(fused, matrix, weights, statistics, found, slice(chunk.start, chunk.stop))
+        return BlockCandidates(tensors=found.tensors, figures={"linears": found.linears, "experts": experts})
 
-    def _weight(self, name: str) -> Tensor:
-        linear = self.module.get_submodule(name[len(self.block.prefix) + 1 :])
-        assert isinstance(linear, nn.Linear)
-        return linear.weight
+    def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
+        factor = self.rounding.factor(statistics)
+        for fused, matrix in _reading(self.block, group):
+            self._encode(fused, matrix, self._weights(matrix), statistics, found, slice(0, 1), factor)
 
-    def _collect(
+    def _encode(
         self,
-        tensors: Mapping[FormatName, dict[str, Tensor]],
-        linear: str,
-        codec: Codec,
-        result: EncodedLinear,
+        fused: FusedGroup,
+        matrix: Matrix,
+        weights: Sequence[Tensor],
         statistics: InputStatistics,
+        found: _Encoded,
+        at: slice,
+        factor: Any = None,
     ) -> None:
+        formats = formats_of(fused, self.formats)
+        if factor is None:
+            factor = self.rounding.factor(statistics)
+        for codec in codecs_of(formats).values():
+            results = encode_group(weights, codec, statistics, factor, self.rounding)
+            for linear, result in zip(matrix.linears, results, strict=True):
+                found.add(linear, codec, result, statistics.amax, at)
+
+    def _weights(self, matrix: Matrix) -> list[Tensor]:
+        """Its Linears' weights (O, I), or (E, O, I) of every expert."""
+        if matrix.experts is None:
+            return [self.module.get_parameter(name) for name in matrix.parameters]
+        packed = self.module.get_parameter(matrix.parameters[0])
+        return [packed[:, rows] for rows in matrix.rows]
+
+
+class _Encoded:
+    """Candidates and figures of a block, as they come."""
+
+    def __init__(self, formats: Sequence[FormatName]) -> None:
+        self.tensors: dict[FormatName, Tensors] = {name: {} for name in formats if FORMATS[name].codec is not None}
+        self.linears: dict[str, dict[str, Any]] = {}
+
+    def add(self, linear: LinearSpec, codec: Codec, result: EncodedLinear, amax: float, at: slice) -> None:
+        """A Linear, or the same one of the experts `at`."""
         packed = codec.pack(result.rounded)
-        for name, found in tensors.items():
+        each = [packed] if linear.experts is None else experts_of(packed)
+        for name, found in self.tensors.items():
             if FORMATS[name].codec is not codec:
                 continue
-            found.update({f"{linear}.{suffix}": tensor for suffix, tensor in packed.items()})
-            if FORMATS[name].static_input_scale:
-                found[f"{linear}.input_global_scale"] = divisor(statistics.amax, INPUT_MARGIN)
+            for module, tensors in zip(linear.names[at], each, strict=True):
+                # On a device, memory is for what is still to be rounded.
+                found.update({f"{module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()})
+                if FORMATS[name].static_input_scale:
+                    # One value for all experts of a layer: the runtime applies one of theirs to all.
+                    found[f"{module}.input_global_scale"] = divisor(amax, INPUT_MARGIN)
+        figures = {
+            "method": result.method,
+            "holdout_error": result.holdout_error,
+            "weight_mse": result.weight_mse,
+            "output_mse": result.output_mse,
+        }
+        of_linear = self.linears.setdefault(linear.name, {})
+        of_linear[codec.name] = _longer(of_linear[codec.name], figures) if codec.name in of_linear else figures
 
 
-def formats_of(fused: FusedGroup, formats: Sequence[FormatName]) -> tuple[FormatName, ...]:
-    """The formats, in the given order, that every member of a fused group can take."""
-    return tuple(name for name in formats if FORMATS[name].group_refusal(fused.linears) is None)
+def _longer(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by expert, with those of more experts."""
+    return {
+        key: _longer(value, more[key]) if isinstance(value, Mapping) else [*value, *more[key]]
+        for key, value in before.items()
+    }
+
+
+def _experts(module: nn.Module, fused: FusedGroup) -> nn.Module:
+    return module.get_submodule(fused.matrices[0].parameters[0].rpartition(".")[0])
+
+
+def _reading(block: Block, group: InputGroup) -> Iterator[tuple[FusedGroup, Matrix]]:
+    return ((fused, matrix) for fused in block.groups for matrix in fused.matrices if matrix.input == group.name)
 
 
 def hessian_bytes(group: InputGroup) -> int:
-    """Training and held-out Hessian of one input group, float32."""
+    """Training and held-out Hessian of one input group, float32; experts share theirs until the block is finished."""
     return 2 * 4 * group.in_features**2
-
-
-def _figures(result: EncodedLinear) -> dict[str, Any]:
-    return {
-        "method": result.method,
-        "holdout_error": result.holdout_error,
-        "weight_mse": result.weight_mse,
-        "output_mse": result.output_mse,
-    }

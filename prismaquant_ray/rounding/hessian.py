@@ -1,7 +1,7 @@
 """Statistics of a Linear's input over the calibration set: what rounding needs to know of the data.
 
 X is the input of one input group, (tokens, I). Training tokens drive scale search and GPTQ; held-out tokens
-decide whether GPTQ is accepted.
+decide whether GPTQ is accepted. Each of E experts reads its own share of the tokens, and has its own statistics.
 """
 
 from __future__ import annotations
@@ -11,19 +11,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: An expert's statistics count as many tokens of its layer's mean as this share of its columns. With fewer tokens than
+#: columns a Hessian is singular and fits noise; a quarter is enough to fill it up and vanishes beside many tokens.
+PRIOR_SHARE = 0.25
+
+# Rows summed by one product. A constant, so that an expert's sums do not depend on which experts it is batched with.
+_TILE = 128
+# Float32 elements gathered at a time.
+_CHUNK = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class InputStatistics:
-    """Sums over tokens: `train` and `holdout` are Σ x xᵀ (I, I) float32; `amax` is max |x| over all tokens.
+class Prior:
+    """What every expert of a layer is taken to have seen besides its own tokens: κ times the layer's mean of x xᵀ.
 
-    Adding microbatches in a fixed order gives the same bits however the work is spread.
+    `train` and `holdout` (I, I) float32 weigh as `train_tokens` and `holdout_tokens` tokens: κ, or 0 where there were
+    no tokens at all.
     """
 
     train: Tensor
     holdout: Tensor
     train_tokens: int
     holdout_tokens: int
+
+    @classmethod
+    def of(cls, pooled: InputStatistics) -> Prior:
+        """From the sums over all rows of a layer, each counted once for every expert that it goes to."""
+        return cls._scaled(pooled.train, pooled.holdout, int(pooled.train_tokens), int(pooled.holdout_tokens))
+
+    @classmethod
+    def _scaled(cls, train: Tensor, holdout: Tensor, train_tokens: int, holdout_tokens: int) -> Prior:
+        kappa = round(PRIOR_SHARE * train.shape[-1])
+        return cls(
+            train=train * (kappa / max(train_tokens, 1)),
+            holdout=holdout * (kappa / max(holdout_tokens, 1)),
+            train_tokens=kappa if train_tokens else 0,
+            holdout_tokens=kappa if holdout_tokens else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class InputStatistics:
+    """Sums over tokens: `train` and `holdout` are Σ x xᵀ (I, I) float32; `amax` is max |x| over all tokens.
+
+    Of E experts: (E, I, I), with the prior in it; the numbers of their own tokens are int64 (E,), those of the prior
+    `train_prior` and `holdout_prior`; `amax` is one number for all, because they share one input scale.
+    Adding microbatches in a fixed order gives the same bits however the work is spread.
+    """
+
+    train: Tensor
+    holdout: Tensor
+    train_tokens: int | Tensor
+    holdout_tokens: int | Tensor
     amax: float
+    train_prior: int = 0
+    holdout_prior: int = 0
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
@@ -31,8 +73,34 @@ class InputStatistics:
         zeros = torch.zeros(in_features, in_features, device=device)
         return cls(train=zeros, holdout=zeros.clone(), train_tokens=0, holdout_tokens=0, amax=0.0)
 
+    @classmethod
+    def routed(cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None) -> InputStatistics:
+        """Of experts that read x (R, I): the first `counts[0]` rows go to the first expert, and so on.
+
+        counts (E,) int64, held_out (R,) bool. `prior` is the layer's where these are not all of its experts.
+        """
+        expert = torch.repeat_interleave(counts)
+        sums, tokens = [], []
+        for chosen in (~held_out, held_out):
+            own = torch.bincount(expert[chosen], minlength=len(counts))
+            sums.append(_second_moments(x, torch.nonzero(chosen).flatten(), own))
+            tokens.append(own)
+        (train, holdout), (train_tokens, holdout_tokens) = sums, tokens
+        prior = prior or Prior._scaled(train.sum(0), holdout.sum(0), int(train_tokens.sum()), int(holdout_tokens.sum()))
+        # Not aminmax, which is many times as slow in BF16.
+        amax = max(-float(x.min()), float(x.max())) if len(x) else 0.0
+        return cls(
+            train=train.add_(prior.train),
+            holdout=holdout.add_(prior.holdout),
+            train_tokens=train_tokens,
+            holdout_tokens=holdout_tokens,
+            amax=amax,
+            train_prior=prior.train_tokens,
+            holdout_prior=prior.holdout_tokens,
+        )
+
     def plus(self, x: Tensor, held_out: Tensor) -> InputStatistics:
-        """With a microbatch x (sequences, tokens, I) added; `held_out` (sequences,) bool.
+        """With a microbatch x (sequences, tokens, I) added; `held_out` (sequences,) bool. Not for experts.
 
         The sums are updated in place, so the receiver must not be used again.
         """
@@ -46,12 +114,58 @@ class InputStatistics:
             amax=max(self.amax, float(x.abs().max())),
         )
 
+    def experts(self, start: int, stop: int) -> InputStatistics:
+        """Of experts start..stop, as views."""
+        assert isinstance(self.train_tokens, Tensor)
+        assert isinstance(self.holdout_tokens, Tensor)
+        return InputStatistics(
+            train=self.train[start:stop],
+            holdout=self.holdout[start:stop],
+            train_tokens=self.train_tokens[start:stop],
+            holdout_tokens=self.holdout_tokens[start:stop],
+            amax=self.amax,
+            train_prior=self.train_prior,
+            holdout_prior=self.holdout_prior,
+        )
+
+    @property
+    def train_weight(self) -> Tensor:
+        """Tokens that `train` sums over, those of the prior included: int64, () or (E,)."""
+        return torch.as_tensor(self.train_tokens) + self.train_prior
+
+    @property
+    def holdout_weight(self) -> Tensor:
+        """The same of `holdout`."""
+        return torch.as_tensor(self.holdout_tokens) + self.holdout_prior
+
     @property
     def importance(self) -> Tensor:
-        """E[x²] per column (I,) over training tokens."""
-        return self.train.diagonal() / max(self.train_tokens, 1)
+        """E[x²] per column, (I,) or (E, I), over training tokens."""
+        return self.train.diagonal(dim1=-2, dim2=-1) / self.train_weight.clamp(min=1).unsqueeze(-1)
 
 
 def output_error(delta: Tensor, hessian: Tensor) -> Tensor:
-    """Per output row (O,): Σ_t (ΔW x_t)² = diag(ΔW H ΔWᵀ), for ΔW (O, I) and H = Σ x xᵀ."""
+    """Per output row (…, O): Σ_t (ΔW x_t)² = diag(ΔW H ΔWᵀ), for ΔW (…, O, I) and H = Σ x xᵀ (…, I, I)."""
     return ((delta @ hessian) * delta).sum(-1)
+
+
+def _second_moments(x: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """Σ x xᵀ (E, I, I) over each expert's rows: the first `counts[0]` of `rows` index the first's rows of x, and so on.
+
+    Experts with most rows come first, so those that still have rows after some tiles are the first few, and no expert
+    is padded by more than a tile.
+    """
+    starts = counts.cumsum(0) - counts
+    sums = torch.zeros(len(counts), x.shape[1], x.shape[1], device=x.device)
+    place = torch.arange(_TILE, device=x.device)
+    for experts in torch.argsort(counts, descending=True, stable=True).split(max(1, _CHUNK // (_TILE * x.shape[1]))):
+        own = counts[experts].unsqueeze(1)
+        part = torch.zeros(len(experts), x.shape[1], x.shape[1], device=x.device)
+        for tile in range(0, int(own[0]), _TILE):
+            active = int((own > tile).sum())
+            index = starts[experts[:active]].unsqueeze(1) + tile + place
+            piece = x[rows[index.clamp_(max=len(rows) - 1)]].to(torch.float32)
+            piece.masked_fill_((tile + place >= own[:active]).unsqueeze(-1), 0.0)
+            part[:active].baddbmm_(piece.mT, piece)
+        sums[experts] = part
+    return sums

@@ -26,8 +26,8 @@ class ScaleSearch:
 
 
 def nearest(weight: Tensor, codec: Codec, global_scale: Tensor | None) -> Rounded:
-    """Round-to-nearest: amax of every group mapped to the end of the grid."""
-    groups = weight.shape[1] // codec.width(weight.shape[1])
+    """Round-to-nearest: amax of every group mapped to the end of the grid. weight (O, I) or (E, O, I) float32."""
+    groups = weight.shape[-1] // codec.width(weight.shape[-1])
     scale = codec.nearest_scale(grouped(weight, groups).abs().amax(-1), global_scale)
     return round_with(weight, scale, codec, global_scale)
 
@@ -37,33 +37,40 @@ def searched(
 ) -> Rounded:
     """Rounding with the group scales that minimise Σ_i E[x_i²] (w_i − ŵ_i)² over the candidates.
 
-    weight (O, I) float32, importance (I,). Ties keep the earlier candidate.
+    weight (O, I) float32, importance (I,); or of a stack (E, O, I) and (E, I). Ties keep the earlier candidate.
     """
-    groups = weight.shape[1] // codec.width(weight.shape[1])
-    rows = max(1, _PIECE // weight.shape[1])
-    pieces = [
-        _best_scale(grouped(piece, groups), codec, global_scale, grouped(importance, groups), settings.multipliers())
-        for piece in weight.split(rows)
-    ]
-    return round_with(weight, torch.cat(pieces), codec, global_scale)
+    groups = weight.shape[-1] // codec.width(weight.shape[-1])
+    stacked = grouped(weight.view(-1, *weight.shape[-2:]), groups)
+    importance = grouped(importance.reshape(len(stacked), 1, -1), groups)
+    experts = max(1, _PIECE // weight.shape[-2:].numel())
+    rows = max(1, _PIECE // weight.shape[-1])
+    multipliers = settings.multipliers()
+    scales = []
+    for first in range(0, len(stacked), experts):
+        some = slice(first, first + experts)
+        divisor = None if global_scale is None else global_scale[some]
+        pieces = stacked[some].split(rows, dim=1)
+        found = [_best_scale(piece, codec, divisor, importance[some], multipliers) for piece in pieces]
+        scales.append(torch.cat(found, dim=1))
+    return round_with(weight, torch.cat(scales).view(*weight.shape[:-1], groups), codec, global_scale)
 
 
 def round_with(weight: Tensor, scale: Tensor, codec: Codec, global_scale: Tensor | None) -> Rounded:
-    """Nearest grid values under given stored scales (O, G)."""
+    """Nearest grid values under given stored scales (…, O, G)."""
     factor = codec.scale_value(scale, global_scale)
-    values = codec.round((grouped(weight, scale.shape[1]) / factor.unsqueeze(-1)).flatten(1))
+    values = codec.round((grouped(weight, scale.shape[-1]) / factor.unsqueeze(-1)).flatten(-2))
     return Rounded(values=values, scale=scale, global_scale=global_scale)
 
 
 def _best_scale(
     weight: Tensor, codec: Codec, global_scale: Tensor | None, importance: Tensor, multipliers: Tensor
 ) -> Tensor:
-    """Stored scales (rows, G) for weight (rows, G, width)."""
+    """Stored scales (E, rows, G) for weight (E, rows, G, width) and importance (E, 1, G, width)."""
     best_error: Tensor | None = None
     best_scale: Tensor | None = None
-    for scale in codec.scale_candidates(weight.abs().amax(-1), global_scale, multipliers):
+    for scale in _distinct(list(codec.scale_candidates(weight.abs().amax(-1), global_scale, multipliers))):
         factor = codec.scale_value(scale, global_scale).unsqueeze(-1)
-        error = codec.round(weight / factor).mul_(factor).sub_(weight).square_().mul_(importance).sum(-1)
+        error = codec.snap(weight / factor).mul_(factor).sub_(weight).square_().mul_(importance).sum(-1)
         if best_error is None or best_scale is None:
             best_error, best_scale = error, scale
             continue
@@ -72,3 +79,23 @@ def _best_scale(
         best_scale = torch.where(better, scale, best_scale)
     assert best_scale is not None
     return best_scale
+
+
+def _distinct(candidates: list[Tensor]) -> list[Tensor]:
+    """The candidates without repetitions: the k-th tensor holds every group's k-th scale, or again its last.
+
+    Stored scales are coarse: of 32 multipliers of an E4M3 scale a group has about 14 distinct ones.
+    """
+    if len(candidates) == 1:
+        return candidates
+    scales = torch.stack(candidates)
+    codes = scales.view(torch.uint8) if scales.itemsize == 1 else scales
+    place = torch.zeros(codes.shape, dtype=torch.int64, device=codes.device)
+    # A running sum in steps: cumsum along the first dimension takes ten times as long.
+    for before, here, new in zip(place[:-1], place[1:], codes[1:] != codes[:-1], strict=True):
+        torch.add(before, new, out=here)
+    count = int(place[-1].max()) + 1
+    if count == len(candidates):
+        return candidates
+    distinct = codes[-1].expand(count, *codes.shape[1:]).clone()
+    return list(distinct.scatter_(0, place, codes).view(scales.dtype).unbind())

@@ -35,17 +35,27 @@ class Cost:
     standard_error: float
 
 
-def price(p: Tensor) -> Cost:
-    """From p (sequences, tokens) float32, summed over the members of the fused group; N is every token of p."""
-    p = p.to(torch.float64)
-    sequences, tokens = p.shape
-    squares = 0.5 * p.square().sum(-1)
+def price(p: Tensor, squares: Tensor, tokens: int) -> Cost:
+    """From p of every token, float32, summed over the members of the fused group, and ½ Σ p² of each sequence.
+
+    `tokens` is N: every token of the calibration set, also where p is of few (routed) or of other things (patches).
+    """
+    squares = squares.to(torch.float64)
+    sequences = len(squares)
     total = float(squares.sum())
     if sequences > 1:
-        left_out = (total - squares) / ((sequences - 1) * tokens)
+        left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
         spread = (sequences - 1) / sequences * (left_out - left_out.mean()).square().sum()
         standard_error = float(spread.sqrt())
     else:
         standard_error = 0.0
-    count = sequences * tokens
-    return Cost(cost=total / count, first_order=float(p.sum()) / count, standard_error=standard_error)
+    return Cost(
+        cost=total / tokens,
+        first_order=float(p.to(torch.float64).sum()) / tokens,
+        standard_error=standard_error,
+    )
+
+
+def half_squares(p: Tensor) -> Tensor:
+    """½ Σ_t p² of each sequence (sequences,) in float64, for p (sequences, tokens)."""
+    return 0.5 * p.to(torch.float64).square().sum(-1)

@@ -7,6 +7,8 @@ empirical Fisher. L is the sum of token losses, so nothing is divided by batch s
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,41 +16,82 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.calibration.batches import Batch
 
 Labels = Literal["sampled", "data"]
 IGNORED = -100
 #: Logits of one piece: the head's cost in memory does not grow with the microbatch.
 LOGIT_BYTES = 1 << 26
+#: Random streams of the labels of one sequence: those of the model, and of its draft head.
+MODEL, DRAFT = 0, 1
 
 
-def exit_gradient(
-    runner: ModelRunner, hidden: Tensor, tokens: Tensor, *, labels: Labels, seed: int, first_sequence: int
-) -> tuple[Tensor, float]:
-    """∂L/∂hidden (sequences, tokens, H) for what left the last block, and the summed loss in nats.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Loss:
+    """Cross-entropy against labels of one kind.
 
-    tokens (sequences, tokens) are the inputs. Sampling draws one uniform per token from a generator seeded by
-    (seed, index of the sequence in the calibration set), so neither microbatches nor workers change a label.
+    `vocab_size` bounds a piece; no loss is taken where the token to be predicted is `image_token`: that one is never
+    sampled, it only marks where an image goes.
     """
-    gradient = torch.empty_like(hidden)
-    loss_sum = 0.0
-    for row in range(hidden.shape[0]):
-        uniform = torch.from_numpy(np.random.default_rng((seed, first_sequence + row)).random(hidden.shape[1]))
-        following = torch.cat([tokens[row, 1:], torch.tensor([IGNORED])]).to(hidden.device)
-        step = max(1, LOGIT_BYTES // (4 * runner.layout.vocab_size))
-        for start in range(0, hidden.shape[1], step):
-            piece = hidden[row : row + 1, start : start + step].detach().requires_grad_()
+
+    labels: Labels
+    seed: int
+    vocab_size: int
+    image_token: int | None = None
+
+    @property
+    def piece(self) -> int:
+        """Positions whose logits are computed at a time."""
+        return max(1, LOGIT_BYTES // (4 * self.vocab_size))
+
+    def gradient(
+        self, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, batch: Batch, *, stream: int = MODEL
+    ) -> tuple[Tensor, float]:
+        """∂L/∂hidden (sequences, tokens, H) where `logits_of` hidden (1, n, H) are (1, n, V), and the loss in nats."""
+        gradient = torch.empty_like(hidden)
+        loss_sum = 0.0
+        for row, where, targets in self.pieces(hidden.shape[1], batch, stream):
+            piece = hidden[row : row + 1, where].detach().requires_grad_()
             with torch.enable_grad():
-                logits = runner.logits(piece)[0].to(torch.float32)
-            if labels == "sampled":
-                target = sample(logits.detach(), uniform[start : start + step].to(hidden.device))
-            else:
-                target = following[start : start + step]
-            with torch.enable_grad():
-                loss = F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORED)
-            (gradient[row : row + 1, start : start + step],) = torch.autograd.grad(loss, piece)
+                loss = targets(logits_of(piece)[0])
+            (gradient[row : row + 1, where],) = torch.autograd.grad(loss, piece)
             loss_sum += float(loss.detach())
-    return gradient, loss_sum
+        return gradient, loss_sum
+
+    def pieces(self, tokens: int, batch: Batch, stream: int = MODEL) -> Iterator[tuple[int, slice, PieceLoss]]:
+        """Sequence, positions and loss of every piece, for the first `tokens` positions of each sequence.
+
+        Position t predicts token t+1, or t+2 in the stream of the draft head. Sampling draws one uniform per token
+        from a generator seeded by (seed, index of the sequence in the calibration set[, stream]), so neither
+        microbatches nor workers change a label.
+        """
+        ahead = 1 + stream
+        for row, ids in enumerate(batch.tokens):
+            seeds = (self.seed, batch.first_sequence + row) + ((stream,) if stream else ())
+            uniform = torch.from_numpy(np.random.default_rng(seeds).random(tokens))
+            following = torch.cat([ids[ahead:].cpu(), torch.full((ahead,), IGNORED)])[:tokens]
+            for start in range(0, tokens, self.piece):
+                where = slice(start, min(start + self.piece, tokens))
+                yield row, where, PieceLoss(self, following[where], uniform[where])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PieceLoss:
+    """The loss of one piece as a function of its logits (n, V)."""
+
+    loss: Loss
+    following: Tensor
+    uniform: Tensor
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Summed cross-entropy in nats."""
+        logits = logits.to(torch.float32)
+        following = self.following.to(logits.device)
+        sampled = self.loss.labels == "sampled"
+        target = sample(logits.detach(), self.uniform.to(logits.device)) if sampled else following
+        if self.loss.image_token is not None:
+            target = target.masked_fill(following == self.loss.image_token, IGNORED)
+        return F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORED)
 
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Layout
+from prismaquant_ray.layout import Kind, Layout
 
 Objective = Literal["token_fisher", "fisher_trace"]
 
@@ -39,13 +39,19 @@ def from_figures(
     formats: Sequence[FormatName],
     forward: Mapping[int, Mapping[str, Any]],
     backward: Mapping[int, Mapping[str, Any]],
+    *,
+    draft_weight: float,
 ) -> CostTable:
-    """Build the table from the figures of each block's forward and backward records, keyed by block index."""
+    """Build the table from the figures of each block's forward and backward records, keyed by block index.
+
+    A draft head's loss is one of its own: `draft_weight` nats of the model's are worth one of it.
+    """
     shape = (len(layout.groups), len(formats))
     token, trace, error = (np.full(shape, np.nan) for _ in range(3))
     for row, group in enumerate(layout.groups):
-        index = layout.block_of[group.name].index
-        linears, prices = forward[index]["linears"], backward[index]
+        block = layout.block_of[group.name]
+        linears, prices = forward[block.index]["linears"], backward[block.index]
+        weight = draft_weight if block.kind is Kind.DRAFT else 1.0
         for column, name in enumerate(formats):
             codec = FORMATS[name].codec
             if codec is None:
@@ -54,11 +60,16 @@ def from_figures(
             price = prices["groups"][group.name].get(name)
             if price is None:
                 continue
-            token[row, column] = price["cost"]
-            error[row, column] = price["standard_error"]
-            trace[row, column] = 0.5 * sum(
-                prices["fisher_trace"][item.name] * linears[item.name][codec.name]["weight_mse"]
-                for item in group.linears
+            token[row, column] = weight * price["cost"]
+            error[row, column] = weight * price["standard_error"]
+            # Of experts both figures are lists, with an entry for each.
+            trace[row, column] = (
+                weight
+                * 0.5
+                * sum(
+                    np.dot(prices["fisher_trace"][item.name], linears[item.name][codec.name]["weight_mse"])
+                    for item in group.linears
+                )
             )
     return CostTable(
         groups=tuple(group.name for group in layout.groups),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from prismaquant_ray.layout import View
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,19 +16,50 @@ class FusedRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertNames:
+    """What the repository calls the three Linears of one expert: `experts.7.gate_proj`."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vision:
+    """A vision tower: its module, and below it the list of blocks, the merger behind them, and what is before them."""
+
+    tower: str
+    blocks: str
+    merger: str
+    entry: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """An architecture family.
 
-    `blocks` is the module path of the decoder's layer list. `kept` maps the last part of a module name to the
-    reason it is never quantized.
+    `blocks` is the module path of the decoder's layer list. `fused` are the Linears that become one matrix in the
+    runtime, `siblings` names of such matrices (or Linears) that read one input without being fused. `kept` maps the
+    last part of a module name, or a whole path inside a block, to the reason it is never quantized. `renamed` are parts
+    of module names, as (in transformers, in the checkpoint). `views` are the names under which runtimes know the
+    modules; `draft` is the prefix of a multi-token-prediction head that transformers does not load.
     """
 
     name: str
     architectures: tuple[str, ...]
     blocks: str
     fused: tuple[FusedRule, ...]
+    siblings: tuple[tuple[str, ...], ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
+    experts: ExpertNames = field(default_factory=ExpertNames)
+    renamed: tuple[tuple[str, str], ...] = ()
+    views: tuple[View, ...] = ()
+    vision: Vision | None = None
+    draft: str | None = None
 
 
 ATTENTION = FusedRule(name="qkv_proj", members=("q_proj", "k_proj", "v_proj"))
 GATED_MLP = FusedRule(name="gate_up_proj", members=("gate_proj", "up_proj"))
+
+ROUTER = "router: a wrong expert costs more than its few bytes"
+NOT_A_LINEAR = "not a Linear"

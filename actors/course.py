@@ -1,0 +1,126 @@
+"""The units of both passes and what each of them reads: all that planning needs to know of a model.
+
+Forward:  pixels → vision blocks → merger → entry → decoder blocks → draft, head
+Backward: exits → decoder blocks → merger → vision blocks; draft and head by themselves, each with its own loss
+
+Images run through the whole course, text enters at the entry. What stands in parentheses below may be missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from actors.messages import Exit, Stage, Unit
+from prismaquant_ray.layout import Kind, Layout
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Course:
+    """Blocks in order: `vision` ones (the merger is the last), `decoder` ones, (a draft), (a head).
+
+    Microbatches in order: `texts` of text, then `images`.
+    """
+
+    decoder: int
+    texts: int
+    vision: int = 0
+    images: int = 0
+    draft: bool = False
+    head: bool = False
+
+    @classmethod
+    def of(cls, layout: Layout, *, texts: int, images: int) -> Course:
+        """The course of a model."""
+        return cls(
+            decoder=len(layout.of(Kind.DECODER)),
+            texts=texts,
+            vision=len(layout.of(Kind.VISION, Kind.MERGER)),
+            images=images,
+            draft=bool(layout.of(Kind.DRAFT)),
+            head=bool(layout.of(Kind.HEAD)),
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of every kind."""
+        return self.vision + self.decoder + self.draft + self.head
+
+    @property
+    def first(self) -> int:
+        """The first decoder block."""
+        return self.vision
+
+    @property
+    def last(self) -> int:
+        """The last decoder block."""
+        return self.vision + self.decoder - 1
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Draft and head: they read what the last decoder block puts out, and nothing reads them."""
+        return tuple(range(self.last + 1, self.blocks))
+
+    @property
+    def every(self) -> tuple[int, ...]:
+        """Every microbatch."""
+        return tuple(range(self.texts + self.images))
+
+    @property
+    def exits(self) -> tuple[Exit, ...]:
+        """The exit for every microbatch."""
+        return tuple(Exit(microbatch) for microbatch in self.every)
+
+    def order(self, stage: Stage) -> list[Unit]:
+        """The units of a pass, each behind what it reads; exits are not among them."""
+        if stage is Stage.FORWARD:
+            tower: list[Unit] = ["pixels", *range(self.vision)] if self.vision else []
+            return [*tower, "entry", *range(self.first, self.blocks)]
+        return [*range(self.last, -1, -1), *self.leaves]
+
+    def reads(self, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
+        """The units whose output a unit gets as its input."""
+        if isinstance(unit, Exit) or unit == "pixels":
+            return ()
+        if unit == "entry":
+            return (self.vision - 1,) if self.vision else ()
+        if stage is Stage.FORWARD:
+            return (self.below(unit),)
+        if unit in self.leaves:
+            return ()
+        return self.exits if unit == self.last else (unit + 1,)
+
+    def below(self, unit: Unit) -> Unit:
+        """The unit whose forward output a block recomputes from."""
+        assert isinstance(unit, int)
+        if unit in self.leaves:
+            return self.last
+        if unit == self.first:
+            return "entry"
+        return "pixels" if unit == 0 else unit - 1
+
+    def reader(self, unit: Unit) -> Unit | None:
+        """The block that takes a unit's gradient further down; None when there is none."""
+        if isinstance(unit, Exit):
+            return self.last
+        return unit - 1 if isinstance(unit, int) and unit > 0 and unit not in self.leaves else None
+
+    def microbatches(self, unit: Unit) -> tuple[int, ...]:
+        """The microbatches a unit takes: images for the vision tower, text for a draft head, all for the rest."""
+        if isinstance(unit, Exit):
+            return (unit.microbatch,)
+        if unit == "pixels" or (isinstance(unit, int) and unit < self.first):
+            return self.every[self.texts :]
+        if self.draft and unit == self.last + 1:
+            return self.every[: self.texts]
+        return self.every
+
+    def joined(self, first: Unit, second: Unit) -> bool:
+        """Whether one worker may hold two neighbours of a pass in one visit."""
+        if not (isinstance(first, int) and isinstance(second, int)) or {first, second} & {*self.leaves}:
+            return False
+        return (first < self.first) == (second < self.first)
+
+    def leaf_readers(self) -> Iterable[Unit]:
+        """Everything of the backward pass that reads what the last decoder block put out."""
+        return (self.last, *self.exits, *self.leaves)

@@ -1,0 +1,664 @@
+"""A trained model at equal bytes: our plan against mixtures of NVFP4 and MXFP8 that know no sensitivity.
+
+    .venv/bin/python -m benchmarks.trained [--minutes 6] [--out runs/trained]
+
+On a machine that has other work, set OMP_WAIT_POLICY=passive: torch's threads spin while they wait for each other.
+
+Trains the model of `benchmarks.training` unless its checkpoint is there, runs the product on it, and measures
+KL(source ‖ quantized) in nats per token on text that neither training nor calibration has seen. Weights are those of
+assembled repositories, decoded by compressed-tensors. Each budget has as controls random assignments of fused groups
+to MXFP8, the others NVFP4, and the first groups in depth order; all of them have at least the bytes of our plan.
+Some are measured once more with every token sent to the experts that the source sends it to: what is left is what a
+second-order price can see, the rest is tokens that change their expert. Then the experts are rounded again with
+other priors (`rounding.hessian.PRIOR_SHARE`) and on less text. Tables are printed; everything goes to
+benchmarks/results/trained.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from benchmarks.scaling import machine
+from benchmarks.training import EVALUATED, HELD_OUT_TEXT, ROOT, TRAINING_TEXT, Training, trained, windows
+from jobs import assemble, planning
+from jobs.run import Run
+from prismaquant_ray.calibration.batches import TOKENS
+from prismaquant_ray.calibration.text import load_sequences
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.evaluation.divergence import summarize, token_kl
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import FusedGroup
+from prismaquant_ray.models import experts
+from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.rounding import hessian, routed_inputs
+from prismaquant_ray.rounding.encode import Rounding
+from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.storage.store import Store
+
+RESULT = ROOT / "benchmarks" / "results" / "trained.json"
+PACKAGES = ("torch", "transformers", "compressed-tensors", "ray")
+BUDGETS = (5.0, 5.75, 6.75)
+CALIBRATION = 64  # sequences
+RANDOM = 6
+PRIORS = (0.0, 0.0625, 0.25, 1.0)
+# Calibration sequences the experts are rounded on, and seeds they are drawn with.
+PRIOR_TEXTS = ((CALIBRATION, (0,)), (8, (0, 1)), (2, (0, 1)))
+PIECE = 8  # sequences at a time
+KINDS = ("weights_only", "with_activations")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One fused group in one format: weights and input scales by parameter of the block's module."""
+
+    format: FormatName
+    weights: dict[str, Tensor]
+    scales: dict[str, Tensor | None]
+
+
+class Router:
+    """Watches one router: remembers what the source chose, counts other choices, or holds them to the source's."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.source: list[Tensor] = []
+        self.recording = self.held = False
+        self.moved = self.calls = 0
+        module.register_forward_hook(self._hook)
+
+    def _hook(self, _: Any, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores, chosen = output
+        if self.recording:
+            self.source.append(chosen)
+            return output
+        source = self.source[self.calls % len(self.source)]
+        self.calls += 1
+        self.moved += int((chosen.sort(-1).values != source.sort(-1).values).any(-1).sum())
+        if not self.held:
+            return output
+        probabilities = torch.softmax(logits.float(), dim=-1).gather(-1, source)
+        return logits, (probabilities / probabilities.sum(-1, keepdim=True)).to(scores), source
+
+
+class Measured:
+    """The source model with every block resident, so that weights can be replaced and held-out text run through."""
+
+    def __init__(self, run: Run, tokens: Tensor) -> None:
+        self.layout = run.layout
+        self.tokens = tokens
+        self.runner = ModelRunner(run.source, dtype=torch.float32, device=torch.device("cpu"))
+        self.blocks = [self.runner.load_block(block.index) for block in self.layout.blocks]
+        self.routers = [Router(module.get_submodule("mlp.gate")) for module in self.blocks]
+        self.inputs = [{TOKENS: part} for part in tokens.split(PIECE)]
+        with self.runner.entry(), torch.no_grad():
+            self.entering = [self.runner.embed(inputs) for inputs in self.inputs]
+
+    @torch.no_grad()
+    def logits(self) -> Iterator[Tensor]:
+        """Logits (tokens, vocabulary) of every sequence, as the model is now."""
+        with self.runner.exit():
+            for entering, inputs in zip(self.entering, self.inputs, strict=True):
+                hidden = entering
+                for index, module in enumerate(self.blocks):
+                    hidden = self.runner.run_block(index, module, hidden, inputs)
+                for row in hidden:
+                    yield self.runner.logits(row.unsqueeze(0))[0]
+
+    @cached_property
+    def source(self) -> list[Tensor]:
+        """Logits of the source model."""
+        for router in self.routers:
+            router.recording = True
+        found = list(self.logits())
+        for router in self.routers:
+            router.recording = False
+        return found
+
+    def loss(self) -> float:
+        """Cross-entropy of the source model in nats per token."""
+        pairs = zip(self.source, self.tokens, strict=True)
+        losses = [torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]) for logits, tokens in pairs]
+        return float(torch.stack(losses).mean())
+
+    def divergence(self, quantized: Mapping[str, Decoded], *, activations: bool, held: bool = False) -> dict[str, Any]:
+        """KL of the source and the model with these groups quantized; means by sequence under `by_sequence`.
+
+        `rerouted` is the share of (token, layer) pairs that the router sends to other experts than in the source;
+        `held` sends them where the source does all the same.
+        """
+        source = self.source
+        for router in self.routers:
+            router.held, router.moved, router.calls = held, 0, 0
+        kls, agrees = [], []
+        with self._quantized(quantized, activations=activations):
+            for p, q in zip(source, self.logits(), strict=True):
+                kls.append(token_kl(p, q))
+                agrees.append(p.argmax(-1) == q.argmax(-1))
+        found = summarize(torch.cat(kls), torch.cat(agrees))
+        return {
+            "kl": found.kl_mean,
+            "p99": found.kl_p99,
+            "top1": found.top1_agreement,
+            "rerouted": sum(router.moved for router in self.routers) / (len(self.routers) * self.tokens.numel()),
+            "by_sequence": torch.stack(kls).mean(1).tolist(),
+        }
+
+    @contextmanager
+    def _quantized(self, quantized: Mapping[str, Decoded], *, activations: bool) -> Iterator[None]:
+        """The groups have these weights inside the with-block, and their inputs are rounded as their runtime does."""
+        roundings: dict[tuple[int, str], Callable[[Tensor], Tensor]] = {}
+        with ExitStack() as stack:
+            for name, group in quantized.items():
+                module = self.blocks[self.layout.block_of[name].index]
+                rounding = FORMATS[group.format].round_activation if activations else None
+                for path, weight in group.weights.items():
+                    parameter = module.get_parameter(path)
+                    stack.callback(setattr, parameter, "data", parameter.data)
+                    parameter.data = weight
+                    if rounding is not None:
+                        owner, _, leaf = path.rpartition(".")
+                        roundings[id(module.get_submodule(owner)), leaf] = _rounder(rounding, group.scales[path])
+                        if leaf == "weight":
+                            hook = _hook(_rounder(rounding, group.scales[path]))
+                            stack.callback(module.get_submodule(owner).register_forward_pre_hook(hook).remove)
+            stack.enter_context(_rounded_rows(roundings))
+            yield
+
+
+def _rounder(rounding: Any, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: rounding(x.flatten(0, -2), scale).view_as(x)
+
+
+def _hook(rounder: Callable[[Tensor], Tensor]) -> Any:
+    return lambda _, args: (rounder(args[0]), *args[1:])
+
+
+@contextmanager
+def _rounded_rows(roundings: Mapping[tuple[int, str], Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Packed parameters of experts, by module and name, read rounded rows inside the with-block."""
+    product = experts._linear
+
+    def rounded(module: Any, name: str, rows: Tensor, *others: Any) -> Tensor:
+        rounder = roundings.get((id(module), name))
+        return product(module, name, rows if rounder is None else rounder(rows), *others)
+
+    experts._linear = rounded
+    try:
+        yield
+    finally:
+        experts._linear = product
+
+
+# ------------------------------------------------------------------------------------------------ decoding
+
+
+def decoded(repository: Path, groups: Sequence[FusedGroup]) -> dict[str, Decoded]:
+    """Every quantized group of a repository, by compressed-tensors and by what its config.json says."""
+    checkpoint = Checkpoint(Store(repository))
+    choice = json.loads((repository / "prismaquant.json").read_text())["choice"]
+    schemes = [
+        (re.compile(target.removeprefix("re:") if target.startswith("re:") else re.escape(target)), group)
+        for group in checkpoint.config["quantization_config"]["config_groups"].values()
+        for target in group["targets"]
+    ]
+    members: dict[str, list[str]] = {}
+    for name in checkpoint.tensors:
+        members.setdefault(name.rpartition(".")[0], []).append(name)
+
+    def weight_of(module: str) -> tuple[Tensor, Tensor | None]:
+        (scheme,) = [group for pattern, group in schemes if pattern.fullmatch(module)]
+        tensors = {name.rpartition(".")[2]: t for name, t in checkpoint.read(members[module]).items()}
+        return decode(tensors, module, scheme)
+
+    return {
+        group.name: assembled_group(group, FormatName(choice[group.name]), weight_of)
+        for group in groups
+        if choice[group.name] != FormatName.BF16
+    }
+
+
+def decode(tensors: dict[str, Tensor], module: str, scheme: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """One matrix in float32 of the BF16 that the runtime sees, by compressed-tensors, and its input scale."""
+    scale = tensors.pop("input_global_scale", None)
+    full = QuantizationScheme(
+        targets=[module], weights=scheme["weights"], input_activations=scheme["input_activations"]
+    )
+    compressor = BaseCompressor.get_value_from_registry(scheme["format"])
+    return compressor.decompress(tensors, full)["weight"].to(torch.bfloat16).float(), scale
+
+
+def assembled_group(
+    group: FusedGroup, name: FormatName, weight_of: Callable[[str], tuple[Tensor, Tensor | None]]
+) -> Decoded:
+    """A group's parameters from its matrices' weights: one Linear each, or the experts' stacked and packed."""
+    weights: dict[str, Tensor] = {}
+    scales: dict[str, Tensor | None] = {}
+    for matrix in group.matrices:
+        if matrix.experts is None:
+            for linear, parameter in zip(matrix.linears, matrix.parameters, strict=True):
+                weights[parameter], scales[parameter] = weight_of(linear.name)
+            continue
+        (parameter,) = matrix.parameters
+        each = [[weight_of(linear.names[expert]) for linear in matrix.linears] for expert in range(matrix.experts)]
+        weights[parameter] = torch.stack([torch.cat([weight for weight, _ in row]) for row in each])
+        found = {None if scale is None else float(scale) for row in each for _, scale in row}
+        assert len(found) == 1, "the runtime applies one input scale to all experts"
+        scales[parameter] = each[0][0][1]
+    return Decoded(name, weights, scales)
+
+
+# ------------------------------------------------------------------------------------------------ the product
+
+
+def configuration(source: Path, out: Path, length: int) -> Config:
+    """As a user would write it."""
+    return Config.model_validate(
+        {
+            "model": {"source": str(source)},
+            "calibration": {"text": str(TRAINING_TEXT), "sequences": CALIBRATION, "length": length},
+            "formats": ["NVFP4", "MXFP8", "BF16"],
+            "budget": {"bpp": BUDGETS[0]},
+            "cluster": {"address": "local", "workers": 2, "threads": 1},
+            "store": {"run": str(out / "run"), "output": str(out / "repository")},
+        }
+    )
+
+
+def planned(run: Run, bpp: float) -> dict[str, Any]:
+    """The product's plan for a budget."""
+    return planning.allocate(Run(run.config.model_copy(update={"budget": BudgetConfig(bpp=bpp)})))
+
+
+def repository_of(run: Run, plan: Mapping[str, Any]) -> dict[str, Decoded]:
+    """What a runtime would compute with: the plan's repository, assembled, verified and decoded."""
+    with tempfile.TemporaryDirectory(prefix="trained") as directory:
+        output = Path(directory) / "repository"
+        store = run.config.store.model_copy(update={"output": output})
+        assemble.build(Run(run.config.model_copy(update={"store": store})), plan)
+        return decoded(output, run.layout.groups)
+
+
+class Assignments:
+    """Formats of all groups as columns, and what they weigh and are expected to cost."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.formats = run.sizes.formats
+        self.groups = [group.name for group in run.layout.groups]
+        self.rows = np.arange(len(self.groups))
+
+    def column(self, name: FormatName) -> int:
+        """Of a format."""
+        return self.formats.index(name)
+
+    def uniform(self, name: FormatName) -> np.ndarray:
+        """Every group in a format; one that cannot take it gets the smallest it can."""
+        smallest = np.where(self.run.sizes.allowed, self.run.sizes.weights, np.iinfo(np.int64).max).argmin(1)
+        return np.where(self.run.sizes.allowed[:, self.column(name)], self.column(name), smallest)
+
+    def mixture(self, order: Sequence[int], least: int) -> np.ndarray:
+        """NVFP4 with groups in MXFP8, taken in order where they fit into `least` bytes, and one more to fill it up."""
+        small, large = self.uniform(FormatName.NVFP4), self.uniform(FormatName.MXFP8)
+        more = self.run.sizes.weights[self.rows, large] - self.run.sizes.weights[self.rows, small]
+        columns, left = small.copy(), least - self.bytes(small)
+        for row in order:
+            if 0 < more[row] <= left:
+                columns[row] = large[row]
+                left -= more[row]
+        if left > 0:
+            rest = [row for row in order if columns[row] == small[row] and more[row] >= left]
+            row = min(rest, key=lambda row: more[row])
+            columns[row] = large[row]
+        return columns
+
+    def bytes(self, columns: np.ndarray) -> int:
+        """Codes and group scales."""
+        return int(self.run.sizes.weights[self.rows, columns].sum())
+
+    def predicted(self, columns: np.ndarray) -> float:
+        """Nats per token by the sensitivity table."""
+        return float(self.run.table.token_fisher[self.rows, columns].sum())
+
+    def choice(self, columns: np.ndarray) -> dict[str, FormatName]:
+        """By group."""
+        return {name: self.formats[column] for name, column in zip(self.groups, columns, strict=True)}
+
+    def columns(self, choice: Mapping[str, str]) -> np.ndarray:
+        """From a plan's choice."""
+        return np.array([self.column(FormatName(choice[name])) for name in self.groups])
+
+    def plan(self, name: str, columns: np.ndarray) -> dict[str, Any]:
+        """As `planning` writes them."""
+        return {
+            "target": name,
+            "objective": "none",
+            "predicted_loss": self.predicted(columns),
+            "bpp": self.run.sizes.bpp(self.bytes(columns)),
+            "choice": {group: str(name) for group, name in self.choice(columns).items()},
+        }
+
+
+class Comparison:
+    """Our plans against the controls."""
+
+    def __init__(self, run: Run, model: Measured) -> None:
+        self.run = run
+        self.model = model
+        self.assignments = Assignments(run)
+        self.decoded = {
+            name: repository_of(run, self.assignments.plan(f"all {name}", self.assignments.uniform(name)))
+            for name in (FormatName.NVFP4, FormatName.MXFP8)
+        }
+
+    def entry(self, columns: np.ndarray, quantized: Mapping[str, Decoded], *, held: bool = False) -> dict[str, Any]:
+        """Bytes and divergences of one assignment, with `held` also for the source's routing."""
+        size = self.assignments.bytes(columns)
+        found: dict[str, Any] = {
+            "bytes": size,
+            "bpp": round(self.run.sizes.bpp(size), 5),
+            "predicted": self.assignments.predicted(columns),
+        }
+        for kind in KINDS:
+            found[kind] = self.model.divergence(quantized, activations=kind == "with_activations")
+        if held:
+            found["routing_held"] = self.model.divergence(quantized, activations=True, held=True)
+        return found
+
+    def mixed(self, columns: np.ndarray) -> dict[str, Decoded]:
+        """The groups of both uniform repositories, each in its format."""
+        found: dict[str, Decoded] = {}
+        for group, name in self.assignments.choice(columns).items():
+            if name is not FormatName.BF16:
+                candidates = [each[group] for each in self.decoded.values() if group in each]
+                found[group] = next(each for each in candidates if each.format is name)
+        return found
+
+    def uniform(self, name: FormatName) -> dict[str, Any]:
+        """Everything in one format."""
+        return self.entry(self.assignments.uniform(name), self.decoded[name], held=True)
+
+    def budget(self, bpp: float) -> dict[str, Any]:
+        """Our plan and the controls at one budget."""
+        plan = planned(self.run, bpp)
+        columns = self.assignments.columns(plan["choice"])
+        quantized = repository_of(self.run, plan)
+        same = self.mixed(columns)
+        assert all(torch.equal(same[g].weights[p], w) for g, each in quantized.items() for p, w in each.weights.items())
+        ours = self.entry(columns, quantized, held=True) | {"groups": plan["groups"], "choice": plan["choice"]}
+        least = ours["bytes"]
+        controls = {"by depth": self._control(range(len(columns)), least, held=True)}
+        for seed in range(RANDOM):
+            order = np.random.default_rng(seed).permutation(len(columns))
+            controls[f"random {seed}"] = self._control(order.tolist(), least)
+        return {"plan": ours, "controls": controls, "verdict": verdict(ours, controls)}
+
+    def _control(self, order: Sequence[int], least: int, *, held: bool = False) -> dict[str, Any]:
+        columns = self.assignments.mixture(order, least)
+        assert self.assignments.bytes(columns) >= least
+        return self.entry(columns, self.mixed(columns), held=held)
+
+
+def verdict(ours: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Whether the plan has less KL than the mean random control, and than every control."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        own = ours[kind]["kl"]
+        random = [control[kind] for name, control in controls.items() if name.startswith("random")]
+        mean = statistics.mean(each["kl"] for each in random)
+        # Of the difference to the mean control, over sequences: both ran on the same ones.
+        others = np.mean([each["by_sequence"] for each in random], axis=0)
+        difference = others - np.array(ours[kind]["by_sequence"])
+        found[kind] = {
+            "plan": own,
+            "random_mean": mean,
+            "random_least": min(each["kl"] for each in random),
+            "random_most": max(each["kl"] for each in random),
+            "by_depth": controls["by depth"][kind]["kl"],
+            "difference": float(difference.mean()),
+            "standard_error": float(difference.std(ddof=1) / math.sqrt(len(difference))),
+            "beats_mean": own < mean,
+            "beats_every_control": all(own < control[kind]["kl"] for control in controls.values()),
+        }
+    return found
+
+
+def interpolated(small: Mapping[str, Any], large: Mapping[str, Any], size: int, kind: str) -> float:
+    """KL on the straight line between two uniform models, at so many bytes."""
+    share = (size - small["bytes"]) / (large["bytes"] - small["bytes"])
+    return float((1 - share) * small[kind]["kl"] + share * large[kind]["kl"])
+
+
+# ------------------------------------------------------------------------------------------------ priors
+
+
+class ExpertsVisit(ForwardVisit):
+    """A forward visit that rounds experts alone, as often as one likes."""
+
+    def experts_in(self, share: float) -> dict[str, Tensor]:
+        """NVFP4 candidates of the experts with this prior."""
+        routed, dense = dict(self.routed), dict(self.dense)
+        before = hessian.PRIOR_SHARE
+        hessian.PRIOR_SHARE = routed_inputs.PRIOR_SHARE = share
+        try:
+            return self.finish().tensors[FormatName.NVFP4]
+        finally:
+            hessian.PRIOR_SHARE = routed_inputs.PRIOR_SHARE = before
+            self.routed, self.dense = routed, dense
+
+    def _finish_dense(self, *_: Any) -> None:
+        pass
+
+
+@torch.no_grad()
+def priors(run: Run, model: Measured, uniform: Mapping[str, Decoded]) -> list[dict[str, Any]]:
+    """KL of all-NVFP4 weights, and of NVFP4 experts alone under the source's routing, by calibration text and prior.
+
+    Only the experts are rounded anew; everything else is as in the product's run.
+    """
+    found = []
+    for sequences, seeds in PRIOR_TEXTS:
+        for seed in seeds:
+            by_share, tokens = rounded_experts(run, model.runner, sequences, seed)
+            for share, groups in by_share.items():
+                found.append(
+                    {
+                        "sequences": sequences,
+                        "seed": seed,
+                        "tokens_of_an_expert": tokens,
+                        "share": share,
+                        "all": model.divergence({**uniform, **groups}, activations=False)["kl"],
+                        "experts": model.divergence(groups, activations=False, held=True)["kl"],
+                    }
+                )
+    return found
+
+
+def rounded_experts(
+    run: Run, runner: ModelRunner, sequences: int, seed: int
+) -> tuple[dict[float, dict[str, Decoded]], dict[str, float]]:
+    """Experts in NVFP4 for every prior, and how many tokens trained one's rounding."""
+    tokenizer = AutoTokenizer.from_pretrained(run.config.model.source)
+    length = run.config.calibration.length
+    text = load_sequences(
+        TRAINING_TEXT,
+        tokenizer,
+        sequences=sequences,
+        length=length,
+        seed=seed,
+        holdout=run.config.calibration.holdout,
+    )
+    batches = text.batches(run.config.calibration.microbatch)
+    weights, activations = FORMATS[FormatName.NVFP4].scheme(runner.layout.hidden_size)
+    scheme = {
+        "weights": weights,
+        "input_activations": activations,
+        "format": FORMATS[FormatName.NVFP4].compression,
+    }
+    with runner.entry():
+        hidden = [runner.embed(batch.inputs) for batch in batches]
+    found: dict[float, dict[str, Decoded]] = {share: {} for share in PRIORS}
+    tokens: list[int] = []
+    for block in run.layout.blocks:
+        visit = ExpertsVisit(runner, block.index, (FormatName.NVFP4,), Rounding())
+        hidden = [visit.run(entering, batch) for entering, batch in zip(hidden, batches, strict=True)]
+        tokens += [count for routed in visit.routed.values() for count in routed.tokens_of.tolist()]
+        for share in PRIORS:
+            tensors = visit.experts_in(share)
+
+            def weight_of(module: str, tensors: Mapping[str, Tensor] = tensors) -> tuple[Tensor, Tensor | None]:
+                own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == module}
+                return decode(own, module, scheme)
+
+            for group in block.groups:
+                if group.experts is not None:
+                    found[share][group.name] = assembled_group(group, FormatName.NVFP4, weight_of)
+    # Held-out sequences judge and do not train.
+    train = 1 - float(text.holdout.float().mean())
+    return found, {"least": train * min(tokens), "mean": train * statistics.mean(tokens)}
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """For people."""
+    lines = [
+        f"{'KL, nats per token':20}{'weights only':>14}{'activations too':>17}{'routing held':>14}{'predicted':>11}"
+    ]
+
+    def line(name: str, entry: Mapping[str, Any], *more: str) -> None:
+        held = f"{entry['routing_held']['kl']:14.5f}" if "routing_held" in entry else f"{'':14}"
+        kls = f"{entry['weights_only']['kl']:14.5f}{entry['with_activations']['kl']:17.5f}"
+        lines.append(f"{name:20}{kls}{held}{entry['predicted']:11.5f}  {' '.join(more)}".rstrip())
+
+    for name, entry in results["uniform"].items():
+        line(f"all {name}, {entry['bpp']:g}", entry)
+    for bpp, found in results["budgets"].items():
+        plan = found["plan"]
+        counts = ", ".join(f"{count} {name}" for name, count in plan["groups"].items())
+        line(f"{bpp} bpp: plan", plan, counts)
+        for name, entry in found["controls"].items():
+            line(f"  {name}", entry, f"{100 * (entry['bytes'] / plan['bytes'] - 1):+.2f}% bytes")
+        for kind in KINDS:
+            said = found["verdict"][kind]
+            wins = "wins" if said["beats_mean"] else "LOSES"
+            every = "and beats every control" if said["beats_every_control"] else "but NOT against every control"
+            lines.append(
+                f"  {kind.replace('_', ' ')}: plan {wins}, {said['plan']:.5f} against {said['random_mean']:.5f} "
+                f"(difference {said['difference']:.5f} ± {said['standard_error']:.5f}), {every}"
+            )
+    lines += ["", "experts rounded with other priors: KL of all-NVFP4 weights / of the experts alone, routing held"]
+    lines.append(f"{'sequences (seed)':18}{'tokens an expert':>17}" + "".join(f"{share:>18g}" for share in PRIORS))
+    rows: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for entry in results["priors"]:
+        rows.setdefault((entry["sequences"], entry["seed"]), []).append(entry)
+    for (sequences, seed), row in rows.items():
+        pairs = "".join(f"{entry['all']:10.5f}/{entry['experts']:.5f}" for entry in row)
+        tokens = row[0]["tokens_of_an_expert"]
+        lines.append(f"{sequences:4} ({seed}){tokens['mean']:18.0f} (≥ {tokens['least']:.0f}){pairs}")
+    return "\n".join(lines)
+
+
+def for_file(value: Any) -> Any:
+    """Without the figures of single sequences, and no more digits than mean anything."""
+    if isinstance(value, dict):
+        return {key: for_file(entry) for key, entry in value.items() if key != "by_sequence"}
+    if isinstance(value, list | tuple):
+        return [for_file(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Train, measure, compare, print and file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6.0, help="of training, on two idle cores")
+    parser.add_argument("--out", type=Path, default=Path("runs/trained"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(arguments.threads)
+    load_before = os.getloadavg()[0]
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        seconds[stage] = round(time.monotonic() - started, 1)
+
+    training = Training.of_minutes(arguments.minutes)
+    source = arguments.out / "source"
+    with timed("training"):
+        record = trained(training, source)
+    # Whatever is in the run store is of another checkpoint or another version of the product.
+    run = Run(configuration(source, arguments.out, training.length), fresh=True)
+    with timed("product"):
+        run.measure()
+    with timed("comparison"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = Measured(run, windows(HELD_OUT_TEXT, tokenizer, training.length, EVALUATED))
+        comparison = Comparison(run, model)
+        uniform = {str(name): comparison.uniform(name) for name in (FormatName.NVFP4, FormatName.MXFP8)}
+        budgets = {f"{bpp:g}": comparison.budget(bpp) for bpp in BUDGETS}
+    with timed("priors"):
+        prior = priors(run, model, comparison.decoded[FormatName.NVFP4])
+    results = {
+        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        "command": " ".join([".venv/bin/python -m benchmarks.trained", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "load_before": load_before,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "active"),
+        "seconds": seconds,
+        "training": record,
+        "calibration": run.config.calibration.model_dump(
+            mode="json", include={"sequences", "length", "seed", "holdout"}
+        ),
+        "evaluation": {"sequences": EVALUATED, "length": training.length, "loss": model.loss()},
+        "groups": len(run.layout.groups),
+        "quantizable_parameters": run.layout.parameters,
+        "uniform": uniform,
+        "budgets": budgets,
+        "priors": prior,
+    }
+    for found in budgets.values():
+        found["interpolated"] = {
+            kind: interpolated(uniform["NVFP4"], uniform["MXFP8"], found["plan"]["bytes"], kind) for kind in KINDS
+        }
+    print(tables(results))
+    losses = record["losses"]
+    print(
+        f"\n{record['parameters'] / 1e6:.1f} M parameters, {record['tokens_trained']:,} tokens; loss on what it was "
+        f"trained on {losses['training_text']:.3f}, held out {losses['held_out_text']:.3f}; seconds {seconds}"
+    )
+    arguments.result.parent.mkdir(exist_ok=True)
+    arguments.result.write_text(json.dumps(for_file(results), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

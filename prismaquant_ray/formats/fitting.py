@@ -1,0 +1,33 @@
+"""Which formats a fused group can take: by shape, and by what the runtime has a loader for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.servability import EXPERTS_REFUSED
+from prismaquant_ray.layout import FusedGroup, LinearSpec
+
+
+def refusal(name: FormatName, group: FusedGroup) -> str | None:
+    """Why a fused group cannot take a format, or None: the first member's reason that has one."""
+    if group.experts is not None and name in EXPERTS_REFUSED:
+        return EXPERTS_REFUSED[name]
+    spec = FORMATS[name]
+    if group.experts is not None and spec.scheme is not None:
+        # vLLM takes one scheme for all projections of a layer's experts.
+        fitting = (linear for linear in group.linears if spec.refusal(*_shape(linear)) is None)
+        schemes = {str(spec.scheme(linear.in_features)) for linear in fitting}
+        if len(schemes) > 1:
+            return "the experts' projections would have different group sizes"
+    reasons = (spec.refusal(*_shape(linear)) for linear in group.linears)
+    return next((reason for reason in reasons if reason), None)
+
+
+def formats_of(group: FusedGroup, formats: Sequence[FormatName]) -> tuple[FormatName, ...]:
+    """The formats, in the given order, that every member of a fused group can take."""
+    return tuple(name for name in formats if refusal(name, group) is None)
+
+
+def _shape(linear: LinearSpec) -> tuple[int, int]:
+    return linear.out_features, linear.in_features

@@ -1,0 +1,108 @@
+"""Routed experts: a forward of our own for transformers' packed experts, so that their inputs can be watched.
+
+transformers lets a model's experts be computed by any registered function. This one sorts rows by expert, multiplies
+each expert's rows by its matrix, and adds up in the router's order, so a result does not depend on a race.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMPLEMENTATION = "routed"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Which rows go to which expert.
+
+    `chosen` (tokens, top_k) are the router's expert numbers. A row is one (token, choice) pair, sorted by expert: row i
+    is pair `order[i]`, and the first `counts[0]` rows are expert 0's.
+    """
+
+    chosen: Tensor
+    order: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, chosen: Tensor, experts: int) -> Routing:
+        """From the router's choice."""
+        flat = chosen.reshape(-1)
+        return cls(chosen, torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts))
+
+    @property
+    def top_k(self) -> int:
+        """Experts of a token."""
+        return self.chosen.shape[1]
+
+    @property
+    def token(self) -> Tensor:
+        """The token of each row."""
+        return self.order // self.top_k
+
+    @property
+    def first(self) -> Tensor:
+        """The row of each token's first choice."""
+        return torch.argsort(self.order)[:: self.top_k]
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Sum of each token's rows: (rows, …) → (tokens, …), in the router's order."""
+        pairs = torch.empty_like(rows)
+        pairs[self.order] = rows
+        return pairs.view(-1, self.top_k, *rows.shape[1:]).sum(1)
+
+
+#: Called with the parameter's name, the rows that enter (R, I), those that leave (R, O), and whose they are.
+Watcher = Callable[[str, Tensor, Tensor, Routing], None]
+
+
+def routed_forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Output (tokens, H) of an experts module of transformers for hidden (tokens, H) and the router's choice."""
+    routing = Routing.of(chosen, module.num_experts)
+    watch: Watcher | None = getattr(module, "watcher", None)
+    rows = hidden[routing.token]
+    projected = _linear(module, "gate_up_proj", rows, routing, watch)
+    down = _linear(module, "down_proj", module._apply_gate(projected), routing, watch)
+    weighted = down * weights.reshape(-1)[routing.order].unsqueeze(-1)
+    return routing.to_tokens(weighted).to(hidden.dtype)
+
+
+def register() -> None:
+    """Make `routed_forward` known to transformers."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, routed_forward)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module holds experts as packed (experts, rows, columns) parameters that this module can watch."""
+    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
+
+
+def unquantizable(module: Any) -> str | None:
+    """Why packed experts cannot be written as Linears of one expert each, or None."""
+    if module.has_bias or module.is_transposed or not module.is_concatenated or not module.has_gate:
+        return "experts with biases or interleaved rows: the runtime reads no quantized Linears of them"
+    return None
+
+
+def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x Wᵀ (R, O) in x's type, where the rows x (R, I), sorted by expert, each meet their expert's weight (E, O, I)."""
+    pieces = rows.split(counts.tolist())
+    products = [F.linear(piece, weight[expert].to(rows.dtype)) for expert, piece in enumerate(pieces) if len(piece)]
+    return torch.cat(products)
+
+
+def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watcher | None) -> Tensor:
+    weight = getattr(module, name)
+    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.counts)
+    if module.has_bias:
+        output = output + getattr(module, f"{name}_bias").repeat_interleave(routing.counts, dim=0)
+    if watch is not None:
+        watch(name, rows, output, routing)
+    return output

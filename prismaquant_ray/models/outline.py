@@ -1,0 +1,72 @@
+"""A model without its weights: names and shapes from the configuration alone, to plan before anything is fetched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from prismaquant_ray.checkpoint.header import TensorInfo
+from prismaquant_ray.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from prismaquant_ray.models.draft import DraftHead
+from prismaquant_ray.models.families import Family, family_of
+from prismaquant_ray.models.inspect import architecture_of, load_config
+from prismaquant_ray.models.skeleton import Skeleton, build_on_meta
+from prismaquant_ray.storage.store import Store
+
+
+class Outline(Checkpoint):
+    """A directory with config.json and perhaps the index, but no weights: every tensor is taken to be BF16.
+
+    It answers questions about tensors and cannot read any. Experts are taken to be packed.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.source_config = self.config = self._json("config.json")
+        self.files = ()
+        self.tensors = {name: _info(name, shape) for name, shape in _shapes(self)}
+        self.stored = self.tensors
+
+    @classmethod
+    def fits(cls, store: Store) -> bool:
+        """Whether a place holds a configuration and no weights."""
+        if store.size("config.json") is None or store.size(SINGLE) is not None:
+            return False
+        return not any(key.endswith(".safetensors") for key in store.list())
+
+    def unexplained(self) -> list[str]:
+        """Names in the index that the configuration does not lead to; experts stored one by one are left out."""
+        if self.store.size(INDEX) is None:
+            return []
+        names = self._json(INDEX).get("weight_map") or {}
+        return [name for name in names if name not in self.tensors and ".experts." not in name]
+
+
+def _shapes(outline: Outline) -> Iterator[tuple[str, tuple[int, ...]]]:
+    architecture = architecture_of(outline)
+    config = load_config(outline)
+    family = family_of(architecture)
+    model = build_on_meta(config, architecture)
+    persistent = (
+        (f"{path}.{name}" if path else name, buffer)
+        for path, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    )
+    for name, tensor in (*model.named_parameters(), *persistent):
+        yield _renamed(family, name), tuple(tensor.shape)
+    text = outline.config.get("text_config") or outline.config
+    if family is not None and family.draft is not None and text.get("mtp_num_hidden_layers"):
+        skeleton = Skeleton(config, architecture, blocks_path=family.blocks, vision=family.vision)
+        for name, tensor in DraftHead(skeleton).state_dict().items():
+            yield f"{family.draft}.{name}", tuple(tensor.shape)
+
+
+def _renamed(family: Family | None, name: str) -> str:
+    for ours, theirs in family.renamed if family else ():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(name=name, file="", dtype="BF16", shape=shape, start=0, stop=2 * math.prod(shape))

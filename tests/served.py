@@ -1,0 +1,58 @@
+"""Repositories to be served: measured and rounded by the product itself, with a plan that uses every default format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.run import Run
+from prismaquant_ray.checkpoint.dequantize import QuantizedRepository
+from prismaquant_ray.checkpoint.verify import verify_repository
+from prismaquant_ray.checkpoint.writer import write_repository
+from prismaquant_ray.storage.store import Store
+from tests.inprocess import in_process
+from tests.repositories import mixed_choice
+from tests.test_family_pipeline import configuration
+from tests.tiny import make_checkpoint
+from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
+
+# vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only, and its rotary table with YaRN only.
+_LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str, str]]:
+    """A repository, its BF16 copy by `dequantize`, and the format of every module that could be quantized."""
+    if family in FAMILIES:
+        source = make_family(directory / "source", family, **(_LATENT if family.startswith("deepseek") else {}))
+    else:
+        source = make_checkpoint(directory / "source", family, hidden=128, intermediate=256, head_dim=64)
+    tied = family == "llama"
+    head = f"model.quantize_lm_head={'false' if tied or family == 'gpt_oss' else 'true'}"
+    config = configuration(directory / "run", source, head, images=2 if family in VISION_FAMILIES else 0)
+    run = Run(config, open_workers=in_process())
+    run.measure()
+    choice = mixed_choice(run.layout)
+    repository, copy = directory / "repository", directory / "copy"
+    write_repository(run.source, run.layout, choice, run.candidates, Store(repository), manifest={"target": "mixed"})
+    report = verify_repository(Store(repository), run.source, run.layout, choice, run.candidates)
+    assert report.ok, report.problems
+    QuantizedRepository(Store(repository)).write(Store(copy))
+    expected = {
+        name: str(choice[group.name])
+        for group in run.layout.groups
+        for linear in group.linears
+        for name in linear.names
+    }
+    return repository, copy, expected

@@ -1,0 +1,230 @@
+"""Claims about whole runs of every architecture: they end in a verified repository, the same however they were run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from jobs import planning, probe, verify
+from jobs.inspect import run as inspect
+from jobs.run import Run
+from prismaquant_ray.config import Config, load
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.layout import Kind
+from tests.inprocess import after, in_process
+from tests.test_pipeline import digests, quantized
+from tests.tiny import make_checkpoint, make_text
+from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
+
+ROOT = Path(__file__).parents[1]
+IMAGES = ROOT / "configs/data/images"
+
+
+def configuration(directory: Path, source: Path, *overrides: str, images: int = 0) -> Config:
+    """A small run; with the first few of the shipped images."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = make_text(directory, 8000)
+    listed = ""
+    if images:
+        lines = (IMAGES / "captions.jsonl").read_text().splitlines()[:images]
+        entries = [json.loads(line) for line in lines]
+        captions = directory / "captions.jsonl"
+        captions.write_text("\n".join(json.dumps({**e, "image": str(IMAGES / e["image"])}) for e in entries))
+        listed = f", images: {captions}"
+    path = directory / "config.yaml"
+    path.write_text(
+        f"""
+model: {{source: {source}}}
+calibration: {{text: {text}{listed}, sequences: 6, length: 32, microbatch: 3, holdout: 0.25}}
+budget: {{bpp: 6.25}}
+cluster: {{address: local, workers: 1}}
+store: {{run: {directory / "run"}, output: {directory / "repository"}}}
+"""
+    )
+    return load(path, overrides)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    class Made(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            self[family] = make_family(tmp_path_factory.mktemp("family") / family, family)
+            return self[family]
+
+    return Made()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_through(tmp_path: Path, sources: Mapping[str, Path], family: str) -> None:
+    images = 2 if family in VISION_FAMILIES else 0
+    head = "false" if family == "gpt_oss" else "true"
+    config = configuration(tmp_path / "run", sources[family], f"model.quantize_lm_head={head}", images=images)
+    result = quantized(config)
+    assert 0 <= 6.25 - result["bpp"] < 0.75  # gpt_oss has four groups only
+    assert verify.run(config)["ok"]
+    written = json.loads((config.store.output / "config.json").read_text())
+    original = json.loads((sources[family] / "config.json").read_text())
+    for body in (written, original):
+        body.pop("quantization_config", None)
+    assert written == original
+    run = Run(config, open_workers=in_process())
+    kinds = {block.kind for block in run.layout.blocks}
+    assert (Kind.VISION in kinds, Kind.DRAFT in kinds) == (bool(images), bool(images))
+    summary = probe.summary(run)
+    tokens = [entry["tokens"] for entry in summary["experts"].values()]
+    assert bool(tokens) == ("moe" in family or family in ("mixtral", "deepseek_v3", "deepseek_v3_fp8"))
+    assert (summary["draft_agreement"] is not None) == bool(images)
+
+
+def test_unseen_tensors_keep_their_bytes_and_types(tmp_path: Path, sources: Mapping[str, Path]) -> None:
+    """transformers casts A_log and a norm to BF16 when it loads; the repository keeps what the source has."""
+    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    quantized(config)
+    (shard,) = config.store.output.glob("*.safetensors")
+    with safe_open(sources["qwen3_5"] / "model.safetensors", "pt") as before, safe_open(shard, "pt") as after_:
+        for name in ("model.language_model.layers.0.linear_attn.A_log", "mtp.fc.weight", "mtp.norm.weight"):
+            assert after_.get_tensor(name).dtype == before.get_tensor(name).dtype
+            assert torch.equal(after_.get_tensor(name), before.get_tensor(name))
+        assert before.get_tensor("model.language_model.layers.0.linear_attn.A_log").dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, sources: Mapping[str, Path]) -> dict[str, str]:
+    """What an undisturbed run of a model with everything writes."""
+    config = configuration(tmp_path_factory.mktemp("expected"), sources["qwen3_5_moe"], images=2)
+    quantized(config)
+    return digests(config.store.output)
+
+
+@pytest.mark.parametrize(("workers", "blocks"), [(1, 4), (2, 1), (3, 2)])
+def test_images_and_draft_are_the_same_for_any_workers_and_shards(
+    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str], workers: int, blocks: int
+) -> None:
+    config = configuration(tmp_path, sources["qwen3_5_moe"], f"cluster.blocks_per_shard={blocks}", images=2)
+    quantized(config, workers)
+    assert digests(config.store.output) == expected
+
+
+@pytest.mark.parametrize("steps", [3, 9, 17, 26, 33, 41])
+def test_a_stopped_run_with_images_and_draft_continues(
+    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str], steps: int
+) -> None:
+    config = configuration(tmp_path, sources["qwen3_5_moe"], "cluster.blocks_per_shard=2", images=2)
+    with suppress(KeyboardInterrupt):
+        Run(config, open_workers=in_process(2, after(steps))).measure()
+    recorded = {path: path.read_bytes() for path in config.store.run.rglob("record.json")}
+    quantized(config)
+    assert digests(config.store.output) == expected
+    assert {path: path.read_bytes() for path in recorded} == recorded, "finished work was done again"
+    left = [path.name for path in config.store.run.rglob("boundary*")]
+    assert not left, "boundaries of a finished run are gone"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
+    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str]
+) -> None:
+    config = configuration(tmp_path, sources["qwen3_5_moe"], images=2)
+    command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml"), "--set", "cluster.workers=2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert digests(config.store.output) == expected
+    assert "experts of 5 layers: " in done.stdout
+    assert "draft head agrees with the model's best guess: BF16 0." in done.stdout
+
+
+def test_a_weight_on_the_draft_needs_no_new_measurement(tmp_path: Path, sources: Mapping[str, Path]) -> None:
+    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    quantized(config)
+    losses = {}
+    for weight in (0.0, 1.0):
+        other = load(tmp_path / "config.yaml", [f"allocation.mtp_weight={weight}"])
+        losses[weight] = planning.allocate(Run(other, open_workers=in_process()))["predicted_loss"]
+    assert losses[0.0] < losses[1.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": "nowhere.png"}, "nowhere.png"),
+        ({"text": ""}, "empty"),
+    ],
+)
+def test_bad_images_are_refused_before_anything_is_written(
+    tmp_path: Path, sources: Mapping[str, Path], change: dict[str, str], message: str
+) -> None:
+    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    entry = json.loads((tmp_path / "captions.jsonl").read_text())
+    (tmp_path / "captions.jsonl").write_text(json.dumps({**entry, **change}))
+    with pytest.raises(InputError, match=message):
+        quantized(config)
+    assert not config.store.output.exists()
+
+
+def test_images_for_a_model_that_cannot_see_are_refused(tmp_path: Path) -> None:
+    config = configuration(tmp_path, make_checkpoint(tmp_path / "llama", "llama"), images=1)
+    with pytest.raises(InputError, match=r"calibration\.images is given, but LlamaForCausalLM has no vision tower"):
+        quantized(config)
+
+
+def test_other_images_are_another_run(tmp_path: Path, sources: Mapping[str, Path]) -> None:
+    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    _ = Run(config).store
+    configuration(tmp_path, sources["qwen3_5"], images=2)
+    with pytest.raises(InputError, match=r"another calibration\.images"):
+        _ = Run(config).store
+
+
+# Planning without weights ---------------------------------------------------------------------------------------
+
+REFERENCE = {  # directory: blocks, billions of parameters in quantizable Linears, gigabytes of the BF16 checkpoint
+    "qwen3.6-27b": (27 + 1 + 64 + 1, 25.2, 55.6),
+    "qwen3.6-35b-a3b": (27 + 1 + 40 + 1, 34.9, 71.9),
+    "qwen3.5-122b-a10b": (27 + 1 + 48 + 1, 123.5, 250.2),
+}
+
+
+@pytest.mark.parametrize("model", REFERENCE)
+def test_reference_models_are_planned_from_their_configuration(tmp_path: Path, model: str) -> None:
+    """55.56 GB is what the index of Qwen3.6-27B states; nothing of it is here but the configuration."""
+    blocks, parameters, source = REFERENCE[model]
+    overrides = [
+        "model.dtype=bfloat16",
+        "calibration.sequences=128",
+        "calibration.length=1024",
+        f"store.run={tmp_path / 'run'}",
+        f"store.output={tmp_path / 'output'}",
+    ]
+    config = load(ROOT / f"configs/models/{model}/inspect.yaml", overrides)
+    machines = ["1x24GB", "1x80GB", "8x80GB", "1x128GB"]
+    result = inspect(config, machines=machines)
+    assert result["blocks"] == blocks
+    assert result["quantizable_parameters"] / 1e9 == pytest.approx(parameters, abs=0.05)
+    assert result["source_bytes"] / 1e9 == pytest.approx(source, abs=0.05)
+    assert "no weights" in result["guesses"][0]
+    plans = {plan["machine"]: plan for plan in result["machines"]}
+    assert list(plans) == machines
+    for plan in plans.values():
+        memory = float(plan["machine"].partition("x")[2].removesuffix("GB")) * 1e9
+        assert plan["fits"] == (plan["worker_bytes"] <= memory)
+        assert 1 <= plan["blocks_per_shard"] <= max(1, plan["fitting"])
+    assert plans["1x24GB"]["fits"] == (model != "qwen3.5-122b-a10b")
+    assert plans["1x80GB"]["fits"]
+    assert plans["8x80GB"]["blocks_per_shard"] <= plans["1x80GB"]["blocks_per_shard"]
+    assert plans["1x128GB"]["blocks_per_shard"] > plans["1x80GB"]["blocks_per_shard"]
+
+
+@pytest.mark.parametrize("machine", ["80GB", "0x80GB", "1x", "1xmuch", "x80GB"])
+def test_a_machine_that_is_none_is_refused(machine: str) -> None:
+    config = load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml")
+    with pytest.raises(InputError, match=f"--for {machine}"):
+        inspect(config, machines=[machine])

@@ -1,0 +1,196 @@
+"""One engine on one directory: logits of fixed prompts, schemes, drafts. A process of its own, as vLLM wants it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ |= {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tests.vllm_check import media
+
+PROMPT_LENGTHS = (48, 33, 7)
+IMAGE_PROMPT_LENGTH = 12
+MAX_LENGTH = 256
+GENERATED = 16
+
+
+def main() -> None:
+    """Serve `directory`; leave `report.json` and `logits.safetensors` in `--output`."""
+    arguments = _arguments()
+    media.prepare()
+    started = time.perf_counter()
+    from vllm import LLM
+
+    from tests.vllm_check import emulation
+
+    emulation.register()
+    engine = LLM(str(arguments.directory), **_options(arguments))
+    loaded = time.perf_counter()
+    report = _layers(engine, arguments)
+    logits = _logits(engine, arguments)
+    if arguments.draft:
+        report["draft"], logits["draft"] = _draft(engine, _config(arguments.directory))
+    report["seconds"] = {"load": round(loaded - started, 1), "run": round(time.perf_counter() - loaded, 1)}
+    save_file(logits, arguments.output / "logits.safetensors")
+    (arguments.output / "report.json").write_text(json.dumps(report))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--images", type=Path, nargs="*", default=[])
+    parser.add_argument("--draft", action="store_true")
+    return parser.parse_args()
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "config.json").read_text())
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": MAX_LENGTH,
+        "max_num_batched_tokens": MAX_LENGTH,
+        "max_num_seqs": 2,
+        "disable_log_stats": False,
+        # Without this vLLM does not notice a tensor that a quantized model lacks.
+        "model_loader_extra_config": {"enable_weights_track": True},
+    }
+    if "vision_config" in _config(arguments.directory):
+        options["limit_mm_per_prompt"] = {"image": max(1, len(arguments.images)), "video": 0}
+    if arguments.draft:
+        options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
+    return options
+
+
+def _layers(engine: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    from tests.vllm_check.layers import describe
+
+    directory, reference = arguments.directory, arguments.reference
+    report = {"layers": describe(_runner(engine).model, directory, reference)}
+    if arguments.draft:
+        # The draft layer borrows the output head.
+        known = {layer["name"] for layer in report["layers"]}
+        found = describe(_runner(engine).drafter.model, directory, reference)
+        report["draft_layers"] = [layer for layer in found if layer["name"] not in known]
+    return report
+
+
+def _runner(engine: Any) -> Any:
+    return engine.collective_rpc(lambda worker: getattr(worker, "worker", worker).model_runner)[0]
+
+
+# ---------------------------------------------------------------------------------------------- logits
+
+
+def _logits(engine: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
+    """Logits (T, V) after every token but the last of each prompt: `text`, `rounded` and, with images, `images`."""
+    from tests.vllm_check.emulation import ROUNDING
+
+    config = _config(arguments.directory)
+    recorder = _Recorder(_runner(engine).model)
+    prompts = [{"prompt_token_ids": tokens} for tokens in _prompts(config, PROMPT_LENGTHS)]
+    found = {"text": recorder.logits(engine, prompts)}
+    if arguments.images:
+        found["images"] = recorder.logits(engine, [_image_prompt(config, arguments.images)])
+    ROUNDING.on = True
+    found["rounded"] = recorder.logits(engine, prompts)
+    ROUNDING.on = False
+    return found
+
+
+class _Recorder:
+    """Listens to a model's logits: those of a prompt are computed when its log probabilities are asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.heard: list[Tensor] = []
+        original = model.compute_logits
+
+        def compute_logits(*arguments: Any, **keywords: Any) -> Tensor:
+            logits = original(*arguments, **keywords)
+            self.heard.append(logits.detach().float().clone())
+            return logits
+
+        model.compute_logits = compute_logits
+
+    def logits(self, engine: Any, prompts: list[dict[str, Any]]) -> Tensor:
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
+        found = []
+        for prompt in prompts:
+            self.heard.clear()
+            output = engine.generate(prompt, sampling, use_tqdm=False)[0]
+            positions = len(output.prompt_token_ids) - 1
+            found.append(next(heard for heard in self.heard if len(heard) == positions))
+        return torch.cat(found)
+
+
+def _prompts(config: dict[str, Any], lengths: tuple[int, ...]) -> list[list[int]]:
+    """Random tokens, the same at every call; those with a meaning of their own are commonly first or last."""
+    vocabulary = config.get("text_config", config)["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, min(vocabulary, 300), (length,), generator=generator).tolist() for length in lengths]
+
+
+def _image_prompt(config: dict[str, Any], images: list[Path]) -> dict[str, Any]:
+    from PIL import Image
+
+    (text,) = _prompts(config, (IMAGE_PROMPT_LENGTH,))
+    place = [config["vision_start_token_id"], config["image_token_id"], config["vision_end_token_id"]]
+    pictures = [Image.open(path).convert("RGB") for path in images]
+    return {
+        "prompt_token_ids": [*text[:4], *place * len(pictures), *text[4:]],
+        "multi_modal_data": {"image": pictures},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- drafts
+
+
+def _draft(engine: Any, config: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Generate with speculation: what came out, how many tokens were proposed and how many kept; the draft's logits."""
+    from vllm import SamplingParams
+
+    recorder = _Recorder(_runner(engine).drafter.model)
+    sampling = SamplingParams(max_tokens=GENERATED, min_tokens=GENERATED, temperature=0, detokenize=False)
+    prompts = [{"prompt_token_ids": tokens} for tokens in _prompts(config, PROMPT_LENGTHS)]
+    before = _counters(engine)
+    outputs = engine.generate(prompts, sampling, use_tqdm=False)
+    after = _counters(engine)
+    report = {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "proposed": after["draft"] - before["draft"],
+        "accepted": after["accepted"] - before["accepted"],
+    }
+    return report, torch.cat(recorder.heard)
+
+
+def _counters(engine: Any) -> dict[str, int]:
+    values = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    return {kind: int(values.get(f"vllm:spec_decode_num_{kind}_tokens", 0)) for kind in ("draft", "accepted")}
+
+
+if __name__ == "__main__":
+    main()
