@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from benchmarks.make_images import IMAGES
 from benchmarks.make_images import main as make_images
 from prismaquant_ray.calibration import images
-from prismaquant_ray.calibration.images import ImageSequence, fingerprint, load_images
+from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.images import ImageSequence, load_images
 from prismaquant_ray.errors import InputError
 from tests.tiny_families import IMAGE_PAD, VIDEO_PAD, VISION_START, make_family
 
 SHIPPED = Path(__file__).parent.parent / "configs/data/images"
 MERGE = 2  # patches a side that one image token stands for
 PNG = SHIPPED / "maze.png"
+
+
+def fingerprint(sequences: Sequence[ImageSequence]) -> str:
+    """Of a calibration set with these images."""
+    texts = CalibrationSet(tokens=torch.zeros(2, 4, dtype=torch.long), holdout=torch.tensor([False, True]))
+    return texts.with_images((sequence.inputs for sequence in sequences), 0.0).fingerprint
 
 
 @pytest.fixture(scope="module")

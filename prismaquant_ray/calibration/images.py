@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from prismaquant_ray.errors import InputError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import ProcessorMixin
 
-__all__ = ["ImageSequence", "files_digest", "fingerprint", "load_images"]
+__all__ = ["ImageSequence", "files_digest", "load_images"]
 
 REQUEST = "Describe the image."
 # Where a checkpoint says which processor class it was made with, in the order in which transformers asks.
@@ -80,16 +79,6 @@ def files_digest(path: Path) -> str:
             digest.update(entry.image.read_bytes())
         except OSError as error:
             raise InputError(f"{entry.where}: image {entry.image} cannot be read: {error.strerror}.") from error
-    return digest.hexdigest()
-
-
-def fingerprint(sequences: Sequence[ImageSequence]) -> str:
-    """sha256 of every tensor's name, dtype, shape and bytes, in order."""
-    digest = hashlib.sha256()
-    for index, sequence in enumerate(sequences):
-        for name, tensor in sorted(sequence.inputs.items()):
-            digest.update(repr((index, name, str(tensor.dtype), tuple(tensor.shape))).encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
