@@ -232,6 +232,8 @@ class Conductor:
             **receipt.facts,
         )
         if step.microbatch == FINISH:
+            for microbatch in shard.microbatches:
+                state.ring.appeared(Step(step.shard, microbatch))
             for microbatch, source in state.ring.sources[step.shard].items():
                 output = Step(source, microbatch)
                 state.unfinished[output].discard(step.shard)
@@ -262,8 +264,11 @@ class Conductor:
         assert flight.step is not None
         before = state.ring.source(flight.step)
         assert before is not None
-        state.outputs[before].reference = None
-        if state.outputs[before].artifact is None and not state.ring.is_finished(before.shard):
+        output = state.outputs[before]
+        if output.reference is not flight.call.arriving:
+            return  # it has been put out once more since
+        output.reference = None
+        if output.artifact is None and not state.ring.is_finished(before.shard):
             state.ring.vanished(before)
 
     # Losses ---------------------------------------------------------------------------------------------------
