@@ -2,8 +2,6 @@
 
     .venv/bin/python -m benchmarks.trained [--minutes 6] [--out runs/trained]
 
-On a machine that has other work, set OMP_WAIT_POLICY=passive: torch's threads spin while they wait for each other.
-
 Trains the model of `benchmarks.training` unless its checkpoint is there, runs the product on it, and measures
 KL(source ‖ quantized) in nats per token on text that neither training nor calibration has seen. Weights are those of
 assembled repositories, decoded by compressed-tensors. Each budget has as controls random assignments of fused groups
@@ -35,6 +33,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+# Before torch comes: on a machine with other work, threads that spin while they wait for each other take all its time.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
@@ -55,7 +56,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import FusedGroup
 from prismaquant_ray.models import experts
 from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding import hessian, routed_inputs
+from prismaquant_ray.rounding import hessian
 from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.rounding.forward_pass import ForwardVisit
 from prismaquant_ray.storage.store import Store
@@ -462,11 +463,11 @@ class ExpertsVisit(ForwardVisit):
         """NVFP4 candidates of the experts with this prior."""
         routed, dense = dict(self.routed), dict(self.dense)
         before = hessian.PRIOR_SHARE
-        hessian.PRIOR_SHARE = routed_inputs.PRIOR_SHARE = share
+        hessian.PRIOR_SHARE = share
         try:
             return self.finish().tensors[FormatName.NVFP4]
         finally:
-            hessian.PRIOR_SHARE = routed_inputs.PRIOR_SHARE = before
+            hessian.PRIOR_SHARE = before
             self.routed, self.dense = routed, dense
 
     def _finish_dense(self, *_: Any) -> None:
@@ -622,6 +623,8 @@ def main() -> None:
     with timed("comparison"):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Measured(run, windows(HELD_OUT_TEXT, tokenizer, training.length, EVALUATED))
+        # What the product runs is what transformers runs.
+        assert abs(model.loss() - record["losses"]["held_out_text"]) < 1e-3
         comparison = Comparison(run, model)
         uniform = {str(name): comparison.uniform(name) for name in (FormatName.NVFP4, FormatName.MXFP8)}
         budgets = {f"{bpp:g}": comparison.budget(bpp) for bpp in BUDGETS}
@@ -633,7 +636,6 @@ def main() -> None:
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "load_before": load_before,
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "active"),
         "seconds": seconds,
         "training": record,
         "calibration": run.config.calibration.model_dump(

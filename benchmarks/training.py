@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Tokenizer
 
 ROOT = Path(__file__).parent.parent
 TRAINING_TEXT = ROOT / "configs" / "data" / "calibration.txt"
@@ -26,9 +26,8 @@ HELD_OUT_TEXT = ROOT / "benchmarks" / "data" / "evaluation.txt"
 RECORD = "training.json"
 EVALUATED = 32  # windows of a text
 
-_SPECIAL = ("<pad>", "<s>", "</s>")
-# What two idle cores manage; a fixed number of steps is what makes a checkpoint the same on every machine.
-_STEPS_A_MINUTE = 120
+# What two idle cores manage; a fixed number of steps makes a checkpoint that does not depend on the time there is.
+_STEPS_A_MINUTE = 75
 _KEPT_IN_F32 = ("linear_attn.A_log", "linear_attn.norm.weight")
 
 
@@ -89,28 +88,16 @@ def trained(training: Training, directory: Path) -> dict[str, Any]:
     return record
 
 
-def make_tokenizer(training: Training) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `vocabulary` tokens, trained on the training text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+def make_tokenizer(training: Training) -> Qwen3_5Tokenizer:
+    """Qwen3.5's own tokenizer with a vocabulary of exactly `vocabulary` tokens, from the training text."""
+    tokenizer = Qwen3_5Tokenizer().train_new_from_iterator(
+        [TRAINING_TEXT.read_text()],
         vocab_size=training.vocabulary,
-        special_tokens=list(_SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TRAINING_TEXT.read_text()], trainer)
-    pad, begin, end = _SPECIAL
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=pad,
-        bos_token=begin,
-        eos_token=end,
-        unk_token=end,  # else Qwen's own tokenizer class adds <|endoftext|> to the vocabulary
-        model_max_length=2 * training.length,
-        clean_up_tokenization_spaces=False,
-    )
+    assert len(tokenizer) == training.vocabulary
+    return tokenizer
 
 
 def new_model(training: Training) -> Qwen3_5MoeForCausalLM:
@@ -147,15 +134,15 @@ def new_model(training: Training) -> Qwen3_5MoeForCausalLM:
         initializer_range=0.04,
         tie_word_embeddings=False,
         pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        bos_token_id=None,
+        eos_token_id=0,
     )
     config.architectures = [Qwen3_5MoeForCausalLM.__name__]
     torch.manual_seed(training.seed)
     return Qwen3_5MoeForCausalLM._from_config(config, experts_implementation="eager")
 
 
-def train(training: Training, tokenizer: PreTrainedTokenizerFast) -> tuple[Qwen3_5MoeForCausalLM, list[Any]]:
+def train(training: Training, tokenizer: Qwen3_5Tokenizer) -> tuple[Qwen3_5MoeForCausalLM, list[Any]]:
     """The trained model and its running loss."""
     text = _ids(TRAINING_TEXT, tokenizer)
     model = new_model(training)
@@ -199,7 +186,7 @@ def _rate(training: Training, step: int) -> float:
     return training.rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
 
 
-def save(model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+def save(model: Qwen3_5MoeForCausalLM, tokenizer: Qwen3_5Tokenizer, directory: Path) -> None:
     """Write a checkpoint as the hub has them: BF16 but for the recurrence's own, experts packed."""
     state = {
         name: tensor.detach().contiguous().to(torch.float32 if name.endswith(_KEPT_IN_F32) else torch.bfloat16)
@@ -215,7 +202,7 @@ def save(model: Qwen3_5MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, direc
 def losses(directory: Path, length: int) -> dict[str, float]:
     """Cross-entropy in nats per token of the checkpoint by transformers alone: text trained on, and text held out."""
     model = Qwen3_5MoeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     found = {}
     for name, path in (("training_text", TRAINING_TEXT), ("held_out_text", HELD_OUT_TEXT)):
         parts = windows(path, tokenizer, length, EVALUATED).split(8)
@@ -223,14 +210,14 @@ def losses(directory: Path, length: int) -> dict[str, float]:
     return found
 
 
-def windows(path: Path, tokenizer: PreTrainedTokenizerFast, length: int, count: int) -> Tensor:
+def windows(path: Path, tokenizer: Qwen3_5Tokenizer, length: int, count: int) -> Tensor:
     """Windows (count, length) of a text, evenly spread over it."""
     ids = _ids(path, tokenizer)
     whole = ids[: len(ids) // length * length].view(-1, length)
     return whole[torch.linspace(0, len(whole) - 1, min(count, len(whole))).long()]
 
 
-def _ids(path: Path, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+def _ids(path: Path, tokenizer: Qwen3_5Tokenizer) -> Tensor:
     # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
     return torch.tensor(tokenizer(path.read_text(), verbose=False)["input_ids"])
 
