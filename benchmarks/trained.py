@@ -384,9 +384,10 @@ class Comparison:
             "predicted": self.assignments.predicted(columns),
         }
         for kind in KINDS:
-            found[kind] = self.model.divergence(quantized, activations=kind == "with_activations")
-        if held:
-            found["routing_held"] = self.model.divergence(quantized, activations=True, held=True)
+            activations = kind == "with_activations"
+            found[kind] = self.model.divergence(quantized, activations=activations)
+            if held:
+                found[f"{kind}_held"] = self.model.divergence(quantized, activations=activations, held=True)
         return found
 
     def mixed(self, columns: np.ndarray) -> dict[str, Decoded]:
@@ -430,21 +431,26 @@ def verdict(ours: Mapping[str, Any], controls: Mapping[str, Mapping[str, Any]]) 
         own = ours[kind]["kl"]
         random = [control[kind] for name, control in controls.items() if name.startswith("random")]
         mean = statistics.mean(each["kl"] for each in random)
-        # Of the difference to the mean control, over sequences: both ran on the same ones.
-        others = np.mean([each["by_sequence"] for each in random], axis=0)
-        difference = others - np.array(ours[kind]["by_sequence"])
+        depth = controls["by depth"][kind]
         found[kind] = {
             "plan": own,
             "random_mean": mean,
             "random_least": min(each["kl"] for each in random),
             "random_most": max(each["kl"] for each in random),
-            "by_depth": controls["by depth"][kind]["kl"],
-            "difference": float(difference.mean()),
-            "standard_error": float(difference.std(ddof=1) / math.sqrt(len(difference))),
+            "random_mean_more": more([each["by_sequence"] for each in random], ours[kind]["by_sequence"]),
+            "by_depth": depth["kl"],
+            "by_depth_more": more([depth["by_sequence"]], ours[kind]["by_sequence"]),
             "beats_mean": own < mean,
             "beats_every_control": all(own < control[kind]["kl"] for control in controls.values()),
         }
     return found
+
+
+def more(others: Sequence[Sequence[float]], ours: Sequence[float]) -> dict[str, float]:
+    """By how much the mean of others exceeds ours, and its standard error over sequences: all ran on the same ones."""
+    difference = np.mean(others, axis=0) - np.array(ours)
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return {"difference": float(difference.mean()), "standard_error": float(error)}
 
 
 def interpolated(small: Mapping[str, Any], large: Mapping[str, Any], size: int, kind: str) -> float:
@@ -547,14 +553,13 @@ def rounded_experts(
 
 def tables(results: Mapping[str, Any]) -> str:
     """For people."""
-    lines = [
-        f"{'KL, nats per token':20}{'weights only':>14}{'activations too':>17}{'routing held':>14}{'predicted':>11}"
-    ]
+    columns = ("weights only", "routing held", "activations too", "routing held", "predicted")
+    lines = [f"{'KL, nats per token':20}" + "".join(f"{column:>17}" for column in columns)]
 
-    def line(name: str, entry: Mapping[str, Any], *more: str) -> None:
-        held = f"{entry['routing_held']['kl']:14.5f}" if "routing_held" in entry else f"{'':14}"
-        kls = f"{entry['weights_only']['kl']:14.5f}{entry['with_activations']['kl']:17.5f}"
-        lines.append(f"{name:20}{kls}{held}{entry['predicted']:11.5f}  {' '.join(more)}".rstrip())
+    def line(name: str, entry: Mapping[str, Any], *words: str) -> None:
+        kls = [entry.get(f"{kind}{end}", {}).get("kl") for kind in KINDS for end in ("", "_held")]
+        cells = "".join(f"{'':17}" if value is None else f"{value:17.5f}" for value in [*kls, entry["predicted"]])
+        lines.append(f"{name:20}{cells}  {' '.join(words)}".rstrip())
 
     for name, entry in results["uniform"].items():
         line(f"all {name}, {entry['bpp']:g}", entry)
@@ -568,10 +573,12 @@ def tables(results: Mapping[str, Any]) -> str:
             said = found["verdict"][kind]
             wins = "wins" if said["beats_mean"] else "LOSES"
             every = "and beats every control" if said["beats_every_control"] else "but NOT against every control"
-            lines.append(
-                f"  {kind.replace('_', ' ')}: plan {wins}, {said['plan']:.5f} against {said['random_mean']:.5f} "
-                f"(difference {said['difference']:.5f} ± {said['standard_error']:.5f}), {every}"
-            )
+            gaps = [
+                f"{name.replace('_', ' ')} {said[f'{name}_more']['difference']:+.5f} ± "
+                f"{said[f'{name}_more']['standard_error']:.5f}"
+                for name in ("random_mean", "by_depth")
+            ]
+            lines.append(f"  {kind.replace('_', ' ')}: plan {wins} {every}; {', '.join(gaps)}")
     lines += ["", "experts rounded with other priors: KL of all-NVFP4 weights / of the experts alone, routing held"]
     lines.append(f"{'sequences (seed)':18}{'tokens an expert':>17}" + "".join(f"{share:>18g}" for share in PRIORS))
     rows: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
@@ -614,8 +621,8 @@ def main() -> None:
 
     training = Training.of_minutes(arguments.minutes)
     source = arguments.out / "source"
-    with timed("training"):
-        record = trained(training, source)
+    record = trained(training, source)
+    seconds["training"] = record["seconds"]  # when it was done, which may be earlier
     # Whatever is in the run store is of another checkpoint or another version of the product.
     run = Run(configuration(source, arguments.out, training.length), fresh=True)
     with timed("product"):
