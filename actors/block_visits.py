@@ -111,8 +111,8 @@ class BackwardShard(BlocksVisit[BackwardVisit]):
         return Record(artifacts={"vectors": vectors}, facts=sensitivity.figures)
 
 
-class ForwardLeaf(ForwardShard):
-    """A draft head or an output head in the forward pass; nothing reads what it puts out."""
+class Leaf(BlocksVisit[_Core]):
+    """A draft head or an output head: it needs more of the model than itself, and nothing reads what it puts out."""
 
     is_read = False
 
@@ -120,6 +120,10 @@ class ForwardLeaf(ForwardShard):
     def start(self) -> None:
         self.resident.enter_context(self.shop.runner.beside(_index(self.shard.units[0])))
         super().start()
+
+
+class ForwardLeaf(Leaf[ForwardVisit], ForwardShard):
+    """A leaf in the forward pass."""
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -127,15 +131,8 @@ class ForwardLeaf(ForwardShard):
         return torch.empty(0)
 
 
-class BackwardLeaf(BackwardShard):
-    """The same in the backward pass: its own loss on what the last decoder block put out."""
-
-    is_read = False
-
-    @override
-    def start(self) -> None:
-        self.resident.enter_context(self.shop.runner.beside(_index(self.shard.units[0])))
-        super().start()
+class BackwardLeaf(Leaf[BackwardVisit], BackwardShard):
+    """A leaf in the backward pass: its own loss on what the last decoder block put out."""
 
     @override
     def load(self, index: int) -> LeafVisit:

@@ -121,6 +121,6 @@ class Course:
             return False
         return (first < self.first) == (second < self.first)
 
-    def leaf_readers(self) -> Iterable[Unit]:
+    def readers_of_last(self) -> Iterable[Unit]:
         """Everything of the backward pass that reads what the last decoder block put out."""
         return (self.last, *self.exits, *self.leaves)

@@ -85,7 +85,7 @@ def spent(course: Course, finished: Collection[Unit], left: Collection[Unit]) ->
         for gradient in dict.fromkeys(gradients)
         if gradient not in left and course.reader(gradient) not in left
     ]
-    readers = set(course.leaf_readers())
+    readers = set(course.readers_of_last())
     if readers & set(finished) and not readers & set(left):
         found.append((Stage.FORWARD, course.last))
     return found

@@ -140,6 +140,7 @@ def _guarded(call: Callable[[], int], *, debug: bool) -> int:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         return error.exit_code
     except Exception as error:
+        # The outermost frame: what nobody named is a bug of ours. It ends the command; nothing goes on after it.
         if debug:
             raise
         summary = " ".join(str(error).split())[:500]

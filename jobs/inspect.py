@@ -45,7 +45,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
         "guesses": [*layout.guesses, *_outlined(current.source)],
         "blocks": len(layout.blocks),
         "quantizable_parameters": layout.parameters,
-        "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
+        "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
         "groups": dict(groups),
         "groups_per_format": allowed,
         "kept": dict(layout.kept),
@@ -56,7 +56,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
         "blocks_per_shard": asdict(size),
         "worker_bytes": required.worker(size.blocks),
         "run_store_bytes": required.run_store(size.blocks),
-        "machines": [_plan(config, required, machine, *others[i]) for i, machine in enumerate(machines)],
+        "machines": [_plan(config, required, machine, *other) for machine, other in zip(machines, others, strict=True)],
     }
 
 

@@ -31,7 +31,7 @@ def _outcome(current: Run) -> dict[str, Any]:
         "probe": probe.summary(current),
         "sweep": planning.sweep_targets(current),
         "repository": assemble.build(current, planning.allocate(current)),
-        "source_bytes": sum(info.nbytes for info in current.source.tensors.values()),
+        "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
     }
 
 

@@ -23,6 +23,7 @@ from jobs import inputs
 from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
 from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.publish import check_output
@@ -121,11 +122,9 @@ class Run:
 
         calibration = self.config.calibration
         with local_files(self.source) as directory:
-            try:
+            uri = self.source.store.uri
+            with loading(lambda error: f"{uri}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"):
                 tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            except (OSError, ValueError) as error:
-                reason = str(error).splitlines()[0]
-                raise InputError(f"{self.source.store.uri}: no tokenizer can be loaded ({reason})") from error
             texts = load_sequences(
                 calibration.text,
                 tokenizer,

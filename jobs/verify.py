@@ -25,9 +25,15 @@ def run(config: Config) -> dict[str, Any]:
     store = Store(output, create=False)
     if is_dequantized(store.get(MANIFEST)):
         raise InputError(f"store.output {output} is a dequantized repository; verify the quantized one")
+    try:
+        manifest = json.loads(store.get(MANIFEST))
+    except ValueError as error:
+        raise InputError(f"store.output {output}: {MANIFEST} is not JSON; run assemble again") from error
+    if "choice" not in manifest:
+        raise InputError(f"store.output {output} was not written to its end; run assemble again")
     current = Run(config)
     current.measure()
-    choice = {group: FormatName(name) for group, name in json.loads(store.get(MANIFEST))["choice"].items()}
+    choice = {group: FormatName(name) for group, name in manifest["choice"].items()}
     report = verify_repository(store, current.source, current.layout, choice, current.candidates)
     return {
         "repository": str(output),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
+from prismaquant_ray.checkpoint.shards import MANIFEST
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
-from prismaquant_ray.checkpoint.writer import MANIFEST, Repository, write_repository
+from prismaquant_ray.checkpoint.writer import Repository, write_repository
 from prismaquant_ray.formats import FORMATS, FormatName, experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Layout, LinearSpec, Matrix

@@ -21,6 +21,7 @@ from prismaquant_ray.layout import Kind, Layout
 from prismaquant_ray.models.experts import Routing
 from prismaquant_ray.models.families import FAMILIES as KNOWN
 from prismaquant_ray.models.inspect import Scope, build
+from prismaquant_ray.models.outline import Outline
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens
@@ -28,16 +29,6 @@ from tests.tiny_families import FAMILIES, VISION_FAMILIES, dequantize_blocks, ma
 
 IMAGES = Path(__file__).parents[1] / "configs/data/images/captions.jsonl"
 NO_HEAD = ("gpt_oss",)
-
-
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    class Made(dict[str, Path]):
-        def __missing__(self, family: str) -> Path:
-            self[family] = make_family(tmp_path_factory.mktemp("family") / family, family)
-            return self[family]
-
-    return Made()
 
 
 def runner_of(directory: Path, family: str) -> ModelRunner:
@@ -122,8 +113,8 @@ def decoded(directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_forward_equals_the_whole_model(directories: Mapping[str, Path], family: str) -> None:
-    directory = directories[family]
+def test_streaming_forward_equals_the_whole_model(families: Mapping[str, Path], family: str) -> None:
+    directory = families[family]
     runner = runner_of(directory, family)
     whole = whole_model(directory, family)
     for inputs in inputs_of(directory, runner):
@@ -134,10 +125,8 @@ def test_streaming_forward_equals_the_whole_model(directories: Mapping[str, Path
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streaming_gradients_equal_autograd_through_the_whole_model(
-    directories: Mapping[str, Path], family: str
-) -> None:
-    directory = directories[family]
+def test_streaming_gradients_equal_autograd_through_the_whole_model(families: Mapping[str, Path], family: str) -> None:
+    directory = families[family]
     runner = runner_of(directory, family)
     whole = whole_model(directory, family).requires_grad_(False)
     entered: list[Tensor] = []
@@ -165,11 +154,11 @@ def test_streaming_gradients_equal_autograd_through_the_whole_model(
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
 def test_an_image_changes_positions_and_text_behind_one_that_had_an_image_does_not(
-    directories: Mapping[str, Path], family: str
+    families: Mapping[str, Path], family: str
 ) -> None:
     """The model keeps the shift of its last image; it must not reach the next microbatch."""
-    runner = runner_of(directories[family], family)
-    text, image = inputs_of(directories[family], runner)
+    runner = runner_of(families[family], family)
+    text, image = inputs_of(families[family], runner)
     before = Streamed(runner, text).logits
     Streamed(runner, image)
     assert torch.equal(Streamed(runner, text).logits, before)
@@ -181,9 +170,9 @@ def test_an_image_changes_positions_and_text_behind_one_that_had_an_image_does_n
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)
-def test_the_draft_head_is_the_formula_with_the_models_own_layer(directories: Mapping[str, Path], family: str) -> None:
+def test_the_draft_head_is_the_formula_with_the_models_own_layer(families: Mapping[str, Path], family: str) -> None:
     """norm(layer(fc[norm(embed_{t+1}); norm(h_t)])), written out with transformers' classes and the stored tensors."""
-    directory = directories[family]
+    directory = families[family]
     runner = runner_of(directory, family)
     streamed = Streamed(runner, {"input_ids": random_tokens(2, 24)})
     (block,) = runner.layout.of(Kind.DRAFT)
@@ -230,8 +219,8 @@ def test_the_draft_head_is_the_formula_with_the_models_own_layer(directories: Ma
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layout_accounts_for_every_tensor(directories: Mapping[str, Path], family: str) -> None:
-    runner = runner_of(directories[family], family)
+def test_a_layout_accounts_for_every_tensor(families: Mapping[str, Path], family: str) -> None:
+    runner = runner_of(families[family], family)
     layout = runner.layout
     assert layout.family in {known.name for known in KNOWN}
     assert not layout.guesses
@@ -255,8 +244,8 @@ def groups_of(layout: Layout, prefix: str) -> dict[str, list[str]]:
     }
 
 
-def test_fused_groups_are_those_of_the_runtime(directories: Mapping[str, Path]) -> None:
-    hybrid = runner_of(directories["qwen3_5_moe"], "qwen3_5_moe").layout
+def test_fused_groups_are_those_of_the_runtime(families: Mapping[str, Path]) -> None:
+    hybrid = runner_of(families["qwen3_5_moe"], "qwen3_5_moe").layout
     assert groups_of(hybrid, "model.language_model.layers.0.") == {
         "linear_attn.out_proj": ["linear_attn.out_proj"],
         "linear_attn.in_proj_qkvz": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"],
@@ -278,7 +267,7 @@ def test_fused_groups_are_those_of_the_runtime(directories: Mapping[str, Path]) 
         "layers.0.mlp.shared_expert.down_proj": ["layers.0.mlp.shared_expert.down_proj"],
         "layers.0.mlp.experts": [f"layers.0.mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")],
     }
-    latent = runner_of(directories["deepseek_v3"], "deepseek_v3").layout
+    latent = runner_of(families["deepseek_v3"], "deepseek_v3").layout
     assert groups_of(latent, "model.layers.1.self_attn.") == {
         "fused_qkv_a_proj": ["q_a_proj", "kv_a_proj_with_mqa"],
         "q_b_proj": ["q_b_proj"],
@@ -286,8 +275,8 @@ def test_fused_groups_are_those_of_the_runtime(directories: Mapping[str, Path]) 
     }
 
 
-def test_what_must_not_be_quantized_is_listed_with_its_reason(directories: Mapping[str, Path]) -> None:
-    kept = runner_of(directories["qwen3_5_moe"], "qwen3_5_moe").layout.kept
+def test_what_must_not_be_quantized_is_listed_with_its_reason(families: Mapping[str, Path]) -> None:
+    kept = runner_of(families["qwen3_5_moe"], "qwen3_5_moe").layout.kept
     layer = "model.language_model.layers.0"
     for name, word in {
         "model.visual.patch_embed.proj": "pixels",
@@ -300,30 +289,30 @@ def test_what_must_not_be_quantized_is_listed_with_its_reason(directories: Mappi
         "model.language_model.embed_tokens": "embedding",
     }.items():
         assert word in kept[name]
-    assert "block_sparse_moe.gate" in str(runner_of(directories["mixtral"], "mixtral").layout.kept)
-    assert "kv_b_proj" in str(runner_of(directories["deepseek_v3"], "deepseek_v3").layout.kept)
-    assert "biases" in runner_of(directories["gpt_oss"], "gpt_oss").layout.kept["model.layers.0.mlp.experts"]
+    assert "block_sparse_moe.gate" in str(runner_of(families["mixtral"], "mixtral").layout.kept)
+    assert "kv_b_proj" in str(runner_of(families["deepseek_v3"], "deepseek_v3").layout.kept)
+    assert "biases" in runner_of(families["gpt_oss"], "gpt_oss").layout.kept["model.layers.0.mlp.experts"]
 
 
-def test_without_images_the_tower_stays_and_says_why(directories: Mapping[str, Path]) -> None:
-    _, layout = build(Checkpoint(Store(directories["qwen3_5"])))
+def test_without_images_the_tower_stays_and_says_why(families: Mapping[str, Path]) -> None:
+    _, layout = build(Checkpoint(Store(families["qwen3_5"])))
     assert not layout.of(Kind.VISION, Kind.MERGER)
     assert layout.image_token is None
     assert "calibration.images" in layout.kept["model.visual.blocks.0.attn.qkv"]
     assert "quantize_lm_head" in layout.kept["lm_head"]
 
 
-def test_a_head_that_cannot_be_quantized_is_refused(directories: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_head_that_cannot_be_quantized_is_refused(families: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quantize_lm_head is set, but the head stays: vLLM loads"):
-        build(Checkpoint(Store(directories["gpt_oss"])), Scope(head=True))
+        build(Checkpoint(Store(families["gpt_oss"])), Scope(head=True))
     tied = make_family(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True)
     with pytest.raises(InputError, match=r"tied to the embedding"):
         build(Checkpoint(Store(tied)), Scope(head=True))
 
 
-def test_a_missing_expert_is_named(directories: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_missing_expert_is_named(families: Mapping[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(directories["qwen3_moe"], copy)
+    shutil.copytree(families["qwen3_moe"], copy)
     tensors = load_file(copy / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -331,9 +320,9 @@ def test_a_missing_expert_is_named(directories: Mapping[str, Path], tmp_path: Pa
         build(Checkpoint(Store(copy)))
 
 
-def test_more_than_one_draft_layer_is_kept(directories: Mapping[str, Path], tmp_path: Path) -> None:
+def test_more_than_one_draft_layer_is_kept(families: Mapping[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(directories["qwen3_5"], copy)
+    shutil.copytree(families["qwen3_5"], copy)
     tensors = load_file(copy / "model.safetensors")
     tensors["mtp.layers.1.mlp.up_proj.weight"] = torch.ones(4, 4)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
@@ -342,7 +331,7 @@ def test_more_than_one_draft_layer_is_kept(directories: Mapping[str, Path], tmp_
     assert "more than one layer" in layout.kept["mtp.layers.0.mlp.up_proj"]
 
 
-def test_a_mixture_without_a_family_is_guessed(directories: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_mixture_without_a_family_is_guessed(families: Mapping[str, Path], tmp_path: Path) -> None:
     """OLMoE has no family; its experts are found by their form."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
@@ -383,11 +372,85 @@ def test_rows_sorted_by_expert_find_back_to_their_tokens() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("model_type", "nothing"), ("architectures", ["Qwen3ForCausalLM"])])
 def test_a_class_that_is_not_the_configurations_is_refused(
-    directories: Mapping[str, Path], tmp_path: Path, key: str, value: object
+    families: Mapping[str, Path], tmp_path: Path, key: str, value: object
 ) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(directories["mixtral"], copy)
+    shutil.copytree(families["mixtral"], copy)
     body = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**body, key: value}))
     with pytest.raises(InputError, match="transformers"):
         build(Checkpoint(Store(copy)))
+
+
+def test_experts_that_nothing_can_watch_stay_and_the_rest_goes_through(tmp_path: Path) -> None:
+    """Llama 4 packs its experts and computes them by code of its own."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=32,
+        intermediate_size_mlp=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    Llama4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m", save_original_format=False)
+    runner = ModelRunner(Checkpoint(Store(tmp_path / "m")), dtype=torch.float32, device=torch.device("cpu"))
+    (experts,) = [name for name in runner.layout.kept if name.endswith(".experts")]
+    assert "taken apart" in runner.layout.kept[experts]
+    assert all(group.experts is None for group in runner.layout.groups)
+    tokens = random_tokens(1, 16)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    with torch.no_grad():
+        expected = whole(input_ids=tokens).logits
+    torch.testing.assert_close(Streamed(runner, {"input_ids": tokens}).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_a_block_is_not_loaded_beside_itself(families: Mapping[str, Path]) -> None:
+    runner = runner_of(families["qwen3_moe"], "qwen3_moe")
+    (block,) = runner.layout.of(Kind.HEAD)
+    hidden, inputs = torch.randn(1, 4, runner.layout.hidden_size), {"input_ids": random_tokens(1, 4)}
+    module = runner.load_block(block.index)
+    with torch.no_grad(), runner.beside(block.index):
+        assert runner.skeleton.model.get_output_embeddings().weight.is_meta
+        found = runner.run_block(block.index, module, hidden, inputs)
+    with torch.no_grad(), runner.exit():
+        assert torch.equal(found, runner.logits(hidden))
+
+
+def test_a_scheme_inside_the_text_configuration_is_refused_at_once(
+    families: Mapping[str, Path], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(families["qwen3_5"], copy)
+    body = json.loads((copy / "config.json").read_text())
+    body["text_config"]["quantization_config"] = {"quant_method": "gptq"}
+    (copy / "config.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match="already quantized"):
+        build(Checkpoint(Store(copy)))
+
+
+def test_an_outline_answers_for_shapes_and_reads_nothing(families: Mapping[str, Path], tmp_path: Path) -> None:
+    for family in ("mixtral", "qwen3_5_moe"):
+        place = tmp_path / family
+        place.mkdir()
+        shutil.copy(families[family] / "config.json", place)
+        assert Outline.fits(Store(place))
+        outline, whole = Outline(Store(place)), Checkpoint(Store(families[family]))
+        scope = Scope(images=family in VISION_FAMILIES, head=True)
+        ours, theirs = build(outline, scope)[1], build(whole, scope)[1]
+        assert [group.name for group in ours.groups] == [group.name for group in theirs.groups]
+        assert [group.parameters for group in ours.groups] == [group.parameters for group in theirs.groups]
+        assert [block.source_bytes for block in ours.blocks if block.kind is not Kind.DECODER] == [
+            block.source_bytes for block in theirs.blocks if block.kind is not Kind.DECODER
+        ]
+        with pytest.raises(InputError, match="a configuration and no weights"):
+            outline.read(["lm_head.weight"])
+    assert not Outline.fits(Store(families["mixtral"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from prismaquant_ray.layout import Kind
 from tests.inprocess import after, in_process
 from tests.test_pipeline import digests, quantized
 from tests.tiny import make_checkpoint, make_text
-from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
+from tests.tiny_families import FAMILIES, VISION_FAMILIES
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "configs/data/images"
@@ -52,26 +53,16 @@ store: {{run: {directory / "run"}, output: {directory / "repository"}}}
     return load(path, overrides)
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    class Made(dict[str, Path]):
-        def __missing__(self, family: str) -> Path:
-            self[family] = make_family(tmp_path_factory.mktemp("family") / family, family)
-            return self[family]
-
-    return Made()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_goes_through(tmp_path: Path, sources: Mapping[str, Path], family: str) -> None:
+def test_every_family_goes_through(tmp_path: Path, families: Mapping[str, Path], family: str) -> None:
     images = 2 if family in VISION_FAMILIES else 0
     head = "false" if family == "gpt_oss" else "true"
-    config = configuration(tmp_path / "run", sources[family], f"model.quantize_lm_head={head}", images=images)
+    config = configuration(tmp_path / "run", families[family], f"model.quantize_lm_head={head}", images=images)
     result = quantized(config)
     assert 0 <= 6.25 - result["bpp"] < 0.75  # gpt_oss has four groups only
     assert verify.run(config)["ok"]
     written = json.loads((config.store.output / "config.json").read_text())
-    original = json.loads((sources[family] / "config.json").read_text())
+    original = json.loads((families[family] / "config.json").read_text())
     for body in (written, original):
         body.pop("quantization_config", None)
     assert written == original
@@ -84,12 +75,12 @@ def test_every_family_goes_through(tmp_path: Path, sources: Mapping[str, Path], 
     assert (summary["draft_agreement"] is not None) == bool(images)
 
 
-def test_unseen_tensors_keep_their_bytes_and_types(tmp_path: Path, sources: Mapping[str, Path]) -> None:
+def test_unseen_tensors_keep_their_bytes_and_types(tmp_path: Path, families: Mapping[str, Path]) -> None:
     """transformers casts A_log and a norm to BF16 when it loads; the repository keeps what the source has."""
-    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    config = configuration(tmp_path, families["qwen3_5"], images=1)
     quantized(config)
     (shard,) = config.store.output.glob("*.safetensors")
-    with safe_open(sources["qwen3_5"] / "model.safetensors", "pt") as before, safe_open(shard, "pt") as after_:
+    with safe_open(families["qwen3_5"] / "model.safetensors", "pt") as before, safe_open(shard, "pt") as after_:
         for name in ("model.language_model.layers.0.linear_attn.A_log", "mtp.fc.weight", "mtp.norm.weight"):
             assert after_.get_tensor(name).dtype == before.get_tensor(name).dtype
             assert torch.equal(after_.get_tensor(name), before.get_tensor(name))
@@ -97,27 +88,27 @@ def test_unseen_tensors_keep_their_bytes_and_types(tmp_path: Path, sources: Mapp
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory, sources: Mapping[str, Path]) -> dict[str, str]:
+def expected(tmp_path_factory: pytest.TempPathFactory, families: Mapping[str, Path]) -> dict[str, str]:
     """What an undisturbed run of a model with everything writes."""
-    config = configuration(tmp_path_factory.mktemp("expected"), sources["qwen3_5_moe"], images=2)
+    config = configuration(tmp_path_factory.mktemp("expected"), families["qwen3_5_moe"], images=2)
     quantized(config)
     return digests(config.store.output)
 
 
 @pytest.mark.parametrize(("workers", "blocks"), [(1, 4), (2, 1), (3, 2)])
 def test_images_and_draft_are_the_same_for_any_workers_and_shards(
-    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str], workers: int, blocks: int
+    tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], workers: int, blocks: int
 ) -> None:
-    config = configuration(tmp_path, sources["qwen3_5_moe"], f"cluster.blocks_per_shard={blocks}", images=2)
+    config = configuration(tmp_path, families["qwen3_5_moe"], f"cluster.blocks_per_shard={blocks}", images=2)
     quantized(config, workers)
     assert digests(config.store.output) == expected
 
 
 @pytest.mark.parametrize("steps", [3, 9, 17, 26, 33, 41])
 def test_a_stopped_run_with_images_and_draft_continues(
-    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str], steps: int
+    tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], steps: int
 ) -> None:
-    config = configuration(tmp_path, sources["qwen3_5_moe"], "cluster.blocks_per_shard=2", images=2)
+    config = configuration(tmp_path, families["qwen3_5_moe"], "cluster.blocks_per_shard=2", images=2)
     with suppress(KeyboardInterrupt):
         Run(config, open_workers=in_process(2, after(steps))).measure()
     recorded = {path: path.read_bytes() for path in config.store.run.rglob("record.json")}
@@ -131,9 +122,9 @@ def test_a_stopped_run_with_images_and_draft_continues(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
-    tmp_path: Path, sources: Mapping[str, Path], expected: dict[str, str]
+    tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str]
 ) -> None:
-    config = configuration(tmp_path, sources["qwen3_5_moe"], images=2)
+    config = configuration(tmp_path, families["qwen3_5_moe"], images=2)
     command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml"), "--set", "cluster.workers=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -142,8 +133,8 @@ def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
     assert "draft head agrees with the model's best guess: BF16 0." in done.stdout
 
 
-def test_a_weight_on_the_draft_needs_no_new_measurement(tmp_path: Path, sources: Mapping[str, Path]) -> None:
-    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+def test_a_weight_on_the_draft_needs_no_new_measurement(tmp_path: Path, families: Mapping[str, Path]) -> None:
+    config = configuration(tmp_path, families["qwen3_5"], images=1)
     quantized(config)
     losses = {}
     for weight in (0.0, 1.0):
@@ -160,14 +151,37 @@ def test_a_weight_on_the_draft_needs_no_new_measurement(tmp_path: Path, sources:
     ],
 )
 def test_bad_images_are_refused_before_anything_is_written(
-    tmp_path: Path, sources: Mapping[str, Path], change: dict[str, str], message: str
+    tmp_path: Path, families: Mapping[str, Path], change: dict[str, str], message: str
 ) -> None:
-    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+    config = configuration(tmp_path, families["qwen3_5"], images=1)
     entry = json.loads((tmp_path / "captions.jsonl").read_text())
     (tmp_path / "captions.jsonl").write_text(json.dumps({**entry, **change}))
     with pytest.raises(InputError, match=message):
         quantized(config)
     assert not config.store.output.exists()
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path, families: Mapping[str, Path]) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(families["qwen3_moe"], copy)
+    for content in ("{", "[]", '{"model": {"type": "Nothing"}}'):
+        (copy / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match="no tokenizer can be loaded") as caught:
+            _ = Run(configuration(tmp_path / "run", copy)).calibration
+        assert "\n" not in str(caught.value)
+
+
+def test_a_repository_that_was_not_written_to_its_end_is_refused_by_verify(
+    tmp_path: Path, families: Mapping[str, Path]
+) -> None:
+    config = configuration(tmp_path, families["qwen3_moe"])
+    config.store.output.mkdir(parents=True)
+    manifest = config.store.output / "prismaquant.json"
+    for content, message in (('{"complete": false, "files": {}}', "not written to its end"), ("{", "is not JSON")):
+        manifest.write_text(content)
+        with pytest.raises(InputError, match=message):
+            verify.run(config)
+    assert not config.store.run.exists()
 
 
 def test_images_for_a_model_that_cannot_see_are_refused(tmp_path: Path) -> None:
@@ -176,10 +190,10 @@ def test_images_for_a_model_that_cannot_see_are_refused(tmp_path: Path) -> None:
         quantized(config)
 
 
-def test_other_images_are_another_run(tmp_path: Path, sources: Mapping[str, Path]) -> None:
-    config = configuration(tmp_path, sources["qwen3_5"], images=1)
+def test_other_images_are_another_run(tmp_path: Path, families: Mapping[str, Path]) -> None:
+    config = configuration(tmp_path, families["qwen3_5"], images=1)
     _ = Run(config).store
-    configuration(tmp_path, sources["qwen3_5"], images=2)
+    configuration(tmp_path, families["qwen3_5"], images=2)
     with pytest.raises(InputError, match=r"another calibration\.images"):
         _ = Run(config).store
 

@@ -36,7 +36,7 @@ from prismaquant_ray.sensitivity.pricing import BlockSensitivity, own
 from prismaquant_ray.sensitivity.table import from_figures
 from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens
-from tests.tiny_families import VISION_FAMILIES, make_family
+from tests.tiny_families import VISION_FAMILIES
 
 IMAGES = Path(__file__).parents[1] / "configs/data/images/captions.jsonl"
 USED = (FormatName.INT4, FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
@@ -130,13 +130,8 @@ class Probed:
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    return {family: make_family(tmp_path_factory.mktemp("m") / family, family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def probes(directories: Mapping[str, Path]) -> Mapping[str, Probed]:
-    return {family: Probed.of(directory, family) for family, directory in directories.items()}
+def probes(families: Mapping[str, Path]) -> Mapping[str, Probed]:
+    return {family: Probed.of(families[family], family) for family in FAMILIES}
 
 
 # The reference --------------------------------------------------------------------------------------------------
@@ -247,10 +242,10 @@ def parts(probed: Probed, name: str) -> list[FusedGroup]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [FormatName.INT4, FormatName.NVFP4])
 def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
-    directories: Mapping[str, Path], probes: Mapping[str, Probed], family: str, name: FormatName
+    families: Mapping[str, Path], probes: Mapping[str, Probed], family: str, name: FormatName
 ) -> None:
     probed = probes[family]
-    reference = Perturbed(directories[family], family)
+    reference = Perturbed(families[family], family)
     for group in parts(probed, name):
         block = probed.runner.layout.block_of[group.name]
         sees = [b for b in probed.batches if "pixel_values" in b.inputs]
@@ -272,7 +267,7 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
         )
 
 
-def test_the_draft_is_priced_by_its_own_loss(directories: Mapping[str, Path], probes: Mapping[str, Probed]) -> None:
+def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probes: Mapping[str, Probed]) -> None:
     """Σ p_t = ⟨∂L/∂W, ΔW⟩ for CE against tokens sampled from the draft, two ahead, by autograd through the draft."""
     probed = probes["qwen3_5_moe"]
     runner = probed.runner

@@ -112,7 +112,7 @@ def test_a_course_says_what_reads_what(course: Course) -> None:
         for second in model.order[Stage.BACKWARD]:
             together = any(first in stretch and second in stretch for stretch in model.stretches)
             assert course.joined(first, second) is (together and first not in model.leaves)
-    assert set(course.leaf_readers()) == model.readers(Stage.FORWARD, course.last)
+    assert set(course.readers_of_last()) == model.readers(Stage.FORWARD, course.last)
 
 
 @st.composite

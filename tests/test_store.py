@@ -21,8 +21,9 @@ import pytest
 
 from prismaquant_ray.checkpoint.publish import HeldBack, check_output, published
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
+from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, Repository, write_repository
+from prismaquant_ray.checkpoint.writer import Repository, write_repository
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.storage import store as storage

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import INDEX
+from prismaquant_ray.checkpoint.shards import MANIFEST
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import MANIFEST
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of

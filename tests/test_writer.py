@@ -22,7 +22,8 @@ from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shi
 from prismaquant_ray.checkpoint.publish import check_output, publish_directory
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.routing import transformers_route
-from prismaquant_ray.checkpoint.writer import MANIFEST, write_repository
+from prismaquant_ray.checkpoint.shards import MANIFEST
+from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import LinearSpec

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from prismaquant_ray.calibration.files import loading, read_text
 from prismaquant_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +32,19 @@ if TYPE_CHECKING:
 __all__ = ["ImageSequence", "files_digest", "load_images"]
 
 REQUEST = "Describe the image."
+# Pillow has no error of its own for a damaged file: what rises is whatever its decoder for the format meets.
+_DAMAGED_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+)
 # Where a checkpoint says which processor class it was made with, in the order in which transformers asks.
 _DECLARING = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
@@ -73,7 +89,7 @@ def load_images(
 
 def files_digest(path: Path) -> str:
     """sha256 of the list and of every file it names; InputError when one cannot be read."""
-    digest = hashlib.sha256(_read(path).encode())
+    digest = hashlib.sha256(read_text(path, "List of images").encode())
     for entry in _entries(path):
         try:
             digest.update(entry.image.read_bytes())
@@ -84,18 +100,9 @@ def files_digest(path: Path) -> str:
 
 def _entries(path: Path) -> Iterator[_Entry]:
     # Not splitlines: it also splits at characters that JSON allows inside a string.
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, "List of images").split("\n"), 1):
         if line.strip():
             yield _parse(line, f"{path}, line {number}", path.parent)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"List of images {path} cannot be read: {error.strerror}.") from error
 
 
 def _parse(line: str, where: str, folder: Path) -> _Entry:
@@ -117,20 +124,19 @@ def _parse(line: str, where: str, folder: Path) -> _Entry:
 
 
 def _load_processor(directory: Path) -> ProcessorMixin:
+    def refusal(error: Exception) -> str:
+        return (
+            f"The processor in {directory} cannot be loaded: {_first_sentence(error)}. Copy the model's processor and "
+            "tokenizer files next to its config.json."
+        )
+
     try:
-        return _images_only(directory)
-    except InputError:
-        raise
+        with loading(refusal):
+            return _images_only(directory)
     except ImportError as error:
         raise InputError(
             f"The processor in {directory} cannot be loaded: {_first_sentence(error)}. Images need the package pillow, "
             "and some processors others; install what is missing."
-        ) from error
-    # A damaged file can raise anything: tokenizers knows only Exception itself.
-    except Exception as error:
-        raise InputError(
-            f"The processor in {directory} cannot be loaded: {_first_sentence(error)}. Copy the model's processor and "
-            "tokenizer files next to its config.json."
         ) from error
 
 
@@ -203,8 +209,7 @@ def _open(entry: _Entry) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"{entry.where}: there is no image {entry.image}; correct its path.") from error
-    # Pillow has no error of its own for a damaged file: what rises is its decoder's.
-    except Exception as error:
+    except (*_DAMAGED_IMAGE, Image.DecompressionBombError) as error:
         raise InputError(
             f"{entry.where}: image {entry.image} cannot be read ({_first_sentence(error)}); replace it."
         ) from error

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from prismaquant_ray.calibration.batches import CalibrationSet, spread_evenly
+from prismaquant_ray.calibration.files import read_text
 from prismaquant_ray.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def load_sequences(
     `holdout` is the share of sequences held out: at least one when it is above zero.
     """
     if isinstance(path_or_text, Path):
-        name, text = str(path_or_text), _read(path_or_text)
+        name, text = str(path_or_text), read_text(path_or_text, "Calibration text")
     else:
         name, text = "The calibration text", path_or_text
     # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
@@ -61,12 +62,3 @@ def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS token if the tokenizer begins texts with it, else nothing."""
     special = tokenizer("")["input_ids"]
     return special[:1] if special and special[0] == tokenizer.bos_token_id else []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it to UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"Calibration text {path} cannot be read: {error.strerror}.") from error

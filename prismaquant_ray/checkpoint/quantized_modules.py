@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
+from compressed_tensors.quantization import QuantizationArgs
 
 from prismaquant_ray.checkpoint.block_fp8 import KEY
 from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, shipped
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.routing import is_ignored, vllm_route
+from prismaquant_ray.checkpoint.routing import is_ignored, unreadable_because, vllm_route
 from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
@@ -60,13 +60,9 @@ def _scheme(source: Checkpoint) -> dict[str, Any]:
     method = scheme.get("quant_method") if isinstance(scheme, dict) else None
     if method != "compressed-tensors":
         raise InputError(f"{uri}: {KEY} is of {method!r}; only compressed-tensors is decoded")
-    try:
-        QuantizationConfig.model_validate(scheme)
-        targets = [target for group in scheme["config_groups"].values() for target in group["targets"]]
-        for pattern in [*targets, *(scheme.get("ignore") or ())]:
-            re.compile(pattern.removeprefix("re:"))
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, re.error) as error:
-        raise InputError(f"{uri}: {KEY} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    unreadable = unreadable_because(scheme)
+    if unreadable is not None:
+        raise InputError(f"{uri}: {KEY} cannot be read ({unreadable})")
     for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
         value = scheme.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):

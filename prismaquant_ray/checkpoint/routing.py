@@ -94,16 +94,28 @@ def is_ignored(config: Mapping[str, Any], name: str) -> bool:
     return _first(name, config.get("ignore") or ()) is not None
 
 
-def config_problems(config: Any) -> Iterator[str]:
-    """What makes a configuration unreadable, or readable and wrong, whatever model it is for."""
+def unreadable_because(config: Any) -> str | None:
+    """Why compressed-tensors, or the patterns in it, make a configuration unreadable; None when nothing does."""
     try:
         QuantizationConfig.model_validate(config)
-        groups: Mapping[str, Any] = config["config_groups"]
-        for pattern in [*config["ignore"], *(target for entry in groups.values() for target in entry["targets"])]:
+        targets = [target for entry in config["config_groups"].values() for target in entry["targets"]]
+        for pattern in [*targets, *(config.get("ignore") or ())]:
             re.compile(pattern.removeprefix("re:"))
-    except (ValueError, KeyError, TypeError, NotImplementedError, re.error) as error:
-        yield f"quantization_config cannot be read: {' '.join(str(error).split())[:200]}"
+    # compressed-tensors' validators raise what they meet in a dictionary of any shape, and have no class of their own.
+    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, re.error) as error:
+        return " ".join(str(error).split())[:200]
+    return None
+
+
+def config_problems(config: Any) -> Iterator[str]:
+    """What makes a configuration unreadable, or readable and wrong, whatever model it is for."""
+    unreadable = unreadable_because(config)
+    if unreadable is None and not isinstance(config.get("ignore"), list):
+        unreadable = "it has no list to ignore"
+    if unreadable is not None:
+        yield f"quantization_config cannot be read: {unreadable}"
         return
+    groups: Mapping[str, Any] = config["config_groups"]
     if config.get("quant_method") != "compressed-tensors":
         yield "quantization_config: quant_method is not compressed-tensors"
     if config.get("quantization_status") != "compressed":

@@ -21,7 +21,8 @@ from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.quantization_config import Choice, check_choice, linears_by_format
 from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read_header
-from prismaquant_ray.checkpoint.writer import CONFIG, MANIFEST, REWRITTEN, bits
+from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
+from prismaquant_ray.checkpoint.writer import REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
 from prismaquant_ray.layout import FusedGroup, Layout, LinearSpec, Matrix

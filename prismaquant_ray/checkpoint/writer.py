@@ -21,7 +21,6 @@ from prismaquant_ray.checkpoint.shards import (
     MANIFEST_SCHEMA,
     Output,
     as_json,
-    check_ours,
     claim,
     write_shards,
 )
@@ -29,9 +28,6 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import Layout, LinearSpec
 from prismaquant_ray.storage.store import Store
-
-# CONFIG, MANIFEST and check_ours are those of `shards`.
-__all__ = ["CONFIG", "MANIFEST", "REWRITTEN", "Repository", "bits", "check_ours", "write_repository"]
 
 #: files of the source that are written anew
 REWRITTEN = (CONFIG, MANIFEST)

@@ -11,10 +11,10 @@ of (O, I) here holds for each expert of a stack.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,20 +190,6 @@ def _joined(pieces: list[Tensor]) -> Tensor:
 ActivationRounding = Callable[[Tensor, Tensor | None], Tensor]
 
 
-class Shaped(Protocol):
-    """A Linear, as far as formats mind."""
-
-    @property
-    def out_features(self) -> int:
-        """Rows of its weight."""
-        ...
-
-    @property
-    def in_features(self) -> int:
-        """Columns of its weight."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
     """A codec, an activation rounding and the compressed-tensors scheme that names them.
@@ -225,11 +211,6 @@ class Format:
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a Linear of this shape cannot take the format, or None."""
         return self.codec.refusal(out_features, in_features) if self.codec else None
-
-    def group_refusal(self, linears: Iterable[Shaped]) -> str | None:
-        """Why a fused group cannot take the format, or None: the first member's reason that has one."""
-        reasons = (self.refusal(linear.out_features, linear.in_features) for linear in linears)
-        return next((reason for reason in reasons if reason), None)
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of codes and group scales of one Linear: the numerator of bits per parameter."""

@@ -80,8 +80,12 @@ def register() -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether a module holds experts as packed (experts, rows, columns) parameters that this module can watch."""
-    return all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
+    """Whether a module holds experts as packed (experts, rows, columns) parameters and runs by a registered function.
+
+    A few models (Llama 4) pack their experts and compute them by code of their own, which nothing can watch.
+    """
+    packed = all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
+    return packed and hasattr(module, "is_concatenated")
 
 
 def unquantizable(module: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     from transformers import CONFIG_MAPPING
 
     model_type = checkpoint.config.get("model_type")
-    if "quantization_config" in checkpoint.config:
+    parts = (checkpoint.config, checkpoint.config.get("text_config") or {})
+    if any("quantization_config" in part for part in parts):
         raise InputError(f"{checkpoint.store.uri} is already quantized; start from the BF16 model")
     if model_type not in CONFIG_MAPPING:
         raise InputError(
@@ -102,6 +103,7 @@ class _Builder:
             self._add(Kind.DECODER, f"{self.skeleton.blocks_path}.{index}", layer)
         self._draft()
         head = self._head(embedding)
+        copied = self._copied({*embedding, *pixels, *head})
         layout = Layout(
             architecture=architecture,
             family=self.family.name,
@@ -110,7 +112,7 @@ class _Builder:
             pixels=pixels,
             head=head,
             kept=self.kept,
-            guesses=(*guesses, *self._unloaded({*embedding, *pixels, *head})),
+            guesses=(*guesses, *copied),
             views=self.family.views,
             hidden_size=embedding_module.weight.shape[1],
             vocab_size=embedding_module.weight.shape[0],
@@ -191,8 +193,8 @@ class _Builder:
         matrix = Matrix(name=path, input=path, linears=(linear,), parameters=(f"{path}{_WEIGHT}",))
         self._append(Kind.HEAD, "", self._parameters("", nn.ModuleDict({path: module})), (matrix,))
 
-    def _unloaded(self, loaded: set[str]) -> Iterator[str]:
-        """Note tensors that no part of the model loads; they are copied as they are."""
+    def _copied(self, loaded: set[str]) -> tuple[str, ...]:
+        """Keep the tensors that no part of the model loads, and say so."""
         loaded |= {tensor for block in self.blocks for tensor in block.tensors}
         known = [f"{name}." for name in self.kept]
         left = [
@@ -203,8 +205,9 @@ class _Builder:
         for name in left:
             if len(self.checkpoint.tensors[name].shape) > 1:
                 self.kept[name.removesuffix(_WEIGHT)] = "not loaded by transformers; copied as it is"
-        if left:
-            yield f"{len(left)} tensors, {left[0]} the first, are not loaded by transformers and are copied as they are"
+        if not left:
+            return ()
+        return (f"{len(left)} tensors, {left[0]} the first, are not loaded by transformers and are copied as they are",)
 
     # One block ------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.models.draft import DraftHead
 from prismaquant_ray.models.families import Family, family_of
 from prismaquant_ray.models.inspect import architecture_of, load_config
@@ -26,6 +27,9 @@ class Outline(Checkpoint):
         self.files = ()
         self.tensors = {name: _info(name, shape) for name, shape in _shapes(self)}
         self.stored = self.tensors
+
+    def _info(self, name: str) -> TensorInfo:
+        raise InputError(f"{self.store.uri} has a configuration and no weights; fetch {name} and the rest first")
 
     @classmethod
     def fits(cls, store: Store) -> bool:

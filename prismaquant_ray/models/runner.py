@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -95,12 +95,13 @@ class ModelRunner:
     @contextmanager
     def beside(self, index: int) -> Iterator[None]:
         """What a block needs of the rest of the model is loaded inside the with-block."""
-        kind = self.layout.blocks[index].kind
-        with ExitStack() as stack:
-            if kind is Kind.DRAFT:
-                stack.enter_context(self._resident(dict.fromkeys([*self.layout.embedding, *self.layout.head])))
-            elif kind is Kind.HEAD:
-                stack.enter_context(self.exit())
+        block = self.layout.blocks[index]
+        wanted: dict[str, None] = {}
+        if block.kind is Kind.DRAFT:
+            wanted = dict.fromkeys([*self.layout.embedding, *self.layout.head])
+        elif block.kind is Kind.HEAD:
+            wanted = dict.fromkeys(name for name in self.layout.head if name not in block.tensors)
+        with self._resident([*wanted]):
             yield
 
     # Running --------------------------------------------------------------------------------------------------
@@ -152,9 +153,9 @@ class ModelRunner:
         return {name: tensor.to(self.dtype) for name, tensor in weights.items()}
 
     @contextmanager
-    def _resident(self, names: Sequence[str] | dict[str, None]) -> Iterator[None]:
+    def _resident(self, names: Sequence[str]) -> Iterator[None]:
         model = self.skeleton.model
-        read = self._read([*names])
+        read = self._read(names)
         weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in read.items()}
         # A tied head is the same parameter under two owners; both must see the loaded one.
         by_identity = {id(model.get_parameter(name)): value for name, value in weights.items()}

@@ -20,6 +20,7 @@ from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Kind, LinearSp
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
+from prismaquant_ray.rounding.gptq import HessianFactor
 from prismaquant_ray.rounding.hessian import InputStatistics
 from prismaquant_ray.rounding.routed_inputs import RoutedInputs
 
@@ -99,16 +100,18 @@ class ForwardVisit:
                 routed = self.routed.pop(fused.name)
                 experts[fused.name] = routed.tokens_of.tolist()
                 for chunk in routed.chunks():
+                    at = slice(chunk.start, chunk.stop)
                     for matrix in fused.matrices:
                         statistics = chunk.statistics[matrix.parameters[0].rpartition(".")[2]]
-                        weights = [weight[chunk.start : chunk.stop] for weight in self._weights(matrix)]
-                        self._encode(fused, matrix, weights, statistics, found, slice(chunk.start, chunk.stop))
+                        factor = self.rounding.factor(statistics)
+                        weights = [weight[at] for weight in self._weights(matrix)]
+                        self._encode(fused, matrix, weights, statistics, factor, found, at)
         return BlockCandidates(tensors=found.tensors, figures={"linears": found.linears, "experts": experts})
 
     def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
         factor = self.rounding.factor(statistics)
         for fused, matrix in _reading(self.block, group):
-            self._encode(fused, matrix, self._weights(matrix), statistics, found, slice(0, 1), factor)
+            self._encode(fused, matrix, self._weights(matrix), statistics, factor, found, slice(0, 1))
 
     def _encode(
         self,
@@ -116,14 +119,12 @@ class ForwardVisit:
         matrix: Matrix,
         weights: Sequence[Tensor],
         statistics: InputStatistics,
+        factor: HessianFactor | None,
         found: _Encoded,
         at: slice,
-        factor: Any = None,
     ) -> None:
-        formats = formats_of(fused, self.formats)
-        if factor is None:
-            factor = self.rounding.factor(statistics)
-        for codec in codecs_of(formats).values():
+        """Round a matrix, or that of the experts `at`, by every codec that its group can take."""
+        for codec in codecs_of(formats_of(fused, self.formats)).values():
             results = encode_group(weights, codec, statistics, factor, self.rounding)
             for linear, result in zip(matrix.linears, results, strict=True):
                 found.add(linear, codec, result, statistics.amax, at)

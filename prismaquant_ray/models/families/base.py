@@ -62,4 +62,4 @@ ATTENTION = FusedRule(name="qkv_proj", members=("q_proj", "k_proj", "v_proj"))
 GATED_MLP = FusedRule(name="gate_up_proj", members=("gate_proj", "up_proj"))
 
 ROUTER = "router: a wrong expert costs more than its few bytes"
-NOT_A_LINEAR = "not a Linear"
+NOT_A_LINEAR = "neither a Linear nor experts that can be taken apart"

@@ -4,6 +4,8 @@ vLLM fuses `in_proj_qkv` with `in_proj_z` and `in_proj_b` with `in_proj_a`; all 
 experts are stored packed.
 """
 
+from dataclasses import replace
+
 from prismaquant_ray.layout import View
 from prismaquant_ray.models.families.base import ATTENTION, GATED_MLP, ROUTER, Family, FusedRule, Vision
 
@@ -40,12 +42,11 @@ VISION_LANGUAGE = Family(
     draft="mtp",
 )
 
-TEXT = Family(
+TEXT = replace(
+    VISION_LANGUAGE,
     name="qwen3.5-text",
     architectures=("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
     blocks="model.layers",
-    fused=_FUSED,
-    siblings=_SIBLINGS,
-    kept=_KEPT,
-    draft="mtp",
+    views=(),
+    vision=None,
 )
