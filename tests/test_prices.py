@@ -22,6 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prismaquant_ray.calibration.batches import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
+from prismaquant_ray.checkpoint.decoded import own
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -32,7 +33,7 @@ from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.rounding.forward_pass import ForwardVisit
 from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, LeafVisit
 from prismaquant_ray.sensitivity.fisher import IGNORED, Loss, sample
-from prismaquant_ray.sensitivity.pricing import BlockSensitivity, own
+from prismaquant_ray.sensitivity.pricing import BlockSensitivity
 from prismaquant_ray.sensitivity.table import from_figures
 from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens

@@ -156,6 +156,22 @@ def test_cost_and_trace_equal_per_token_autograd(directory: Path, probed: Probed
             torch.testing.assert_close(found.vectors[f"{linear.name}|trace"], channels, rtol=1e-3, atol=1e-5)
 
 
+def test_the_parts_of_a_cost_are_those_of_weights_and_of_activations(probed: Probed) -> None:
+    """NVFP4A16 has NVFP4's weights and exact activations: its cost is NVFP4's weight part, and has no other."""
+    for block in probed.runner.layout.blocks:
+        found = probed.sensitivity[block.index]
+        for group in block.groups:
+            figures = found.figures["groups"][group.name]
+            both, weights = figures[FormatName.NVFP4], figures[FormatName.NVFP4A16]
+            p, p_weights = (found.vectors[f"{group.name}|{name}"].double() for name in ("NVFP4", "NVFP4A16"))
+            assert weights["activation_cost"] == 0.0
+            assert weights["weight_cost"] == pytest.approx(weights["cost"], rel=1e-9)
+            assert both["weight_cost"] == pytest.approx(weights["cost"], rel=1e-9)
+            added = float(0.5 * (p - p_weights).square().sum()) / p.numel()
+            assert both["activation_cost"] == pytest.approx(added, rel=1e-4)
+            assert added > 0
+
+
 def test_the_first_order_term_is_the_derivative_along_the_weight_error(directory: Path, probed: Probed) -> None:
     """Σ p_t = ⟨∂L/∂W, ΔW⟩, with the weight's gradient taken by autograd in float64."""
     group = probed.runner.layout.blocks[0].groups[3]

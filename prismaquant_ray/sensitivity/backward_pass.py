@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.calibration.batches import Batch
+from prismaquant_ray.checkpoint.decoded import CandidateTensors
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Block, Kind
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.sensitivity.fisher import DRAFT, Loss
-from prismaquant_ray.sensitivity.pricing import BlockSensitivity, CandidateTensors, Pricing
+from prismaquant_ray.sensitivity.pricing import BlockSensitivity, Pricing
 
 
 class BackwardVisit:
@@ -125,7 +126,7 @@ class LeafVisit(BackwardVisit):
             found: dict[str, Tensor] = {}
             for priced in self.pricing.priced.values():
                 if name in priced:
-                    found |= priced[name].weights
+                    found |= priced[name].decoded.weights
             if found:
                 yield name, found
 

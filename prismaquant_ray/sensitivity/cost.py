@@ -13,11 +13,6 @@ import torch
 from torch import Tensor
 
 
-def projected_error(grad_output: Tensor, output_error: Tensor) -> Tensor:
-    """p_t = g_t · Δy_t for both arguments (tokens, O); (tokens,)."""
-    return (grad_output * output_error).sum(-1)
-
-
 def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
     """Per output channel Σ_t g_ti² |x_t|² (O,), for g (tokens, O) and x (tokens, I); its sum is the trace."""
     return grad_output.square().T @ x.square().sum(-1)

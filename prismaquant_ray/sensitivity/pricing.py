@@ -1,28 +1,29 @@
 """Pricing every candidate of a block while its gradients go by.
 
-One matrix product per parameter and codec is all a format adds; nothing is differentiated with respect to weights.
+One matrix product per parameter and format is all a format adds, and it tells both parts of the error: with
+G = g Ŵ, that of the rounded weights is x · G − g · y, that of the rounded activations (Q(x) − x) · G.
+Nothing is differentiated with respect to weights.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prismaquant_ray.checkpoint.decoded import CandidateDecoder, CandidateTensors, Decoded
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.base import stack
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
 from prismaquant_ray.models.experts import Routing, grouped_product
 from prismaquant_ray.models.taps import Taps
-from prismaquant_ray.sensitivity.cost import fisher_trace, half_squares, price, projected_error
-
-CandidateTensors = Mapping[FormatName, Mapping[str, Tensor]]
+from prismaquant_ray.sensitivity.cost import fisher_trace, half_squares, price
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,18 +38,25 @@ class BlockSensitivity:
     figures: dict[str, Any]
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Priced:
-    """One format of one fused group while microbatches arrive. `weights` are decoded, by parameter.
+    """One format of one fused group while microbatches arrive.
 
-    They stay in the BF16 they decode to: float32 copies of every format would be the largest thing in memory.
+    Weights stay in the BF16 they decode to: float32 copies of every format would be the largest thing in memory.
+    `parts` is ½ Σ p² of either cause of the error alone.
     """
 
-    weights: dict[str, Tensor]
-    input_scales: dict[str, Tensor | None]
+    decoded: Decoded
     p: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
-    squared_error: dict[str, float] = field(default_factory=dict)
+    parts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+
+class _Parts(NamedTuple):
+    """p of every token (tokens,) by cause: the rounded weights at exact inputs, and what rounded inputs add."""
+
+    weights: Tensor
+    activations: Tensor
 
 
 class Pricing:
@@ -65,70 +73,61 @@ class Pricing:
         self.block = block
         self.module = module
         self.device = device
-        self.rows: dict[str, int] = {}
         self.traces: dict[str, Tensor] = {
             parameter: torch.zeros(*_channels(matrix, parameter), device=device)
             for group in block.groups
             for matrix in group.matrices
             for parameter in matrix.parameters
         }
-        decoded: dict[tuple[str, str], Tensor] = {}
+        decoder = CandidateDecoder(candidates, device)
         self.priced: dict[str, dict[FormatName, _Priced]] = {
             group.name: {
-                name: self._decode(group, name, candidates[name], decoded)
+                name: _Priced(decoder.decode(group, name))
                 for name in formats_of(group, formats)
                 if FORMATS[name].codec is not None
             }
             for group in block.groups
         }
 
-    def _decode(
-        self, group: FusedGroup, name: FormatName, tensors: Mapping[str, Tensor], decoded: dict[tuple[str, str], Tensor]
-    ) -> _Priced:
-        codec = FORMATS[name].codec
-        assert codec is not None
-        priced = _Priced(weights={}, input_scales={})
-        for matrix in group.matrices:
-            scale = tensors.get(f"{matrix.linears[0].names[0]}.input_global_scale")
-            for parameter, linears in members(matrix).items():
-                key = (parameter, codec.name)
-                if key not in decoded:
-                    weights = [codec.decode(own(tensors, linear)) for linear in linears]
-                    decoded[key] = torch.cat(weights, dim=-2).to(self.device)
-                priced.weights[parameter] = decoded[key]
-                priced.input_scales[parameter] = None if scale is None else scale.to(self.device)
-                priced.squared_error[parameter] = 0.0
-        return priced
-
     def add(self, taps: Taps, gradients: Mapping[str, Tensor], sequences: int) -> None:
         """One microbatch of so many sequences; `gradients` are ∂L/∂output by parameter."""
-        p: dict[tuple[str, FormatName], Tensor] = {}
+        found: dict[tuple[str, FormatName], _Parts] = {}
         for entry in self.block.inputs:
             x = taps.inputs[entry.name].detach().flatten(0, -2).float()
             routing = taps.routing.get(entry.name)
-            rounded: dict[FormatName, Tensor] = {}
+            changes: dict[FormatName, Tensor] = {}
             for group, matrix in self._reading(entry.name):
-                for parameter in matrix.parameters:
-                    gradient = gradients[parameter].flatten(0, -2).float()
-                    clean = self._product(parameter, taps, x, routing)
-                    self.rows[parameter] = self.rows.get(parameter, 0) + len(x)
-                    self._trace(parameter, gradient, x, routing)
-                    for name, priced in self.priced[group.name].items():
-                        if name not in rounded:
-                            rounding = FORMATS[name].round_activation
-                            scale = priced.input_scales[parameter]
-                            rounded[name] = x if rounding is None else rounding(x, scale)
-                        error = _times(rounded[name], priced.weights[parameter], routing).sub_(clean)
-                        own_p = projected_error(gradient, error)
-                        if routing is not None:
-                            own_p = routing.to_tokens(own_p)
-                        key = (group.name, name)
-                        p[key] = p[key].add_(own_p) if key in p else own_p
-                        priced.squared_error[parameter] += float(error.square().sum())
-        for (group_name, name), values in p.items():
+                flat = {parameter: gradients[parameter].flatten(0, -2).float() for parameter in matrix.parameters}
+                clean = self._watch(flat, taps, x, routing)
+                for name, priced in self.priced[group.name].items():
+                    rounding = FORMATS[name].round_activation
+                    if rounding is not None and name not in changes:
+                        changes[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
+                    through = functools.reduce(
+                        torch.add,
+                        (_through(g, priced.decoded.weights[parameter], routing) for parameter, g in flat.items()),
+                    )
+                    parts = _Parts(
+                        (x * through).sum(-1).sub_(clean),
+                        (changes[name] * through).sum(-1) if name in changes else torch.zeros_like(clean),
+                    )
+                    parts = parts if routing is None else _Parts(*(routing.to_tokens(part) for part in parts))
+                    before = found.get((group.name, name))
+                    found[group.name, name] = parts if before is None else _Parts(*map(torch.add, before, parts))
+        for (group_name, name), parts in found.items():
             priced = self.priced[group_name][name]
-            priced.p.append(values)
-            priced.squares.append(half_squares(values.view(sequences, -1)))
+            p = parts.weights + parts.activations
+            priced.p.append(p)
+            priced.squares.append(half_squares(p.view(sequences, -1)))
+            priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
+
+    def _watch(self, gradients: Mapping[str, Tensor], taps: Taps, x: Tensor, routing: Routing | None) -> Tensor:
+        """g · y of every row, over the parameters of a matrix; adds to their traces."""
+        total = torch.zeros(len(x), device=x.device)
+        for parameter, gradient in gradients.items():
+            self._trace(parameter, gradient, x, routing)
+            total += (gradient * self._product(parameter, taps, x, routing)).sum(-1)
+        return total
 
     def _reading(self, name: str) -> list[tuple[FusedGroup, Matrix]]:
         return [(group, matrix) for group in self.block.groups for matrix in group.matrices if matrix.input == name]
@@ -153,7 +152,6 @@ class Pricing:
         """Prices per token of `tokens`, traces and p vectors; InputError when no gradient reached the block."""
         vectors: dict[str, Tensor] = {}
         groups: dict[str, Any] = {}
-        outputs: dict[str, dict[str, float]] = {}
         for group in self.block.groups:
             groups[group.name] = {}
             for name, priced in self.priced[group.name].items():
@@ -164,10 +162,9 @@ class Pricing:
                     "cost": cost.cost,
                     "first_order": cost.first_order,
                     "standard_error": cost.standard_error,
+                    "weight_cost": float(priced.parts[0]) / tokens,
+                    "activation_cost": float(priced.parts[1]) / tokens,
                 }
-                for parameter, squared in priced.squared_error.items():
-                    width = self.traces[parameter].shape[-1]
-                    outputs.setdefault(parameter, {})[name] = squared / (max(self.rows[parameter], 1) * width)
         traces: dict[str, float | list[float]] = {}
         for group in self.block.groups:
             for matrix in group.matrices:
@@ -178,7 +175,7 @@ class Pricing:
                         )
                     traces[linear.name] = (trace.sum(-1) / tokens).tolist()
                     vectors[f"{linear.name}|trace"] = trace
-        figures = {"groups": groups, "fisher_trace": traces, "output_mse": outputs, "tokens": tokens}
+        figures = {"groups": groups, "fisher_trace": traces, "tokens": tokens}
         return BlockSensitivity(vectors=vectors, figures=figures)
 
     def _by_linear(self, matrix: Matrix) -> list[tuple[LinearSpec, Tensor]]:
@@ -187,20 +184,6 @@ class Pricing:
         trace = self.traces[matrix.parameters[0]]
         pairs = zip(matrix.linears, matrix.rows, strict=True)
         return [(linear, trace[:, rows].contiguous()) for linear, rows in pairs]
-
-
-def members(matrix: Matrix) -> dict[str, tuple[LinearSpec, ...]]:
-    """The Linears in each parameter of a matrix: one in a Linear's own, all of them in a packed one."""
-    if matrix.experts is not None:
-        return {matrix.parameters[0]: matrix.linears}
-    return {parameter: (linear,) for parameter, linear in zip(matrix.parameters, matrix.linears, strict=True)}
-
-
-def own(tensors: Mapping[str, Tensor], linear: LinearSpec) -> dict[str, Tensor]:
-    """A Linear's shipped tensors by suffix; those of every expert as one stack."""
-    suffixes = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == linear.names[0]]
-    each = [{suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes} for name in linear.names]
-    return each[0] if linear.experts is None else stack(each)
 
 
 def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
@@ -212,3 +195,8 @@ def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
 def _times(x: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
     """x Wᵀ in x's type, whatever the weight's."""
     return F.linear(x, weight.to(x.dtype)) if routing is None else grouped_product(x, weight, routing.counts)
+
+
+def _through(gradient: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
+    """g W (rows, I) for output gradients g (rows, O) and a weight (O, I), or (E, O, I) of which each row meets one."""
+    return _times(gradient, weight.mT, routing)
