@@ -1,0 +1,100 @@
+"""Publishing to s3:// or gs://: every object is read back and compared, and config.json is written last.
+
+What is there already is known by reading it, too: stores have no digest in common that a client could ask for. While
+an earlier version is replaced there is no config.json, so readers see no mixture of two versions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from prismaquant_ray.checkpoint.publish import check_output, published
+from prismaquant_ray.checkpoint.shards import MANIFEST, claim
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.publishing.published import Published
+from prismaquant_ray.publishing.source import LAST, Digests, File, Listener, Source, pieces
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.store import ByteWriter, Store
+
+
+def check_bucket(source: Source, target: str) -> None:
+    """Within seconds: InputError or StoreError unless the repository may be put there."""
+    if source.store.path is None:
+        places = absolute(source.store.uri).split("/"), absolute(target).split("/")
+        if all(left == right for left, right in zip(*places, strict=False)):
+            raise InputError(
+                f"{target} and {source.store.uri} are one place, or one lies in the other; choose another target"
+            )
+    check_output(target, dequantized=source.dequantized)
+    Store(target).check_writable()
+
+
+def publish_to_bucket(source: Source, files: Sequence[File], target: str, listener: Listener) -> Published:
+    """Copy what is not there yet. InputError when the target holds something else, StoreError after the retries."""
+    check_output(target, dequantized=source.dequantized)
+    remote = Store(target)
+    before = set(remote.list())
+    common = [file for file in files if file.name in before and remote.size(file.name) == file.size]
+    if common:
+        listener.begin("comparing", len(common), sum(file.size for file in common))
+    present = [file for file in common if _arrived(remote, file, listener)]
+    if len(present) == len(files):
+        return Published(place=target, sent=(), present=_names(present), removed=(), bytes_sent=0)
+
+    sent = [file for file in files if file not in present or file.name in LAST]
+    listener.begin("sending and reading back", len(sent), 2 * sum(file.size for file in sent))
+    with published(target) as staging:
+        stale = claim(staging, json.loads(source.claim(())))
+        staging.put(MANIFEST, source.claim(stale))
+        for file in sent:
+            if file.name in LAST:
+                staging.put(file.name, source.get(file))  # held back until the end of the block
+            else:
+                staging.upload(file.name, partial(_copy, source, file, listener))
+                _check_arrived(remote, file, listener)
+        removed = before.intersection(stale).difference(_names(files))
+        staging.delete(removed)
+    for name in LAST:
+        file = next(file for file in sent if file.name == name)
+        listener.advance(file.size)
+        _check_arrived(remote, file, listener)
+    return Published(
+        place=target,
+        sent=_names(sent),
+        present=_names(file for file in present if file not in sent),
+        removed=tuple(sorted(removed)),
+        bytes_sent=sum(file.size for file in sent),
+    )
+
+
+def _copy(source: Source, file: File, listener: Listener, writer: ByteWriter) -> None:
+    source.copy(file, writer.write, listener.advance)
+
+
+def _check_arrived(remote: Store, file: File, listener: Listener) -> None:
+    if not _arrived(remote, file, listener):
+        raise StoreError(
+            f"{remote.uri}: {file.name} is not there as it was sent, by what was read back; run the same command again "
+            "to continue"
+        )
+    listener.done(file.name, "sent and read back", file.size)
+
+
+def _arrived(remote: Store, file: File, listener: Listener) -> bool:
+    """Whether the target has exactly the bytes of a file: it is read."""
+    if remote.size(file.name) != file.size:
+        return False
+    digests = Digests(file.size)
+    try:
+        for piece in pieces(remote, file.name, file.size):
+            digests.update(piece)
+            listener.advance(len(piece))
+    except KeyError:
+        return False
+    return digests.file(file.name) == file
+
+
+def _names(files: Iterable[File]) -> tuple[str, ...]:
+    return tuple(file.name for file in files)

@@ -1,0 +1,218 @@
+"""One model repository on the Hugging Face hub, through huggingface_hub, with failures repeated for a bounded time."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but in no __all__
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
+from huggingface_hub.utils.logging import get_verbosity, set_verbosity
+
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.publishing.hub_failures import HUB_FAILURES, diagnose, tidy
+from prismaquant_ray.publishing.source import File
+from prismaquant_ray.storage.failures import pauses, to_error
+from prismaquant_ray.storage.store import CHECK_SECONDS, RETRY_SECONDS
+
+# Seconds of silence after which a server is taken for gone. A commit of many files may take a minute.
+_SILENCE = 120.0
+_CONNECT = 10.0
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file as the hub lists it; `sha256` of those that git holds by reference."""
+
+    size: int | None
+    sha256: str | None
+    blob_id: str | None
+
+    def is_same(self, file: File) -> bool:
+        """Whether it has the bytes of a file, by size and digest."""
+        digest = self.blob_id == file.blob_id if self.sha256 is None else self.sha256 == file.sha256
+        return digest and self.size == file.size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """A repository at one commit; None for one without any."""
+
+    commit: str | None
+    private: bool
+    files: Mapping[str, RemoteFile]
+
+
+class HubRepository:
+    """`hf://org/name` behind few calls. Each repeats what may pass for `seconds`, then raises StoreError.
+
+    InputError means that the token, the name or the rights are wrong.
+    """
+
+    def __init__(self, uri: str, api: HfApi, *, seconds: float = RETRY_SECONDS) -> None:
+        self.uri = uri
+        self.id = repository_id(uri)
+        self.api = api
+        self._seconds = seconds
+        self._silence = min(_SILENCE, max(_CONNECT, seconds))
+
+    def hasty(self) -> HubRepository:
+        """The same for people who wait: it gives up within about 20 seconds."""
+        return HubRepository(self.uri, self.api, seconds=min(self._seconds, CHECK_SECONDS))
+
+    @property
+    def url(self) -> str:
+        """Where people find it."""
+        return f"{self.api.endpoint}/{self.id}"
+
+    def check_token(self) -> frozenset[str] | None:
+        """Whose repositories the token may make, None when that is not known.
+
+        InputError unless there is a token that the hub knows and that is not for reading only.
+        """
+        token = self.api.token
+        if token is False or not (isinstance(token, str) or get_token()):
+            raise InputError(
+                f"{self.uri}: there is no Hugging Face token; hf auth login, or set HF_TOKEN to one that may write"
+            )
+        account = self._ask("the token cannot be checked", self.api.whoami)
+        access = (account.get("auth") or {}).get("accessToken") or {}
+        if access.get("role") == "read":
+            raise InputError(f"{self.uri}: the Hugging Face token may only read; use one that may write")
+        if access.get("role") != "write":  # of a fine-grained token the hub does not list every organization
+            return None
+        return frozenset([account["name"], *(entry["name"] for entry in account.get("orgs") or ())])
+
+    def look(self) -> Snapshot | None:
+        """The repository now; None when there is none that this account can see."""
+
+        def ask() -> Snapshot | None:
+            try:
+                info = self.api.model_info(self.id, files_metadata=True, timeout=self._silence)
+            except RepositoryNotFoundError as error:
+                if error.response.status_code == 404:
+                    return None
+                raise
+            files = {
+                entry.rfilename: RemoteFile(entry.size, entry.lfs.sha256 if entry.lfs else None, entry.blob_id)
+                for entry in info.siblings or ()
+            }
+            return Snapshot(commit=info.sha, private=bool(info.private), files=files)
+
+        return self._ask("cannot be looked at", ask)
+
+    def create(self) -> None:
+        """Make the repository, private."""
+        self._ask("cannot be created", lambda: self.api.create_repo(self.id, private=True, exist_ok=True))
+
+    def make_public(self) -> None:
+        """Let everybody read it."""
+        self._ask("cannot be made public", lambda: self.api.update_repo_settings(self.id, private=False))
+
+    def get(self, name: str, commit: str | None) -> bytes:
+        """The bytes of a small file at a commit."""
+
+        def fetch() -> bytes:
+            with tempfile.TemporaryDirectory(prefix="prismaquant-") as directory:
+                return Path(self.api.hf_hub_download(self.id, name, revision=commit, local_dir=directory)).read_bytes()
+
+        return self._ask(f"{name} cannot be read", fetch)
+
+    def upload(self, operation: CommitOperationAdd) -> None:
+        """Store the bytes of a large file, which a commit then refers to; sends nothing that the hub has already."""
+
+        def send() -> None:
+            try:
+                self.api.preupload_lfs_files(self.id, additions=[operation])
+            except HUB_FAILURES:
+                raise
+            except ValueError as error:  # what the client says of an answer that it does not understand
+                raise StoreError(f"{self.uri}: {operation.path_in_repo} cannot be sent ({tidy(str(error))})") from None
+
+        self._ask(f"{operation.path_in_repo} cannot be sent", send, (*HUB_FAILURES, RuntimeError))
+
+    def commit(
+        self, message: str, additions: Iterable[CommitOperationAdd], removed: Iterable[str], parent: str | None
+    ) -> None:
+        """Add and remove files at once, unless somebody else's commit came after `parent`. Look at what became of it.
+
+        InputError when the hub refuses the front matter of README.md.
+        """
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
+        operations += (CommitOperationDelete(name, is_folder=False) for name in removed)
+        unanswered = False
+
+        def attempt() -> None:
+            nonlocal unanswered
+            if unanswered:
+                # The answer may have been lost, not the commit.
+                now = self.look()
+                if now is not None and now.commit != parent:
+                    return
+            try:
+                self.api.create_commit(self.id, operations, commit_message=message, parent_commit=parent)
+            except HUB_FAILURES:
+                unanswered = True
+                raise
+            except ValueError as error:
+                raise InputError(
+                    f"{self.uri}: the hub refuses it ({tidy(str(error))}); correct what it names"
+                ) from None
+
+        self._ask("cannot be committed to", attempt, (*HUB_FAILURES, RuntimeError))
+
+    def _ask(self, what: str, call: Callable[[], _T], failures: tuple[type[Exception], ...] = HUB_FAILURES) -> _T:
+        give_up = time.monotonic() + self._seconds
+        for pause in pauses():
+            # The client waits for ever unless told otherwise, and may have been made anew.
+            session = get_session()
+            session.timeout = type(session.timeout)(self._silence, connect=_CONNECT)
+            try:
+                return call()
+            except failures as error:
+                problem = diagnose(error)
+                if not problem.passing or time.monotonic() + pause > give_up:
+                    # Not chained: the client's text may repeat signed addresses.
+                    raise to_error(self.uri, what, problem) from None
+            time.sleep(pause)
+        raise AssertionError
+
+
+def repository_id(uri: str) -> str:
+    """org/name of hf://org/name; InputError for anything else."""
+    name = uri.removeprefix("hf://").rstrip("/")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason = str(error).partition(":")[0].rstrip(".")
+        raise InputError(f"{uri} is no name of a repository ({reason}); give hf://org/name") from None
+    if "/" not in name:
+        raise InputError(f"{uri} names no owner; give hf://org/name, with your user name or an organization")
+    return name
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the client's own bars and warnings, which repeat signed addresses."""
+    bars, verbosity = not are_progress_bars_disabled(), get_verbosity()
+    set_verbosity(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        set_verbosity(verbosity)
+        if bars:
+            enable_progress_bars()

@@ -1,0 +1,208 @@
+"""The repository to publish: checked against its manifest, before anything is sent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prismaquant_ray.checkpoint.publish import HeldBack
+from prismaquant_ray.checkpoint.reader import INDEX
+from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.storage.connection import local_path
+from prismaquant_ray.storage.store import Store
+
+#: The files that make weights a model, in the order in which they must appear.
+LAST = HeldBack.LAST
+#: Files are read in pieces of so many bytes.
+PIECE = 16 * 2**20
+
+
+class Listener(Protocol):
+    """Told how far a publication is; sizes are bytes."""
+
+    def begin(self, what: str, files: int, size: int) -> None:
+        """A stage begins: so many files of so many bytes together."""
+
+    def advance(self, size: int) -> None:
+        """So many more bytes of the stage are done."""
+
+    def done(self, name: str, what: str, size: int) -> None:
+        """A file is done, and what was done with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file by content: `blob_id` is git's name of it, SHA-1 over `blob SIZE\\0` and the bytes."""
+
+    name: str
+    size: int
+    sha256: str
+    blob_id: str
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> File:
+        """The description of bytes in memory."""
+        digests = Digests(len(data))
+        digests.update(data)
+        return digests.file(name)
+
+
+class Digests:
+    """Both digests of a file of `size` bytes, in one reading."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._sha256 = hashlib.sha256()
+        self._git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+    def update(self, data: bytes) -> None:
+        """Take the next bytes."""
+        self._sha256.update(data)
+        self._git.update(data)
+
+    def file(self, name: str) -> File:
+        """The file whose bytes were taken."""
+        return File(name, self._size, self._sha256.hexdigest(), self._git.hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A complete repository by its manifest.
+
+    `sizes` has every file to publish, in that order: small files, weights, `LAST`; `unlisted` are files beside them.
+    """
+
+    store: Store
+    manifest: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    unlisted: tuple[str, ...]
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether it holds decoded weights."""
+        return is_dequantized(json.dumps(self.manifest).encode())
+
+    def digest(self, listener: Listener) -> tuple[File, ...]:
+        """Every file, read once. InputError when weights are not what the manifest says."""
+        weights: Mapping[str, str] = self.manifest["sha256"]
+        listener.begin("checking", len(self.sizes), sum(self.sizes.values()))
+        files = []
+        for name, size in self.sizes.items():
+            digests = Digests(size)
+            for piece in pieces(self.store, name, size):
+                digests.update(piece)
+                listener.advance(len(piece))
+            file = digests.file(name)
+            if file.sha256 != weights.get(name, file.sha256):
+                raise InputError(
+                    f"{self.store.uri}: {name} has other bytes than {MANIFEST} says (SHA-256 {file.sha256[:12]}…, not "
+                    f"{weights[name][:12]}…); it is damaged, make the repository again or copy it whole"
+                )
+            files.append(file)
+        return tuple(files)
+
+    def is_weights(self, name: str) -> bool:
+        """Whether a file is one of the shards."""
+        return name in self.manifest["sha256"]
+
+    def claim(self, stale: Iterable[str]) -> bytes:
+        """A manifest that says whose a place is and that it is incomplete; it names what may be left there."""
+        head = {key: self.manifest[key] for key in ("schema", "kind") if key in self.manifest}
+        return as_json(head | {"complete": False, "files": {**dict.fromkeys(stale, 0), **self.manifest["files"]}})
+
+    def get(self, file: File) -> bytes:
+        """The bytes of a small file. StoreError when they are no longer what was digested."""
+        data = self.store.get(file.name)
+        self._check_same(file, File.of(file.name, data))
+        return data
+
+    def copy(self, file: File, write: Callable[[bytes], object], advance: Callable[[int], None]) -> None:
+        """Write the bytes of a file. StoreError, after the last, when they are no longer what was digested.
+
+        `advance` is told of bytes that are written, and takes them back when the copy fails.
+        """
+        digests, copied = Digests(file.size), 0
+        try:
+            for piece in pieces(self.store, file.name, file.size):
+                digests.update(piece)
+                write(piece)
+                copied += len(piece)
+                advance(len(piece))
+            self._check_same(file, digests.file(file.name))
+        except BaseException:
+            advance(-copied)
+            raise
+
+    def _check_same(self, file: File, found: File) -> None:
+        if found != file:
+            raise StoreError(
+                f"{self.store.uri}: {file.name} changed while it was read; run the same command again when nothing "
+                "writes there"
+            )
+
+
+def pieces(store: Store, name: str, size: int) -> Iterator[bytes]:
+    """The bytes of a file of that size, `PIECE` at a time."""
+    for start in range(0, size, PIECE):
+        yield bytes(store.get_ranges(name, [(start, min(size, start + PIECE))])[0])
+
+
+def open_source(uri: str) -> Source:
+    """The repository at `uri`; only its manifest is read. InputError when it is not complete or a size is another."""
+    path = local_path(uri)
+    if path is not None and not path.is_dir():
+        raise InputError(f"{uri} is not a directory; give a repository's directory or URI")
+    store = Store(uri, create=False)
+    store.check_readable()
+    manifest = _manifest(store)
+    listed: dict[str, int] = manifest["files"]
+    keys = set(store.list())
+    for name, size in listed.items():
+        found = store.size(name) if name in keys else None
+        if found is None:
+            raise InputError(f"{uri}: {name} is missing; make the repository again or copy it whole")
+        if found != size:
+            raise InputError(
+                f"{uri}: {name} has {found:,} bytes, but {MANIFEST} says {size:,}; the repository was changed or "
+                "copied in part, make it again"
+            )
+    weights = manifest["sha256"]
+    names = [name for name in sorted(listed, key=lambda name: (name in weights, name)) if name not in LAST]
+    sizes = listed | {MANIFEST: store.size(MANIFEST) or 0}
+    return Source(
+        store=store,
+        manifest=manifest,
+        sizes={name: sizes[name] for name in (*names, *LAST)},
+        unlisted=tuple(sorted(keys - {*names, *LAST})),
+    )
+
+
+def _manifest(store: Store) -> dict[str, Any]:
+    """The manifest of a complete repository; InputError for anything else."""
+    try:
+        body = json.loads(store.get(MANIFEST))
+    except KeyError:
+        raise InputError(
+            f"{store.uri} has no {MANIFEST}, so it is no repository of this project; give what `quantize`, `assemble` "
+            "or `dequantize` wrote"
+        ) from None
+    except ValueError:
+        raise InputError(f"{store.uri}: {MANIFEST} is not JSON; make the repository again") from None
+    if not isinstance(body, dict) or body.get("complete") is not True:
+        raise InputError(f"{store.uri} is not complete ({MANIFEST}); let the job that writes it finish first")
+    files, sha256 = body.get("files"), body.get("sha256")
+    if body.get("schema") != MANIFEST_SCHEMA or not isinstance(files, dict) or not isinstance(sha256, dict):
+        raise InputError(f"{store.uri}: {MANIFEST} is of another version of this project; make the repository again")
+    absent = [name for name in (CONFIG, INDEX, *sha256) if name not in files]
+    absent += [name for name in files if name.endswith(".safetensors") and name not in sha256]
+    if absent or not sha256:
+        raise InputError(
+            f"{store.uri}: {MANIFEST} does not describe {min(absent, default='any weights')}; make the repository again"
+        )
+    if odd := [name for name in files if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")}]:
+        raise InputError(f"{store.uri}: {MANIFEST} names a file {odd[0]!r}, which cannot be; make the repository again")
+    return body
