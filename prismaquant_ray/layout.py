@@ -6,7 +6,7 @@ place where module names are parsed; everything after works with these objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -236,7 +236,12 @@ class Layout:
 
     def called(self, name: str) -> tuple[str, ...]:
         """Every name that a runtime may know a module of the checkpoint by, the checkpoint's own first."""
-        view = next((view for view in self.views if view.part_of(name)), None)
-        if view is None:
-            return (name,)
-        return tuple(f".{name}.".replace(f".{view.part}.", f".{other}.", 1).strip(".") for other in view.names)
+        return called(name, self.views)
+
+
+def called(name: str, views: Iterable[View]) -> tuple[str, ...]:
+    """Every name that a runtime may know a module by, under these views; its own first."""
+    view = next((view for view in views if view.part_of(name)), None)
+    if view is None:
+        return (name,)
+    return tuple(f".{name}.".replace(f".{view.part}.", f".{other}.", 1).strip(".") for other in view.names)

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prismaquant_ray.calibration.batches import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
-from prismaquant_ray.checkpoint.decoded import own
+from prismaquant_ray.checkpoint.decoded_candidates import own
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName

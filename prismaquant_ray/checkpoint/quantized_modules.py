@@ -6,11 +6,13 @@ What a module is says its config group, found by vLLM's rules, and its tensors m
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationArgs
+from torch import Tensor
 
 from prismaquant_ray.checkpoint.block_fp8 import KEY
 from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, shipped
@@ -21,23 +23,51 @@ from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
 from prismaquant_ray.formats.int4 import WIDTHS
-from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.layout import LinearSpec, View, called
+from prismaquant_ray.models.families import family_of
 
 # A tensor of such a name makes its module a quantized one.
 _MARKS = frozenset(
     ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 ) | {WEIGHT_SCALE, INPUT_SCALE}
+# A weight of such a dtype is no weight.
+_CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
+
+
+# Keys of the configuration that BF16 weights cannot express.
+_BEYOND_WEIGHTS = ("kv_cache_scheme", "transform_config", "sparsity_config")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Module:
-    """A quantized Linear: its format, its tensors by suffix, and its shape."""
+class QuantizedModule(ABC):
+    """A quantized Linear: its config group (with its storage format), its tensors by suffix, and its shape."""
 
     name: str
-    format: FormatName
+    group: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     rows: int
     columns: int
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What its weights are stored as."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """Of the decoded weight, as safetensors calls it."""
+
+    @abstractmethod
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Weight (rows, columns) from its tensors by suffix; those of activations are not needed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Module(QuantizedModule):
+    """One in a format of ours."""
+
+    format: FormatName
 
     @property
     def codec(self) -> Codec:
@@ -46,24 +76,46 @@ class Module:
         assert codec is not None
         return codec
 
+    @property
+    def kind(self) -> str:
+        """The format; how activations are rounded only tells NVFP4 from NVFP4A16."""
+        return str(self.format)
+
+    @property
+    def dtype(self) -> str:
+        """As our codecs decode."""
+        return "BF16"
+
+    def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """By the codec."""
+        return self.codec.decode(tensors)
+
 
 # Configuration ------------------------------------------------------------------------------------------------------
 
 
-def _scheme(source: Checkpoint) -> dict[str, Any]:
-    """The quantization_config; InputError when there is none or it alone shows that it cannot be decoded."""
-    uri, config = source.store.uri, source.source_config
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    scheme: Any = next((part[KEY] for part in parts if part.get(KEY)), None)
+def is_quantized(source: Checkpoint) -> bool:
+    """Whether config.json speaks of a quantization that reading the checkpoint does not undo."""
+    return any(part.get(KEY) for part in _parts(source.config))
+
+
+def scheme_of(source: Checkpoint, *, beyond_weights: tuple[str, ...] = _BEYOND_WEIGHTS) -> dict[str, Any]:
+    """The quantization_config, each group with its storage format, without `actorder`.
+
+    InputError when there is none, or it alone shows that it cannot be decoded: it has something of `beyond_weights`.
+    """
+    uri = source.store.uri
+    scheme: Any = next((part[KEY] for part in _parts(source.source_config) if part.get(KEY)), None)
     if scheme is None:
         raise InputError(f"{uri} is not quantized: config.json has no {KEY}")
     method = scheme.get("quant_method") if isinstance(scheme, dict) else None
     if method != "compressed-tensors":
         raise InputError(f"{uri}: {KEY} is of {method!r}; only compressed-tensors is decoded")
+    scheme = _without_order(scheme)
     unreadable = unreadable_because(scheme)
     if unreadable is not None:
         raise InputError(f"{uri}: {KEY} cannot be read ({unreadable})")
-    for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
+    for key in beyond_weights:
         value = scheme.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
             raise InputError(f"{uri}: {KEY} has a {key}, which BF16 weights cannot express")
@@ -72,6 +124,24 @@ def _scheme(source: Checkpoint) -> dict[str, Any]:
         name: {"format": scheme.get("format")} | _stated(group) for name, group in scheme["config_groups"].items()
     }
     return {**scheme, "config_groups": groups}
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+
+
+def _without_order(scheme: dict[str, Any]) -> dict[str, Any]:
+    """The same without `actorder`: g_idx says all there is to say, and compressed-tensors refuses to read `group`."""
+    groups = scheme.get("config_groups")
+    if not isinstance(groups, dict):
+        return scheme
+    found = {}
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            group = {**group, "weights": {key: value for key, value in weights.items() if key != "actorder"}}  # noqa: PLW2901
+        found[name] = group
+    return {**scheme, "config_groups": found}
 
 
 def _stated(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +156,7 @@ def without_scheme(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _format_of(group: Mapping[str, Any]) -> FormatName | None:
+def format_of(group: Mapping[str, Any]) -> FormatName | None:
     """The format of a group's weights. How it rounds activations only tells NVFP4 from NVFP4A16."""
     if "weights" not in group:
         return None
@@ -108,7 +178,8 @@ def _stored_as(args: QuantizationArgs) -> tuple[Any, ...]:
     return args.num_bits, args.type, args.strategy, args.group_size, args.symmetric, args.dynamic
 
 
-def _described(group: Mapping[str, Any]) -> str:
+def described(group: Mapping[str, Any]) -> str:
+    """How a group stores weights, for errors."""
     weights = group.get("weights", {})
     facts = [group["format"], *(weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))]
     return " ".join(str(fact) for fact in facts if fact is not None)
@@ -117,43 +188,73 @@ def _described(group: Mapping[str, Any]) -> str:
 # Modules ------------------------------------------------------------------------------------------------------------
 
 
-def modules_of(source: Checkpoint) -> tuple[Module, ...]:
-    """Every quantized module, in the repository's order. InputError for one that cannot be decoded."""
-    uri, scheme = source.store.uri, _scheme(source)
-    groups = scheme["config_groups"]
-    formats = {name: _format_of(group) for name, group in groups.items()}
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A module whose tensors are codes, with the name and the config group that it is routed to."""
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    route: str
+    group: Mapping[str, Any]
+
+    def misfit(self, uri: str, what: str) -> InputError:
+        """The error when the tensors are not those of the group."""
+        return InputError(
+            f"{uri}: {self.name} has the scheme {self.route} ({described(self.group)}), but holds "
+            f"{_listed(self.tensors)}, which is not {what}; config.json and the weights do not belong together"
+        )
+
+
+def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Collection[str] = ()) -> Iterator[Coded]:
+    """Every module that holds codes, in the repository's order. InputError for one that the scheme does not know.
+
+    `left_out` are tensors that belong to no module.
+    """
     by_module: dict[str, dict[str, TensorInfo]] = {}
     for info in source.stored.values():
-        parent, _, suffix = info.name.rpartition(".")
-        by_module.setdefault(parent, {})[suffix] = info
-    found = []
+        if info.name not in left_out:
+            parent, _, suffix = info.name.rpartition(".")
+            by_module.setdefault(parent, {})[suffix] = info
+    views = _views(source)
     for name, tensors in by_module.items():
         weight = tensors.get("weight")
-        coded = not tensors.keys().isdisjoint(_MARKS) or (weight is not None and weight.dtype.startswith("F8"))
+        coded = not tensors.keys().isdisjoint(_MARKS) or (weight is not None and weight.dtype in _CODES)
         if not coded and not (weight is not None and len(weight.shape) == 2 and _is_named(scheme, name)):
             continue
-        route = vllm_route(scheme, name)
+        routes = (vllm_route(scheme, each) for each in called(name, views))
+        route = next((route for route in routes if route is not None), None)
         if route is None:
             raise InputError(
-                f"{uri}: {name} holds {_listed(tensors)}, but {KEY} has no scheme for it; "
+                f"{source.store.uri}: {name} holds {_listed(tensors)}, but {KEY} has no scheme for it; "
                 "config.json and the weights do not belong together"
             )
-        format_name = formats[route]
+        own = {suffix: info for suffix, info in tensors.items() if suffix != "bias"}
+        yield Coded(name, own, route, scheme["config_groups"][route])
+
+
+def modules_of(source: Checkpoint) -> tuple[Module, ...]:
+    """Every quantized module, in the repository's order. InputError for one that is not of a format of ours."""
+    uri, scheme = source.store.uri, scheme_of(source)
+    formats = {name: format_of(group) for name, group in scheme["config_groups"].items()}
+    found = []
+    for coded in coded_modules(source, scheme):
+        format_name = formats[coded.route]
         if format_name is None:
             known = ", ".join(known for known, spec in FORMATS.items() if spec.codec is not None)
             raise InputError(
-                f"{uri}: {name} has the scheme {route} ({_described(groups[route])}), which is not decoded; known are "
-                f"{known}"
+                f"{uri}: {coded.name} has the scheme {coded.route} ({described(coded.group)}), which is not decoded; "
+                f"known are {known}"
             )
-        own = {suffix: info for suffix, info in tensors.items() if suffix != "bias"}
-        module = _module(name, format_name, own, groups[route])
+        module = module_of(coded, format_name)
         if module is None:
-            raise InputError(
-                f"{uri}: {name} has the scheme {route} ({_described(groups[route])}), but holds {_listed(own)}, which "
-                f"is not {format_name}; config.json and the weights do not belong together"
-            )
+            raise coded.misfit(uri, str(format_name))
         found.append(module)
     return tuple(found)
+
+
+def _views(source: Checkpoint) -> tuple[View, ...]:
+    family = family_of(str(next(iter(source.config.get("architectures") or ()), "")))
+    return family.views if family is not None else ()
 
 
 def _is_named(scheme: Mapping[str, Any], module: str) -> bool:
@@ -166,11 +267,9 @@ def _is_named(scheme: Mapping[str, Any], module: str) -> bool:
     )
 
 
-def _module(
-    name: str, format_name: FormatName, tensors: Mapping[str, TensorInfo], group: Mapping[str, Any]
-) -> Module | None:
+def module_of(coded: Coded, format_name: FormatName) -> Module | None:
     """The module if its tensors are those of its format."""
-    spec = FORMATS[format_name]
+    spec, tensors = FORMATS[format_name], coded.tensors
     assert spec.codec is not None
     codes = tensors.get(spec.codec.codes)
     if codes is None or len(codes.shape) != 2 or codes.nbytes == 0:
@@ -179,16 +278,17 @@ def _module(
     columns = codes.nbytes * 8 // spec.codec.code_bits // rows
     if spec.refusal(rows, columns) is not None:
         return None
-    expected = dict(shipped(format_name, LinearSpec(name=name, out_features=rows, in_features=columns, sources=())))
+    linear = LinearSpec(name=coded.name, out_features=rows, in_features=columns, sources=())
+    expected = dict(shipped(format_name, linear))
     if format_name is FormatName.INT4:
-        width = group["weights"]["group_size"]
+        width = coded.group["weights"]["group_size"]
         expected["weight_scale"] = ("BF16", (rows, columns // width if columns % width == 0 else 0))
     scale = tensors.get("weight_scale")
     if format_name is FormatName.FP8 and scale is not None and scale.dtype == "F32":
         expected["weight_scale"] = ("F32", (rows, 1))  # the runtime holds them in float32
     if {suffix: (info.dtype, info.shape) for suffix, info in tensors.items()} != expected:
         return None
-    return Module(name=name, format=format_name, tensors=tensors, rows=rows, columns=columns)
+    return Module(name=coded.name, group=coded.group, tensors=tensors, rows=rows, columns=columns, format=format_name)
 
 
 def _listed(tensors: Mapping[str, TensorInfo]) -> str:

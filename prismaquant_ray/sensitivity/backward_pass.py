@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.calibration.batches import Batch
-from prismaquant_ray.checkpoint.decoded import CandidateTensors
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Block, Kind

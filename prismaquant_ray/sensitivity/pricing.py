@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prismaquant_ray.checkpoint.decoded import CandidateDecoder, CandidateTensors, Decoded
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of

@@ -1,0 +1,197 @@
+"""What a quantized repository decodes to, by tensor: the names, shapes and bytes of the model that was quantized.
+
+Experts are packed again, (E, 2I, H) with gate above up and (E, H, I), in architectures whose checkpoints have them
+packed, and where another layer of the repository still has: so the result is the same whichever layers were quantized,
+and what reads the source reads it. Elsewhere every expert keeps tensors of its own, as in those checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
+from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
+from prismaquant_ray.checkpoint.quantized_modules import QuantizedModule
+from prismaquant_ray.checkpoint.ranges import Piece
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.shards import Output
+from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.models.families import FAMILIES, qwen_hybrid
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# Qwen3.5's checkpoints have experts packed; those of its architectures that are dense have none.
+_PACKED = frozenset((*qwen_hybrid.VISION_LANGUAGE.architectures, *qwen_hybrid.TEXT.architectures))
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_FLOATS = ("BF16", "F16")
+# Of no use to a weight.
+_INPUT = (INPUT_SCALE, "input_scale", "input_zero_point")
+
+
+def decoded_outputs(
+    source: Checkpoint, modules: Iterable[QuantizedModule], decoder: Decoder, left_out: Collection[str] = ()
+) -> tuple[Output, ...]:
+    """Every tensor, each weight at the place of the first of those that it is decoded from."""
+    modules = tuple(modules)
+    owner = {info.name: module for module in modules for info in module.tensors.values()}
+    found: dict[str, Output] = {}
+    for name in source.tensors:
+        if name not in left_out:
+            piece = decoder.piece(owner[name]) if name in owner else source.piece(name)
+            found[piece[1].name] = Output.copy(piece)
+    decoded = {f"{module.name}.weight" for module in modules}
+    return tuple(_packed_again(found, decoded, source.config).values())
+
+
+# Weights ------------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """The decoded bytes of all modules, as one file: what is asked for together is read together."""
+
+    def __init__(self, source: Checkpoint, modules: Iterable[QuantizedModule]) -> None:
+        self._source = source
+        self._infos: dict[str, TensorInfo] = {}
+        self._at: dict[int, QuantizedModule] = {}
+        start = 0
+        for module in modules:
+            shape = (module.rows, module.columns)
+            stop = start + DTYPES[module.dtype].itemsize * module.rows * module.columns
+            self._infos[module.name] = TensorInfo(
+                name=f"{module.name}.weight", file="decoded", dtype=module.dtype, shape=shape, start=start, stop=stop
+            )
+            self._at[start] = module
+            start = stop
+        #: global scale of every NVFP4 module that was decoded
+        self.divisors: dict[str, float] = {}
+
+    @property
+    def uri(self) -> str:
+        """Where the codes are."""
+        return self._source.store.uri
+
+    def piece(self, module: QuantizedModule) -> Piece:
+        """A decoded weight."""
+        return self, self._infos[module.name]
+
+    def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:  # noqa: ARG002
+        """Bytes of whole weights. InputError for one that is not finite or not of the shape it says."""
+        modules = [self._at[start] for start, _ in ranges]
+        wanted = [info.name for module in modules for key, info in module.tensors.items() if key not in _INPUT]
+        tensors = self._source.read(wanted)
+        found: list[Buffer] = []
+        for module in modules:
+            own = {key: tensors.pop(info.name) for key, info in module.tensors.items() if key not in _INPUT}
+            found.append(self._decoded(module, own).view(-1).view(torch.uint8).numpy().data)
+        return found
+
+    def _decoded(self, module: QuantizedModule, tensors: Mapping[str, Tensor]) -> Tensor:
+        shape, scale = tensors.get("weight_shape"), tensors["weight_scale"]
+        if shape is not None and shape.tolist() != [module.rows, module.columns]:
+            raise InputError(
+                f"{self.uri}: {module.name}.weight_shape is {shape.tolist()}, but the codes are "
+                f"{module.rows} × {module.columns}"
+            )
+        if WEIGHT_SCALE in tensors:
+            self.divisors[module.name] = tensors[WEIGHT_SCALE].item()
+        decoded = module.decode(tensors)
+        sound = bool(decoded.isfinite().all())
+        if scale.dtype == torch.uint8 and bool((scale == 0).any()):
+            # 2⁻¹²⁷ is a subnormal that runtimes read differently, which is no matter below zeros.
+            visible = module.decode({**tensors, "weight_scale": torch.where(scale == 0, 127, scale)})
+            sound = sound and torch.equal(visible, decoded)
+        if not sound:
+            raise InputError(
+                f"{self.uri}: {module.name} ({module.kind}) decodes to weights that are NaN, infinite or below "
+                "2⁻¹²⁶; the repository is damaged, fetch or make it again"
+            )
+        return decoded
+
+
+def divisor_notes(divisors: Mapping[str, float]) -> Iterator[str]:
+    """One line each on NVFP4 weights whose global scale runtimes do not apply alike."""
+    rough = [name for name, value in divisors.items() if torch.tensor(value).bfloat16().item() != value]
+    if rough:
+        yield (
+            f"{_some(rough)}: {WEIGHT_SCALE} is not a BF16 value; vLLM multiplies by its reciprocal, which may round a "
+            "weight to the neighbouring BF16 value"
+        )
+    if apart := fused_apart(divisors):
+        yield f"{apart}: {WEIGHT_SCALE} is not that of what vLLM fuses with it; vLLM applies one of them to all"
+
+
+def fused_apart(values: Mapping[str, float]) -> str | None:
+    """Modules whose value differs from that of what runtimes fuse with them, the first by name; None without any."""
+    apart = [names[0] for names in _fused(values) if len({values[name] for name in names}) > 1]
+    return _some(apart) if apart else None
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _fused(names: Iterable[str]) -> Iterator[list[str]]:
+    """Modules that runtimes hold as one matrix, by the rules of any family."""
+    rules = {rule.members for family in FAMILIES for rule in family.fused}
+    rules |= {(family.experts.gate, family.experts.up) for family in FAMILIES}
+    leaves: dict[str, set[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        leaves.setdefault(parent, set()).add(leaf)
+    for parent, own in leaves.items():
+        for members in sorted(rules):
+            if own.issuperset(members):
+                yield [f"{parent}.{leaf}" for leaf in members]
+
+
+# Experts ------------------------------------------------------------------------------------------------------------
+
+
+def _packed_again(outputs: Mapping[str, Output], decoded: set[str], config: Mapping[str, Any]) -> dict[str, Output]:
+    """The same with experts packed where they were: see the module."""
+    stacks: dict[str, dict[tuple[int, str], str]] = {}
+    for name in outputs:
+        if found := _EXPERT.fullmatch(name):
+            stacks.setdefault(found[1], {})[int(found[2]), found[3]] = name
+    replaced: dict[str, list[Output]] = {}
+    for stack, names in stacks.items():
+        packed = _stacked(stack, {key: outputs[name] for key, name in names.items()})
+        if packed and decoded.intersection(names.values()) and _was_packed(packed, outputs, config):
+            replaced |= dict.fromkeys(names.values(), packed)
+    result: dict[str, Output] = {}
+    for name, output in outputs.items():
+        result |= {tensor.name: tensor for tensor in replaced.get(name, (output,))}
+    return result
+
+
+def _stacked(stack: str, members: Mapping[tuple[int, str], Output]) -> list[Output]:
+    """The packed tensors of one layer's experts; none when an expert is missing or is not like the others."""
+    experts = len({number for number, _ in members})
+    found = []
+    for packed, leaves in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        keys = [(expert, leaf) for expert in range(experts) for leaf in leaves]
+        parts = [members[key] for key in keys if key in members]
+        kinds = {(part.dtype, part.shape) for part in parts}
+        if len(parts) < len(keys) or len(kinds) > 1 or parts[0].dtype not in _FLOATS:
+            return []
+        rows, columns = parts[0].shape
+        pieces = tuple(piece for part in parts for piece in part.pieces)
+        found.append(Output(f"{stack}.{packed}", parts[0].dtype, (experts, len(leaves) * rows, columns), pieces))
+    return found
+
+
+def _was_packed(packed: Sequence[Output], outputs: Mapping[str, Output], config: Mapping[str, Any]) -> bool:
+    """Whether the source has such experts packed: its architecture does, or other layers are, in the same shapes."""
+    if any(tensor.name in outputs for tensor in packed):
+        return False
+    if not _PACKED.isdisjoint(config.get("architectures") or ()):
+        return True
+    witnesses = {(name.rpartition(".")[2], output.shape) for name, output in outputs.items() if ".experts." in name}
+    return all((tensor.name.rpartition(".")[2], tensor.shape) in witnesses for tensor in packed)

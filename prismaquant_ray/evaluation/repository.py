@@ -1,0 +1,259 @@
+"""A compressed-tensors repository, of any maker, as the model that it computes with.
+
+Weights are decoded when they are read, and all else is the repository's own: methods that quantize also change norms.
+Names and shapes are those of the model that was quantized, so a `ModelRunner` runs both alike. Modules in formats of
+ours are decoded by our codecs, all others by compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from prismaquant_ray.checkpoint.decoded_repository import Decoder, decoded_outputs
+from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
+from prismaquant_ray.checkpoint.quantized_modules import (
+    Coded,
+    QuantizedModule,
+    coded_modules,
+    described,
+    format_of,
+    is_quantized,
+    module_of,
+    scheme_of,
+    without_scheme,
+)
+from prismaquant_ray.checkpoint.ranges import Piece, read_pieces
+from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
+from prismaquant_ray.checkpoint.shards import Output
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.evaluation.foreign_modules import foreign_module, needs_shape, scheme_with_format
+from prismaquant_ray.evaluation.notes import cache_tensors, fused_notes, scheme_notes
+from prismaquant_ray.evaluation.roundings import (
+    InputRounding,
+    StoredRoundings,
+    format_of_inputs,
+    format_of_weights,
+    refusal,
+)
+from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# Bits per parameter count what grows with a matrix; what there is one of beside it are some bytes.
+_SCALARS = ("weight_shape", "weight_global_scale", "input_global_scale", "input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Bytes of a repository and what they are of.
+
+    `linear_bytes` are those of quantized Linears, codes and scales, without scalars and biases, and
+    `linear_parameters` their weights; `tensor_bytes` all tensors as stored and `parameters` all of the model's;
+    `file_bytes` all files but other copies of the weights.
+    """
+
+    linear_bytes: int
+    linear_parameters: int
+    tensor_bytes: int
+    parameters: int
+    file_bytes: int
+
+
+class RepositoryView(Checkpoint):
+    """A repository as the BF16 model it computes with; one that is not quantized is itself.
+
+    `modules` are the quantized Linears by their name in the repository. `tensors` are those of the model, decoded, and
+    `config` is its own; `stored` and `source_config` are what the files say. Opening reads headers, and of integers
+    packed without groups their shapes. InputError for a module that cannot be decoded, or whose inputs cannot be
+    rounded, naming it and its scheme.
+    """
+
+    def __init__(self, store: Store) -> None:
+        source = Checkpoint(store)
+        # The headers are read once: what the files say, they say to both.
+        self.__dict__.update(vars(source))
+        self._source = source
+        self._quantized = is_quantized(source)
+        self._notes: tuple[str, ...] = ()
+        self.modules: Mapping[str, QuantizedModule] = {}
+        self._schemes: dict[str, QuantizationScheme] = {}
+        if not self._quantized:
+            if source.config is not source.source_config:
+                self._notes = ("FP8 in blocks without compressed-tensors' scheme: its activations are not rounded",)
+            return
+        scheme = scheme_of(source, beyond_weights=("transform_config", "sparsity_config"))
+        schemes = {route: scheme_with_format(group) for route, group in scheme["config_groups"].items()}
+        self._notes = tuple(scheme_notes(scheme, schemes))
+        cache = cache_tensors(source, scheme, schemes)
+        coded = list(coded_modules(source, scheme, cache))
+        self.modules = {module.name: module for module in _modules(source, coded, schemes)}
+        self._schemes = {module.name: schemes[module.route] for module in coded}
+        decoder = Decoder(source, self.modules.values())
+        self._outputs = {
+            output.name: output for output in decoded_outputs(source, self.modules.values(), decoder, left_out=cache)
+        }
+        self.tensors = {name: _info(output) for name, output in self._outputs.items()}
+        self.config = without_scheme(source.config)
+
+    # Weights ----------------------------------------------------------------------------------------------------
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the model, decoded; InputError for one that is missing or decodes to no numbers."""
+        if not self._quantized:
+            return super().read(names)
+        outputs = [self._output(name) for name in names]
+        stream = read_pieces(piece for output in outputs for piece in output.pieces)
+        found: dict[str, Tensor] = {}
+        for output in outputs:
+            data = torch.empty(output.nbytes, dtype=torch.uint8)
+            view, start = data.numpy().data, 0
+            for _ in output.pieces:
+                info, buffer = next(stream)
+                view[start : start + info.nbytes] = memoryview(buffer).cast("B")
+                start += info.nbytes
+            found[output.name] = data.view(DTYPES[output.dtype]).reshape(output.shape)
+        return found
+
+    def piece(self, name: str) -> Piece:
+        """A tensor's decoded bytes, as read_pieces takes them."""
+        return (self, self._info(name)) if self._quantized else super().piece(name)
+
+    @property
+    def uri(self) -> str:
+        """Where the codes are."""
+        return self.store.uri
+
+    def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """Bytes [start, stop) of each range of a decoded tensor; its file is its name."""
+        data = self.read([file])[file].contiguous().view(-1).view(torch.uint8).numpy().data
+        return [data[start:stop] for start, stop in ranges]
+
+    def _output(self, name: str) -> Output:
+        self._info(name)
+        return self._outputs[name]
+
+    # Activations ------------------------------------------------------------------------------------------------
+
+    def roundings(self) -> Mapping[str, InputRounding]:
+        """What rounds the inputs of each module whose scheme quantizes them, by name; absent otherwise.
+
+        A static scale is read when its module is asked for; InputError for one that is no positive number.
+        """
+        return StoredRoundings(self._source, self.modules, self._schemes)
+
+    # Figures ----------------------------------------------------------------------------------------------------
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Modules by format, by ours where it is one, most first."""
+        labels = Counter(_label(module, self._schemes[name]) for name, module in self.modules.items())
+        return dict(labels.most_common())
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """One line each about what is not measured, and about scales that vLLM does not apply as they are stored.
+
+        For the latter every module's scalars are read; of a layer's experts only those of the first.
+        """
+        return (*self._notes, *fused_notes(self._source, self.modules))
+
+    def sizes(self) -> Sizes:
+        """What the repository takes; asks the store for the size of every file."""
+        files = [*self.files, *self.other_files(), *([INDEX] if self._index is not None else [])]
+        return Sizes(
+            linear_bytes=sum(_module_bytes(module) for module in self.modules.values()),
+            linear_parameters=sum(module.rows * module.columns for module in self.modules.values()),
+            tensor_bytes=sum(info.nbytes for info in self.stored.values()),
+            parameters=sum(math.prod(info.shape) for info in self.tensors.values()),
+            file_bytes=sum(self.store.size(file) or 0 for file in files),
+        )
+
+    def linear_bytes(self, linear: LinearSpec) -> int:
+        """Bytes of a Linear as it is stored, of every expert's: codes and scales, or the weight where it is kept."""
+        quantized = [self.modules[name] for name in linear.names if name in self.modules]
+        kept = len(linear.names) - len(quantized)
+        if not kept:
+            return sum(map(_module_bytes, quantized))
+        first = self._info(linear.sources[0])
+        width = DTYPES[first.dtype].itemsize
+        return sum(map(_module_bytes, quantized)) + kept * linear.out_features * linear.in_features * width
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
+
+
+def _modules(
+    source: Checkpoint, coded: Sequence[Coded], schemes: Mapping[str, QuantizationScheme]
+) -> Iterator[QuantizedModule]:
+    """Each decoded by our codec where its tensors are those of a format of ours, else by compressed-tensors."""
+    uri = source.store.uri
+    formats = {module.route: format_of(module.group) for module in coded}
+    shapes = {
+        module.name: module.tensors["weight_shape"].name
+        for module in coded
+        if formats[module.route] is None and needs_shape(module, schemes[module.route])
+    }
+    stated = source.read(shapes.values())
+    for module in coded:
+        scheme, name = schemes[module.route], formats[module.route]
+        found: QuantizedModule | None = module_of(module, name) if name is not None else None
+        if found is None:
+            columns = stated[shapes[module.name]].tolist()[-1] if module.name in shapes else None
+            found = foreign_module(module, scheme, uri, columns)
+        inputs = scheme.input_activations
+        refused = refusal(found, inputs) if inputs is not None else None
+        if refused is not None:
+            raise InputError(
+                f"{uri}: {module.name} has the scheme {module.route} ({described(module.group)}), whose inputs cannot "
+                f"be rounded: {refused}"
+            )
+        yield found
+
+
+def _module_bytes(module: QuantizedModule) -> int:
+    return sum(info.nbytes for suffix, info in module.tensors.items() if suffix not in _SCALARS)
+
+
+def _info(output: Output) -> TensorInfo:
+    """A tensor of the model; its file is its own name."""
+    return TensorInfo(
+        name=output.name, file=output.name, dtype=output.dtype, shape=output.shape, start=0, stop=output.nbytes
+    )
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+
+def _label(module: QuantizedModule, scheme: QuantizationScheme) -> str:
+    """The format of ours; else the widths, the type and the scales of weights and inputs."""
+    weights, inputs = scheme.weights, scheme.input_activations
+    name = format_of_weights(module)
+    if name is not None:
+        ours = format_of_inputs(inputs, name) if inputs is not None else None
+        rounds = FORMATS[name].round_activation is not None
+        if ours is FORMATS[name] if rounds else inputs is None:
+            return str(name)
+    words = [f"W{weights.num_bits}A{inputs.num_bits if inputs is not None else 16}", str(weights.type)]
+    words.append(_scales(weights))
+    if inputs is not None:
+        kind = "" if inputs.type == weights.type else f"{inputs.type} "
+        words.append(f"with {'dynamic' if inputs.dynamic else 'static'} {kind}{_scales(inputs)} inputs")
+    return " ".join(words)
+
+
+def _scales(args: QuantizationArgs) -> str:
+    size = "×".join(map(str, args.block_structure)) if args.strategy == "block" else args.group_size
+    words = [str(args.strategy), str(size or ""), "" if args.symmetric else "asymmetric"]
+    return " ".join(word for word in words if word)
