@@ -24,4 +24,31 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"{result['target']}: {result['bpp']:.4f} bits per parameter, predicted loss "
         f"{result['predicted_loss']:.5f} ± {result['standard_error']:.5f} nats/token, gap {result['gap']:.1e}"
     )
-    console.print(f"  groups: {formats}; repository at most {result['repository_bytes_at_most'] / 1e6:,.1f} MB")
+    console.print(
+        f"  groups: {formats}; repository at most {result['repository_bytes_at_most'] / 1e6:,.1f} MB, "
+        f"{result['loaded_bytes'] / 1e6:,.1f} MB as loaded"
+    )
+    if result["vram"] is not None:
+        console.print(f"  vram: {memory(result['vram'])}")
+    if "refinement" in result:
+        console.print(f"  interactions: {refinement(result['refinement'])}")
+
+
+def memory(vram: dict[str, Any]) -> str:
+    """What memory is made of, in one line."""
+    unit, name = (1e9, "GB") if vram["total"] >= 10**9 else (1e6, "MB")
+    kinds = " + ".join(f"{kind.replace('_', ' ')} {size / unit:.2f}" for kind, size in vram["kv_cache_of"].items())
+    return (
+        f"{vram['total'] / unit:.2f} {name} = weights {vram['weights'] / unit:.2f} + KV cache "
+        f"{vram['kv_cache'] / unit:.2f} ({kinds}; {vram['sequences']} × {vram['context']} tokens) + margin "
+        f"{vram['margin'] / unit:.2f}"
+    )
+
+
+def refinement(found: dict[str, Any]) -> str:
+    """What interactions gained, in one line."""
+    return (
+        f"{found['changed']} groups changed, {found['before']:.5f} -> {found['after']:.5f} nats/token on the tokens it "
+        f"was chosen on; on others {found['crossfit_gain']:+.5f} ± {found['crossfit_standard_error']:.5f} gained "
+        f"({found['shrinkage']:.1%} of the terms between groups is no noise)"
+    )

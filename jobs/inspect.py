@@ -14,7 +14,10 @@ from actors.cluster import joins
 from actors.needs import Needs, shard_size
 from actors.shards import VISITS
 from jobs import inputs
+from jobs.allocate import memory
 from jobs.run import Run
+from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.allocation.constraints import restricted
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config, parse_bytes
 from prismaquant_ray.errors import InputError
@@ -50,6 +53,8 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
         "groups_per_format": allowed,
         "kept": dict(layout.kept),
         "budget_bytes": limit,
+        "vram": None if sizes.serving is None else sizes.serving.described(sizes.loaded(_stored(sizes, config, limit))),
+        "restricted_groups": restricted(sizes, layout),
         "needs": required.as_dict(),
         "workers": workers,
         "on_this_machine": not joins(config.cluster),
@@ -58,6 +63,11 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
         "run_store_bytes": required.run_store(size.blocks),
         "machines": [_plan(config, required, machine, *other) for machine, other in zip(machines, others, strict=True)],
     }
+
+
+def _stored(sizes: Sizes, config: Config, limit: int) -> int:
+    """Most bytes of candidates within the budget; in `bpp` their scalars do not count, so all are added."""
+    return limit if config.budget.bpp is None else limit + int((sizes.stored - sizes.weights).max(axis=1).sum())
 
 
 def _machine(text: str) -> tuple[int, int]:
@@ -117,6 +127,10 @@ def render(result: dict[str, Any], console: Console) -> None:
     for reason, names in by_reason.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         console.print(f"  kept: {names[0]}{more} ({reason})")
+    if result["restricted_groups"]:
+        console.print(f"  allocation.force and floor leave {result['restricted_groups']} groups fewer formats")
+    if result["vram"] is not None:
+        console.print(f"  vram, of the largest plan in the budget: {memory(result['vram'])}")
     needs, size = result["needs"], result["blocks_per_shard"]
     console.print(
         f"  a block: {_gb(needs['block'])} = weights {_gb(needs['block_weights'])} + the larger of Hessians "

@@ -30,6 +30,27 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 
 
+def parse_margin(value: Any) -> Any:
+    """A share (a float below 1) from 15% or 0.15, or bytes (an int) from 4GB."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            share = float(value.strip()[:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"{value!r} is not a share; write 15%, or bytes as 4GB")
+        return share
+    if isinstance(value, float) and 0.0 <= value < 1.0:
+        return value
+    size = parse_bytes(value)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise ValueError(f"{value!r} is not a margin; write 15%, or bytes as 4GB")
+    return size
+
+
+Margin = Annotated[float | int, BeforeValidator(parse_margin)]
+
+
 def parse_location(value: Any) -> Any:
     """A URI of an object store as it is, anything else as a local path."""
     if not isinstance(value, str):
@@ -88,21 +109,42 @@ class CalibrationConfig(Section):
     labels: Literal["sampled", "data"] = "sampled"
 
 
+#: Kinds of budget; exactly one is given.
+BUDGETS = ("bpp", "bytes", "vram")
+
+
 class BudgetConfig(Section):
-    """How large the result may be: bits per quantizable parameter, or bytes of the whole repository's weights."""
+    """How large the result may be: exactly one of `bpp`, `bytes` and `vram`.
+
+    `bpp` is bits per quantizable parameter, `bytes` those of the whole repository. `vram` is the memory of the GPUs of
+    one server: weights as loaded, the KV cache of `sequences` sequences of `context` tokens each, and a `margin` for
+    everything else, a share of the memory or bytes. `kv_cache: auto` is the model's own 16 bits. With `context`, plans
+    for the other two kinds say what they take, too. docs/budgets.md has the arithmetic.
+    """
 
     bpp: float | None = Field(default=None, gt=0.0)
     bytes: Bytes | None = None
+    vram: Bytes | None = None
+    context: int | None = Field(default=None, ge=1)
+    sequences: int = Field(default=1, ge=1)
+    kv_cache: Literal["auto", "bf16", "fp8"] = "auto"
+    margin: Margin = 0.15
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
-        if (self.bpp is None) == (self.bytes is None):
-            raise ValueError("give exactly one of bpp and bytes")
+        if sum(getattr(self, kind) is not None for kind in BUDGETS) != 1:
+            raise ValueError("give exactly one of bpp, bytes and vram")
+        fields = type(self).model_fields
+        given = (name for name in ("sequences", "kv_cache", "margin") if getattr(self, name) != fields[name].default)
+        if self.context is None and (self.vram is not None or any(given)):
+            raise ValueError("context is missing: the KV cache is computed for so many tokens of every sequence")
         return self
 
     @property
     def target(self) -> str:
         """Its name in the run store, e.g. 5.5bpp."""
+        if self.vram is not None:
+            return f"{self.vram}B-vram-{self.sequences}x{self.context}-{self.kv_cache}"
         return f"{self.bpp:g}bpp" if self.bpp is not None else f"{self.bytes}B"
 
 
@@ -133,15 +175,56 @@ class RoundingConfig(Section):
     gptq: GptqConfig | None = Field(default_factory=GptqConfig)
 
 
+def _known_format(name: Any) -> Any:
+    if name not in set(FormatName):
+        raise ValueError(f"unknown format {name!r}{_nearest(str(name), list(FormatName))}")
+    return name
+
+
+class FormatRule(Section):
+    """A format for some of the model. `match` is a glob on the names of Linears in the checkpoint, or of fused groups.
+
+    A fused group has one format: a pattern that fits some of its Linears and not all is refused.
+    """
+
+    match: str = Field(min_length=1)
+    format: Annotated[FormatName, BeforeValidator(_known_format)]
+
+
 class AllocationConfig(Section):
     """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods.
 
     `mtp_weight` is what a nat of a draft head's loss is worth in nats of the model's. A worse draft costs speed, not
-    quality: fewer of its tokens are accepted.
+    quality: fewer of its tokens are accepted. `interactions` refines a plan with what the errors of different groups
+    have to do with each other. `force` sets formats, `floor` formats with at least as many bits, and
+    `max_bf16_fraction` bounds the share of the quantizable parameters that may stay in BF16. None of these changes what
+    is measured.
     """
 
     objective: Literal["token_fisher", "fisher_trace"] = "token_fisher"
     mtp_weight: float = Field(default=0.1, ge=0.0)
+    interactions: bool = False
+    force: tuple[FormatRule, ...] = ()
+    floor: tuple[FormatRule, ...] = ()
+    max_bf16_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+
+    @model_validator(mode="after")
+    def _priced(self) -> AllocationConfig:
+        if self.interactions and self.objective != "token_fisher":
+            raise ValueError("interactions are known for the objective token_fisher only")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What a quantized model is measured on, for `sweep --measure`: text (and images) that calibration has not seen.
+
+    `sequences` and `length` are in number and tokens; `images` is a JSONL file like that of the calibration.
+    """
+
+    text: Path
+    images: Path | None = None
+    sequences: int = Field(default=24, ge=1)
+    length: int = Field(default=512, ge=2)
 
 
 class ClusterConfig(Section):
@@ -197,6 +280,7 @@ class Config(Section):
     sweep: tuple[Annotated[float, Field(gt=0.0)], ...] = (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
     allocation: AllocationConfig = Field(default_factory=AllocationConfig)
     rounding: RoundingConfig = Field(default_factory=RoundingConfig)
+    evaluation: EvaluationConfig | None = None
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     store: StoreConfig
 
@@ -204,8 +288,7 @@ class Config(Section):
     @classmethod
     def _known(cls, formats: Any) -> Any:
         for name in formats if isinstance(formats, list | tuple) else ():
-            if name not in set(FormatName):
-                raise ValueError(f"unknown format {name!r}{_nearest(str(name), list(FormatName))}")
+            _known_format(name)
         return formats
 
     @field_validator("formats")
@@ -231,12 +314,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected sections such as model: and budget:")
+    return checked(body, overrides, name=str(path))
+
+
+def checked(body: dict[str, Any], overrides: Sequence[str] = (), *, name: str) -> Config:
+    """The configuration that a parsed file and overrides give; ConfigError, beginning with `name`, if they do not."""
     for override in overrides:
         _apply(body, override)
     try:
         return Config.model_validate(body)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_first(error)}") from error
+        raise ConfigError(f"{name}: {_first(error)}") from error
 
 
 def _apply(body: dict[str, Any], override: str) -> None:
@@ -254,8 +342,9 @@ def _apply(body: dict[str, Any], override: str) -> None:
         if not isinstance(found, dict):
             raise ConfigError(f"--set {override}: {section} is not a section")
         node = found
-    if sections == ["budget"]:
-        node.clear()  # one budget replaces another
+    if sections == ["budget"] and leaf in BUDGETS:
+        for kind in BUDGETS:  # one budget replaces another
+            node.pop(kind, None)
     node[leaf] = value
 
 
@@ -277,6 +366,8 @@ def _first(error: ValidationError) -> str:
 def _keys(path: Sequence[str]) -> list[str]:
     section: Any = Config
     for part in path:
+        if part.isdigit():  # of a list: its entries are sections of one kind
+            continue
         annotation = section.model_fields[part].annotation
         section = next(
             (t for t in (annotation, *get_args(annotation)) if isinstance(t, type) and issubclass(t, BaseModel)), None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prismaquant_ray.config import Config, load, parse_bytes
+from prismaquant_ray.config import BudgetConfig, Config, load, parse_bytes
 from prismaquant_ray.errors import ConfigError
 
 GOOD = """
@@ -31,6 +31,42 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (config.rounding.scale_search.grid, config.rounding.scale_search.span) == (32, (0.5, 1.5))
     assert (config.model.quantize_lm_head, config.calibration.images) == (False, None)
     assert (config.allocation.objective, config.allocation.mtp_weight) == ("token_fisher", 0.1)
+    assert (config.allocation.interactions, config.allocation.max_bf16_fraction) == (False, None)
+    assert (config.allocation.force, config.allocation.floor) == ((), ())
+    assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
+
+
+@pytest.mark.parametrize(
+    ("margin", "read"), [("15%", 0.15), (0.15, 0.15), ("0%", 0.0), ("4GB", 4 * 10**9), (0, 0), (123, 123)]
+)
+def test_a_margin_is_a_share_or_bytes(margin: str | float, read: float) -> None:
+    budget = BudgetConfig.model_validate({"vram": "24GB", "context": 1, "margin": margin})
+    assert (budget.margin, type(budget.margin)) == (pytest.approx(read), type(read))
+
+
+@pytest.mark.parametrize("budget", [{"bpp": 5.5}, {"vram": "24GB", "context": 9, "margin": "5%", "kv_cache": "fp8"}])
+def test_a_budget_can_be_stored_and_read_again(budget: dict[str, object]) -> None:
+    found = BudgetConfig.model_validate(budget)
+    assert BudgetConfig.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_budgets_have_a_name_each() -> None:
+    budgets = (
+        BudgetConfig(bpp=5.5),
+        BudgetConfig(bytes=19),
+        BudgetConfig(vram=19, context=8),
+        BudgetConfig(vram=19, context=8, sequences=2),
+        BudgetConfig(vram=19, context=8, kv_cache="fp8"),
+    )
+    assert len({budget.target for budget in budgets}) == len(budgets)
+
+
+def test_the_settings_of_memory_stay_when_the_kind_of_budget_is_replaced(tmp_path: Path) -> None:
+    memory = ["budget.vram=24GB", "budget.context=32768", "budget.sequences=8"]
+    config = load(write(tmp_path, GOOD), memory[1:] + memory[:1])
+    assert (config.budget.vram, config.budget.context, config.budget.sequences) == (24 * 10**9, 32_768, 8)
+    again = load(write(tmp_path, GOOD), [*memory, "budget.bpp=5"])
+    assert (again.budget.bpp, again.budget.vram, again.budget.context) == (5.0, None, 32_768)
 
 
 def test_the_shipped_configuration_loads() -> None:
@@ -59,7 +95,20 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("calibration.holdout=1.5", "calibration.holdout: "),
         ("budget.bpp=-1", "budget.bpp: "),
         ("budget.bytes=many", "'many' is not a size"),
-        ("budget={}", "give exactly one of bpp and bytes"),
+        ("budget={}", "give exactly one of bpp, bytes and vram"),
+        ("budget={bpp: 5, vram: 24GB, context: 1}", "give exactly one of bpp, bytes and vram"),
+        ("budget.vram=24GB", "context is missing: the KV cache is computed"),
+        ("budget.sequences=8", "context is missing: the KV cache is computed"),
+        ("budget={vram: 24GB, context: 0}", "budget.context: "),
+        ("budget={vram: 24GB, context: 1, kv_cache: int4}", "budget.kv_cache: "),
+        ("budget={vram: 24GB, context: 1, margin: 100%}", "'100%' is not a share; write 15%, or bytes as 4GB"),
+        ("budget={vram: 24GB, context: 1, margin: -1}", "-1 is not a margin"),
+        ("budget={vram: 24GB, contxt: 1}", "unknown key budget.contxt; did you mean context?"),
+        ("allocation.force=[{match: a, format: NVFP5}]", "unknown format 'NVFP5'; did you mean NVFP4?"),
+        ("allocation.floor=[{mach: a, format: BF16}]", "unknown key allocation.floor.0.mach; did you mean match?"),
+        ("allocation.floor=[{match: a}]", "allocation.floor.0.format is missing"),
+        ("allocation.max_bf16_fraction=1.5", "allocation.max_bf16_fraction: "),
+        ("allocation={interactions: true, objective: fisher_trace}", "interactions are known for the objective"),
         ("rounding.scale_search.span=[0.5, 2]", "head-room"),
         ("store.run=ftp://bucket/run", "store.run: ftp:// is not supported; give a directory or one of s3, gs://"),
         ("store.run=a/out/run", "must be separate directories"),

@@ -2,7 +2,8 @@
 
 `bpp` counts codes and group scales of quantizable Linears and nothing else. The two 4-byte scalars of an NVFP4
 Linear are left out of it (they would put uniform NVFP4 at 4.5001 and out of a 4.5 budget); `bytes` counts every
-byte of the repository, with a bound in place of the few that depend on the plan (names in headers and index).
+byte of the repository, with a bound in place of the few that depend on the plan (names in headers and index) and an
+allowance for the model card; `vram` counts every tensor as it is loaded, and what a server holds beside them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from prismaquant_ray.allocation.kv_cache import Serving
+from prismaquant_ray.allocation.second_limit import SecondLimit
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -23,31 +26,43 @@ from prismaquant_ray.layout import Layout
 _TENSORS = 4
 # Fixed parts of config.json, the manifest, the index and shard headers.
 _FIXED_BYTES = 1 << 16
+#: Bytes of a repository that are kept free for its README.md.
+CARD_BYTES = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Sizes:
     """Bytes of every candidate: `weights` (groups, formats) int64 counts codes and group scales, `stored` also scalars.
 
-    `allowed` is False where a group cannot take a format. `fixed` is everything else the repository holds.
+    `allowed` is False where a group cannot take a format, or must not. `kept` are the tensors that stay as they are,
+    `fixed` everything the repository holds beside candidates, those among it. `serving` is what a server holds beside
+    the tensors, when that was asked; `second` the limit on BF16, when there is one.
     """
 
     formats: tuple[FormatName, ...]
     weights: NDArray[np.int64]
     stored: NDArray[np.int64]
     allowed: NDArray[np.bool_]
+    kept: int
     fixed: int
     parameters: int
+    serving: Serving | None = None
+    second: SecondLimit | None = None
 
     def of(self, budget: BudgetConfig) -> NDArray[np.int64]:
         """The table this kind of budget counts."""
         return self.weights if budget.bpp is not None else self.stored
 
     def limit(self, budget: BudgetConfig) -> int:
-        """Bytes of candidates the budget allows; InputError, with both bounds, outside what plans can weigh."""
+        """Bytes of candidates the budget allows; InputError, with both bounds, outside what plans can weigh.
+
+        Memory may be larger than any plan.
+        """
         table = self.of(budget)
         smallest = int(np.where(self.allowed, table, np.iinfo(np.int64).max).min(axis=1).sum())
         largest = int(np.where(self.allowed, table, 0).max(axis=1).sum())
+        if budget.vram is not None:
+            return self._vram_limit(budget, budget.vram, smallest, largest)
         if budget.bpp is not None:
             limit = int(budget.bpp * self.parameters / 8)
             low, high = 8 * smallest / self.parameters, 8 * largest / self.parameters
@@ -62,13 +77,39 @@ class Sizes:
             raise InputError(f"budget {shown} is above the largest plan; give one between {bounds}")
         return limit
 
+    def _vram_limit(self, budget: BudgetConfig, vram: int, smallest: int, largest: int) -> int:
+        assert self.serving is not None
+        room = self.serving.room(vram) - self.kept
+        if room >= smallest:
+            return min(room, largest)
+        cache, tokens = self.serving.cache_bytes, f"{self.serving.sequences} × {self.serving.context} tokens"
+        needed = self.serving.needed(self.loaded(smallest))
+        remedy = "" if budget.kv_cache == "fp8" else ", or set kv_cache: fp8"
+        beside = "not even the KV cache fits" if self.serving.room(vram) < 0 else "the smallest plan does not fit"
+        raise InputError(
+            f"budget.vram {_gb(vram)}: {beside}; the smallest plan needs {_gb(needed)} (weights "
+            f"{_gb(self.loaded(smallest))}, KV cache {_gb(cache)} for {tokens}, margin "
+            f"{_gb(needed - self.loaded(smallest) - cache)}); lower context, sequences or margin{remedy}"
+        )
+
+    def loaded(self, choice_stored: int) -> int:
+        """Bytes of all tensors as a server loads them, with so many of candidates."""
+        return self.kept + choice_stored
+
     def bpp(self, choice_weights: int) -> float:
         """Bits per quantizable parameter for that many bytes of codes and scales."""
         return 8 * choice_weights / self.parameters
 
 
-def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) -> Sizes:
-    """Sizes of every candidate. `fixed_bytes` are those of unquantized tensors, their entries, and copied files.
+def measure(
+    layout: Layout,
+    formats: Sequence[FormatName],
+    *,
+    kept_bytes: int,
+    other_bytes: int,
+    serving: Serving | None = None,
+) -> Sizes:
+    """Sizes of every candidate. `kept_bytes` are those of unquantized tensors, the others their entries and files.
 
     Raises InputError when a group can take none of the formats, or a format no group.
     """
@@ -99,11 +140,17 @@ def measure(layout: Layout, formats: Sequence[FormatName], *, fixed_bytes: int) 
         weights=weights,
         stored=stored,
         allowed=allowed,
-        fixed=fixed_bytes + names + _FIXED_BYTES,
+        kept=kept_bytes,
+        fixed=kept_bytes + other_bytes + names + _FIXED_BYTES + CARD_BYTES,
         parameters=layout.parameters,
+        serving=serving,
     )
 
 
 def entry_bytes(name: str) -> int:
     """Bound on what a tensor's name costs: its entries in a shard's header, the index, the manifest and the config."""
     return 3 * len(name) + 200
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"

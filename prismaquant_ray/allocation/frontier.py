@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prismaquant_ray.allocation.problem import AllocationProblem, Plan, Relaxation
-from prismaquant_ray.allocation.solver import Solver
+from prismaquant_ray.allocation.second_limit import SecondLimit, solver
 
 __all__ = ["Frontier", "frontier", "knee", "sweep"]
 
@@ -43,19 +43,19 @@ def frontier(problem: AllocationProblem) -> Frontier:
     return Frontier(bytes=relaxation.bytes, cost=relaxation.value, relaxation=relaxation)
 
 
-def sweep(problem: AllocationProblem, budgets: Sequence[int]) -> list[Plan]:
-    """The cheapest plan for every budget in bytes, in the order given, from one preparation.
+def sweep(problem: AllocationProblem, budgets: Sequence[int], second: SecondLimit | None = None) -> list[Plan]:
+    """The cheapest plan for every budget in bytes (and within a second limit), in the order given.
 
     Cost never rises with the budget, also when a search was cut short.
 
     Raises:
-        InputError: a budget is below the smallest plan.
+        InputError: a budget is below the smallest plan, or no plan keeps the second limit.
     """
-    solver = Solver(problem)
+    plan_for = solver(problem, second)
     plans: dict[int, Plan] = {}
     previous: Plan | None = None
     for budget in sorted(set(budgets)):
-        plan = solver.plan(budget)
+        plan = plan_for.plan(budget)
         if previous is not None and previous.cost < plan.cost:
             bound = min(plan.bound, previous.cost)
             gap = (previous.cost - bound) / max(abs(previous.cost), math.ulp(0.0))

@@ -8,6 +8,7 @@ sweeps and tests.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,28 @@ class AllocationProblem:
         row, column = (int(index) for index in np.argwhere(~holds)[0])
         where = f" in {self.formats[column]}" if holds.shape[1] == len(self.formats) > 1 else ""
         raise InputError(f"Group {self.groups[row]} has {problem}{where}. {remedy}")
+
+    def with_cost(self, cost: Floats) -> AllocationProblem:
+        """The same groups, formats and sizes at other costs; NaN may forbid more."""
+        return AllocationProblem(groups=self.groups, formats=self.formats, cost=cost, size=self.size)
+
+    def columns(self, choice: Mapping[str, str]) -> Ints:
+        """(groups,) column of every group's format."""
+        of = {name: column for column, name in enumerate(self.formats)}
+        return np.array([of[choice[group]] for group in self.groups], dtype=np.int64)
+
+    def plan(self, columns: Ints, budget: int, slack: float) -> Plan:
+        """The plan with these columns, at most `slack` nats per token above the optimum for the budget."""
+        rows = np.arange(len(columns))
+        cost = math.fsum(self.cost[rows, columns].tolist())
+        return Plan(
+            choice={group: self.formats[j] for group, j in zip(self.groups, columns.tolist(), strict=True)},
+            cost=cost,
+            size=int(self.size[rows, columns].sum()),
+            bound=cost - slack,
+            gap=slack / max(abs(cost), math.ulp(0.0)),
+            budget=budget,
+        )
 
     @property
     def allowed(self) -> NDArray[np.bool_]:
@@ -177,17 +200,7 @@ class Relaxation:
 
     def plan(self, points: Ints, budget: int, slack: float) -> Plan:
         """The plan with these points, at most `slack` nats per token above the optimum for the budget."""
-        problem, rows = self.problem, np.arange(len(points))
-        columns = self.column[rows, points]
-        cost = math.fsum(problem.cost[rows, columns].tolist())
-        return Plan(
-            choice={group: problem.formats[j] for group, j in zip(problem.groups, columns.tolist(), strict=True)},
-            cost=cost,
-            size=int(self.size[rows, points].sum()),
-            bound=cost - slack,
-            gap=slack / max(abs(cost), math.ulp(0.0)),
-            budget=budget,
-        )
+        return self.problem.plan(self.column[np.arange(len(points)), points], budget, slack)
 
 
 def lower_hull(size: Ints, cost: Floats, start: Ints) -> Ints:

@@ -1,0 +1,130 @@
+"""What a user rules out beside the budget: formats by name pattern, and too many parameters in BF16.
+
+Patterns are resolved against the layout before anything is measured; what they rule out is one mask, so every plan,
+frontier and knee that is made with it keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.allocation.second_limit import SecondLimit
+from prismaquant_ray.config import AllocationConfig, FormatRule
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import refusal
+from prismaquant_ray.layout import FusedGroup, Layout
+
+# A Linear of ordinary size, for the bits of a format that a group's own shape does not fit.
+_NOMINAL = (4096, 4096)
+
+
+def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> Sizes:
+    """The sizes with only those formats allowed that `force` and `floor` leave, and the limit on BF16.
+
+    Raises InputError for a pattern that matches nothing or a part of a fused group, a format that a group cannot take,
+    and settings that contradict each other.
+    """
+    allowed = sizes.allowed.copy()
+    forced: dict[int, FormatRule] = {}
+    for rule in allocation.force:
+        where = f"allocation.force {rule.match}"
+        if rule.format not in sizes.formats:
+            raise InputError(f"{where}: {rule.format} is not one of the formats; add it to formats")
+        column = sizes.formats.index(rule.format)
+        for row in _matched(layout, rule, where):
+            group, other = layout.groups[row], forced.get(row)
+            if other is not None and other.format != rule.format:
+                raise InputError(
+                    f"{where}: {group.name} is to be {rule.format}, and by {other.match} {other.format}; keep one"
+                )
+            if not sizes.allowed[row, column]:
+                raise InputError(f"{where}: {group.name} cannot take {rule.format} ({refusal(rule.format, group)})")
+            forced[row] = rule
+            allowed[row] = np.arange(len(sizes.formats)) == column
+    for rule in allocation.floor:
+        where = f"allocation.floor {rule.match}"
+        for row in _matched(layout, rule, where):
+            group = layout.groups[row]
+            least = _bits(rule.format, group)
+            allowed[row] &= [_bits(name, group) >= least for name in sizes.formats]
+            if allowed[row].any():
+                continue
+            if row in forced:
+                raise InputError(
+                    f"{where}: {group.name} is to have at least the bits of {rule.format}, and allocation.force "
+                    f"{forced[row].match} makes it {forced[row].format}; change one"
+                )
+            raise InputError(
+                f"{where}: none of the formats that {group.name} can take has the bits of {rule.format}; add one to "
+                "formats"
+            )
+    return replace(sizes, allowed=allowed, second=_second(sizes, layout, allowed, allocation.max_bf16_fraction))
+
+
+def restricted(sizes: Sizes, layout: Layout) -> int:
+    """Groups that constraints leave fewer formats than their shapes do."""
+    takes = np.array([[refusal(name, group) is None for name in sizes.formats] for group in layout.groups])
+    return int((takes != sizes.allowed).any(axis=1).sum())
+
+
+def _second(sizes: Sizes, layout: Layout, allowed: NDArray[np.bool_], fraction: float | None) -> SecondLimit | None:
+    if fraction is None or FormatName.BF16 not in sizes.formats:
+        return None
+    use = np.zeros(sizes.weights.shape, dtype=np.int64)
+    column = sizes.formats.index(FormatName.BF16)
+    use[:, column] = [group.parameters for group in layout.groups]
+    limit = int(fraction * sizes.parameters)
+    only = np.flatnonzero(allowed.sum(axis=1) == allowed[:, column])
+    least = int(use[only, column].sum())
+    if least > limit:
+        raise InputError(
+            f"allocation.max_bf16_fraction {fraction:g}: {len(only)} groups, {layout.groups[only[0]].name} the first, "
+            f"can only be BF16 and hold {least / sizes.parameters:.4f} of the quantizable parameters; allow that much, "
+            "or change formats, force and floor"
+        )
+    return SecondLimit(use=use, limit=limit)
+
+
+def _matched(layout: Layout, rule: FormatRule, where: str) -> Sequence[int]:
+    """Rows of the groups that a pattern names, by their own name or by those of all their Linears."""
+    rows = []
+    for row, group in enumerate(layout.groups):
+        if fnmatchcase(group.name, rule.match):
+            rows.append(row)
+            continue
+        names = list(_names(group))
+        fitting = [name for name in names if fnmatchcase(name, rule.match)]
+        if fitting and len(fitting) < len(names):
+            other = next(name for name in names if not fnmatchcase(name, rule.match))
+            raise InputError(
+                f"{where}: matches {fitting[0]} and not {other}, which have one format in the fused group; match "
+                f"{group.name}"
+            )
+        if fitting:
+            rows.append(row)
+    if rows:
+        return rows
+    kept = next((name for name in layout.kept if fnmatchcase(name, rule.match)), None)
+    if kept is not None:
+        raise InputError(f"{where}: matches {kept}, which stays as it is ({layout.kept[kept]}); remove it")
+    raise InputError(f"{where}: matches nothing; {layout.groups[0].name} is the name of a group")
+
+
+def _names(group: FusedGroup) -> Iterator[str]:
+    return (name for linear in group.linears for name in linear.names)
+
+
+def _bits(name: FormatName, group: FusedGroup) -> float:
+    """Bits a parameter of a group in a format, scales included."""
+    spec = FORMATS[name]
+    if refusal(name, group):
+        return spec.bits(*_NOMINAL)
+    stored = sum(len(item.names) * spec.weight_bytes(item.out_features, item.in_features) for item in group.linears)
+    return 8 * stored / group.parameters

@@ -1,0 +1,175 @@
+"""What serving keeps for every sequence, from the model's configuration: keys and values, and recurrent states.
+
+The rules are vLLM's (`v1/kv_cache_interface.py` and `layers/mamba/mamba_utils.py` of 0.32): a page a layer, a token
+entry of 2 · heads · head size, one latent vector under multi-head latent attention, a constant state in linear
+attention. Left to the margin is what depends on its settings: the last block of a sequence that is not full, the tokens
+of one prefill step beyond a window, and layer groups that it pads to one length.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from prismaquant_ray.errors import InputError
+
+_FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
+_BYTES = {"auto": 2, "bf16": 2, "fp8": 1}
+# vLLM's prefix cache, on by default, keeps the state before the current step beside the current one.
+_STATES = 2
+# A draft head is served with one token of speculation: one more state, one more column of the convolution's.
+_SPECULATIVE = 1
+# Parts that change what is cached in ways not modelled here.
+_UNKNOWN = ("num_kv_shared_layers", "global_head_dim", "index_head_dim", "attention_k_eq_v")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvCache:
+    """Layers by kind, and bytes: of a token in every layer of a kind, of a sequence in every linear-attention layer.
+
+    `window` is what sliding layers keep at most, in tokens. Draft layers attend to everything, like full ones.
+    """
+
+    full_layers: int
+    sliding_layers: int
+    linear_layers: int
+    draft_layers: int
+    token_bytes: int  # one layer
+    state_bytes: int  # one layer, one sequence
+    window: int
+
+    def parts(self, context: int, sequences: int) -> dict[str, int]:
+        """Bytes by kind of layer, for so many sequences of `context` tokens."""
+        per_token = sequences * self.token_bytes
+        return {
+            "full_attention": per_token * context * self.full_layers,
+            "sliding_attention": per_token * min(self.window, context) * self.sliding_layers,
+            "linear_attention": sequences * self.state_bytes * self.linear_layers,
+            "draft": per_token * context * self.draft_layers,
+        }
+
+    def total(self, context: int, sequences: int) -> int:
+        """Bytes of all layers."""
+        return sum(self.parts(context, sequences).values())
+
+
+def kv_cache(text: Any, *, kv_cache: str, draft_layers: int = 0) -> KvCache:
+    """From the text part of a transformers configuration; `kv_cache` is auto, bf16 or fp8.
+
+    Raises InputError for a model whose cache is not understood: it can still be given `bytes` or `bpp`.
+    """
+    for name in _UNKNOWN:
+        if getattr(text, name, None):
+            raise _unknown(f"{name} in its configuration")
+    element = _BYTES[kv_cache]
+    kinds = _layer_kinds(text)
+    return KvCache(
+        full_layers=kinds.count(_FULL),
+        sliding_layers=kinds.count(_SLIDING),
+        linear_layers=kinds.count(_LINEAR),
+        draft_layers=draft_layers,
+        token_bytes=element * _token_elements(text) if len(kinds) > kinds.count(_LINEAR) or draft_layers else 0,
+        state_bytes=_state_bytes(text, _SPECULATIVE if draft_layers else 0) if _LINEAR in kinds else 0,
+        window=_positive(text, "sliding_window") if _SLIDING in kinds else 0,
+    )
+
+
+def draft_layers(text: Any, tensors: Iterable[str]) -> int:
+    """Layers of the draft (MTP) head: declared in the configuration and there among the tensors."""
+    declared = getattr(text, "mtp_num_hidden_layers", None) or getattr(text, "num_nextn_predict_layers", None) or 0
+    behind = re.compile(rf"(^|\.)layers\.{text.num_hidden_layers}\.")
+    return declared if any(name.startswith("mtp.") or behind.search(name) for name in tensors) else 0
+
+
+def _layer_kinds(text: Any) -> list[str]:
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        # Without types every layer is alike, as in Mistral and Qwen2; the latter has a window that is off.
+        windowed = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+        kinds = [_SLIDING if windowed else _FULL] * _positive(text, "num_hidden_layers")
+    strange = sorted(set(kinds) - {_FULL, _SLIDING, _LINEAR})
+    if strange:
+        raise _unknown(f"layers of type {strange[0]}")
+    return list(kinds)
+
+
+def _token_elements(text: Any) -> int:
+    """Numbers kept of a token in one layer."""
+    if getattr(text, "kv_lora_rank", None):
+        return _positive(text, "kv_lora_rank") + _positive(text, "qk_rope_head_dim")
+    heads = _positive(text, "num_attention_heads")
+    kv_heads = _positive(text, "num_key_value_heads") if getattr(text, "num_key_value_heads", None) else heads
+    size = _positive(text, "head_dim") if getattr(text, "head_dim", None) else _positive(text, "hidden_size") // heads
+    return 2 * kv_heads * size
+
+
+def _state_bytes(text: Any, speculative: int) -> int:
+    """States of a gated delta net layer (Yang et al., arXiv 2412.06464): the last inputs of the convolution, in 16
+    bits, and a key × value matrix a head, in float32 unless the configuration has another type.
+    """
+    key_heads, key = _positive(text, "linear_num_key_heads"), _positive(text, "linear_key_head_dim")
+    value_heads, value = _positive(text, "linear_num_value_heads"), _positive(text, "linear_value_head_dim")
+    columns = _positive(text, "linear_conv_kernel_dim") - 1 + speculative
+    matrix = 4 if str(getattr(text, "mamba_ssm_dtype", None) or "float32").endswith("float32") else 2
+    state = 2 * columns * (2 * key_heads * key + value_heads * value) + matrix * value_heads * key * value
+    return (_STATES + speculative) * state
+
+
+def _positive(text: Any, name: str) -> int:
+    value = getattr(text, name, None)
+    if not isinstance(value, int) or value < 1:
+        raise _unknown(f"{name} = {value!r} in its configuration")
+    return value
+
+
+def _unknown(what: str) -> InputError:
+    return InputError(f"the KV cache of this model cannot be computed ({what}); give budget.bytes or budget.bpp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """What a server has to hold beside the weights: `cache` for `sequences` sequences of `context` tokens, a margin.
+
+    A `margin` that is a float is a share of the whole memory, an int bytes.
+    """
+
+    cache: KvCache
+    context: int
+    sequences: int
+    margin: float | int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache."""
+        return self.cache.total(self.context, self.sequences)
+
+    def room(self, memory: int) -> int:
+        """Bytes of weights that fit into `memory`; negative when the cache alone does not."""
+        margin = math.ceil(self.margin * memory) if isinstance(self.margin, float) else self.margin
+        return memory - margin - self.cache_bytes
+
+    def needed(self, weights: int) -> int:
+        """The least memory with room for so many bytes of weights."""
+        held = weights + self.cache_bytes
+        if not isinstance(self.margin, float):
+            return held + self.margin
+        memory = math.ceil(held / (1.0 - self.margin))
+        return memory if self.room(memory) >= weights else memory + 1
+
+    def described(self, weights: int) -> dict[str, Any]:
+        """What the memory for so many bytes of weights is made of, in bytes."""
+        total = self.needed(weights)
+        return {
+            "total": total,
+            "weights": weights,
+            "kv_cache": self.cache_bytes,
+            "margin": total - weights - self.cache_bytes,
+            "kv_cache_of": {
+                kind: size for kind, size in self.cache.parts(self.context, self.sequences).items() if size
+            },
+            "context": self.context,
+            "sequences": self.sequences,
+        }

@@ -1,0 +1,569 @@
+"""Claims about budgets: memory is what hand arithmetic says, and rules and limits hold for every plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import assemble, planning
+from jobs.allocate import memory
+from jobs.inputs import fingerprint
+from jobs.inspect import run as inspect
+from jobs.run import Run
+from prismaquant_ray.allocation.budget import CARD_BYTES, Sizes, measure
+from prismaquant_ray.allocation.constraints import constrained
+from prismaquant_ray.allocation.frontier import sweep
+from prismaquant_ray.allocation.kv_cache import KvCache, Serving, draft_layers, kv_cache
+from prismaquant_ray.allocation.local_search import Resource, improved
+from prismaquant_ray.allocation.problem import AllocationProblem
+from prismaquant_ray.allocation.second_limit import LimitedSolver, SecondLimit
+from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import Block, FusedGroup, Kind, Layout, LinearSpec, Matrix
+from tests.inprocess import in_process, unopened
+from tests.test_allocation import NAN, make, transformer
+from tests.test_pipeline import configuration
+from tests.tiny import make_checkpoint
+
+ROOT = Path(__file__).parents[1]
+GB = 10**9
+
+# KV cache -------------------------------------------------------------------------------------------------------
+
+
+def text_of(**body: Any) -> Any:
+    """The text part of a configuration as transformers completes it."""
+    from transformers import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[body["model_type"]].from_dict(body).get_text_config()
+
+
+def shipped(model: str) -> Any:
+    return text_of(**json.loads((ROOT / f"configs/models/{model}/config.json").read_text()))
+
+
+def test_kv_cache_of_qwen36_27b() -> None:
+    """16 of 64 layers attend, with 4 heads of 256; 48 keep a convolution of 10,240 channels and 48 matrices of 128²."""
+    cache = kv_cache(shipped("qwen3.6-27b"), kv_cache="bf16", draft_layers=1)
+    assert (cache.full_layers, cache.sliding_layers, cache.linear_layers, cache.draft_layers) == (16, 0, 48, 1)
+    assert cache.token_bytes == 2 * 4 * 256 * 2 == 4096
+    # One draft token: a column more than the kernel's three, and three states with that of the prefix cache.
+    assert cache.state_bytes == 3 * ((4 - 1 + 1) * (2 * 16 * 128 + 48 * 128) * 2 + 48 * 128 * 128 * 4) == 9_682_944
+    parts = cache.parts(32_768, 8)
+    assert parts == {
+        "full_attention": 8 * 32_768 * 65_536,  # 17.18 GB
+        "sliding_attention": 0,
+        "linear_attention": 8 * 464_781_312,  # 3.72 GB
+        "draft": 8 * 32_768 * 4096,  # 1.07 GB
+    }
+    halved = kv_cache(shipped("qwen3.6-27b"), kv_cache="fp8", draft_layers=1).parts(32_768, 8)
+    assert halved["full_attention"] == parts["full_attention"] // 2
+    assert halved["linear_attention"] == parts["linear_attention"]
+
+
+def test_kv_cache_of_qwen36_35b_a3b() -> None:
+    """10 of 40 layers attend, with 2 heads of 256; no draft: two states, and three columns of 8,192 channels."""
+    cache = kv_cache(shipped("qwen3.6-35b-a3b"), kv_cache="auto")
+    assert (cache.full_layers, cache.linear_layers) == (10, 30)
+    assert cache.token_bytes == 2 * 2 * 256 * 2 == 2048
+    assert cache.state_bytes == 2 * (3 * (2 * 16 * 128 + 32 * 128) * 2 + 32 * 128 * 128 * 4) == 4_292_608
+    assert cache.total(262_144, 1) == 262_144 * 20_480 + 30 * 4_292_608
+
+
+def test_kv_cache_of_smollm2() -> None:
+    cache = kv_cache(
+        text_of(
+            model_type="llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+        ),
+        kv_cache="auto",
+    )
+    assert cache.token_bytes == 2 * 3 * 64 * 2 == 768
+    assert cache.total(2048, 4) == 4 * 2048 * 30 * 768 == 188_743_680
+
+
+def test_kv_cache_of_deepseek_v3_is_one_latent_vector_a_layer() -> None:
+    text = text_of(model_type="deepseek_v3")  # the defaults are the model's
+    cache = kv_cache(text, kv_cache="bf16", draft_layers=draft_layers(text, ["model.layers.61.eh_proj.weight"]))
+    assert (cache.full_layers, cache.draft_layers) == (61, 1)
+    assert cache.token_bytes == (512 + 64) * 2
+    assert cache.total(1, 1) == 62 * 1152
+
+
+def test_kv_cache_of_gemma_3_27b_keeps_a_window_in_five_of_six_layers() -> None:
+    text = text_of(
+        model_type="gemma3_text",
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        sliding_window=1024,
+    )
+    cache = kv_cache(text, kv_cache="bf16")
+    assert (cache.full_layers, cache.sliding_layers, cache.window) == (10, 52, 1024)
+    assert cache.token_bytes == 2 * 16 * 128 * 2 == 8192
+    assert cache.total(131_072, 1) == 8192 * (10 * 131_072 + 52 * 1024)
+    assert cache.total(500, 1) == 8192 * 62 * 500, "a context shorter than the window fills no window"
+
+
+def test_a_window_counts_where_the_model_uses_it() -> None:
+    mistral = text_of(model_type="mistral", sliding_window=4096)
+    assert kv_cache(mistral, kv_cache="auto").sliding_layers == 32
+    assert kv_cache(text_of(model_type="mistral", sliding_window=None), kv_cache="auto").full_layers == 32
+    assert kv_cache(text_of(model_type="qwen2", sliding_window=4096), kv_cache="auto").sliding_layers == 0
+
+
+def test_a_draft_head_counts_when_its_tensors_are_there() -> None:
+    text = shipped("qwen3.6-27b")
+    assert draft_layers(text, ["model.language_model.layers.63.mlp.up_proj.weight"]) == 0
+    assert draft_layers(text, ["mtp.fc.weight"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["full_attention", "conv"]}, "layers of type conv"),
+        ({"num_kv_shared_layers": 10}, "num_kv_shared_layers"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads = -1"),
+    ],
+)
+def test_a_cache_that_is_not_understood_is_refused(change: dict[str, Any], message: str) -> None:
+    text = text_of(model_type="llama", num_hidden_layers=2)
+    for name, value in change.items():
+        setattr(text, name, value)
+    with pytest.raises(InputError, match=message) as caught:
+        kv_cache(text, kv_cache="auto")
+    assert "give budget.bytes or budget.bpp" in str(caught.value)
+
+
+CACHE = KvCache(
+    full_layers=3, sliding_layers=0, linear_layers=0, draft_layers=0, token_bytes=1000, state_bytes=0, window=0
+)
+
+
+@given(
+    weights=st.integers(0, 10**12),
+    margin=st.one_of(st.floats(0, 0.99), st.integers(0, 10**10)),
+    context=st.integers(1, 10**6),
+)
+def test_the_memory_needed_is_the_least_that_has_the_room(weights: int, margin: float | int, context: int) -> None:
+    serving = Serving(cache=CACHE, context=context, sequences=2, margin=margin)
+    needed = serving.needed(weights)
+    assert serving.room(needed) >= weights
+    # A share near 1 moves the room by less than a byte a byte.
+    assert serving.room(needed - 2 - int(2 / (1 - margin) if isinstance(margin, float) else 0)) < weights
+    parts = serving.described(weights)
+    assert parts["weights"] + parts["kv_cache"] + parts["margin"] == parts["total"] == needed
+    assert parts["kv_cache"] == 2 * context * 3000
+
+
+# Rules ----------------------------------------------------------------------------------------------------------
+
+
+def linear(name: str, out_features: int, in_features: int, experts: int | None = None) -> LinearSpec:
+    return LinearSpec(
+        name=name,
+        out_features=out_features,
+        in_features=in_features,
+        sources=(f"{name}.weight",),
+        experts=experts,
+    )
+
+
+def group(name: str, *members: LinearSpec) -> FusedGroup:
+    matrix = Matrix(
+        name=name, input=name, linears=members, parameters=tuple(f"{member.name}.weight" for member in members)
+    )
+    return FusedGroup(name=name, matrices=(matrix,))
+
+
+def a_layout() -> Layout:
+    """Two layers with fused q/k/v, a down projection that fits no MXFP8, and experts; an embedding that stays."""
+    groups = [
+        (
+            group(f"layers.{i}.qkv_proj", *(linear(f"layers.{i}.{name}_proj", 64, 64) for name in "qkv")),
+            group(f"layers.{i}.down_proj", linear(f"layers.{i}.down_proj", 64, 48)),
+            group(
+                f"layers.{i}.experts",
+                *(linear(f"layers.{i}.experts.{{}}.{name}_proj", 64, 64, 2) for name in ("gate", "up")),
+            ),
+        )
+        for i in range(2)
+    ]
+    blocks = tuple(
+        Block(index=i, kind=Kind.DECODER, prefix=f"layers.{i}", parameters=(), groups=found, source_bytes=0)
+        for i, found in enumerate(groups)
+    )
+    return Layout(
+        architecture="Test",
+        family="test",
+        blocks=blocks,
+        embedding=(),
+        pixels=(),
+        head=(),
+        kept={"embed_tokens": "embedding: never quantized"},
+        guesses=(),
+        views=(),
+        hidden_size=64,
+        vocab_size=100,
+        image_token=None,
+        top_k=1,
+    )
+
+
+LAYOUT = a_layout()
+FORMATS_USED = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
+
+
+def sizes_of(formats: Sequence[FormatName] = FORMATS_USED, **serving: Any) -> Sizes:
+    return measure(LAYOUT, formats, kept_bytes=1000, other_bytes=50, **serving)
+
+
+def left(**allocation: Any) -> dict[str, set[str]]:
+    """Formats that are left, by group."""
+    found = constrained(sizes_of(), LAYOUT, AllocationConfig.model_validate(allocation))
+    return {
+        entry.name: {str(name) for name, is_left in zip(found.formats, row, strict=True) if is_left}
+        for entry, row in zip(LAYOUT.groups, found.allowed, strict=True)
+    }
+
+
+def rule(match: str, name: str) -> list[dict[str, str]]:
+    return [{"match": match, "format": name}]
+
+
+def test_force_leaves_one_format_and_matches_groups_linears_and_every_expert() -> None:
+    assert left(force=rule("layers.0.qkv_proj", "BF16"))["layers.0.qkv_proj"] == {"BF16"}
+    assert left(force=rule("layers.?.[qkv]_proj", "BF16"))["layers.1.qkv_proj"] == {"BF16"}
+    assert left(force=rule("layers.1.experts.*", "NVFP4"))["layers.1.experts"] == {"NVFP4"}
+    untouched = left(force=rule("layers.1.experts.*", "NVFP4"))["layers.0.experts"]
+    assert untouched == {"NVFP4", "MXFP8", "BF16"}
+
+
+def test_floor_leaves_formats_with_as_many_bits_and_the_highest_floor_counts() -> None:
+    found = left(floor=[*rule("layers.0.*", "MXFP8"), *rule("layers.0.qkv_proj", "BF16")])
+    assert found["layers.0.experts"] == {"MXFP8", "BF16"}
+    assert found["layers.0.down_proj"] == {"BF16"}, "48 columns fit no MXFP8; BF16 has more bits"
+    assert found["layers.0.qkv_proj"] == {"BF16"}
+    assert left(floor=rule("*", "FP8"))["layers.0.qkv_proj"] == {"MXFP8", "BF16"}, "a floor need not be one of formats"
+    assert left(floor=rule("*", "NVFP4")) == left()
+    assert left(force=rule("*.qkv_proj", "MXFP8"), floor=rule("*", "MXFP8"))["layers.0.qkv_proj"] == {"MXFP8"}
+
+
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [
+        ({"force": rule("layers.9.*", "BF16")}, "allocation.force layers.9.*: matches nothing; layers.0.qkv_proj is"),
+        ({"floor": rule("*.Down_proj", "BF16")}, "allocation.floor *.Down_proj: matches nothing"),
+        ({"force": rule("embed_*", "BF16")}, "matches embed_tokens, which stays as it is (embedding: never"),
+        ({"force": rule("*.q_proj", "BF16")}, "matches layers.0.q_proj and not layers.0.k_proj"),
+        ({"force": rule("*.experts.0.*", "BF16")}, "and not layers.0.experts.1.gate_proj"),
+        ({"force": rule("*.down_proj", "MXFP8")}, "layers.0.down_proj cannot take MXFP8 ("),
+        ({"force": rule("*", "INT4")}, "INT4 is not one of the formats; add it to formats"),
+        (
+            {"force": [*rule("*.qkv_proj", "BF16"), *rule("layers.1.*", "NVFP4")]},
+            "layers.1.qkv_proj is to be NVFP4, and by *.qkv_proj BF16; keep one",
+        ),
+        (
+            {"force": rule("*.qkv_proj", "NVFP4"), "floor": rule("layers.1.*", "MXFP8")},
+            "layers.1.qkv_proj is to have at least the bits of MXFP8, and allocation.force *.qkv_proj makes it NVFP4",
+        ),
+        (
+            {"max_bf16_fraction": 0.1, "force": rule("*.qkv_proj", "BF16")},
+            "can only be BF16 and hold 0.3871 of the quantizable parameters",
+        ),
+    ],
+)
+def test_a_rule_that_cannot_be_kept_is_refused_by_name(allocation: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        left(**allocation)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_floor_above_every_format_is_refused() -> None:
+    rules = AllocationConfig(floor=(FormatRule(match="*", format=FormatName.BF16),))
+    with pytest.raises(InputError, match=r"none of the formats that layers.0.qkv_proj can take has the bits of BF16"):
+        constrained(sizes_of((FormatName.NVFP4,)), LAYOUT, rules)
+
+
+def test_bounds_of_a_budget_are_those_of_the_plans_that_keep_the_rules() -> None:
+    free, bound = (
+        sizes_of(),
+        constrained(sizes_of(), LAYOUT, AllocationConfig(floor=(FormatRule(match="*", format="BF16"),))),
+    )
+    assert free.limit(BudgetConfig(bpp=5)) == 5 * LAYOUT.parameters // 8
+    with pytest.raises(InputError, match=r"below the smallest plan; give one between 16.0000 and 16.0000"):
+        bound.limit(BudgetConfig(bpp=5))
+
+
+# Memory ---------------------------------------------------------------------------------------------------------
+
+
+def with_serving(margin: float | int = 0.15, context: int = 100) -> Sizes:
+    return sizes_of(serving=Serving(cache=CACHE, context=context, sequences=1, margin=margin))
+
+
+def smallest_stored(sizes: Sizes) -> int:
+    return int(np.where(sizes.allowed, sizes.stored, np.iinfo(np.int64).max).min(axis=1).sum())
+
+
+def test_memory_left_for_candidates_is_what_cache_margin_and_kept_tensors_leave() -> None:
+    sizes = with_serving(margin=0.1)
+    vram = 400_000
+    assert sizes.limit(BudgetConfig(vram=vram, context=100)) == vram - 40_000 - 300_000 - 1000
+    assert with_serving(margin=5).limit(BudgetConfig(vram=vram, context=100)) == vram - 5 - 300_000 - 1000
+
+
+def test_memory_for_everything_in_bf16_is_no_mistake() -> None:
+    sizes = with_serving()
+    assert sizes.limit(BudgetConfig(vram=10**9, context=100)) == 2 * LAYOUT.parameters
+
+
+def test_memory_below_the_cache_alone_is_one_clear_refusal() -> None:
+    sizes = with_serving(margin=0)
+    with pytest.raises(InputError) as caught:
+        sizes.limit(BudgetConfig(vram=200_000, context=100))
+    message = str(caught.value)
+    assert "not even the KV cache fits" in message
+    assert "1 × 100 tokens" in message
+    assert "kv_cache: fp8" in message
+    assert "\n" not in message
+    with pytest.raises(InputError, match=r"sequences or margin$"):
+        sizes.limit(BudgetConfig(vram=200_000, context=100, kv_cache="fp8"))
+    needed = 300_000 + 1000 + smallest_stored(sizes)
+    assert sizes.limit(BudgetConfig(vram=needed, context=100)) == smallest_stored(sizes)
+    with pytest.raises(InputError, match="the smallest plan does not fit"):
+        sizes.limit(BudgetConfig(vram=needed - 1, context=100))
+
+
+def test_inspect_says_what_memory_is_made_of(tmp_path: Path) -> None:
+    overrides = [f"store.run={tmp_path / 'run'}", f"store.output={tmp_path / 'out'}"]
+    budget = "budget={vram: 32GB, context: 32768, sequences: 4, kv_cache: fp8, margin: 4GB}"
+    result = inspect(load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget]), machines=["1x80GB"])
+    vram = result["vram"]
+    assert vram["total"] == 32 * GB
+    assert vram["margin"] == 4 * GB
+    assert vram["kv_cache"] == 4 * (32_768 * 17 * 2048 + 48 * 9_682_944)
+    assert vram["weights"] == 32 * GB - 4 * GB - vram["kv_cache"] == result["budget_bytes"] + kept_bytes(result)
+    assert memory(vram).startswith("32.00 GB = weights 21.5")
+    with pytest.raises(InputError, match="not even the KV cache fits"):
+        inspect(
+            load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget, "budget.sequences=64"]),
+            machines=["1x80GB"],
+        )
+
+
+def kept_bytes(result: dict[str, Any]) -> int:
+    return int(result["source_bytes"] - 2 * result["quantizable_parameters"])
+
+
+# A second limit -------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def limited(draw: st.DrawFn) -> tuple[AllocationProblem, SecondLimit]:
+    """Small problems whose last format is the largest, and limited."""
+    groups, formats = draw(st.integers(1, 5)), draw(st.integers(2, 4))
+    parameters = np.array(draw(st.lists(st.integers(1, 50), min_size=groups, max_size=groups)))
+    bits = np.sort(np.array(draw(st.lists(st.integers(2, 15), min_size=formats, max_size=formats))))
+    bits[-1] = 16
+    costs = draw(st.sampled_from([st.integers(0, 3).map(float), st.floats(0, 1, width=32), st.floats(-0.1, 1)]))
+    cost = np.array(draw(st.lists(costs, min_size=groups * formats, max_size=groups * formats)))
+    cost = cost.reshape(groups, formats)
+    cost[:, -1] = draw(st.sampled_from([0.0, -0.5]))
+    use = np.zeros((groups, formats), dtype=np.int64)
+    use[:, -1] = parameters
+    limit = int(draw(st.floats(0, 1)) * parameters.sum())
+    return make(cost, parameters[:, None] * bits), SecondLimit(use=use, limit=limit)
+
+
+def best_within(problem: AllocationProblem, second: SecondLimit, budget: int) -> float:
+    """The cheapest plan by looking at all of them."""
+    best = np.inf
+    for columns in itertools.product(range(len(problem.formats)), repeat=len(problem.groups)):
+        rows = np.arange(len(columns))
+        if problem.size[rows, columns].sum() <= budget and second.use[rows, columns].sum() <= second.limit:
+            best = min(best, problem.cost[rows, columns].sum())
+    return float(best)
+
+
+@settings(max_examples=300)
+@given(case=limited(), fraction=st.floats(0, 1.1))
+def test_a_second_limit_is_kept_and_the_bound_holds(
+    case: tuple[AllocationProblem, SecondLimit], fraction: float
+) -> None:
+    problem, second = case
+    budget = int(problem.smallest_bytes + fraction * (problem.maximum_bytes - problem.smallest_bytes))
+    plan = LimitedSolver(problem, second).plan(budget)
+    best = best_within(problem, second, budget)
+    assert plan.size <= budget
+    assert second.used(problem, plan) <= second.limit
+    assert plan.bound <= best + 1e-12 * max(1, abs(best))
+    assert plan.cost >= best - 1e-12 * max(1, abs(best))
+    assert plan.gap == pytest.approx((plan.cost - plan.bound) / max(abs(plan.cost), 5e-324), rel=1e-9, abs=1e-9)
+    if len(problem.groups) <= 2:
+        assert plan.cost == pytest.approx(best, rel=1e-12, abs=1e-12), "two groups are what the last search covers"
+
+
+def shares(problem: AllocationProblem, share: float) -> SecondLimit:
+    use = np.zeros(problem.size.shape, dtype=np.int64)
+    use[:, -1] = problem.size[:, -1] // 2
+    return SecondLimit(use=use, limit=int(share * use.sum()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_a_model_the_gap_of_a_second_limit_is_small(seed: int, share: float) -> None:
+    problem = transformer(30, seed)
+    problem = problem.with_cost(np.where(np.arange(4) == 3, 0.0, problem.cost))
+    second = shares(problem, share)
+    budgets = [int(b * problem.maximum_bytes / 16) for b in (6.0, 9.0, 12.0)]
+    plans = sweep(problem, budgets, second)
+    assert [plan.budget for plan in plans] == budgets
+    assert plans[0].cost >= plans[1].cost >= plans[2].cost
+    for plan in plans:
+        assert second.used(problem, plan) <= second.limit
+        assert plan.size <= plan.budget
+        assert plan.gap < 2e-3
+    free = sweep(problem, budgets)
+    assert all(bound.cost >= best.cost for bound, best in zip(plans, free, strict=True))
+    assert plans[2].cost > free[2].cost, "the limit binds"
+
+
+def test_a_limit_that_does_not_bind_changes_nothing() -> None:
+    problem = transformer(10, 0)
+    budgets = [int(f * problem.largest_bytes) for f in (0.5, 0.8)]
+    assert sweep(problem, budgets, shares(problem, 1.0)) == sweep(problem, budgets)
+
+
+def test_a_limit_below_what_has_no_other_format_is_refused() -> None:
+    problem = make([[NAN, 0.0], [1.0, 0.0]], [[1, 4], [1, 4]])
+    with pytest.raises(InputError, match="Every plan takes 3"):
+        LimitedSolver(problem, SecondLimit(use=np.array([[0, 3], [0, 3]]), limit=2))
+
+
+def test_a_search_of_single_changes_and_pairs_ends_where_none_helps() -> None:
+    """One group must pay for another: no single change is possible, a pair is."""
+    cost, size = np.array([[5.0, 0.0], [0.0, 1.0]]), np.array([[1, 2], [2, 1]])
+    columns = improved(np.array([0, 0]), cost, resources=(Resource(size, 3),))
+    assert columns.tolist() == [1, 1]
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A finished tiny run; do not write into it but for plans."""
+    directory = tmp_path_factory.mktemp("budgets")
+    source = make_checkpoint(directory / "source", "llama", layers=3)
+    config = configuration(directory / "run", source)
+    Run(config, open_workers=in_process()).measure()
+    return config
+
+
+def changed(config: Config, output: Path, *, budget: dict[str, Any], **allocation: Any) -> Config:
+    return config.model_copy(
+        update={
+            "budget": BudgetConfig.model_validate(budget),
+            "allocation": AllocationConfig.model_validate(allocation),
+            "store": config.store.model_copy(update={"output": output}),
+        }
+    )
+
+
+def test_nothing_about_budgets_and_rules_changes_what_was_measured(tmp_path: Path, measured: Config) -> None:
+    config = changed(
+        measured,
+        tmp_path / "out",
+        budget={"vram": 10**8, "context": 64},
+        interactions=True,
+        force=rule("model.layers.0.self_attn.qkv_proj", "BF16"),
+        floor=rule("*.down_proj", "MXFP8"),
+        max_bf16_fraction=0.2,
+    )
+    run = Run(measured)
+    assert fingerprint(config, run.source) == fingerprint(measured, run.source)
+    assert Run(config, open_workers=unopened).is_measured
+
+
+def test_rules_hold_in_every_plan_frontier_and_knee(tmp_path: Path, measured: Config) -> None:
+    config = changed(
+        measured,
+        tmp_path / "out",
+        budget={"bpp": 7.0},
+        force=rule("model.layers.0.self_attn.qkv_proj", "MXFP8"),
+        floor=rule("model.layers.2.*", "MXFP8"),
+        max_bf16_fraction=0.05,
+    )
+    run = Run(config, open_workers=unopened)
+    swept = planning.sweep_targets(run)
+    assert 4.5 in swept["out_of_reach"], "the rules make the smallest plan larger"
+    for plan in [*swept["targets"], planning.allocate(run)]:
+        assert plan["choice"]["model.layers.0.self_attn.qkv_proj"] == "MXFP8"
+        held = {plan["choice"][entry.name] for entry in run.layout.blocks[2].groups}
+        assert held <= {"MXFP8", "BF16"}
+        assert plan["bf16_fraction"] <= 0.05
+        assert plan["predicted_loss"] >= plan["bound"]
+    losses = [plan["predicted_loss"] for plan in swept["targets"]]
+    assert losses == sorted(losses, reverse=True)
+    if swept["knee"] is not None:
+        assert swept["knee"]["from_bpp"] >= min(plan["bpp"] for plan in swept["targets"])
+    kept = assemble.build(run, planning.allocate(run))
+    assert kept["bpp"] <= 7.0
+
+
+def test_a_repository_with_the_largest_card_is_within_its_bytes(tmp_path: Path, measured: Config) -> None:
+    run = Run(measured)
+    sizes = run.sizes
+    smallest = smallest_stored(sizes) + sizes.fixed
+    config = changed(measured, tmp_path / "out", budget={"bytes": smallest + 5000})
+    again = Run(config, open_workers=unopened)
+    result = assemble.build(again, planning.allocate(again))
+    (tmp_path / "out" / "README.md").write_bytes(b"x" * CARD_BYTES)
+    total = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert result["total_bytes"] <= total <= smallest + 5000
+
+
+def test_memory_of_a_plan_is_every_tensor_the_repository_holds_and_the_rest(tmp_path: Path, measured: Config) -> None:
+    text = text_of(**json.loads((Path(measured.model.source) / "config.json").read_text()))
+    cache = kv_cache(text, kv_cache="auto").total(64, 3)
+    assert cache == 3 * 64 * 3 * (2 * 2 * 16 * 2)
+    fits = Run(measured).sizes.loaded(smallest_stored(Run(measured).sizes))
+    vram = fits + 4000 + cache + 10_000
+    config = changed(measured, tmp_path / "out", budget={"vram": vram, "context": 64, "sequences": 3, "margin": 10_000})
+    run = Run(config, open_workers=unopened)
+    plan = planning.allocate(run)
+    assemble.build(run, plan)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert plan["vram"]["weights"] == plan["loaded_bytes"] == index["metadata"]["total_size"]
+    assert plan["vram"]["kv_cache"] == cache
+    assert plan["vram"]["total"] <= vram
+    assert plan["bpp"] > 4.5, "the room is used"
+    assert (run.store.get(f"plans/{config.budget.target}.json")).startswith(b"{")
+
+
+def test_all_three_figures_are_reported_for_every_kind_of_budget(tmp_path: Path, measured: Config) -> None:
+    for budget in ({"bpp": 6.0, "context": 64}, {"bytes": 400_000, "context": 64}, {"vram": 10**9, "context": 64}):
+        run = Run(changed(measured, tmp_path / "out", budget=budget), open_workers=unopened)
+        plan = planning.allocate(run)
+        assert plan["bpp"] > 4.5
+        assert plan["repository_bytes_at_most"] > plan["loaded_bytes"] > plan["weight_bytes"]
+        assert plan["vram"]["total"] > plan["loaded_bytes"]
+    assert planning.allocate(Run(measured))["vram"] is None
+
+
+def test_the_table_of_formats_ranks_nvfp4_and_nvfp4a16_alike() -> None:
+    """They differ in activations only: the same bytes but for the input scale."""
+    four, sixteen = FORMATS[FormatName.NVFP4], FORMATS[FormatName.NVFP4A16]
+    assert four.weight_bytes(64, 64) == sixteen.weight_bytes(64, 64)
+    assert four.extra_bytes() - sixteen.extra_bytes() == 4
