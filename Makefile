@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 SET ?=
 
-.PHONY: demo test faults vllm lint install clean
+.PHONY: demo test faults vllm browser lint install clean
 
 install: .venv/installed
 
@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(BIN)/python -m pytest -m 'not faults and not vllm'
+	$(BIN)/python -m pytest -m 'not faults and not vllm and not browser'
 
 faults: install
 	$(BIN)/python -m pytest -m faults --durations=10
@@ -37,6 +37,11 @@ faults: install
 
 vllm: install .venv-vllm/installed
 	$(BIN)/python -m pytest -m vllm --durations=10
+
+# The report in a real browser: Debian's, which is installed where it is missing and this may be done.
+browser: install
+	command -v chromium > /dev/null || { apt-get update --quiet && apt-get install --quiet --yes chromium; } > /dev/null
+	$(BIN)/python -m pytest -m browser
 
 lint: install
 	$(BIN)/ruff check

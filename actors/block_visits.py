@@ -26,7 +26,7 @@ class BlocksVisit(Visit, Generic[_Core]):
 
     @override
     def start(self) -> None:
-        self.blocks: dict[Unit, _Core] = {unit: self.load(_index(unit)) for unit in self.shard.units}
+        self.blocks: dict[Unit, _Core] = {unit: self.load(index_of(unit)) for unit in self.shard.units}
         self.moved["read"] += sum(visit.block.source_bytes for visit in self.blocks.values())
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Leaf(BlocksVisit[_Core]):
 
     @override
     def start(self) -> None:
-        self.resident.enter_context(self.shop.runner.beside(_index(self.shard.units[0])))
+        self.resident.enter_context(self.shop.runner.beside(index_of(self.shard.units[0])))
         super().start()
 
 
@@ -147,6 +147,7 @@ class BackwardLeaf(Leaf[BackwardVisit], BackwardShard):
         return torch.empty(0)
 
 
-def _index(unit: Unit) -> int:
+def index_of(unit: Unit) -> int:
+    """The block that a unit is."""
     assert isinstance(unit, int)
     return unit

@@ -1,7 +1,8 @@
-"""The units of both passes and what each of them reads: all that planning needs to know of a model.
+"""The units of every pass and what each of them reads: all that planning needs to know of a model.
 
-Forward:  pixels → vision blocks → merger → entry → decoder blocks → draft, head
-Backward: exits → decoder blocks → merger → vision blocks; draft and head by themselves, each with its own loss
+Forward:    pixels → vision blocks → merger → entry → decoder blocks → draft, head
+Backward:   exits → decoder blocks → merger → vision blocks; draft and head by themselves, each with its own loss
+Evaluation: pixels → vision blocks → merger → entry → decoder blocks → draft, exits
 
 Images run through the whole course, text enters at the entry. What stands in parentheses below may be missing.
 """
@@ -72,19 +73,33 @@ class Course:
         return tuple(Exit(microbatch) for microbatch in self.every)
 
     def order(self, stage: Stage) -> list[Unit]:
-        """The units of a pass, each behind what it reads; exits are not among them."""
+        """The units of a pass, each behind what it reads; the exits that a backward pass begins with are left out."""
+        if stage is Stage.BACKWARD:
+            return [*range(self.last, -1, -1), *self.leaves]
+        tower: list[Unit] = ["pixels", *range(self.vision)] if self.vision and self._sees(stage) else []
         if stage is Stage.FORWARD:
-            tower: list[Unit] = ["pixels", *range(self.vision)] if self.vision else []
             return [*tower, "entry", *range(self.first, self.blocks)]
-        return [*range(self.last, -1, -1), *self.leaves]
+        return [*tower, "entry", *range(self.first, self.last + 1 + self.draft), *self.exits]
+
+    def _sees(self, stage: Stage) -> bool:
+        """Whether a pass visits the tower: an evaluation without images has nothing for it."""
+        return self.images > 0 or stage is Stage.FORWARD
+
+    def products(self, stage: Stage) -> set[Unit]:
+        """The units of a pass that leave a record."""
+        if stage is Stage.EVALUATION:
+            return {*self.exits, *self.leaves[: self.draft]}
+        return set(range(self.blocks))
 
     def reads(self, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
         """The units whose output a unit gets as its input."""
-        if isinstance(unit, Exit) or unit == "pixels":
+        if isinstance(unit, Exit):
+            return (self.last,) if stage is Stage.EVALUATION else ()
+        if unit == "pixels":
             return ()
         if unit == "entry":
-            return (self.vision - 1,) if self.vision else ()
-        if stage is Stage.FORWARD:
+            return (self.vision - 1,) if self.vision and self._sees(stage) else ()
+        if stage is not Stage.BACKWARD:
             return (self.below(unit),)
         if unit in self.leaves:
             return ()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from actors.messages import Stage, Unit, unit_key, unit_of
+from actors.messages import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
@@ -89,7 +89,7 @@ class Ledger:
 
     def tidy(self) -> None:
         """Delete what no record of a finished run needs: boundaries, and data of attempts that were stopped."""
-        for stage in Stage:
+        for stage in PASSES:
             kept = set()
             for unit, record in self.records(stage, self.recorded(stage).done).items():
                 kept.add(_key(stage, unit, _RECORD))

@@ -15,6 +15,7 @@ from torch import Tensor
 from prismaquant_ray import errors
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, PrismaquantError
+from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.storage.record import Artifact
 
 #: A boundary activation as bytes: (dtype name, array). Ray moves numpy arrays without copying them.
@@ -22,10 +23,15 @@ Activation = tuple[str, NDArray[Any]]
 
 
 class Stage(StrEnum):
-    """A pass over the blocks."""
+    """A pass over the blocks: two that measure a model, and one that runs it beside what became of it."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    EVALUATION = "evaluation"
+
+
+#: The passes of a run, in order.
+PASSES = (Stage.FORWARD, Stage.BACKWARD)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,13 +82,29 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What is run beside the source: plans over the candidates of the run at `candidates`, or a `repository`, or both.
+
+    Each is a URI or an absolute path; None where no variant needs it.
+    """
+
+    variants: tuple[Variant, ...]
+    candidates: str | None = None
+    repository: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpec:
-    """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory."""
+    """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory.
+
+    With an `evaluation` it takes part in that, and `run` is where that keeps what it has to.
+    """
 
     name: str
     config: Config
     source: str
     run: str
+    evaluation: Evaluation | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

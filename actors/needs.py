@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from actors.shards import blocks_per_shard
 from prismaquant_ray.config import Config
+from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.layout import LEAVES, Block, Kind, Layout
 from prismaquant_ray.rounding.encode import AT_ONCE
@@ -134,6 +135,40 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
         candidate_bytes=candidate_bytes(layout.blocks, config.formats),
         boundary=calibration.sequences * calibration.length * layout.hidden_size * compute,
         repository=repository_bytes,
+    )
+
+
+def evaluation_needs(layout: Layout, config: Config, length: int, variants: Sequence[Variant]) -> Needs:
+    """What a worker of an evaluation takes: weights once as computed with, and once as each format decodes them."""
+    compute = 4 if config.model.dtype == "float32" else 2
+    formats = {name for variant in variants for name in (variant.choice or {}).values()}
+    # A repository's blocks are loaded beside the source's.
+    copies = 2 * len(codecs_of([*formats])) + (compute if any(v.choice is None for v in variants) else 0)
+    tokens = config.calibration.microbatch * length
+    chain = [block for block in layout.blocks if block.kind not in LEAVES]
+    largest = max(sum(linear.parameters for linear in block.linears) for block in chain)
+    group = max(group.parameters for group in layout.groups)
+    hop = (1 + len(variants)) * tokens * layout.hidden_size * compute
+    vocabulary = layout.vocab_size * layout.hidden_size * compute
+    heads = 2 if any(variant.choice is None for variant in variants) else 1
+    return Needs(
+        base=BASE_BYTES,
+        working=max(block.source_bytes for block in chain) + 4 * group + _BOUNDARIES * hop,
+        # Logits of one piece in float64, of the source and of one variant.
+        exit=heads * vocabulary + _EXIT_COPIES * 2 * LOGIT_BYTES,
+        block_weights=largest * compute,
+        block_hessians=0,
+        block_candidates=largest * copies,
+        block_activations=max(
+            4
+            * tokens
+            * (4 * layout.hidden_size + sum(linear.in_features + linear.out_features for linear in b.linears))
+            for b in chain
+        ),
+        blocks=len(chain),
+        candidate_bytes=0,
+        boundary=hop,
+        repository=0,
     )
 
 

@@ -17,24 +17,36 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from actors.block_visits import BackwardLeaf, BackwardShard, ForwardLeaf, ForwardShard
+from actors.calibration import read_calibration
+from actors.evaluation_visits import (
+    BlocksSideBySide,
+    DraftSideBySide,
+    EntrySideBySide,
+    ExitSideBySide,
+    PixelsSideBySide,
+)
 from actors.gates import EntryVisit, ExitVisit, PixelsVisit
 from actors.ledger import Ledger
 from actors.memory import free_memory
 from actors.messages import Activation, Exit, Failure, Receipt, Shard, Stage, WorkerSpec
 from actors.visit import Visit, Workshop
 from prismaquant_ray import __version__
-from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import PrismaquantError, ResourceError
+from prismaquant_ray.evaluation.repository import RepositoryView
+from prismaquant_ray.evaluation.variants import Repository, Variants
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.models.inspect import scope_of
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.source import resolve
 from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.rounding.gptq import Gptq
 from prismaquant_ray.rounding.scale_search import ScaleSearch
-from prismaquant_ray.storage.record import Artifact, read_record, read_tensors
+from prismaquant_ray.storage.record import Artifact, read_tensors
 from prismaquant_ray.storage.store import Store
 
 
@@ -121,15 +133,12 @@ class ShardWorker:
             )
         checkpoint = Checkpoint(resolve(spec.source, config.model.revision))
         gptq, search = config.rounding.gptq, config.rounding.scale_search
+        runner = self._runner(checkpoint, config)
         self.shop = Workshop(
             config=config,
             ledger=Ledger(store),
-            runner=ModelRunner(
-                checkpoint,
-                dtype=getattr(torch, config.model.dtype),
-                device=self.device,
-                scope=scope_of(config),
-            ),
+            runner=runner,
+            variants=self._variants(runner, spec),
             calibration=read_calibration(store),
             rounding=Rounding(
                 scale_search=ScaleSearch(grid=search.grid, span=search.span),
@@ -138,6 +147,27 @@ class ShardWorker:
             thread=ThreadPoolExecutor(1, thread_name_prefix="store"),
         )
         return self._facts()
+
+    def _runner(self, checkpoint: Checkpoint, config: Config) -> ModelRunner:
+        dtype = getattr(torch, config.model.dtype)
+        return ModelRunner(checkpoint, dtype=dtype, device=self.device, scope=scope_of(config))
+
+    def _variants(self, source: ModelRunner, spec: WorkerSpec) -> Variants | None:
+        if spec.evaluation is None:
+            return None
+        evaluation = spec.evaluation
+        measured = Ledger(Store(evaluation.candidates, create=False)) if evaluation.candidates is not None else None
+
+        def candidates(index: int, name: FormatName) -> Mapping[str, Tensor]:
+            assert measured is not None
+            artifacts = measured.record(Stage.FORWARD, index).artifacts
+            return read_tensors(measured.store, artifacts[name])
+
+        repository = None
+        if evaluation.repository is not None:
+            view = RepositoryView(Store(evaluation.repository, create=False))
+            repository = Repository(runner=self._runner(view, spec.config), roundings=view.roundings())
+        return Variants(source, evaluation.variants, candidates=candidates, repository=repository)
 
     def _run(
         self, shard: Shard, microbatch: int, arriving: Activation | Artifact | None
@@ -175,6 +205,8 @@ class ShardWorker:
 
 def _open(shop: Workshop, shard: Shard) -> Visit:
     """Load a shard; the head, which only exits need, makes room for anything else."""
+    if shard.stage is Stage.EVALUATION:
+        return _open_side_by_side(shop, shard)
     first, forward = shard.units[0], shard.stage is Stage.FORWARD
     if first == "pixels":
         return PixelsVisit(shop, shard)
@@ -188,14 +220,16 @@ def _open(shop: Workshop, shard: Shard) -> Visit:
     return ForwardShard(shop, shard) if forward else BackwardShard(shop, shard)
 
 
-def read_calibration(store: Store) -> CalibrationSet:
-    """The calibration set the driver stored before it started workers."""
-    key = "calibration/record.json"
-    record = read_record(store, key)
-    if record is None:
-        raise DamagedError(f"{store.uri}: no calibration set is stored; run the same command again", key)
-    tensors = read_tensors(store, record.artifacts["tokens"])
-    return CalibrationSet.of_state(tensors)
+def _open_side_by_side(shop: Workshop, shard: Shard) -> Visit:
+    first = shard.units[0]
+    if first == "pixels":
+        return PixelsSideBySide(shop, shard)
+    if first == "entry":
+        return EntrySideBySide(shop, shard)
+    if isinstance(first, Exit):
+        return ExitSideBySide(shop, shard)
+    shop.unload_head()
+    return DraftSideBySide(shop, shard) if first in shop.course.leaves else BlocksSideBySide(shop, shard)
 
 
 def peak_bytes() -> int:

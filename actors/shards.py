@@ -48,12 +48,21 @@ def remaining(course: Course, forward: Recorded, backward: Recorded, *, limit: i
     backward_shards = [_shard(course, Stage.BACKWARD, piece, missing) for piece in (*singles, *pieces)]
 
     order = course.order(Stage.FORWARD)
-    missing = [unit for unit in order if isinstance(unit, int) and unit not in forward.done]
+    missing = [unit for unit in order if unit in course.products(Stage.FORWARD) - forward.done]
     read -= forward.boundaries
     forward_shards = []
     for run in _runs(course, order, _needed(course, Stage.FORWARD, [*missing, *read], forward.boundaries)):
         forward_shards += [_shard(course, Stage.FORWARD, piece, missing) for piece in _cut_forward(run, limit, read)]
     return Work(forward=tuple(forward_shards), backward=tuple(backward_shards))
+
+
+def unevaluated(course: Course, recorded: Recorded, *, limit: int) -> tuple[Shard, ...]:
+    """The shards that are left of an evaluation, at most `limit` blocks each."""
+    order = course.order(Stage.EVALUATION)
+    missing = [unit for unit in order if unit in course.products(Stage.EVALUATION) - recorded.done]
+    needed = _needed(course, Stage.EVALUATION, missing, recorded.boundaries)
+    pieces = [piece for run in _runs(course, order, needed) for piece in _cut_forward(run, limit, ())]
+    return tuple(_shard(course, Stage.EVALUATION, piece, missing) for piece in pieces)
 
 
 def _shard(course: Course, stage: Stage, piece: list[Unit], missing: Collection[Unit]) -> Shard:
@@ -91,18 +100,29 @@ def spent(course: Course, finished: Collection[Unit], left: Collection[Unit]) ->
     return found
 
 
+def consumed(course: Course, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+    """Boundaries of an evaluation that nobody reads once these units are finished; `left` are those that are not."""
+    stage = Stage.EVALUATION
+    readers: dict[Unit, list[Unit]] = {}
+    for unit in course.order(stage):
+        for origin in course.reads(stage, unit):
+            readers.setdefault(origin, []).append(unit)
+    origins = dict.fromkeys(origin for unit in finished for origin in course.reads(stage, unit))
+    return [(stage, origin) for origin in origins if not any(reader in left for reader in readers[origin])]
+
+
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
     """As many blocks as fit into memory, but not so many that the pipeline stays short of work; at least one."""
     return max(1, min(fitting, math.ceil(blocks / (VISITS * workers))))
 
 
 def _needed(course: Course, stage: Stage, targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
-    """The targets, and everything each of them reads, back to a stored output; exits are not followed."""
+    """The targets, and everything each of them reads, back to a stored output; exits are not read for the asking."""
     needed: set[Unit] = set()
     waiting = list(targets)
     while waiting:
         unit = waiting.pop()
-        if unit not in needed and not isinstance(unit, Exit):
+        if unit not in needed and (stage is Stage.EVALUATION or not isinstance(unit, Exit)):
             needed.add(unit)
             waiting += [origin for origin in course.reads(stage, unit) if origin not in stored]
     return needed

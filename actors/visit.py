@@ -19,6 +19,7 @@ from actors.messages import Activation, Shard, Stage, Unit, from_wire, to_wire, 
 from actors.transfer import Inbox, Outbox, read_boundary
 from prismaquant_ray.calibration.batches import Batch, CalibrationSet
 from prismaquant_ray.config import Config
+from prismaquant_ray.evaluation.variants import Variants
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.sensitivity.fisher import Loss
@@ -35,6 +36,7 @@ class Workshop:
     calibration: CalibrationSet
     rounding: Rounding
     thread: ThreadPoolExecutor
+    variants: Variants | None = None
     head: ExitStack | None = None
 
     @cached_property
@@ -65,7 +67,8 @@ class Workshop:
         """Final norm and head, unless they are loaded."""
         if self.head is None:
             self.head = ExitStack()
-            self.head.enter_context(self.runner.exit())
+            models = self.variants
+            self.head.enter_context(self.runner.exit() if models is None else models.resident(ModelRunner.exit))
 
     def unload_head(self) -> None:
         """Make room for blocks."""

@@ -15,8 +15,9 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, load
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.divergence import summarize, token_kl
+from prismaquant_ray.evaluation.divergence import token_kl
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import FusedGroup, Kind, Layout
 from prismaquant_ray.models.runner import ModelRunner
@@ -41,7 +42,7 @@ from prismaquant_ray.models.source import local_files
 from prismaquant_ray.storage.record import read_tensors
 from prismaquant_ray.storage.store import Store
 
-TEXT = Path(__file__).parent / "data" / "evaluation.txt"
+TEXT = Path(__file__).parents[1] / "configs" / "data" / "evaluation.txt"
 LENGTH = 512
 
 
@@ -210,13 +211,13 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
 
     def measured(weights: dict[str, Tensor], formats: dict[str, tuple[FormatName, Tensor | None]]) -> dict[str, float]:
         with model.weights(weights):
-            alone = summarize(*model.kl(clean, model.hidden(model.entering)))
+            alone, _ = model.kl(clean, model.hidden(model.entering))
             with model.rounded_activations(formats):
-                both = summarize(*model.kl(clean, model.hidden(model.entering)))
+                both, agrees = model.kl(clean, model.hidden(model.entering))
         return {
-            "weights_only": alone.kl_mean,
-            "with_activations": both.kl_mean,
-            "top1_with_activations": both.top1_agreement,
+            "weights_only": float(alone.mean()),
+            "with_activations": float(both.mean()),
+            "top1_with_activations": float(agrees.double().mean()),
         }
 
     for bpp in budgets:
@@ -229,10 +230,23 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
     return results
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """One fused group in one format, alone in a model that is otherwise the source; nats per token."""
+
+    group: str
+    format: str
+    linears: int
+    predicted: float
+    fisher_trace: float
+    measured: float
+
+
 def prediction(run: Run, every: int = 3) -> dict[str, Any]:
     """One fused group quantized at a time: predicted cost against measured KL, for every `every`-th group.
 
-    Groups of one Linear (o_proj, down_proj) are also reported alone.
+    Groups of one Linear (o_proj, down_proj) are also reported alone; `each` holds every pair, for
+    `benchmarks.plot_prediction`.
     """
     model = Measured(run, 4)
     with torch.no_grad():
@@ -241,7 +255,7 @@ def prediction(run: Run, every: int = 3) -> dict[str, Any]:
             entering = zip(boundaries[-1], model.batches, strict=True)
             boundaries.append([model.runner.run_block(index, block, x, batch.inputs) for x, batch in entering])
     table = run.table
-    pairs = []
+    pairs: list[Pair] = []
     groups: list[FusedGroup] = [group for position, group in enumerate(run.layout.groups) if position % every == 0]
     for group in groups:
         block = run.layout.block_of[group.name]
@@ -260,24 +274,38 @@ def prediction(run: Run, every: int = 3) -> dict[str, Any]:
                 formats[linear.name] = name, own.get("input_global_scale")
             with model.weights(weights), model.rounded_activations(formats):
                 kl, _ = model.kl(boundaries[-1], model.hidden(boundaries[block.index], block.index))
-            pairs.append((float(table.token_fisher[row, column]), float(kl.mean()), str(name), len(group.linears)))
+            pairs.append(
+                Pair(
+                    group=group.name,
+                    format=str(name),
+                    linears=len(group.linears),
+                    predicted=float(table.token_fisher[row, column]),
+                    fisher_trace=float(table.fisher_trace[row, column]),
+                    measured=float(kl.mean()),
+                )
+            )
+    return {
+        **_agreement(pairs),
+        "by_format": {
+            name: _agreement([pair for pair in pairs if pair.format == name])
+            for name in sorted({pair.format for pair in pairs})
+        },
+        "single_linears": _agreement([pair for pair in pairs if pair.linears == 1]),
+        "tokens": model.tokens.numel(),
+        "each": [asdict(pair) for pair in pairs],
+    }
+
+
+def _agreement(pairs: Sequence[Pair]) -> dict[str, Any]:
+    """How the predicted costs of some pairs follow what was measured; and those of the other objective, by rank."""
+    measured = [pair.measured for pair in pairs]
     return {
         "pairs": len(pairs),
-        "rank_correlation": float(spearmanr([p[0] for p in pairs], [p[1] for p in pairs]).statistic),
-        "median_ratio": float(torch.tensor([p[0] / p[1] for p in pairs]).median()),
-        "by_format": {
-            name: {
-                "pairs": len(chosen),
-                "rank_correlation": float(spearmanr([p[0] for p in chosen], [p[1] for p in chosen]).statistic),
-                "median_ratio": float(torch.tensor([p[0] / p[1] for p in chosen]).median()),
-            }
-            for name in sorted({p[2] for p in pairs})
-            if (chosen := [p for p in pairs if p[2] == name])
-        },
-        "single_linears": {
-            "pairs": len(single := [p for p in pairs if p[3] == 1]),
-            "rank_correlation": float(spearmanr([p[0] for p in single], [p[1] for p in single]).statistic),
-            "median_ratio": float(torch.tensor([p[0] / p[1] for p in single]).median()),
+        "rank_correlation": float(spearmanr([pair.predicted for pair in pairs], measured).statistic),
+        "median_ratio": float(torch.tensor([pair.predicted / pair.measured for pair in pairs]).median()),
+        "fisher_trace": {
+            "rank_correlation": float(spearmanr([pair.fisher_trace for pair in pairs], measured).statistic),
+            "median_ratio": float(torch.tensor([pair.fisher_trace / pair.measured for pair in pairs]).median()),
         },
     }
 

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from actors.events import Event, busy_shares, read_events
-from actors.messages import Stage
+from actors.messages import PASSES, Stage
 from benchmarks.simulation import Cost, Durations, predicted, simulate, whole_run
 from jobs import status
 from prismaquant_ray.config import load
@@ -174,7 +174,7 @@ def prediction(workers: int, fitted: int, microbatches: int) -> dict[str, Any]:
     shards = _shards(events)
     work = whole_run(shards["model_blocks"], microbatches, shards["blocks"])
     found: dict[str, Any] = {"workers": workers, "durations_of": fitted}
-    for stage in Stage:
+    for stage in PASSES:
         simulated = simulate(work.of(stage), durations, workers)
         seconds = makespan(steps_of(events, stage))
         found[str(stage)] = {
@@ -218,7 +218,7 @@ def tables(results: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for entry in results["predictions"]:
-        for stage in Stage:
+        for stage in PASSES:
             found = entry[str(stage)]
             seconds = found["measured"]
             lines.append(

@@ -19,7 +19,7 @@ from actors.conductor import sources_of
 from actors.course import Course
 from actors.events import Event, busy_shares
 from actors.ledger import Recorded
-from actors.messages import Exit, Shard, Stage
+from actors.messages import PASSES, Exit, Shard, Stage
 from actors.ring import FINISH, Ring, Step
 from actors.shards import Work, blocks_per_shard, remaining
 
@@ -435,7 +435,7 @@ def outlook(
         limit = blocks_per_shard(blocks=model.blocks, workers=workers, fitting=model.blocks)
     durations = durations_of(model, machine, calibration)
     work = whole_run(model.blocks, microbatches, limit)
-    passes = {stage: simulate(work.of(stage), durations, workers) for stage in Stage}
+    passes = {stage: simulate(work.of(stage), durations, workers) for stage in PASSES}
     once = whole_run(model.blocks, microbatches, model.blocks)
     visited = sum(isinstance(shard.units[0], int) for shard in work.forward)
     everything = microbatches * calibration.hop_bytes(model)
@@ -445,13 +445,13 @@ def outlook(
         blocks=limit,
         forward=passes[Stage.FORWARD].seconds,
         backward=passes[Stage.BACKWARD].seconds,
-        closed=sum(predicted(work.of(stage), durations, workers) for stage in Stage),
-        ahead=sum(predicted(work.of(stage), durations, workers, loaded_ahead=True) for stage in Stage),
-        single=sum(predicted(once.of(stage), durations, 1) for stage in Stage),
+        closed=sum(predicted(work.of(stage), durations, workers) for stage in PASSES),
+        ahead=sum(predicted(work.of(stage), durations, workers, loaded_ahead=True) for stage in PASSES),
+        single=sum(predicted(once.of(stage), durations, 1) for stage in PASSES),
         busy=tuple(
             min(one.busy_in_blocks.values()) if len(one.busy_in_blocks) == workers else None for one in passes.values()
         ),
-        limits=tuple(_limit(durations, stage, microbatches, limit) for stage in Stage),
+        limits=tuple(_limit(durations, stage, microbatches, limit) for stage in PASSES),
         hop_bytes=sum(one.hops for one in passes.values()) * calibration.hop_bytes(model),
         # Weights twice, candidates written and read, each boundary written and the forward ones read again.
         storage_bytes=model.blocks * (4 * model.parameters + 2 * model.candidate_bytes)

@@ -1,6 +1,7 @@
 """`prismaquant-ray COMMAND CONFIG.yaml [--set key=value …] [--json]`, also `python -m jobs COMMAND …`.
 
-`status` takes the run store in place of CONFIG, `dequantize` a repository and an output.
+`status` takes the run store in place of CONFIG, `dequantize` a repository and an output, `publish` a repository and a
+target.
 
 Commands are imported when they run: `--help` answers without torch.
 """
@@ -27,6 +28,7 @@ COMMANDS = {
     "sweep": "A plan for every target of `sweep:`, and the knee of the frontier.",
     "assemble": "The repository for the budget's plan, verified.",
     "verify": "Re-read the repository: names, routing, bytes, sizes.",
+    "report": "What was found: one HTML page, its JSON and PNGs, in the run store or in --out.",
     "formats": "What every format stores and what it needs. CONFIG is optional.",
 }
 # Commands that may start a run over.
@@ -42,8 +44,8 @@ class Stopped(KeyboardInterrupt):
 def cli() -> None:
     """Mixed-precision quantization of large language models as a Ray job.
 
-    Every command but `status` and `dequantize` takes the same CONFIG and runs what it needs and is missing. Exit codes:
-    0 done, 2 the input, 3 the environment, 1 a bug, 130 or 143 stopped by Ctrl-C or SIGTERM.
+    Every command but `status`, `dequantize`, `evaluate` and `publish` takes the same CONFIG and runs what it needs and
+    is missing. Exit codes: 0 done, 2 the input, 3 the environment, 1 a bug, 130 or 143 stopped by Ctrl-C or SIGTERM.
     """
 
 
@@ -61,6 +63,12 @@ def _add(name: str, help_text: str) -> None:
     ]
     if name in _MEASURING:
         decorators.append(click.option("--fresh", is_flag=True, help="Delete what store.run holds and start over."))
+    if name == "sweep":
+        decorators.append(
+            click.option("--measure", is_flag=True, help="Also evaluate every target and its controls (evaluation:).")
+        )
+    if name == "report":
+        decorators.append(click.option("--out", metavar="DIR", help="Write it there instead."))
     if name == "inspect":
         decorators.append(
             click.option("--for", "machines", multiple=True, metavar="NxSIZE", help="Plan for e.g. 8x80GB instead.")
@@ -99,6 +107,44 @@ def _dequantize(repo: str, out: str, as_json: bool, debug: bool) -> None:
         return _show(dequantize, dequantize.run(repo, out), as_json)
 
     sys.exit(_guarded(write, debug=debug))
+
+
+@cli.command("publish", help="A finished repository to hf://org/name, s3://… or gs://…, compared afterwards. Resumes.")
+@click.argument("repo")
+@click.argument("target")
+@click.option("--public", is_flag=True, help="On the hub: let everybody read it. Otherwise it is made private.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def _publish(repo: str, target: str, public: bool, as_json: bool, debug: bool) -> None:
+    def send() -> int:
+        from jobs import publish
+
+        return _show(publish, publish.run(repo, target, public=public), as_json)
+
+    sys.exit(_guarded(send, debug=debug))
+
+
+@cli.command("evaluate", help="A quantized repository against the model it was made from: KL, perplexity, top-1.")
+@click.argument("repo")
+@click.option("--source", required=True, metavar="MODEL", help="The unquantized model: a directory, URI or hub id.")
+@click.option(
+    "--text", required=True, type=click.Path(path_type=Path), help="Plain text that calibration has not seen."
+)
+@click.option("--images", type=click.Path(path_type=Path), help="A JSONL file of images with captions.")
+@click.option("--sequences", type=click.IntRange(min=1), default=24, show_default=True)
+@click.option("--length", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence.")
+@click.option("--store", help="Where machines share what they need, and an interrupted evaluation continues from.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. cluster.workers=8, model.dtype=…")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def _evaluate(repo: str, as_json: bool, debug: bool, **options: Any) -> None:
+    def measure() -> int:
+        from jobs import evaluate
+
+        source, text = options.pop("source"), options.pop("text")
+        return _show(evaluate, evaluate.run(repo, source, text, **options), as_json)
+
+    sys.exit(_guarded(measure, debug=debug))
 
 
 def _execute(name: str, path: Path | None, overrides: tuple[str, ...], as_json: bool, options: dict[str, bool]) -> int:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 
 from jobs import planning
+from jobs.card import card_of
 from jobs.run import Run
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.publish import check_output, published
+from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.store import Store
 
 
 def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -46,18 +50,20 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     }
     with published(output) as store:
         repository = write_repository(
-            current.source, current.layout, choice, current.candidates, store, manifest=manifest
+            current.source,
+            current.layout,
+            choice,
+            current.candidates,
+            store,
+            manifest=manifest,
+            card=lambda written: card_of(current, plan, written),
         )
         report = verify_repository(store, current.source, current.layout, choice, current.candidates)
         if not report.ok:
             raise PrismaquantError(
                 f"the repository is wrong ({report.problems[0]}); this is a bug, nothing was published"
             )
-        budget = current.config.budget
-        if budget.bytes is not None and repository.total_bytes > budget.bytes:
-            raise PrismaquantError(
-                f"{repository.total_bytes} bytes exceed {budget.bytes}; this is a bug, nothing was published"
-            )
+        _check_budget(current, store, repository.total_bytes)
     current.note(
         "repository", uri=absolute(output), target=plan["target"], bpp=repository.bpp, bytes=repository.total_bytes
     )
@@ -70,6 +76,20 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
         "sha256": repository.sha256,
         "plan": {key: value for key, value in plan.items() if key != "choice"},
     }
+
+
+def _check_budget(current: Run, store: Store, total_bytes: int) -> None:
+    """What was written keeps the budget: every byte of the repository, or every tensor as a server loads it."""
+    budget, serving = current.config.budget, current.sizes.serving
+    exceeded = budget.bytes is not None and total_bytes > budget.bytes
+    if budget.vram is not None:
+        assert serving is not None
+        loaded = json.loads(store.get(INDEX))["metadata"]["total_size"]
+        exceeded = serving.needed(loaded) > budget.vram
+    if exceeded:
+        raise PrismaquantError(
+            f"{total_bytes} bytes exceed the budget {budget.target}; this is a bug, nothing was published"
+        )
 
 
 def render(result: dict[str, Any], console: Console) -> None:

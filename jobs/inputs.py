@@ -13,12 +13,15 @@ from actors.cluster import joins
 from actors.memory import free_memory
 from actors.needs import Needs, ShardSize, shard_size
 from prismaquant_ray import __version__
+from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.files import loading
+from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config, ModelConfig
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.runner import check_finite
-from prismaquant_ray.models.source import resolve
+from prismaquant_ray.models.source import local_files, resolve
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.store import Store, check_directory
 
@@ -49,6 +52,39 @@ def open_source(model: ModelConfig, *, weights: bool = True) -> Checkpoint:
 def absolute_source(model: ModelConfig) -> str:
     """`model.source` as a worker in another directory understands it; a hub id stays one, for each node's own cache."""
     return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
+
+
+def load_tokenizer(source: Checkpoint, directory: str | Path) -> Any:
+    """The model's tokenizer, from a directory that has its files; InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    uri = source.store.uri
+    with loading(lambda error: f"{uri}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_tokens(
+    source: Checkpoint,
+    layout: Layout,
+    text: Path,
+    images: Path | None,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    holdout: float,
+) -> CalibrationSet:
+    """Texts and images, as the model's own tokenizer and processor make them; InputError when the text is too short."""
+    with local_files(source) as directory:
+        tokenizer = load_tokenizer(source, directory)
+        texts = load_sequences(text, tokenizer, sequences=sequences, length=length, seed=seed, holdout=holdout)
+        if images is None:
+            return texts
+        from prismaquant_ray.calibration.images import load_images
+
+        assert layout.image_token is not None
+        found = load_images(images, directory, image_token=layout.image_token)
+        return texts.with_images((image.inputs for image in found), holdout)
 
 
 def exists(location: Path | str, key: str) -> bool:

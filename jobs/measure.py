@@ -7,19 +7,22 @@ must run for it.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import override
 
 from actors.conductor import Conductor
 from actors.course import Course
 from actors.events import Event, Events
 from actors.ledger import REQUESTS, Ledger
-from actors.messages import Shard, Stage, Unit, WorkerSpec, unit_of
+from actors.messages import PASSES, Shard, Stage, Unit, WorkerSpec, unit_of
 from actors.needs import Needs, shard_size
-from actors.shards import Work, remaining, spent
+from actors.shards import remaining, spent
 from actors.workers import Workers
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 
@@ -63,8 +66,12 @@ def ray_crew(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
             workers.close()
 
 
-class Measurement:
-    """Both passes over one run store. `check` raises when the run must end, e.g. because its lease is lost."""
+class Passes(ABC):
+    """Passes over one store, from what it has to what is missing. `check` raises when they must end, e.g. because a
+    lease is lost."""
+
+    #: In order.
+    stages: ClassVar[tuple[Stage, ...]]
 
     def __init__(
         self,
@@ -83,9 +90,17 @@ class Measurement:
         self.events = events
         self.check = check
 
+    @abstractmethod
+    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        """The shards that are left of a pass, at most `limit` blocks each."""
+
+    @abstractmethod
+    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        """Boundaries that nobody needs once these units of a pass are finished; `left` are those that are not."""
+
     def run(self, open_workers: OpenWorkers) -> None:
         """Do what is missing; opens no worker when nothing is."""
-        if not any(self._remaining(limit=1).of(stage) for stage in Stage):
+        if not any(self.remaining(stage, limit=1) for stage in self.stages):
             return
         with (
             open_workers(self.spec, min(len(self.course.every), self.course.blocks + 1)) as crew,
@@ -99,7 +114,7 @@ class Measurement:
                 timeout=cluster.timeout,
                 first=max(cluster.wait, _FIRST),
                 check=self.check,
-                admit=self._admit,
+                admit=self.admit,
             )
             first = conductor.wait_for_first()
             size = shard_size(
@@ -121,8 +136,8 @@ class Measurement:
     def _passes(self, conductor: Conductor, limit: int) -> None:
         for _ in range(REPAIRS):
             try:
-                for stage in Stage:
-                    self._run_pass(conductor, stage, self._remaining(limit=limit).of(stage))
+                for stage in self.stages:
+                    self._run_pass(conductor, stage, self.remaining(stage, limit=limit))
             except DamagedError as error:
                 self.repair(error)
                 conductor.abandon()
@@ -142,9 +157,6 @@ class Measurement:
             microbatches=len(self.course.every),
             steps=sum(len(shard.microbatches) + 1 for shard in shards),
         )
-        if stage is Stage.FORWARD:
-            conductor.run_pass(shards)
-            return
         left = {unit for shard in shards for unit in shard.units}
         drops: list[Future[None]] = []
 
@@ -152,7 +164,7 @@ class Measurement:
             if event.kind == "shard":
                 units = [unit_of(key) for key in event.facts["units"]]
                 left.difference_update(units)
-                drops.append(threads.submit(self._drop, units, frozenset(left)))
+                drops.append(threads.submit(self._drop, self.spent(stage, units, frozenset(left))))
 
         with ExitStack() as stack:
             # Deleting takes many requests, and workers wait for the driver. Who stops a run does not wait for it.
@@ -163,11 +175,6 @@ class Measurement:
             for drop in drops:
                 drop.result()
 
-    def _remaining(self, *, limit: int) -> Work:
-        recorded = {stage: self.ledger.recorded(stage) for stage in Stage}
-        forward, backward = recorded[Stage.FORWARD], recorded[Stage.BACKWARD]
-        return remaining(self.course, forward, backward, limit=limit)
-
     def repair(self, error: DamagedError) -> None:
         """Forget what names a damaged object, so that it is made again; StoreError when nothing names it."""
         forgotten = self.ledger.forget(error.key)
@@ -175,11 +182,11 @@ class Measurement:
             raise error
         self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
 
-    def _drop(self, finished: Collection[Unit], left: frozenset[Unit]) -> None:
-        for stage, unit in spent(self.course, finished, left):
+    def _drop(self, boundaries: Collection[tuple[Stage, Unit]]) -> None:
+        for stage, unit in boundaries:
             self.ledger.drop_boundary(stage, unit)
 
-    def _admit(self, facts: Mapping[str, Any]) -> None:
+    def admit(self, facts: Mapping[str, Any]) -> None:
         """InputError unless a worker computes on the kind of device the run began with: others round differently."""
         store, device = self.ledger.store, facts["device"]
         if store.create("device.json", json.dumps({"device": device}).encode()):
@@ -190,3 +197,18 @@ class Measurement:
                 f"{store.uri} was begun on {begun}, a worker on {facts['host']} has {device}, which rounds "
                 "differently; use nodes of one kind (cluster.device, cluster.labels) or choose another store.run"
             )
+
+
+class Measurement(Passes):
+    """Both passes that measure a model."""
+
+    stages = PASSES
+
+    @override
+    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        forward, backward = (self.ledger.recorded(each) for each in PASSES)
+        return remaining(self.course, forward, backward, limit=limit).of(stage)
+
+    @override
+    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        return spent(self.course, finished, left) if stage is Stage.BACKWARD else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from actors.messages import Stage
 from jobs.run import Run
 from prismaquant_ray.config import Config
 from prismaquant_ray.layout import Kind
+from prismaquant_ray.rounding.encode import by_matrix
 
 
 def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def summary(current: Run) -> dict[str, Any]:
     for record in current.records[Stage.FORWARD].values():
         for codecs in record.facts["linears"].values():
             for codec, figures in codecs.items():
-                for method, errors in _by_matrix(figures):
+                for method, errors in by_matrix(figures):
                     if errors["nearest"] > 0:
                         gains.setdefault(codec, []).append(errors[method] / errors["nearest"])
                     counts = methods.setdefault(codec, {})
@@ -59,16 +59,6 @@ def summary(current: Run) -> dict[str, Any]:
         "draft_agreement": _draft_agreement(current),
         "peak_worker_bytes": json.loads(current.store.get("measured.json"))["peak_bytes"],
     }
-
-
-def _by_matrix(figures: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """The method that won and the errors of all, for a Linear or for each expert's."""
-    methods, errors = figures["method"], figures["holdout_error"]
-    if isinstance(methods, str):
-        yield methods, errors
-        return
-    for expert, method in enumerate(methods):
-        yield method, {name: values[expert] for name, values in errors.items()}
 
 
 def _experts(current: Run) -> dict[str, dict[str, Any]]:

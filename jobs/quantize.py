@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs import assemble, planning, probe, sweep
+from jobs import assemble, frontier, planning, probe, sweep
 from jobs.run import Run
 from prismaquant_ray.config import Config
 
@@ -26,11 +26,14 @@ def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def _outcome(current: Run) -> dict[str, Any]:
-    """Everything that follows from what was measured."""
+    """Everything that follows from what was measured; what ships is evaluated first, so that its card can say so."""
+    plan = planning.allocate(current)
+    evaluated = None if current.config.evaluation is None else frontier.measured_plan(current, plan)
     return {
         "probe": probe.summary(current),
         "sweep": planning.sweep_targets(current),
-        "repository": assemble.build(current, planning.allocate(current)),
+        "evaluation": evaluated,
+        "repository": assemble.build(current, plan),
         "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
     }
 
@@ -41,6 +44,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print()
     sweep.render(result["sweep"], console)
     console.print()
+    if result["evaluation"] is not None:
+        frontier.render(result["evaluation"], console)
+        console.print()
     assemble.render(result["repository"], console)
     seconds, repository = result["seconds"], result["repository"]
     console.print(

@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 import click
 from pydantic import TypeAdapter, ValidationError
 
+from actors.calibration import store_calibration
 from actors.course import Course
 from actors.events import EventLog, Events
 from actors.ledger import Ledger
-from actors.messages import Stage, WorkerSpec
+from actors.messages import PASSES, Stage, WorkerSpec
 from actors.needs import Needs, needs
 from actors.progress import progress
-from actors.shard_worker import read_calibration
 from jobs import inputs
 from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
+from prismaquant_ray.allocation.constraints import constrained
+from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
 from prismaquant_ray.calibration.batches import CalibrationSet
-from prismaquant_ray.calibration.files import loading
-from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.publish import check_output
 from prismaquant_ray.checkpoint.reader import Checkpoint
@@ -32,15 +32,13 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.source import local_files
 from prismaquant_ray.sensitivity.table import CostTable, from_figures
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
-from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_record, write_tensors
+from prismaquant_ray.storage.record import Artifact, Record
 from prismaquant_ray.storage.store import Store
 
 _LAYOUT = TypeAdapter(Layout)
-_CALIBRATION = "calibration/record.json"
 # What a measured run answers from memory, and a repaired one must read again.
 _MEASURED = ("is_measured", "layout", "records", "table", "candidates")
 T = TypeVar("T")
@@ -100,12 +98,35 @@ class Run:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes of every candidate and of everything else."""
+        """Bytes of every candidate and of everything else, with what the configuration rules out."""
         quantizable = {source for linear in self.layout.linears() for source in linear.sources}
         kept = [info for name, info in self.source.tensors.items() if name not in quantizable]
-        tensors = sum(info.nbytes + entry_bytes(info.name) for info in kept)
         files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
-        return measure(self.layout, self.config.formats, fixed_bytes=tensors + files)
+        sizes = measure(
+            self.layout,
+            self.config.formats,
+            kept_bytes=sum(info.nbytes for info in kept),
+            other_bytes=sum(entry_bytes(info.name) for info in kept) + files,
+            serving=self._serving,
+        )
+        return constrained(sizes, self.layout, self.config.allocation)
+
+    @property
+    def _serving(self) -> Serving | None:
+        """What a server holds beside the weights, when the budget says for how long a context."""
+        from prismaquant_ray.models.inspect import load_config
+
+        budget = self.config.budget
+        if budget.context is None:
+            return None
+        text = load_config(self.source).get_text_config()
+        drafts = draft_layers(text, self.source.tensors)
+        return Serving(
+            cache=kv_cache(text, kv_cache=budget.kv_cache, draft_layers=drafts),
+            context=budget.context,
+            sequences=budget.sequences,
+            margin=budget.margin,
+        )
 
     @cached_property
     def needs(self) -> Needs:
@@ -118,32 +139,22 @@ class Run:
     @cached_property
     def calibration(self) -> CalibrationSet:
         """Texts and images; InputError when the text is too short, or what prepares them is not there."""
-        from transformers import AutoTokenizer
-
         calibration = self.config.calibration
-        with local_files(self.source) as directory:
-            uri = self.source.store.uri
-            with loading(lambda error: f"{uri}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"):
-                tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            texts = load_sequences(
-                calibration.text,
-                tokenizer,
-                sequences=calibration.sequences,
-                length=calibration.length,
-                seed=calibration.seed,
-                holdout=calibration.holdout,
+        if calibration.images is not None and self.layout.image_token is None:
+            raise InputError(
+                f"calibration.images is given, but {self.layout.architecture} has no vision tower that is known "
+                "here; remove it"
             )
-            if calibration.images is None:
-                return texts
-            if self.layout.image_token is None:
-                raise InputError(
-                    f"calibration.images is given, but {self.layout.architecture} has no vision tower that is known "
-                    "here; remove it"
-                )
-            from prismaquant_ray.calibration.images import load_images
-
-            images = load_images(calibration.images, directory, image_token=self.layout.image_token)
-            return texts.with_images((image.inputs for image in images), calibration.holdout)
+        return inputs.load_tokens(
+            self.source,
+            self.layout,
+            calibration.text,
+            calibration.images,
+            sequences=calibration.sequences,
+            length=calibration.length,
+            seed=calibration.seed,
+            holdout=calibration.holdout,
+        )
 
     @cached_property
     def course(self) -> Course:
@@ -195,8 +206,8 @@ class Run:
         if self.is_measured:
             return
         self.check()
-        with self.claimed(), self._events() as (events, log):
-            self._store_calibration()
+        with self.claimed(), self.logged() as (events, log):
+            store_calibration(self.store, self.calibration)
             spec = WorkerSpec(
                 name="",
                 config=self.config,
@@ -220,7 +231,8 @@ class Run:
         self._read_again()
 
     @contextmanager
-    def _events(self) -> Iterator[tuple[Events, EventLog]]:
+    def logged(self) -> Iterator[tuple[Events, EventLog]]:
+        """Events inside the with-block are shown, and kept in the run store."""
         log = EventLog(self.store)
         with progress() as shown:
             events = Events(log, shown)
@@ -260,24 +272,13 @@ class Run:
         for name in _MEASURED:
             self.__dict__.pop(name, None)
 
-    def _store_calibration(self) -> None:
-        try:
-            if read_calibration(self.store).fingerprint == self.calibration.fingerprint:
-                return
-        except DamagedError:
-            self.store.delete([_CALIBRATION])
-        found = self.calibration
-        artifact = write_tensors(self.store, f"calibration/{new_attempt()}/tokens.safetensors", found.state())
-        facts = {"fingerprint": found.fingerprint}
-        write_record(self.store, _CALIBRATION, Record(artifacts={"tokens": artifact}, facts=facts))
-
     # What is known afterwards ---------------------------------------------------------------------------------
 
     @cached_property
     def records(self) -> dict[Stage, dict[int, Record]]:
         """Every block's record, by pass."""
         indices = [block.index for block in self.layout.blocks]
-        found = {stage: self.ledger.records(stage, indices) for stage in Stage}
+        found = {stage: self.ledger.records(stage, indices) for stage in PASSES}
         return {stage: {index: records[index] for index in indices} for stage, records in found.items()}
 
     @cached_property

@@ -7,15 +7,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs import planning
+from jobs import frontier, planning
+from jobs.allocate import refinement
 from jobs.run import Run
 from prismaquant_ray.config import Config
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Measure what is missing, then solve every target in one go."""
+def run(config: Config, *, measure: bool = False) -> dict[str, Any]:
+    """Probe what is missing, then solve every target in one go; `measure` evaluates every one of them, and controls."""
     current = Run(config)
-    return current.repairing(lambda: planning.sweep_targets(current))
+    if measure:
+        frontier.check(current)
+    result = current.repairing(lambda: planning.sweep_targets(current))
+    if measure:
+        result["measured"] = current.repairing(lambda: frontier.measured_sweep(current, result))
+    return result
 
 
 def render(result: dict[str, Any], console: Console) -> None:
@@ -45,3 +51,8 @@ def render(result: dict[str, Any], console: Console) -> None:
             f"knee: {knee['bpp']:.3f} bits per parameter at {knee['predicted_loss']:.5f} nats/token "
             f"(frontier from {knee['from_bpp']:.3f} to {knee['to_bpp']:.3f})"
         )
+    for plan in result.get("refined", ()):
+        console.print(f"{plan['target']} with interactions: {refinement(plan['refinement'])}", soft_wrap=True)
+    if "measured" in result:
+        console.print()
+        frontier.render(result["measured"], console)

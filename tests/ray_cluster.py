@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,15 +104,27 @@ class RayCluster:
         return wait_for(lambda: self._doing(stage, kind), driver)
 
     def _doing(self, stage: str, kind: str) -> int | None:
+        for pid, title in self._titles():
+            found = _TITLE.match(title)
+            if found and found.groups() == (stage, kind):
+                return pid
+        return None
+
+    def wait_until_idle(self, seconds: float = 60.0) -> None:
+        """Until no actor is left: those of a killed driver end when Ray has noticed."""
+        deadline = time.monotonic() + seconds
+        while any(title.startswith(("ray::ShardWorker", "ray::prismaquant")) for _, title in self._titles()):
+            assert time.monotonic() < deadline, "actors of a killed driver live on"
+            time.sleep(0.05)
+
+    def _titles(self) -> Iterator[tuple[int, str]]:
+        """Every process of the nodes, with what Ray calls it."""
         for node in self.nodes:
             for pid in _below(node):
                 try:
-                    found = _TITLE.match(psutil.Process(pid).cmdline()[0])
+                    yield pid, psutil.Process(pid).cmdline()[0]
                 except (psutil.Error, IndexError):
                     continue
-                if found and found.groups() == (stage, kind):
-                    return pid
-        return None
 
 
 def wait_for(what: Callable[[], Any], driver: subprocess.Popen[str], seconds: float = 120.0) -> Any:
@@ -129,10 +141,12 @@ def wait_for(what: Callable[[], Any], driver: subprocess.Popen[str], seconds: fl
     raise AssertionError("the moment for the fault never came")
 
 
-def start_driver(config: Path, address: str, environment: Mapping[str, str], *overrides: str) -> subprocess.Popen[str]:
-    """`python -m jobs quantize` on a cluster."""
-    arguments = [sys.executable, "-m", "jobs", "quantize", str(config), "--json", "--set", f"cluster.address={address}"]
-    for override in overrides:
+def start_driver(
+    command: Sequence[str | Path], address: str, environment: Mapping[str, str], *overrides: str
+) -> subprocess.Popen[str]:
+    """`python -m jobs COMMAND …` on a cluster."""
+    arguments = [sys.executable, "-m", "jobs", *map(str, command), "--json"]
+    for override in (f"cluster.address={address}", *overrides):
         arguments += ["--set", override]
     return subprocess.Popen(
         arguments,

@@ -21,7 +21,7 @@ from tests.tiny import make_checkpoint, make_text
 
 ROOT = Path(__file__).parent.parent
 CALIBRATION = ROOT / "configs/data/calibration.txt"
-EVALUATION = ROOT / "benchmarks/data/evaluation.txt"
+EVALUATION = ROOT / "configs/data/evaluation.txt"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from prismaquant_ray.models import embedded
 from prismaquant_ray.models.embedded import materialise
 
 NAME = "smollm2-135m-instruct"
-EVALUATION = Path(__file__).parent.parent / "benchmarks/data/evaluation.txt"
+EVALUATION = Path(__file__).parent.parent / "configs/data/evaluation.txt"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import pytest
 
 from actors.events import read_events
 from actors.ledger import Ledger
-from actors.messages import Stage
+from actors.messages import PASSES
 from prismaquant_ray.storage.store import Store
 from tests.conftest import summarise
 from tests.fault_proxy import FaultProxy
@@ -47,7 +47,9 @@ class Site:
     environment: dict[str, str]
     text: Path
     source: str
+    output: str = ""
     expected: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
 
 
 class Scene:
@@ -74,7 +76,15 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         return Store(self.run_uri)
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
-        return start_driver(self.config, self.site.cluster.address, self.site.environment, *overrides)
+        return start_driver(["quantize", self.config], self.site.cluster.address, self.site.environment, *overrides)
+
+    def start_evaluation(self) -> subprocess.Popen[str]:
+        """Of the undisturbed repository, with all that it needs in the store."""
+        text = ["--text", self.site.text, "--sequences", str(SEQUENCES), "--length", "32"]
+        command = ["evaluate", self.site.output, "--source", self.site.source, *text, "--store", self.run_uri]
+        settings = (f"calibration.microbatch={MICROBATCH}", f"cluster.blocks_per_shard={BLOCKS_PER_SHARD}")
+        address, environment = self.site.cluster.address, self.site.environment
+        return start_driver(command, address, environment, "cluster.device=cpu", *settings)
 
     def end(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
         out, err = driver.communicate(timeout=240)
@@ -91,7 +101,7 @@ store: {{run: {self.run_uri}, output: {self.output}}}
     def orphans(self) -> int:
         """Microbatches whose boundary was written by an attempt that left no record."""
         ledger, kept = Ledger(self.store), set()
-        for stage in Stage:
+        for stage in PASSES:
             for unit in ledger.recorded(stage).boundaries:
                 kept |= {artifact.key for artifact in ledger.boundary(stage, unit).values()}
         return sum("/boundary-" in key and key not in kept for key in self.store.list())
@@ -133,7 +143,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             scene = Scene(site, directory, "undisturbed")
             scene.end(scene.start())
             assert scene.repeated() == 0
+            site.output = scene.output
             site.expected = digests(scene.output)
+            site.figures = Scene(site, directory, "evaluated").end(scene.start_evaluation())
+            assert 0 < site.figures["weights"]["kl_mean"] < site.figures["activations"]["kl_mean"]
             yield site
         patch.undo()
 
@@ -206,7 +219,7 @@ def test_driver_killed(scene: Scene, stage: str, kind: str, then: str) -> None:
     scene.site.cluster.worker(stage, kind, driver)
     driver.kill()
     driver.communicate()
-    time.sleep(2)  # its actors end within that
+    scene.site.cluster.wait_until_idle()
     recorded, orphans = scene.records(), scene.orphans()
     driver = scene.start(then)
     scene.end(driver)
@@ -348,3 +361,32 @@ def test_object_damaged_between_two_runs(scene: Scene, key: str, harm: str) -> N
     harmed(scene.store, victim, harm)
     scene.end(scene.start())
     scene.is_right(scene.repeated(), STEPS, [victim])
+
+
+def test_worker_killed_in_an_evaluation(scene: Scene) -> None:
+    driver = scene.start_evaluation()
+    os.kill(scene.site.cluster.worker("evaluation", "run", driver), signal.SIGKILL)
+    assert scene.end(driver) == scene.site.figures
+    assert [lost["cause"] for lost in scene.events("lost")] == ["its process died"]
+
+
+def test_node_removed_in_an_evaluation(scene: Scene) -> None:
+    driver = scene.start_evaluation()
+    scene.site.cluster.remove_node_of(scene.site.cluster.worker("evaluation", "run", driver))
+    assert scene.end(driver) == scene.site.figures
+    assert len(scene.events("lost")) >= 1
+
+
+def test_driver_killed_in_an_evaluation(scene: Scene) -> None:
+    driver = scene.start_evaluation()
+    place = "evaluations/running"
+    done = wait_for(lambda: [key for key in scene.store.list(place) if key.endswith("boundary.json")], driver)
+    driver.kill()
+    driver.communicate()
+    scene.site.cluster.wait_until_idle()
+    assert scene.end(scene.start_evaluation()) == scene.site.figures
+    assert done
+    # What is recorded is not run again; a killed driver may have said of its steps, or not.
+    begun = [event["shard"] for event in scene.events("step") if event["microbatch"] == 0]
+    assert begun.count("entry") <= 1
+    assert not scene.store.list(place), "what it needed in between is gone"

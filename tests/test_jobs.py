@@ -91,10 +91,14 @@ def started(python: Path, settings: Mapping[str, str]) -> Iterator[Head]:
 
 def _end(directory: str) -> None:
     """Never `ray stop`, which ends every Ray of the machine."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(directory in argument for argument in process.info["cmdline"] or ()):
-            process.kill()
-    time.sleep(0.5)
+    theirs = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(directory in argument for argument in process.info["cmdline"] or ())
+    ]
+    for process in theirs:
+        process.kill()
+    psutil.wait_procs(theirs, timeout=10)
     shutil.rmtree(directory, ignore_errors=True)
 
 

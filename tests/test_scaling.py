@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from actors.conductor import Call, Conductor, Kind, Reply
 from actors.course import Course
 from actors.events import Event, Events
-from actors.messages import Exit, Receipt, Shard, Stage
+from actors.messages import PASSES, Exit, Receipt, Shard, Stage
 from actors.shards import blocks_per_shard
 from benchmarks.scaling import durations_of, makespan, repeated
 from benchmarks.simulation import (
@@ -140,7 +140,7 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
     blocks: int, microbatches: int, workers: int, durations: Durations
 ) -> None:
     limit = blocks_per_shard(blocks=blocks, workers=workers, fitting=blocks)
-    for stage in Stage:
+    for stage in PASSES:
         shards = whole_run(blocks, microbatches, limit).of(stage)
         seconds, steps = conducted(shards, durations, workers)
         found = simulate(shards, durations, workers)
@@ -167,7 +167,7 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
 def test_the_simulation_takes_that_time_with_images_and_leaves_too(
     course: Course, limit: int, workers: int, durations: Durations
 ) -> None:
-    for stage in Stage:
+    for stage in PASSES:
         shards = visits(course, limit).of(stage)
         seconds, steps = conducted(shards, durations, workers)
         found = simulate(shards, durations, workers)
@@ -182,7 +182,7 @@ def test_the_closed_form_is_within_4_percent_forward_and_10_percent_backward(
 ) -> None:
     workers = min(workers, microbatches, blocks + 1)
     limit = blocks_per_shard(blocks=blocks, workers=workers, fitting=fitting)
-    for stage in Stage:
+    for stage in PASSES:
         shards = whole_run(blocks, microbatches, limit).of(stage)
         found = simulate(shards, durations, workers).seconds
         bound = 0.04 if stage is Stage.FORWARD else 0.1
@@ -194,7 +194,7 @@ def test_the_closed_form_is_within_4_percent_forward_and_10_percent_backward(
 def test_the_closed_form_is_exact_for_one_worker(
     blocks: int, microbatches: int, limit: int, durations: Durations
 ) -> None:
-    for stage in Stage:
+    for stage in PASSES:
         shards = whole_run(blocks, microbatches, limit).of(stage)
         assert predicted(shards, durations, 1) == pytest.approx(simulate(shards, durations, 1).seconds)
 
@@ -223,7 +223,7 @@ def test_equal_shards_need_no_maximum_over_paths(shards: int, workers: int, fill
 @pytest.mark.parametrize("workers", [2, 3, 4, 6, 8, 12, 16])
 def test_workers_are_busy_85_percent_with_four_microbatches_and_four_shards_each(workers: int) -> None:
     work = whole_run(4 * workers, 4 * workers, 1)
-    for stage in Stage:
+    for stage in PASSES:
         busy = simulate(work.of(stage), REALISTIC, workers).busy
         assert len(busy) == workers
         assert min(busy.values()) >= 0.85
@@ -262,7 +262,7 @@ def test_every_input_but_the_stored_ones_hops_once() -> None:
 
 def test_durations_are_found_again_in_a_log() -> None:
     log = []
-    for stage in Stage:
+    for stage in PASSES:
         log += conducted(whole_run(12, 8, 2).of(stage), REALISTIC, 1)[1]
     found = durations_of(log)
     for kind in ("entry", "forward", "exit", "backward"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from hypothesis import given, settings
@@ -9,8 +10,8 @@ from hypothesis import strategies as st
 
 from actors.course import Course
 from actors.ledger import Recorded
-from actors.messages import Exit, Shard, Stage, Unit, unit_key, unit_of
-from actors.shards import Work, blocks_per_shard, remaining, spent
+from actors.messages import PASSES, Exit, Shard, Stage, Unit, unit_key, unit_of
+from actors.shards import Work, blocks_per_shard, consumed, remaining, spent, unevaluated
 
 NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
 
@@ -98,7 +99,7 @@ def test_a_course_says_what_reads_what(course: Course) -> None:
     assert list(course.every) == [*model.texts, *model.images]
     assert course.order(Stage.FORWARD) == model.order[Stage.FORWARD]
     assert [*course.exits, *course.order(Stage.BACKWARD)] == model.order[Stage.BACKWARD]
-    for stage in Stage:
+    for stage in PASSES:
         for unit in model.order[stage]:
             assert list(course.reads(stage, unit)) == model.origins(stage, unit)
             assert list(course.microbatches(unit)) == model.microbatches(unit)
@@ -139,7 +140,7 @@ def test_the_plan_makes_all_that_is_missing_from_what_is_there(state: tuple[Cour
     model = Model(course)
     work = remaining(course, forward, backward, limit=limit)
     there = {Stage.FORWARD: set(forward.boundaries), Stage.BACKWARD: set(backward.boundaries)}
-    made: dict[Stage, list[Unit]] = {stage: [] for stage in Stage}
+    made: dict[Stage, list[Unit]] = {stage: [] for stage in PASSES}
     for shard in (*work.forward, *work.backward):
         first, last = shard.units[0], shard.units[-1]
         assert len(shard.units) <= limit or len(shard.units) == 1
@@ -180,6 +181,55 @@ def test_nothing_is_run_that_neither_produces_nor_is_needed(state: tuple[Course,
             produces = unit in model.blocks and unit not in recorded.done
             wanted = stage is Stage.FORWARD and unit in recomputed
             assert produces or ((read or wanted) and unit not in recorded.boundaries)
+
+
+@st.composite
+def evaluations(draw: st.DrawFn) -> tuple[Course, Recorded, int]:
+    """Any set of records of an evaluation; a model that sees may be given no images."""
+    course = draw(courses)
+    if draw(st.booleans()):
+        course = dataclasses.replace(course, images=0)
+    units = course.order(Stage.EVALUATION)
+    done, boundaries = (frozenset(draw(st.lists(st.sampled_from(units)))) for _ in range(2))
+    products = {*course.exits, *course.leaves[: course.draft]}
+    return course, Recorded(done=done & products, boundaries=boundaries - products), draw(st.integers(1, 10))
+
+
+@settings(max_examples=300)
+@given(state=evaluations())
+def test_an_evaluation_goes_from_what_is_stored_to_every_figure_that_is_missing(
+    state: tuple[Course, Recorded, int],
+) -> None:
+    course, recorded, limit = state
+    model = Model(course)
+    sees = course.vision > 0 and course.images > 0
+    there, figures, left = set(recorded.boundaries), [], []
+    shards = unevaluated(course, recorded, limit=limit)
+    for shard in shards:
+        first, last = shard.units[0], shard.units[-1]
+        assert len(shard.units) <= limit or len(shard.units) == 1
+        if isinstance(first, Exit):
+            origins: list[Unit] = [course.last]
+        elif first == "entry":
+            origins = model.tower[-1:] if sees else []
+        else:
+            origins = [] if first == "pixels" else [model.below(first)]
+        assert list(shard.origins) == origins
+        assert set(origins) <= there, "its input is stored, or an earlier shard puts it out"
+        assert sees or first not in ("pixels", *model.tower), "no image, no tower"
+        there.add(last)
+        figures += shard.produce
+        left += shard.units
+    wanted = {*model.exits, *model.draft} - recorded.done
+    assert set(figures) == wanted
+    assert len(figures) == len(wanted)
+    # A boundary goes when the last of its readers is done, never before.
+    for place, shard in enumerate(shards):
+        later = [unit for other in shards[place + 1 :] for unit in other.units]
+        gone = {unit for _, unit in consumed(course, shard.units, later)}
+        needed = {origin for other in shards[place + 1 :] for origin in other.origins}
+        assert not gone & needed
+        assert set(shard.origins) <= gone | needed
 
 
 def names(shards: tuple[Shard, ...]) -> list[str]:
@@ -280,4 +330,4 @@ def test_boundaries_go_when_producer_and_consumer_are_done_and_all_of_them_go(co
             if stage is Stage.BACKWARD:
                 assert unit not in left
             assert not left & model.readers(stage, unit)
-    assert gone == {(stage, unit) for stage in Stage for unit in model.puts_out[stage]}
+    assert gone == {(stage, unit) for stage in PASSES for unit in model.puts_out[stage]}

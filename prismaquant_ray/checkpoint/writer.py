@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,20 @@ from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import Layout, LinearSpec
 from prismaquant_ray.storage.store import Store
 
+README = "README.md"
 #: files of the source that are written anew
 REWRITTEN = (CONFIG, MANIFEST)
 # What bits per parameter count; the scalars beside them are some bytes of a matrix of megabytes.
 _COUNTED = ("weight", "weight_packed", "weight_scale")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a repository's card can know of it: bytes of its shards, and bits as `Repository` has them."""
+
+    weight_bytes: int
+    bpp: float
+    bits_all_parameters: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +69,11 @@ def write_repository(
     *,
     max_shard_bytes: int = 5_000_000_000,
     manifest: Mapping[str, Any],
+    card: Callable[[Written], bytes] | None = None,
 ) -> Repository:
     """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
 
+    `card` makes README.md of what was written; without it the source's stays.
     Shards hold the tensors in the source's order and are streamed tensor by tensor. A prefix that holds a
     quantized repository of ours is replaced, not atomically; one that holds anything else is refused with InputError.
     """
@@ -71,12 +83,17 @@ def write_repository(
     copies = _copies(source, layout, choice, candidates)
     stale = claim(output, {"schema": MANIFEST_SCHEMA})
     shards = write_shards(output, copies, limit=max_shard_bytes)
-    files = dict(shards.files)
-    for file in source.other_files():
-        if file not in REWRITTEN:
-            files[file] = _put(output, file, source.store.get(file))
-
     sizes = {copy.name: copy.nbytes for copy in copies}
+    bpp, bits_all_parameters = bits(source, layout, sizes)
+    files = dict(shards.files)
+    weights = sum(files.values())
+    for file in source.other_files():
+        if file not in REWRITTEN and (card is None or file != README):
+            files[file] = _put(output, file, source.store.get(file))
+    if card is not None:
+        written = Written(weight_bytes=weights, bpp=bpp, bits_all_parameters=bits_all_parameters)
+        files[README] = _put(output, README, card(written))
+
     index = as_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.weight_map})
     config_json = source.store.get(CONFIG)
     if config is not None:
@@ -84,7 +101,6 @@ def write_repository(
     elif json.loads(config_json) != source.config:
         config_json = as_json(source.config)  # the source's own quantization is decoded
     files |= {INDEX: len(index), CONFIG: len(config_json)}
-    bpp, bits_all_parameters = bits(source, layout, sizes)
     body = _manifest(choice, manifest) | {"complete": True, "files": files, "sha256": shards.sha256}
     body |= {"bpp": bpp, "bits_all_parameters": bits_all_parameters}
     files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}

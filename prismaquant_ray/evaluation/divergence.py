@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,13 +12,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """Over all tokens: mean, 90th and 99th percentile of KL(source ‖ quantized) in nats, and top-1 agreement."""
+    """KL(source ‖ quantized) over all tokens, in nats per token, and what else is asked of a quantized model.
+
+    `kl_standard_error` is that of the mean, with sequences as the independent samples; `top1_agreement` is the share of
+    tokens where both find the same token most likely; `loss` is the quantized model's cross-entropy in nats per
+    predicted token of the text, and `perplexity` its exponential.
+    """
 
     tokens: int
     kl_mean: float
+    kl_standard_error: float
     kl_p90: float
     kl_p99: float
     top1_agreement: float
+    loss: float
+    perplexity: float
+
+
+class TokenFigures(NamedTuple):
+    """Figures of every token (tokens,): KL in nats, same most likely token or not, loss (NaN where none is taken)."""
+
+    kl: Tensor
+    agrees: Tensor
+    loss: Tensor
 
 
 def token_kl(source: Tensor, quantized: Tensor) -> Tensor:
@@ -26,12 +44,64 @@ def token_kl(source: Tensor, quantized: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def summarize(kl: Tensor, agree: Tensor) -> Divergence:
-    """From KL per token and whether the most likely token is the same, both (tokens,)."""
+class SourceLogits:
+    """The source's logits (tokens, V) of a piece of text, against which models are compared one after the other.
+
+    `following` (tokens,) are the tokens to be predicted; negative where no loss is taken.
+    """
+
+    def __init__(self, logits: Tensor, following: Tensor) -> None:
+        self.logits = logits.double()
+        self.following = following
+        self.best = logits.argmax(-1)
+        self.total = self.logits.logsumexp(-1)
+        self.probabilities = (self.logits - self.total.unsqueeze(-1)).exp_()
+
+    def against(self, logits: Tensor) -> TokenFigures:
+        """Figures of a model with these logits (tokens, V): KL = Σ p (z_p − z_q) + log Σ exp z_q − log Σ exp z_p."""
+        best = logits.argmax(-1)
+        logits = logits.double()
+        total = logits.logsumexp(-1)
+        kl = (self.probabilities * (self.logits - logits)).sum(-1) + total - self.total
+        target = logits.gather(-1, self.following.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        loss = (total - target).masked_fill(self.following < 0, math.nan)
+        return TokenFigures(kl=kl, agrees=best == self.best, loss=loss)
+
+
+def summarize(figures: TokenFigures, sequence: Tensor) -> Divergence:
+    """From figures of every token, and the sequence (tokens,) each of them is in."""
+    kl = figures.kl.double()
+    by_sequence = _sums(kl, sequence), _sums(torch.ones_like(kl), sequence)
+    loss = float(figures.loss.double().nanmean())
     return Divergence(
         tokens=kl.numel(),
         kl_mean=float(kl.mean()),
-        kl_p90=float(torch.quantile(kl, 0.90)),
-        kl_p99=float(torch.quantile(kl, 0.99)),
-        top1_agreement=float(agree.double().mean()),
+        kl_standard_error=_standard_error(*by_sequence),
+        kl_p90=_quantile(kl, 0.90),
+        kl_p99=_quantile(kl, 0.99),
+        top1_agreement=float(figures.agrees.double().mean()),
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
     )
+
+
+def _sums(values: Tensor, index: Tensor) -> Tensor:
+    return torch.zeros(int(index.max()) + 1, dtype=values.dtype).index_add_(0, index, values)
+
+
+def _standard_error(totals: Tensor, counts: Tensor) -> float:
+    """Of the ratio Σ totals / Σ counts, by jackknife over the entries; 0 for a single one."""
+    n = len(totals)
+    if n < 2:
+        return 0.0
+    left_out = (totals.sum() - totals) / (counts.sum() - counts)
+    return float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    # torch.quantile takes no more than 2^24 values.
+    position = share * (values.numel() - 1)
+    low = math.floor(position)
+    ordered = values.sort().values
+    high = min(low + 1, values.numel() - 1)
+    return float(ordered[low] + (position - low) * (ordered[high] - ordered[low]))

@@ -48,6 +48,11 @@ SERVABILITY: dict[FormatName, Served] = {
     FormatName.BF16: Served(vllm_scheme="unquantized", loads_from=0, full_from=0, shape_rule="none"),
 }
 
+#: The vLLM that the table was tried with; older ones may lack a scheme.
+VLLM = "0.32"
+#: Formats of routed experts that transformers 5.23 computes wrong or does not load.
+NOT_IN_TRANSFORMERS = (FormatName.NVFP4, FormatName.MXFP8)
+
 #: Formats that the runtime cannot load for routed experts, and why.
 EXPERTS_REFUSED: dict[FormatName, str] = {
     FormatName.NVFP4A16: "vLLM 0.32 waits for an input scale of every expert, which a weight-only format does not have",

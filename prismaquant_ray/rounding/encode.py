@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -217,3 +217,13 @@ def _joined(parts: Sequence[EncodedLinear]) -> EncodedLinear:
 
 def _chained(parts: Iterable[T | list[T]]) -> list[T]:
     return [each for part in parts for each in (part if isinstance(part, list) else [part])]
+
+
+def by_matrix(figures: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The method that won and the held-out error of each, from a record's figures of a Linear, or of every expert's."""
+    methods, errors = figures["method"], figures["holdout_error"]
+    if isinstance(methods, str):
+        yield methods, errors
+        return
+    for expert, method in enumerate(methods):
+        yield method, {name: values[expert] for name, values in errors.items()}

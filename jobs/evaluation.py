@@ -1,0 +1,185 @@
+"""Measuring variants of a model against it on text: what is not known yet is run, and kept beside the run.
+
+The store holds `evaluations/<digest>/`: a record of each measured variant with its figures of every token, by what was
+measured on what text. While an evaluation runs it has a store of its own below `evaluations/running/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actors.calibration import store_calibration
+from actors.course import Course
+from actors.events import Events
+from actors.ledger import Ledger
+from actors.messages import Evaluation, Shard, Stage, Unit, WorkerSpec
+from actors.needs import evaluation_needs
+from actors.shards import consumed, unevaluated
+from jobs import inputs
+from jobs.measure import OpenWorkers, Passes
+from prismaquant_ray import __version__
+from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.config import Config
+from prismaquant_ray.evaluation.divergence import TokenFigures, summarize
+from prismaquant_ray.evaluation.variants import Variant
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
+from prismaquant_ray.storage.store import Store
+
+# Hidden states of a microbatch, of all models together, that go from one worker to the next.
+_HOP_BYTES = 1 << 28
+_PLACE = "evaluations"
+
+
+class EvaluationPass(Passes):
+    """The one pass of an evaluation."""
+
+    stages = (Stage.EVALUATION,)
+
+    @override
+    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        return unevaluated(self.course, self.ledger.recorded(stage), limit=limit)
+
+    @override
+    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        return consumed(self.course, finished, left)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One model and one text, on which variants are measured.
+
+    `store` keeps the results; `candidates` and `repository` are where variants come from, as `actors.messages` has it.
+    A draft head is left out unless `drafts`.
+    `check` raises when the evaluation must end.
+    """
+
+    config: Config
+    source: Checkpoint
+    layout: Layout
+    tokens: CalibrationSet
+    store: Store
+    events: Events
+    check: Callable[[], None]
+    open_workers: OpenWorkers
+    candidates: str | None = None
+    repository: Checkpoint | None = None
+    drafts: bool = True
+
+    def measure(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+        """Figures of the source, then of each variant: a Divergence as a mapping, with what the draft head reached."""
+        wanted = list({self._key(variant): variant for variant in variants}.items())
+        missing = [(key, variant) for key, variant in wanted if self._read(key) is None]
+        if self._read(self._key(None)) is None and not missing:
+            missing = wanted[:1]
+        size = self._at_once()
+        for start in range(0, len(missing), size):
+            self._run(missing[start : start + size])
+        found = [self._read(key) for key in (self._key(None), *map(self._key, variants))]
+        return [dict(record.facts) for record in found if record is not None]
+
+    def figures(self, variant: Variant) -> dict[str, Tensor]:
+        """kl, agrees, loss and sequence of every token (tokens,) of a measured variant."""
+        record = self._read(self._key(variant))
+        assert record is not None, "measure comes first"
+        return read_tensors(self.store, record.artifacts["tokens"])
+
+    # One pass -------------------------------------------------------------------------------------------------
+
+    def _run(self, pairs: Sequence[tuple[str, Variant]]) -> None:
+        variants = tuple(variant for _, variant in pairs)
+        digest = hashlib.sha256("".join(key for key, _ in pairs).encode()).hexdigest()[:16]
+        place = f"{self.store.uri.rstrip('/')}/{_PLACE}/running/{digest}"
+        running = Store(place)
+        running.create("run.json", json.dumps({"evaluation": digest}).encode())
+        store_calibration(running, self.tokens)
+        course = self._course
+        evaluation = EvaluationPass(
+            spec=WorkerSpec(
+                name="",
+                config=self.config,
+                source=inputs.absolute_source(self.config.model),
+                run=absolute(place),
+                evaluation=Evaluation(
+                    variants=variants,
+                    candidates=self.candidates,
+                    repository=None if self.repository is None else absolute(self.repository.store.uri),
+                ),
+            ),
+            needs=evaluation_needs(self.layout, self.config, self.tokens.tokens.shape[1], variants),
+            course=course,
+            ledger=Ledger(running),
+            events=self.events,
+            check=self.check,
+        )
+        evaluation.run(self.open_workers)
+        self._keep(running, course, [self._key(None), *(key for key, _ in pairs)])
+        running.delete(running.list())
+
+    def _keep(self, running: Store, course: Course, keys: Sequence[str]) -> None:
+        ledger = Ledger(running)
+        found = ledger.records(Stage.EVALUATION, course.exits)
+        pieces = [read_tensors(running, found[unit].artifacts["figures"]) for unit in course.exits]
+        sequence = torch.cat([piece["sequence"] for piece in pieces])
+        columns = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in TokenFigures._fields}
+        agreement: list[float] = []
+        for unit in course.leaves[: course.draft]:
+            facts = ledger.record(Stage.EVALUATION, unit).facts
+            agreement = [count / facts["tokens"] for count in facts["agreed"]]
+        for row, key in enumerate(keys):
+            own = {name: column[row] for name, column in columns.items()}
+            facts = asdict(summarize(TokenFigures(**own), sequence))
+            if agreement:
+                facts["draft_agreement"] = agreement[row]
+            path = f"{_PLACE}/{key}"
+            artifact = write_tensors(
+                self.store, f"{path}/{new_attempt()}/tokens.safetensors", {**own, "sequence": sequence}
+            )
+            write_record(self.store, f"{path}/record.json", Record(artifacts={"tokens": artifact}, facts=facts))
+
+    def _read(self, key: str) -> Record | None:
+        return read_record(self.store, f"{_PLACE}/{key}/record.json")
+
+    @property
+    def _course(self) -> Course:
+        texts = math.ceil(self.tokens.texts / self.config.calibration.microbatch)
+        course = Course.of(self.layout, texts=texts, images=len(self.tokens.images))
+        return course if self.drafts else replace(course, draft=False)
+
+    def _at_once(self) -> int:
+        """Variants of one pass: what travels between workers grows with them."""
+        compute = 4 if self.config.model.dtype == "float32" else 2
+        one = self.config.calibration.microbatch * self.tokens.tokens.shape[1] * self.layout.hidden_size * compute
+        return max(1, _HOP_BYTES // one - 1)
+
+    @cached_property
+    def _depends_on(self) -> dict[str, str]:
+        """Of every figure: what is run, and on what."""
+        found = {
+            "code": __version__,
+            "model": self.source.fingerprint(),
+            "tokens": self.tokens.fingerprint,
+            "dtype": self.config.model.dtype,
+            "threads": str(self.config.cluster.threads),
+        }
+        return found if self.repository is None else {**found, "repository": self.repository.fingerprint()}
+
+    def _key(self, variant: Variant | None) -> str:
+        """What a variant's record is called: a digest of everything its figures depend on."""
+        body: dict[str, Any] = dict(self._depends_on)
+        if variant is not None:
+            body["activations"] = variant.activations
+            body["choice"] = variant.choice
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,268 @@
+"""Models that are run side by side: the source, plans over its stored candidates, and a quantized repository.
+
+They are run block by block on the same tokens. Row 0 of everything is the source; every variant has a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismaquant_ray.calibration.batches import Batch
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.models.runner import ModelRunner
+
+#: A matrix's input (…, I) as the runtime rounds it.
+InputRounding = Callable[[Tensor], Tensor]
+#: The stored candidates of a block in a format, by shipped name.
+ReadCandidates = Callable[[int, FormatName], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """A model to measure: a `choice` of stored candidates by fused group, or None for the repository.
+
+    Without `activations` only its weights are rounded.
+    """
+
+    choice: Mapping[str, FormatName] | None
+    activations: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Replacement:
+    """What takes the place of a parameter (its own where None), and what rounds its input, if anything does."""
+
+    weight: Tensor | None
+    rounding: InputRounding | None
+
+
+Replacements = Mapping[str, Replacement]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Repository:
+    """A quantized repository: what runs its decoded weights, and what rounds the input of a module, by name."""
+
+    runner: ModelRunner
+    roundings: Mapping[str, InputRounding]
+
+
+class Variants:
+    """The source and its variants, on one device. `repository` is there if a variant is without a choice."""
+
+    def __init__(
+        self,
+        source: ModelRunner,
+        variants: Sequence[Variant],
+        *,
+        candidates: ReadCandidates,
+        repository: Repository | None = None,
+    ) -> None:
+        self.source = source
+        self.variants = tuple(variants)
+        self.candidates = candidates
+        self.repository = repository
+
+    @property
+    def rows(self) -> int:
+        """Models that are run: the source and the variants."""
+        return 1 + len(self.variants)
+
+    @cached_property
+    def runners(self) -> tuple[ModelRunner, ...]:
+        """The runner of each row."""
+        return (self.source, *(self._runner(variant) for variant in self.variants))
+
+    def load(self, index: int) -> LoadedBlock:
+        """A block of every row, with its weights."""
+        block = self.source.layout.blocks[index]
+        modules = {runner: runner.load_block(index) for runner in dict.fromkeys(self.runners)}
+        return LoadedBlock(self.runners, block, modules, self._replacements(block))
+
+    @contextmanager
+    def resident(self, part: Callable[[ModelRunner], Any]) -> Iterator[None]:
+        """A part of every model outside its blocks, such as `ModelRunner.exit`, is loaded inside the with-block."""
+        with ExitStack() as stack:
+            for runner in dict.fromkeys(self.runners):
+                stack.enter_context(part(runner))
+            yield
+
+    @contextmanager
+    def output_heads(self) -> Iterator[Callable[[int], Any]]:
+        """A context for each row in which its output head is its own, inside `resident` of what holds the head."""
+        heads = self.source.layout.of(Kind.HEAD)
+        given = self._replacements(heads[0]) if heads else self._head_roundings(self.source.head_name)
+
+        @contextmanager
+        def own(row: int) -> Iterator[None]:
+            runner = self.runners[row]
+            with replaced(runner.skeleton.model, given[row], runner.dtype):
+                yield
+
+        yield own
+
+    def _runner(self, variant: Variant) -> ModelRunner:
+        if variant.choice is not None:
+            return self.source
+        assert self.repository is not None
+        return self.repository.runner
+
+    def _replacements(self, block: Block) -> list[Replacements]:
+        """For every row what is not the block of its runner."""
+        chosen = [
+            {group.name: variant.choice[group.name] for group in block.groups} if variant.choice else {}
+            for variant in self.variants
+        ]
+        used = {name for choice in chosen for name in choice.values() if FORMATS[name].codec is not None}
+        stored = {name: self.candidates(block.index, name) for name in sorted(used)}
+        decoder = CandidateDecoder(stored, self.source.device)
+        shared: dict[tuple[str, FormatName], InputRounding] = {}
+        rows: list[Replacements] = [{}]
+        for variant, choice in zip(self.variants, chosen, strict=True):
+            if variant.choice is None:
+                rows.append(self._roundings(block) if variant.activations else {})
+                continue
+            found: dict[str, Replacement] = {}
+            for group in block.groups:
+                name = choice[group.name]
+                if FORMATS[name].codec is None:
+                    continue
+                decoded = decoder.decode(group, name)
+                for matrix in group.matrices:
+                    for parameter in matrix.parameters:
+                        rounding = None
+                        if variant.activations and FORMATS[name].round_activation is not None:
+                            key = (matrix.input, name)
+                            if key not in shared:
+                                shared[key] = _rounding(name, decoded.input_scales[parameter])
+                            rounding = shared[key]
+                        found[parameter] = Replacement(weight=decoded.weights[parameter], rounding=rounding)
+            rows.append(found)
+        return rows
+
+    def _roundings(self, block: Block) -> Replacements:
+        """What rounds the inputs of a repository's block, by parameter."""
+        assert self.repository is not None
+        modules = {
+            parameter.name: parameter.tensors[0].removesuffix(".weight")
+            for parameter in block.parameters
+            if parameter.tensors
+        }
+        for group in block.groups:
+            for matrix in group.matrices:
+                if matrix.experts is not None:
+                    # One scale for all experts of a layer, and for gate and up: what runtimes apply.
+                    modules[matrix.parameters[0]] = matrix.linears[0].names[0]
+        known = self.repository.roundings
+        return {
+            parameter: Replacement(weight=None, rounding=known[module])
+            for parameter, module in modules.items()
+            if module in known
+        }
+
+    def _head_roundings(self, head: str) -> list[Replacements]:
+        rows: list[Replacements] = [{}]
+        for variant in self.variants:
+            rounding = None
+            if variant.choice is None and variant.activations:
+                assert self.repository is not None
+                rounding = self.repository.roundings.get(head)
+            rows.append({} if rounding is None else {f"{head}.weight": Replacement(weight=None, rounding=rounding)})
+        return rows
+
+
+class LoadedBlock:
+    """A block of every row. `modules` are by runner, `replacements` by row."""
+
+    def __init__(
+        self,
+        runners: Sequence[ModelRunner],
+        block: Block,
+        modules: Mapping[ModelRunner, nn.Module],
+        replacements: Sequence[Replacements],
+    ) -> None:
+        self.runners = tuple(runners)
+        self.block = block
+        self.modules = modules
+        self.replacements = tuple(replacements)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What leaves the block of every row (rows, …) for what enters it (rows, …), or (1, …) where all have one."""
+        return torch.stack([self.row(row, hidden[row if len(hidden) > 1 else 0], batch) for row in range(self.rows)])
+
+    def row(self, row: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """What leaves the block of one row."""
+        runner = self.runners[row]
+        module = self.modules[runner]
+        with replaced(module, self.replacements[row], runner.dtype):
+            return runner.run_block(self.block.index, module, hidden, batch.inputs)
+
+    @property
+    def rows(self) -> int:
+        """The source and its variants."""
+        return len(self.runners)
+
+
+class Shared:
+    """A rounding that several matrices apply to one tensor, one after the other: it is computed once."""
+
+    def __init__(self, rounding: InputRounding) -> None:
+        self.rounding = rounding
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The rounded tensor, shaped like x."""
+        if self._last is None or self._last[0] is not x:
+            self._last = x, self.rounding(x)
+        return self._last[1]
+
+    def forget(self) -> None:
+        """Let go of the tensor."""
+        self._last = None
+
+
+def _rounding(name: FormatName, scale: Tensor | None) -> Shared:
+    function = FORMATS[name].round_activation
+    assert function is not None
+    return Shared(lambda x: function(x.flatten(0, -2).float(), scale).view_as(x).to(x.dtype))
+
+
+@contextmanager
+def replaced(module: nn.Module, replacements: Replacements, dtype: torch.dtype) -> Iterator[None]:
+    """Parameters of the module, by path, are others inside the with-block, and their inputs are rounded."""
+    with ExitStack() as stack:
+        roundings: dict[nn.Module, dict[str, InputRounding]] = {}
+        for path, replacement in replacements.items():
+            owner, _, leaf = path.rpartition(".")
+            holder = module.get_submodule(owner)
+            if replacement.weight is not None:
+                parameter = module.get_parameter(path)
+                stack.callback(setattr, parameter, "data", parameter.data)
+                parameter.data = replacement.weight.to(dtype)
+            if replacement.rounding is None:
+                continue
+            if isinstance(replacement.rounding, Shared):
+                stack.callback(replacement.rounding.forget)
+            if isinstance(holder, nn.Linear):
+                stack.callback(holder.register_forward_pre_hook(_hook(replacement.rounding)).remove)
+            else:
+                roundings.setdefault(holder, {})[leaf] = replacement.rounding
+        for holder, found in roundings.items():
+            # Packed experts: `models.experts` asks for it.
+            holder.roundings = found  # type: ignore[assignment]
+            stack.callback(delattr, holder, "roundings")
+        yield
+
+
+def _hook(rounding: InputRounding) -> Any:
+    return lambda _, args: (rounding(args[0]), *args[1:])

@@ -1,0 +1,1 @@
+"""What a run found, for people: the model card of a repository and the HTML report."""

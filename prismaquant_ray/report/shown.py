@@ -1,0 +1,110 @@
+"""Figures as people read them: enough digits, a unit, and an error where there is one."""
+
+from __future__ import annotations
+
+import math
+import re
+
+#: What stands where there is no figure.
+NONE = "–"
+# Between a figure and its unit, so that no line ends there.
+_GAP = "\u00a0"
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, without an exponent where that can be read."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-5:
+        return _signed(f"{value:.{digits - 1}e}")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return _signed(f"{value:,.{decimals}f}")
+
+
+def _signed(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _decimals(error: float) -> int:
+    """Of a figure with this standard error, after the Particle Data Group: two digits of it up to 35, else one."""
+    exponent = math.floor(math.log10(error))
+    return (0 if error / 10**exponent >= 3.55 else 1) - exponent
+
+
+def value(figure_: float | None, error: float | None) -> str:
+    """A figure to the last digit that its standard error leaves of it."""
+    if figure_ is None or not error:
+        return figure(figure_)
+    decimals = _decimals(error)
+    return _signed(f"{figure_:.1e}" if decimals > 7 else f"{figure_:,.{max(0, decimals)}f}")
+
+
+def with_error(figure_: float | None, error: float | None) -> str:
+    """Both: 0.1122 ± 0.0007, 0.2246 ± 0.0016."""
+    return value(figure_, error) if figure_ is None or not error else f"{value(figure_, error)} ± {value(error, error)}"
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units."""
+    if count is None:
+        return NONE
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            # 19.4 GB and 133.5 MB, but 1.34 GB.
+            return f"{count / scale:,.{2 if count < 10 * scale else 1}f}{_GAP}{unit}"
+    return f"{count:,.0f}{_GAP}B"
+
+
+def amount(count: float | None) -> str:
+    """A count of parameters or tokens: 106.2 M."""
+    if count is None:
+        return NONE
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
+        if count >= scale:
+            return f"{count / (1e3 if unit == 'k' else scale):,.1f}{_GAP}{unit}"
+    return f"{count:,.0f}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as 42.0 %."""
+    return NONE if share is None else f"{100 * share:.{digits}f}{_GAP}%"
+
+
+def seconds(value: float | None) -> str:
+    """A span of time: 3 min 46 s."""
+    if value is None:
+        return NONE
+    if value < 1:
+        return f"{1000 * value:.0f} ms"
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 100:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def target(name: str) -> str:
+    """A plan's target: 5.5 bpp, 19.0 GB, 24.0 GB of VRAM (1 x 32768 tokens)."""
+    found = re.fullmatch(r"([0-9.]+)bpp|(\d+)B(?:-vram-(\d+)x(\d+)-.*)?", name)
+    if found is None:
+        return name
+    if found[1]:
+        return f"{found[1]}{_GAP}bpp"
+    return size(int(found[2])) + (f" of VRAM ({found[3]} x {found[4]} tokens)" if found[3] else "")
+
+
+def change(share: float) -> str:
+    """A relative difference: +22.1 %, −50.0 %, the same."""
+    return "the same" if abs(share) < 0.0005 else _signed(f"{100 * share:+.1f}{_GAP}%")
+
+
+def shrunk(before: float, after: float) -> str:
+    """Two sizes, the unit once when it is the same: 269.0 → 133.5 MB."""
+    first, second = size(before), size(after)
+    number, _, unit = first.partition(_GAP)
+    return f"{number} → {second}" if second.endswith(f"{_GAP}{unit}") else f"{first} → {second}"

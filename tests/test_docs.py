@@ -1,0 +1,206 @@
+"""Claims about the documentation: what it names exists, what it shows is accepted, nothing is left to be filled in."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from jobs.__main__ import cli
+from prismaquant_ray.config import Config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+#: `file.py::name`, as pytest writes it; also `Class.method` and constants of a module.
+REFERENCE = re.compile(r"`([\w./]+\.py)::([\w.]+)`")
+SPAN = re.compile(r"`([^`]+)`")
+COMMAND = re.compile(r"(?:\bpq|prismaquant-ray|python -m jobs) ([a-z]+)\b([^\n|]*)")
+PLACEHOLDER = re.compile(r"@@[A-Z][^@]*@@")
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks of code."""
+    return FENCE.sub("", page.read_text())
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """Language and text of every block of code."""
+    for indent, language, body in FENCE.findall(page.read_text()):
+        yield language, re.sub(f"^{indent}", "", body, flags=re.MULTILINE)
+
+
+def code(page: Path) -> str:
+    """Everything that stands as code: blocks and inline."""
+    return "\n".join(
+        [*(body for _, body in blocks(page)), *(span.replace("\n", " ") for span in SPAN.findall(prose(page)))]
+    )
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    return frozenset(slug(heading) for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE))
+
+
+@cache
+def names_in(path: Path) -> frozenset[str]:
+    """What a Python file defines: functions, classes, their methods, and module constants."""
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{prefix}{node.name}.")
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            found.update(prefix + target.id for target in targets if isinstance(target, ast.Name))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return frozenset(found)
+
+
+# --- what is named exists ---------------------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_every_relative_link_resolves_to_a_file_and_a_heading(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(prose(page)):
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@EACH_PAGE
+def test_every_file_function_and_test_named_exists(page: Path) -> None:
+    missing = []
+    for file, name in REFERENCE.findall(page.read_text()):
+        path = ROOT / file
+        if not path.is_file() or name not in names_in(path):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def test_every_formula_names_its_code_and_a_test_that_proves_it() -> None:
+    _, *sections = re.split(r"^## (.*)$", (ROOT / "docs" / "numerics.md").read_text(), flags=re.MULTILINE)
+    formulas = dict(zip(sections[::2], sections[1::2], strict=True))
+    assert len(formulas) >= 15
+    for heading, text in formulas.items():
+        code, _, tests = text.partition("\n- tests:")
+        assert [name for file, name in REFERENCE.findall(code) if file.startswith("prismaquant_ray/")], heading
+        proofs = [name for file, name in REFERENCE.findall(tests) if file.startswith("tests/test_")]
+        assert proofs, heading
+        assert all(name.startswith("test_") for name in proofs), heading
+
+
+def test_the_index_leads_to_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    led = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(index.read_text())}
+    assert {page for page in PAGES if page.parent == index.parent} - led == {index}
+
+
+# --- what is shown works ----------------------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_every_command_and_its_options_are_real(page: Path) -> None:
+    wrong = []
+    for name, rest in COMMAND.findall(code(page)):
+        command = cli.commands.get(name)
+        known = {option for parameter in command.params for option in parameter.opts} if command else set()
+        arguments = re.split(r" [#>&]|;|\s{2,}", rest)[0]
+        unknown = set(re.findall(r"--[a-z-]+", arguments)) - known - {"--help"}
+        if command is None or unknown:
+            wrong.append((name, *unknown))
+    assert wrong == []
+
+
+def test_every_command_is_in_the_readme_of_the_project() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in cli.commands if not re.search(rf"\b{name}\b", text)] == []
+
+
+def configurations(page: Path) -> Iterator[dict[str, Any]]:
+    """YAML blocks that begin with a section of the configuration; manifests of Kubernetes and the like do not."""
+    for language, body in blocks(page):
+        if language in ("yaml", "yml"):
+            for document in yaml.safe_load_all(body):
+                if isinstance(document, dict) and set(document) & set(Config.model_fields):
+                    yield document
+
+
+#: What a page leaves out of the configuration it shows.
+REST: dict[str, Any] = {
+    "model": {"source": "source"},
+    "calibration": {"text": "calibration.txt"},
+    "budget": {"bpp": 5.5},
+    "store": {"run": "runs/run", "output": "runs/repository"},
+}
+
+
+@EACH_PAGE
+def test_every_configuration_shown_is_accepted(page: Path) -> None:
+    for shown in configurations(page):
+        sections = {key: {**REST[key], **shown[key]} for key in REST.keys() & shown if key != "budget"}
+        try:
+            Config.model_validate({**REST, **shown, **sections})
+        except ValidationError as error:
+            pytest.fail(f"{shown}: {error}")
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """`section.key` of every setting, however deep; of a mapping with free keys only its own name."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from keys(part, f"{prefix}{name}.")
+
+
+@EACH_PAGE
+def test_every_setting_named_is_one(page: Path) -> None:
+    sections = "|".join(name for name in Config.model_fields if name not in ("formats", "sweep"))
+    named = set(re.findall(rf"(?:`|--set )((?:{sections})\.[a-z_][a-z_.]*[a-z])(?=[`:= ])", page.read_text()))
+    assert named - set(keys(Config)) == set()
+
+
+# --- nothing is left over ---------------------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_no_output_is_left_to_be_filled_in(page: Path) -> None:
+    assert PLACEHOLDER.findall(page.read_text()) == []
+
+
+def test_the_checks_see_what_is_wrong() -> None:
+    assert REFERENCE.findall("`a/b.py::C.d` and `tests/x.py::test_y` and `a.py`") == [
+        ("a/b.py", "C.d"),
+        ("tests/x.py", "test_y"),
+    ]
+    assert COMMAND.findall("prismaquant-ray nonsense x.yaml --set a=b") == [("nonsense", " x.yaml --set a=b")]
+    assert LINK.findall("[a](b.md#c), ![d](e.png)") == ["b.md#c", "e.png"]
+    assert slug("`make demo`: what it does") == "make-demo-what-it-does"
+    assert PLACEHOLDER.search("@@OUTPUT:prismaquant-ray report run.yaml@@")
+    assert {"RayCluster.restore", "ROOT", "wait_for"} <= names_in(ROOT / "tests" / "ray_cluster.py")
+    assert {"budget.bpp", "rounding.gptq.damping", "cluster.labels"} <= set(keys(Config))

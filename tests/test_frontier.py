@@ -1,0 +1,226 @@
+"""Claims about the measured frontier: what is measured is what would ship, and controls are what they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import assemble, evaluate, frontier, planning, sweep
+from jobs.run import Run
+from prismaquant_ray.config import BudgetConfig, Config, load
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.evaluation.comparison import fit_gains, knee_of
+from prismaquant_ray.layout import Kind
+from tests.inprocess import in_process, unopened
+from tests.tiny import make_checkpoint, make_text
+from tests.tiny_families import make_family
+
+TARGETS = (4.75, 5.5, 6.5, 7.5, 9.0)
+
+
+def configuration(directory: Path, source: Path, *overrides: str) -> Config:
+    directory.mkdir(parents=True, exist_ok=True)
+    calibration, evaluation = make_text(directory / "a", 8000), make_text(directory / "b", 8000, seed=9)
+    path = directory / "config.yaml"
+    path.write_text(
+        f"""
+model: {{source: {source}}}
+calibration: {{text: {calibration}, sequences: 6, length: 32, microbatch: 3, holdout: 0.25}}
+evaluation: {{text: {evaluation}, sequences: 4, length: 24}}
+budget: {{bpp: 6.25}}
+sweep: {list(TARGETS)}
+cluster: {{address: local, workers: 1}}
+store: {{run: {directory / "run"}, output: {directory / "repository"}}}
+"""
+    )
+    return load(path, overrides)
+
+
+@dataclasses.dataclass
+class Measured:
+    config: Config
+    run: Run
+    result: dict[str, Any]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.result["plans"] if entry["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    directory = tmp_path_factory.mktemp("frontier")
+    (directory / "a").mkdir()
+    (directory / "b").mkdir()
+    config = configuration(directory, make_checkpoint(directory / "source", "llama_untied"))
+    run = Run(config, open_workers=in_process(2))
+    run.measure()
+    return Measured(config, run, frontier.measured_sweep(run, planning.sweep_targets(run)))
+
+
+def test_every_target_and_its_controls_are_measured(measured: Measured) -> None:
+    assert [entry["target"] for entry in measured.of("plan")] == [f"{target:g}bpp" for target in TARGETS]
+    assert [entry["label"] for entry in measured.of("uniform")] == ["all NVFP4", "all MXFP8"]
+    assert [entry["target"] for entry in measured.of("fisher_trace")] == [f"{target:g}bpp" for target in TARGETS]
+    assert [entry["target"] for entry in measured.of("mixture")] == [f"{target:g}bpp" for target in TARGETS]
+    assert json.loads(measured.run.store.get("plans/measured.json")) == measured.result
+    for entry in measured.result["plans"]:
+        assert entry["activations"]["tokens"] == 4 * 24 == measured.result["text"]["tokens"]
+        assert (entry["weights"] is None) == (entry["kind"] in ("mixture", "fisher_trace"))
+    assert measured.result["calibration_tokens"] == 6 * 32
+
+
+def test_the_figures_of_a_plan_are_those_of_the_repository_that_it_becomes(measured: Measured, tmp_path: Path) -> None:
+    """Measured from candidates, and from what was assembled of them by a command that knows nothing of the run."""
+    store = measured.config.store.model_copy(update={"output": tmp_path / "repository"})
+    budget = BudgetConfig(bpp=5.5)
+    again = Run(measured.config.model_copy(update={"store": store, "budget": budget}), open_workers=unopened)
+    assemble.build(again, planning.allocate(again))
+    settings = measured.config.evaluation
+    assert settings is not None
+    found = evaluate.run(
+        str(tmp_path / "repository"),
+        measured.config.model.source,
+        settings.text,
+        sequences=settings.sequences,
+        length=settings.length,
+        overrides=["calibration.microbatch=3"],
+        open_workers=in_process(),
+    )
+    (plan,) = [entry for entry in measured.of("plan") if entry["target"] == "5.5bpp"]
+    for key in evaluate.ROWS:
+        assert found[key] == plan[key]
+    assert found["source_figures"] == measured.result["source"]
+
+
+def test_predictions_are_the_prices_of_the_choice(measured: Measured) -> None:
+    table, interactions = measured.run.table, planning.interactions(measured.run)
+    for entry in measured.result["plans"]:
+        columns = [table.formats.index(entry["choice"][group]) for group in table.groups]
+        prices = table.token_fisher[range(len(columns)), columns]
+        assert entry["predicted_loss"] == pytest.approx(prices.sum())
+        assert sum(entry["cost_by_format"].values()) == pytest.approx(entry["predicted_loss"])
+        assert entry["predicted_with_interactions"] == pytest.approx(interactions.quadratic(entry["choice"]))
+    swept = planning.sweep_targets(measured.run)
+    for entry, plan in zip(measured.of("plan"), swept["targets"], strict=True):
+        for key in ("predicted_loss", "standard_error", "bpp", "weight_bytes", "groups", "choice"):
+            assert entry[key] == pytest.approx(plan[key]) if key != "choice" else entry[key] == plan[key]
+
+
+def test_controls_have_the_bytes_they_are_compared_at(measured: Measured) -> None:
+    plans = {entry["target"]: entry for entry in measured.of("plan")}
+    largest = int((measured.run.sizes.weights.max(axis=1) - measured.run.sizes.weights.min(axis=1)).max())
+    for entry in measured.of("mixture"):
+        least = plans[entry["target"]]["weight_bytes"]
+        assert least <= entry["weight_bytes"] < least + largest
+        assert len(set(entry["choice"].values())) <= 2
+    for entry in measured.of("fisher_trace"):
+        assert entry["bpp"] <= float(entry["target"].removesuffix("bpp"))
+        # By its own price no plan of the same budget is better.
+        trace = measured.run.table.fisher_trace
+        own, ours = (
+            sum(
+                trace[row, measured.run.sizes.formats.index(each["choice"][group])]
+                for row, group in enumerate(measured.run.table.groups)
+            )
+            for each in (entry, plans[entry["target"]])
+        )
+        assert own <= ours * (1 + 1e-9)
+    for entry in measured.of("uniform"):
+        assert set(entry["choice"].values()) == {entry["label"].removeprefix("all ")}
+
+
+def test_what_was_measured_is_not_measured_again(measured: Measured) -> None:
+    again = Run(measured.config, open_workers=unopened)
+    assert frontier.measured_sweep(again, planning.sweep_targets(again)) == measured.result
+    assert sweep.run(measured.config, measure=True)["measured"] == measured.result
+    # One more plan is measured alone and joins the others, in the place of an older one for its target.
+    settings = measured.config.model_copy(update={"budget": BudgetConfig(bpp=6.0)})
+    other = Run(settings, open_workers=in_process())
+    joined = frontier.measured_plan(other, planning.allocate(other))
+    assert [entry for entry in joined["plans"] if entry["target"] != "6bpp"] == measured.result["plans"]
+    assert len([entry for entry in joined["plans"] if entry["target"] == "6bpp"]) == 1
+    assert frontier.measured_plan(Run(settings, open_workers=unopened), planning.allocate(other)) == joined
+
+
+def test_a_draft_head_is_in_no_prediction_of_the_body(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    config = configuration(tmp_path, make_family(tmp_path / "source", "qwen3_5_moe"), "sweep=[6.0]")
+    run = Run(config, open_workers=in_process())
+    run.measure()
+    plan = planning.allocate(run)
+    result = frontier.measured_plan(run, plan)
+    (entry,) = result["plans"]
+    drafts = [row for row, group in enumerate(run.layout.groups) if run.layout.block_of[group.name].kind is Kind.DRAFT]
+    columns = [run.table.formats.index(plan["choice"][group]) for group in run.table.groups]
+    own = sum(run.table.token_fisher[row, columns[row]] for row in drafts)
+    assert drafts
+    assert own > 0
+    assert entry["predicted_loss"] == pytest.approx(plan["predicted_loss"] - own)
+    quadratic = planning.interactions(run).quadratic(plan["choice"])
+    assert entry["predicted_with_interactions"] == pytest.approx(quadratic - own)
+    assert 0 <= entry["activations"]["draft_agreement"] <= 1
+    assert 0 <= result["source"]["draft_agreement"] <= 1
+
+
+def test_it_must_be_said_what_to_measure_on(measured: Measured) -> None:
+    without = measured.config.model_copy(update={"evaluation": None})
+    with pytest.raises(InputError, match="evaluation"):
+        sweep.run(without, measure=True)
+    settings = measured.config.evaluation
+    assert settings is not None
+    for update, message in (
+        ({"sequences": 100_000}, "100,000 sequences"),
+        ({"images": Path("captions.jsonl")}, "calibration.images"),
+        ({"text": Path("nowhere.txt")}, "nowhere.txt"),
+    ):
+        wrong = measured.config.model_copy(update={"evaluation": settings.model_copy(update=update)})
+        with pytest.raises(InputError, match=message):
+            sweep.run(wrong, measure=True)
+
+
+# Comparison -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_knee_says_how_much_it_depends_on_the_range() -> None:
+    points = [(4.0, 1.0), (5.0, 0.3), (6.0, 0.2), (7.0, 0.12), (8.0, 0.1)]
+    found = knee_of(points)
+    assert found is not None
+    assert (found["bpp"], found["kl"], found["from_bpp"], found["to_bpp"]) == (5.0, 0.3, 4.0, 8.0)
+    assert [(each["from_bpp"], each["to_bpp"]) for each in found["stability"]] == [(4.0, 7.0), (5.0, 7.0), (5.0, 8.0)]
+    assert found["stability"][1]["bpp"] in (5.0, 6.0)
+    assert knee_of(points[:3]) is None
+
+
+@given(
+    gains=st.lists(st.floats(0.3, 3.0), min_size=2, max_size=2),
+    costs=st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)), min_size=6, max_size=10, unique=True),
+)
+def test_gains_are_found_where_prices_are_off_by_them(gains: list[float], costs: list[tuple[float, float]]) -> None:
+    rows: list[Mapping[str, float]] = [{"A": a, "B": b} for a, b in costs]
+    ratios = np.array([a / b for a, b in costs])
+    if ratios.std() / ratios.mean() < 0.05:
+        return  # plans of one mixture cannot tell two gains apart
+    measured = [gains[0] * a + gains[1] * b for a, b in costs]
+    found = fit_gains([str(index) for index in range(len(rows))], rows, measured)
+    assert found is not None
+    assert found["gain"]["A"] == pytest.approx(gains[0], rel=1e-3, abs=1e-3)
+    assert found["gain"]["B"] == pytest.approx(gains[1], rel=1e-3, abs=1e-3)
+
+
+def test_no_plan_explains_itself() -> None:
+    """A plan that was measured twice as bad as priced is not predicted by its own excess."""
+    rows: list[Mapping[str, float]] = [{"A": float(value)} for value in (1, 2, 3, 4, 5)]
+    found = fit_gains(list("vwxyz"), rows, [1.0, 2.0, 3.0, 4.0, 10.0])
+    assert found is not None
+    assert found["fitted"]["z"] == pytest.approx(5.0)
+    assert found["fitted"]["v"] > 0.8
+    assert fit_gains(["x", "y"], rows[:2], [1.0, 2.0]) is None
