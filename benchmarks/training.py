@@ -1,7 +1,7 @@
 """A small hybrid mixture-of-experts model, trained from nothing on the texts of this repository.
 
 Qwen3.5's text model at a small size: gated DeltaNet and full attention three to one, routed experts and a shared one.
-The tokenizer and the weights come from configs/data/calibration.txt; benchmarks/data/evaluation.txt shares no passage
+The tokenizer and the weights come from configs/data/calibration.txt; configs/data/evaluation.txt shares no passage
 with it and is only looked at. The checkpoint is laid out as on the hub: BF16, experts packed.
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextCon
 
 ROOT = Path(__file__).parent.parent
 TRAINING_TEXT = ROOT / "configs" / "data" / "calibration.txt"
-HELD_OUT_TEXT = ROOT / "benchmarks" / "data" / "evaluation.txt"
+HELD_OUT_TEXT = ROOT / "configs" / "data" / "evaluation.txt"
 RECORD = "training.json"
 EVALUATED = 32  # windows of a text
 
