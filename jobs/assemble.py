@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
 
 def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Write, verify, publish. Nothing appears at `store.output` unless the repository is right."""
+    started = time.monotonic()
     output = current.config.store.output
     check_output(output)
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
@@ -65,7 +67,12 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
             )
         _check_budget(current, store, repository.total_bytes)
     current.note(
-        "repository", uri=absolute(output), target=plan["target"], bpp=repository.bpp, bytes=repository.total_bytes
+        "repository",
+        uri=absolute(output),
+        target=plan["target"],
+        bpp=repository.bpp,
+        bytes=repository.total_bytes,
+        seconds=round(time.monotonic() - started, 3),
     )
     return {
         "repository": str(output),
