@@ -31,6 +31,7 @@ from prismaquant_ray import __version__
 from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
+from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.evaluation.divergence import TokenFigures, summarize
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import Layout
@@ -55,6 +56,12 @@ class EvaluationPass(Passes):
     @override
     def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
         return consumed(self.course, finished, left)
+
+    @override
+    def repair(self, error: DamagedError) -> None:
+        if not error.key.startswith(f"{Stage.EVALUATION}/"):
+            raise error  # a candidate, which its own run makes again
+        super().repair(error)
 
 
 @dataclass(frozen=True, kw_only=True)

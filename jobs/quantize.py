@@ -17,22 +17,34 @@ def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
     started = time.monotonic()
     current = Run(config, fresh=fresh)
     current.check()
+    if config.evaluation is not None:
+        frontier.check(current)
     with current.claimed():
         current.measure()
         measured = time.monotonic()
-        result = current.repairing(lambda: _outcome(current))
-        result["seconds"] = {"measure": measured - started, "plan_and_assemble": time.monotonic() - measured}
+        plan = current.repairing(lambda: planning.allocate(current))
+        evaluated = current.repairing(lambda: _evaluated(current, plan))
+        known = time.monotonic()
+        result = current.repairing(lambda: _outcome(current, plan))
+        result["evaluation"] = evaluated
+        result["seconds"] = {
+            "measure": measured - started,
+            "evaluate": known - measured,
+            "plan_and_assemble": time.monotonic() - known,
+        }
         return result
 
 
-def _outcome(current: Run) -> dict[str, Any]:
-    """Everything that follows from what was measured; what ships is evaluated first, so that its card can say so."""
-    plan = planning.allocate(current)
-    evaluated = None if current.config.evaluation is None else frontier.measured_plan(current, plan)
+def _evaluated(current: Run, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan's loss, where the configuration says on what; before it is assembled, so that its card can say it."""
+    return None if current.config.evaluation is None else frontier.measured_plan(current, plan)
+
+
+def _outcome(current: Run, plan: dict[str, Any]) -> dict[str, Any]:
+    """Everything that follows from what was measured."""
     return {
         "probe": probe.summary(current),
         "sweep": planning.sweep_targets(current),
-        "evaluation": evaluated,
         "repository": assemble.build(current, plan),
         "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
     }
@@ -49,8 +61,9 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print()
     assemble.render(result["repository"], console)
     seconds, repository = result["seconds"], result["repository"]
+    evaluated = "" if result["evaluation"] is None else f"evaluated in {seconds['evaluate']:.0f} s, "
     console.print(
         f"source {result['source_bytes'] / 1e6:,.1f} MB -> {repository['total_bytes'] / 1e6:,.1f} MB; measured in "
-        f"{seconds['measure']:.0f} s, planned and assembled in {seconds['plan_and_assemble']:.1f} s, "
+        f"{seconds['measure']:.0f} s, {evaluated}planned and assembled in {seconds['plan_and_assemble']:.1f} s, "
         f"peak of a worker {result['probe']['peak_worker_bytes'] / 1e9:.2f} GB"
     )

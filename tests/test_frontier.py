@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs import assemble, evaluate, frontier, planning, sweep
+from actors.events import read_events
+from jobs import assemble, evaluate, frontier, planning, quantize, sweep
 from jobs.run import Run
 from prismaquant_ray.config import BudgetConfig, Config, load
 from prismaquant_ray.errors import InputError
@@ -185,6 +186,37 @@ def test_it_must_be_said_what_to_measure_on(measured: Measured) -> None:
         wrong = measured.config.model_copy(update={"evaluation": settings.model_copy(update=update)})
         with pytest.raises(InputError, match=message):
             sweep.run(wrong, measure=True)
+
+
+def test_a_damaged_candidate_is_made_again_and_changes_no_figure(measured: Measured, tmp_path: Path) -> None:
+    """It is found by its digest while it is decoded, not by what it would do to the figures."""
+    store = measured.config.store.model_copy(update={"run": tmp_path / "run"})
+    config = measured.config.model_copy(update={"store": store, "sweep": (6.5,)})
+    run = Run(config, open_workers=in_process())
+    run.measure()
+    victim = next(key for key in run.store.list("forward/0001") if key.endswith("/NVFP4.safetensors"))
+    data = bytearray(run.store.get(victim))
+    data[-1] ^= 0x11
+    run.store.put(victim, bytes(data))
+    result = run.repairing(lambda: frontier.measured_sweep(run, planning.sweep_targets(run)))
+    (plan,) = [entry for entry in result["plans"] if entry["kind"] == "plan"]
+    (expected,) = [entry for entry in measured.of("plan") if entry["target"] == "6.5bpp"]
+    assert plan == expected
+    assert [event.facts["key"] for event in read_events(run.store) if event.kind == "repair"] == [victim]
+
+
+def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Measured, tmp_path: Path) -> None:
+    settings = measured.config.evaluation
+    assert settings is not None
+    wrong = measured.config.model_copy(update={"evaluation": settings.model_copy(update={"sequences": 10**6})})
+    with pytest.raises(InputError, match="1,000,000 sequences"):
+        quantize.run(wrong)
+    store = measured.config.store.model_copy(update={"output": tmp_path / "repository"})
+    config = measured.config.model_copy(update={"store": store, "budget": BudgetConfig(bpp=5.5)})
+    result = quantize.run(config)  # everything of this target was measured, so no worker is started
+    entry = next(e for e in result["evaluation"]["plans"] if (e["kind"], e["target"]) == ("plan", "5.5bpp"))
+    card = (tmp_path / "repository" / "README.md").read_text()
+    assert f"{entry['activations']['kl_mean']:.4f}" in card
 
 
 # Comparison -----------------------------------------------------------------------------------------------------------
