@@ -39,9 +39,9 @@ def load_sequences(
     `holdout` is the share of sequences held out: at least one when it is above zero.
     """
     if isinstance(path_or_text, Path):
-        name, text = str(path_or_text), read_text(path_or_text, "Calibration text")
+        name, text = str(path_or_text), read_text(path_or_text, "The text")
     else:
-        name, text = "The calibration text", path_or_text
+        name, text = "The text", path_or_text
     # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     start = _beginning(tokenizer)
