@@ -108,10 +108,10 @@ class DraftSideBySide(_SideBySide):
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
         batch = self.shop.batches[microbatch]
-        with torch.no_grad(), self.variants.output_heads() as head_of:
+        with torch.no_grad():
             for row, runner in enumerate(self.variants.runners):
                 drafted = self.block.row(row, arriving[row], batch)
-                with head_of(row):
+                with self.variants.head_of(row):
                     spoken = self._best(runner.logits, arriving[row][:, 1:])
                     guessed = self._best(runner.draft_logits, drafted)
                 self.agreed[row] += int((guessed == spoken).sum())
@@ -142,13 +142,13 @@ class ExitSideBySide(_SideBySide):
         batch, runners = self.shop.batches[microbatch], self.variants.runners
         found: list[list[TokenFigures]] = [[] for _ in runners]
         sequences: list[Tensor] = []
-        with torch.no_grad(), self.variants.output_heads() as head_of:
+        with torch.no_grad():
             for sequence, where, following in self._pieces(batch.tokens):
                 counted = following != self.image_token
                 sequences.append(torch.full((int(counted.sum()),), batch.first_sequence + sequence))
                 source: SourceLogits | None = None
                 for row, runner in enumerate(runners):
-                    with head_of(row):
+                    with self.variants.head_of(row):
                         logits = runner.logits(arriving[row, sequence : sequence + 1, where])[0][counted]
                     if source is None:
                         source = SourceLogits(logits, following[counted])

@@ -101,6 +101,33 @@ def test_the_figures_of_a_plan_are_those_of_the_repository_that_it_becomes(measu
     assert found["source_figures"] == measured.result["source"]
 
 
+def test_a_quantized_output_head_is_measured_from_candidates_as_from_the_repository(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    source = make_checkpoint(tmp_path / "source", "llama_untied")
+    head, force = "model.quantize_lm_head=true", "allocation.force=[{match: lm_head, format: MXFP8}]"
+    config = configuration(tmp_path, source, head, force)
+    run = Run(config, open_workers=in_process())
+    run.measure()
+    plan = planning.allocate(run)
+    assert plan["choice"]["lm_head"] == "MXFP8"
+    (entry,) = frontier.measured_plan(run, plan)["plans"]
+    assemble.build(run, plan)
+    settings = config.evaluation
+    assert settings is not None
+    found = evaluate.run(
+        str(config.store.output),
+        str(source),
+        settings.text,
+        sequences=settings.sequences,
+        length=settings.length,
+        overrides=["calibration.microbatch=3"],
+        open_workers=in_process(),
+    )
+    for key in evaluate.ROWS:
+        assert found[key] == entry[key]
+
+
 def test_predictions_are_the_prices_of_the_choice(measured: Measured) -> None:
     table, interactions = measured.run.table, planning.interactions(measured.run)
     for entry in measured.result["plans"]:

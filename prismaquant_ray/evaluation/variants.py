@@ -97,18 +97,17 @@ class Variants:
             yield
 
     @contextmanager
-    def output_heads(self) -> Iterator[Callable[[int], Any]]:
-        """A context for each row in which its output head is its own, inside `resident` of what holds the head."""
+    def head_of(self, row: int) -> Iterator[None]:
+        """The output head of a row's runner is the row's own; inside `resident` of what holds the head."""
+        runner = self.runners[row]
+        with replaced(runner.skeleton.model, self._heads[row], runner.dtype):
+            yield
+
+    @cached_property
+    def _heads(self) -> list[Replacements]:
+        """Exits come one by one, for a microbatch each: what is decoded for one serves all."""
         heads = self.source.layout.of(Kind.HEAD)
-        given = self._replacements(heads[0]) if heads else self._head_roundings(self.source.head_name)
-
-        @contextmanager
-        def own(row: int) -> Iterator[None]:
-            runner = self.runners[row]
-            with replaced(runner.skeleton.model, given[row], runner.dtype):
-                yield
-
-        yield own
+        return self._replacements(heads[0]) if heads else self._head_roundings(self.source.head_name)
 
     def _runner(self, variant: Variant) -> ModelRunner:
         if variant.choice is not None:
