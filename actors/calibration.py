@@ -7,7 +7,9 @@ from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
 from prismaquant_ray.storage.store import Store
 
-_KEY = "calibration/record.json"
+#: What is below this is the tokens.
+PLACE = "calibration/"
+_KEY = f"{PLACE}record.json"
 
 
 def store_calibration(store: Store, found: CalibrationSet) -> None:
@@ -17,7 +19,7 @@ def store_calibration(store: Store, found: CalibrationSet) -> None:
             return
     except DamagedError:
         store.delete([_KEY])
-    artifact = write_tensors(store, f"calibration/{new_attempt()}/tokens.safetensors", found.state())
+    artifact = write_tensors(store, f"{PLACE}{new_attempt()}/tokens.safetensors", found.state())
     facts = {"fingerprint": found.fingerprint}
     write_record(store, _KEY, Record(artifacts={"tokens": artifact}, facts=facts))
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from pydantic import TypeAdapter, ValidationError
 
+from actors.calibration import PLACE as CALIBRATION
 from actors.calibration import store_calibration
 from actors.course import Course
 from actors.events import EventLog, Events
@@ -258,6 +259,10 @@ class Run:
                 return action()
             except DamagedError as error:
                 with self.claimed():
+                    if error.key.startswith(CALIBRATION):
+                        store_calibration(self.store, self.calibration)
+                        self.note("repair", key=error.key, message=str(error), forgotten=[])
+                        continue
                     forgotten = self.ledger.forget(error.key)
                     if not forgotten:
                         raise

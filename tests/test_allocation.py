@@ -103,8 +103,10 @@ def test_a_search_cut_short_still_fits_and_its_bound_holds(problem: AllocationPr
         plan = Solver(problem, state_limit=1).plan(inside(problem, fraction))
         assert_consistent(problem, plan)
         best = cheapest_cost(problem, plan.budget)
-        assert plan.bound <= best + 1e-13 * abs(best)
-        assert plan.cost >= best - 1e-13 * abs(best)
+        # Where costs differ by three hundred orders of magnitude the small ones are lost beside the large.
+        rounding = 1e-13 * max(abs(best), float(np.nanmax(np.abs(problem.cost))))
+        assert plan.bound <= best + rounding
+        assert plan.cost >= best - rounding
 
 
 @settings(max_examples=100, deadline=None)

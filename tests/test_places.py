@@ -112,7 +112,10 @@ def test_object_storage_holds_the_same_repository_and_no_credentials(tmp_path: P
     downloaded.mkdir()
     for key in output.list():
         (downloaded / key).write_bytes(output.get(key))
-    assert digests(downloaded) == digests(local.store.output)
+    # The card names the source as each was asked for, and the manifest has the card's size.
+    stored, written = digests(downloaded), digests(local.store.output)
+    assert {key for key in written if stored.get(key) != written[key]} <= {"README.md", "prismaquant.json"}
+    assert {path.name for path in downloaded.iterdir()} == {path.name for path in local.store.output.iterdir()}
     for place in ("run", "out"):
         store = Store(f"{bucket}/{place}")
         for key in store.list():
