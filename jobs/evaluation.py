@@ -32,7 +32,7 @@ from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError
-from prismaquant_ray.evaluation.divergence import TokenFigures, summarize
+from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summarize
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.storage.connection import absolute
@@ -42,6 +42,7 @@ from prismaquant_ray.storage.store import Store
 # Hidden states of a microbatch, of all models together, that go from one worker to the next.
 _HOP_BYTES = 1 << 28
 _PLACE = "evaluations"
+_RUNNING = f"{_PLACE}/running"
 
 
 class EvaluationPass(Passes):
@@ -97,7 +98,16 @@ class Bench:
         found = [self._read(key) for key in (self._key(None), *map(self._key, variants))]
         return [dict(record.facts) for record in found if record is not None]
 
-    def figures(self, variant: Variant) -> dict[str, Tensor]:
+    def difference(self, variant: Variant, other: Variant) -> tuple[float, float]:
+        """How much higher the mean KL of one measured variant is than another's, and the standard error of that.
+
+        Both are of the same tokens, so that what one sequence has more of than another does not count.
+        """
+        ours, theirs = self._tokens(variant), self._tokens(other)
+        found = mean_of(ours["kl"].double() - theirs["kl"].double(), ours["sequence"])
+        return found.mean, found.standard_error
+
+    def _tokens(self, variant: Variant) -> dict[str, Tensor]:
         """kl, agrees, loss and sequence of every token (tokens,) of a measured variant."""
         record = self._read(self._key(variant))
         assert record is not None, "measure comes first"
@@ -107,8 +117,10 @@ class Bench:
 
     def _run(self, pairs: Sequence[tuple[str, Variant]]) -> None:
         variants = tuple(variant for _, variant in pairs)
-        digest = hashlib.sha256("".join(key for key, _ in pairs).encode()).hexdigest()[:16]
-        place = f"{self.store.uri.rstrip('/')}/{_PLACE}/running/{digest}"
+        # What is stored of an interrupted evaluation is by microbatches; with others it begins anew.
+        parts = [str(self.config.calibration.microbatch), *(key for key, _ in pairs)]
+        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        place = f"{self.store.uri.rstrip('/')}/{_RUNNING}/{digest}"
         running = Store(place)
         running.create("run.json", json.dumps({"evaluation": digest}).encode())
         store_calibration(running, self.tokens)
@@ -133,7 +145,7 @@ class Bench:
         )
         evaluation.run(self.open_workers)
         self._keep(running, course, [self._key(None), *(key for key, _ in pairs)])
-        running.delete(running.list())
+        self.store.delete(self.store.list(_RUNNING))  # also of one that was interrupted and never asked for again
 
     def _keep(self, running: Store, course: Course, keys: Sequence[str]) -> None:
         ledger = Ledger(running)

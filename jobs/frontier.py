@@ -158,10 +158,21 @@ def render(result: Mapping[str, Any], console: Console) -> None:
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
-    for title in ("plan", "bpp", "predicted", "measured", "±", "predicted/measured", "weights only", "99 %", "top-1"):
+    for title in (
+        "plan",
+        "bpp",
+        "predicted",
+        "measured",
+        "±",
+        "predicted/measured",
+        "weights only",
+        "99 %",
+        "top-1",
+        "behind plan",
+    ):
         table.add_column(title, justify="left" if title == "plan" else "right")
     for entry in result["plans"]:
-        both, weights = entry["activations"], entry["weights"]
+        both, weights, behind = entry["activations"], entry["weights"], entry["behind_plan"]
         table.add_row(
             entry["label"],
             f"{entry['bpp']:.4f}",
@@ -172,6 +183,7 @@ def render(result: Mapping[str, Any], console: Console) -> None:
             "" if weights is None else f"{weights['kl_mean']:.5f}",
             f"{both['kl_p99']:.4f}",
             f"{both['top1_agreement']:.2%}",
+            "" if behind is None else f"{behind['kl']:+.5f} ± {behind['standard_error']:.5f}",
         )
     console.print(table)
     knee = result["knee"]
@@ -209,6 +221,12 @@ def _measured(run: Run, candidates: Sequence[Candidate]) -> dict[str, Any]:
         )
         wanted = [(entry, activations) for entry in candidates for activations in _ways(entry)]
         reference, *found = bench.measure([_variant(entry.choice, activations) for entry, activations in wanted])
+        plans_by_target = {entry.target: entry for entry in candidates if entry.kind == "plan"}
+        behind = {
+            id(entry): bench.difference(_variant(entry.choice, True), _variant(plan.choice, True))
+            for entry in candidates
+            if entry.kind != "plan" and (plan := plans_by_target.get(entry.target)) is not None
+        }
     figures = {(id(entry), activations): each for (entry, activations), each in zip(wanted, found, strict=True)}
     interacting, reason = _interactions(run)
     entries = [
@@ -216,6 +234,7 @@ def _measured(run: Run, candidates: Sequence[Candidate]) -> dict[str, Any]:
             **_described(run, entry, interacting),
             "weights": figures.get((id(entry), False)),
             "activations": figures[id(entry), True],
+            "behind_plan": _behind(behind.get(id(entry))),
         }
         for entry in candidates
     ]
@@ -260,6 +279,11 @@ def _tokens(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
         seed=run.config.calibration.seed,
         holdout=0.0,
     )
+
+
+def _behind(difference: tuple[float, float] | None) -> dict[str, float] | None:
+    """How much higher a control's measured KL is than the plan's for the same target; None without such a plan."""
+    return None if difference is None else {"kl": difference[0], "standard_error": difference[1]}
 
 
 def _ways(entry: Candidate) -> tuple[bool, ...]:

@@ -267,6 +267,13 @@ def test_workers_shards_and_losses_change_no_figure(
     assert before, "some shards were finished when it stopped"
     assert not {call.shard.units for call in before} & {call.shard.units for call in again}
     assert all(call.shard.stage is Stage.EVALUATION for call in again)
+    # With other microbatches what was stored of them is of no use.
+    elsewhere, halved = str(tmp_path / "halved"), ["calibration.microbatch=1"]
+    with pytest.raises(KeyboardInterrupt):
+        case.evaluate(in_process(1, after(7)), store=elsewhere)
+    found = case.evaluate(in_process(1), store=elsewhere, overrides=halved)
+    assert found["weights"]["kl_mean"] == pytest.approx(expected["weights"]["kl_mean"], rel=1e-4)
+    assert not [path for path in (tmp_path / "halved" / "evaluations" / "running").rglob("*") if path.is_file()]
     # A third time nothing is run, and what was needed in between is gone.
     assert case.evaluate(in_process(1, after(0)), store=store) == expected
     assert not [path for path in (tmp_path / "store" / "evaluations" / "running").rglob("*") if path.is_file()]

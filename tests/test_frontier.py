@@ -161,6 +161,12 @@ def test_controls_have_the_bytes_they_are_compared_at(measured: Measured) -> Non
             for each in (entry, plans[entry["target"]])
         )
         assert own <= ours * (1 + 1e-9)
+    for entry in measured.of("fisher_trace"):
+        plan = plans[entry["target"]]
+        difference = entry["activations"]["kl_mean"] - plan["activations"]["kl_mean"]
+        assert entry["behind_plan"]["kl"] == pytest.approx(difference, abs=1e-12)
+        assert (entry["behind_plan"]["standard_error"] == 0) == (entry["choice"] == plan["choice"])
+    assert {entry["behind_plan"] for entry in (*measured.of("plan"), *measured.of("uniform"))} == {None}
     for entry in measured.of("uniform"):
         assert set(entry["choice"].values()) == {entry["label"].removeprefix("all ")}
 

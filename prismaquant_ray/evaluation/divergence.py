@@ -71,18 +71,31 @@ class SourceLogits:
 def summarize(figures: TokenFigures, sequence: Tensor) -> Divergence:
     """From figures of every token, and the sequence (tokens,) each of them is in."""
     kl = figures.kl.double()
-    by_sequence = _sums(kl, sequence), _sums(torch.ones_like(kl), sequence)
+    mean = mean_of(kl, sequence)
     loss = float(figures.loss.double().nanmean())
     return Divergence(
         tokens=kl.numel(),
-        kl_mean=float(kl.mean()),
-        kl_standard_error=_standard_error(*by_sequence),
+        kl_mean=mean.mean,
+        kl_standard_error=mean.standard_error,
         kl_p90=_quantile(kl, 0.90),
         kl_p99=_quantile(kl, 0.99),
         top1_agreement=float(figures.agrees.double().mean()),
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
     )
+
+
+class Mean(NamedTuple):
+    """A mean over tokens and its standard error, with sequences as the independent samples."""
+
+    mean: float
+    standard_error: float
+
+
+def mean_of(values: Tensor, sequence: Tensor) -> Mean:
+    """Of a figure of every token, and the sequence each of them is in, both (tokens,)."""
+    totals, counts = _sums(values, sequence), _sums(torch.ones_like(values), sequence)
+    return Mean(float(values.mean()), _standard_error(totals, counts))
 
 
 def _sums(values: Tensor, index: Tensor) -> Tensor:
