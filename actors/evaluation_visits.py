@@ -5,7 +5,7 @@ What goes from unit to unit has a leading dimension of rows, one a model; of siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from actors.messages import Unit
 from actors.visit import Visit
 from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock, Variants
+from prismaquant_ray.models.draft import most_likely
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.sensitivity.fisher import IGNORED
 from prismaquant_ray.storage.record import Record
@@ -107,20 +108,16 @@ class DraftSideBySide(_SideBySide):
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        batch = self.shop.batches[microbatch]
+        batch, at_once = self.shop.batches[microbatch], self.shop.loss.piece
         with torch.no_grad():
             for row, runner in enumerate(self.variants.runners):
                 drafted = self.block.row(row, arriving[row], batch)
                 with self.variants.head_of(row):
-                    spoken = self._best(runner.logits, arriving[row][:, 1:])
-                    guessed = self._best(runner.draft_logits, drafted)
+                    spoken = most_likely(runner.logits, arriving[row][:, 1:], at_once)
+                    guessed = most_likely(runner.draft_logits, drafted, at_once)
                 self.agreed[row] += int((guessed == spoken).sum())
             self.tokens += drafted.shape[0] * drafted.shape[1]
         return torch.empty(0)
-
-    def _best(self, logits_of: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        step = max(1, self.shop.loss.piece // len(hidden))
-        return torch.cat([logits_of(piece).argmax(-1) for piece in hidden.split(step, dim=1)], dim=1)
 
     @override
     def products(self) -> Iterator[tuple[Unit, Record]]:

@@ -15,7 +15,7 @@ import yaml
 
 from actors.calibration import read_calibration
 from actors.messages import Stage
-from jobs.card_plans import knee, measured, named, predicted_loss, stored, sweep_rows
+from jobs.card_plans import knee, measured, named, predicted_loss, sweep_rows
 from jobs.run import Run
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.quantization_config import Choice, linears_by_format
@@ -99,7 +99,7 @@ def facts_of(run: Run, plan: Mapping[str, Any], written: Written) -> CardFacts:
         calibration=_calibration(run),
         config=_config(config),
         dtype=config.model.dtype,
-        device=(stored(run, "device.json") or {}).get("device"),
+        device=(run.stored("device.json", made_by="quantize --fresh") or {}).get("device"),
         versions={**{name: version(name) for name in _PACKAGES}, "Python": platform.python_version()},
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs import planning
 from jobs.run import Run
-from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.report.card_facts import Divergence, Knee, Measured, SweepRow
 
 # Budgets of a sweep that a card shows: this one and its neighbours.
@@ -34,18 +34,6 @@ def predicted_loss(run: Run, choice: Mapping[str, str]) -> float:
 def _sum(run: Run, choice: Mapping[str, str], costs: Any) -> float:
     columns = {str(name): column for column, name in enumerate(run.table.formats)}
     return math.fsum(costs[row, columns[choice[group]]] for row, group in enumerate(run.table.groups))
-
-
-def stored(run: Run, key: str) -> dict[str, Any] | None:
-    """A JSON object of the run store, or None when it is not there."""
-    if run.store.size(key) is None:
-        return None
-    try:
-        body = json.loads(run.store.get(key))
-    except ValueError as error:
-        raise StoreError(f"{run.store.uri}: {key} cannot be read; run `prismaquant-ray sweep` again") from error
-    assert isinstance(body, dict)
-    return body
 
 
 def _swept(run: Run) -> dict[str, Any] | None:
@@ -93,7 +81,7 @@ def knee(run: Run) -> Knee | None:
 
 
 def _measured_plans(run: Run) -> list[dict[str, Any]]:
-    plans: list[dict[str, Any]] = (stored(run, "plans/measured.json") or {}).get("plans", [])
+    plans: list[dict[str, Any]] = (run.stored("plans/measured.json", made_by="sweep --measure") or {}).get("plans", [])
     return plans
 
 
@@ -105,7 +93,7 @@ def measured(run: Run, plan: Mapping[str, Any]) -> Measured | None:
     weights, activations = _divergence(entry.get("weights")), _divergence(entry.get("activations"))
     if weights is None and activations is None:
         return None
-    body = stored(run, "plans/measured.json") or {}
+    body = run.stored("plans/measured.json", made_by="sweep --measure") or {}
     text, source = body["text"], body.get("source") or {}
     return Measured(
         file=named(text["file"]),

@@ -11,17 +11,12 @@ from prismaquant_ray.checkpoint.dequantize import QuantizedRepository, check_pla
 from prismaquant_ray.checkpoint.publish import published
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.connection import local_path
-from prismaquant_ray.storage.store import Store, check_directory
+from prismaquant_ray.storage.store import Store, check_directory, existing
 
 
 def run(repository: str, output: str) -> dict[str, Any]:
     """Decode every quantized weight. Nothing appears at `output` unless it is complete."""
-    path = local_path(repository)
-    if path is not None and not path.is_dir():
-        raise InputError(f"{repository} is not a directory; give a repository's directory or URI")
-    store = Store(repository, create=False)
-    store.check_readable()
-    quantized = QuantizedRepository(store)
+    quantized = QuantizedRepository(existing(repository))
     check_place(repository, output)
     _check_room(output, quantized.bytes_after)
     with published(output) as staging:

@@ -28,9 +28,8 @@ from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import Kind, Layout
 from prismaquant_ray.models.inspect import build, scope_of
 from prismaquant_ray.models.source import local_files
-from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.lease import held
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.store import Store, existing
 
 ROWS = {"weights": "weights rounded", "activations": "weights and activations rounded"}
 
@@ -55,7 +54,7 @@ def run(
     with _place(store) as place:
         config = _config(source, text, images, place, overrides)
         original = inputs.open_source(config.model)
-        view = _open(repository)
+        view = RepositoryView(existing(repository))
         _, layout = build(original, scope_of(config))
         kinds = _check_same_model(original, layout, view)
         if images is not None and layout.image_token is None:
@@ -168,15 +167,6 @@ def _config(source: str, text: Path, images: Path | None, place: str, overrides:
         "store": {"run": place, "output": f"{place.rstrip('/')}-output"},
     }
     return checked(body, overrides, name="evaluate")
-
-
-def _open(repository: str) -> RepositoryView:
-    path = local_path(repository)
-    if path is not None and not path.is_dir():
-        raise InputError(f"{repository} is not a directory; give a repository's directory or URI")
-    store = Store(repository, create=False)
-    store.check_readable()
-    return RepositoryView(store)
 
 
 def _check_same_model(source: Checkpoint, layout: Layout, view: RepositoryView) -> set[Kind]:

@@ -70,7 +70,7 @@ def measured_sweep(run: Run, swept: Mapping[str, Any]) -> dict[str, Any]:
 def measured_plan(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one plan; it joins what is stored of the same text, in the place of an earlier plan for its target."""
     result = _measured(run, [_plan(plan)])
-    before = stored(run)
+    before = run.stored(MEASURED, made_by="sweep --measure")
     if before is not None and before["text"] == result["text"] and before["code"] == result["code"]:
         (entry,) = result["plans"]
         others = [e for e in before["plans"] if (e["kind"], e["target"]) != (entry["kind"], entry["target"])]
@@ -82,11 +82,6 @@ def measured_plan(run: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
 def check(run: Run) -> None:
     """InputError unless the configuration says what to measure on, and the text is long enough."""
     _tokens(run)
-
-
-def stored(run: Run) -> dict[str, Any] | None:
-    """What was measured last, or None."""
-    return json.loads(run.store.get(MEASURED)) if run.store.size(MEASURED) is not None else None
 
 
 def _plan(plan: Mapping[str, Any]) -> Candidate:

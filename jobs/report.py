@@ -22,7 +22,6 @@ from jobs.run import Run
 from prismaquant_ray import __version__
 from prismaquant_ray.allocation.frontier import frontier
 from prismaquant_ray.config import BudgetConfig, Config, ModelConfig
-from prismaquant_ray.errors import StoreError
 from prismaquant_ray.report import facts, measured
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.record import read_record
@@ -91,7 +90,7 @@ def gather(current: Run) -> dict[str, Any]:
     plans = [_plan(plan, config, groups) for plan in sorted(found.values(), key=lambda plan: plan["weight_bytes"])]
     uniform = facts.uniform_of(groups, formats, current.sizes)
     choices = {target: (plan["choice"], additive[target]["choice"]) for target, plan in found.items()}
-    known = measured.join(plans, uniform, _measured(current.store), choices)
+    known = measured.join(plans, uniform, current.stored("plans/measured.json", made_by="sweep --measure"), choices)
     place = next(index for index, plan in enumerate(plans) if plan["target"] == config.budget.target)
     return {
         "schema": SCHEMA,
@@ -131,16 +130,6 @@ def _plan(plan: Mapping[str, Any], config: Config, groups: Mapping[str, Any]) ->
         "standard_error": plan["standard_error"] if config.allocation.objective == "token_fisher" else None,
         "choice": facts.encoded(plan["choice"], dict(groups)),
     }
-
-
-def _measured(store: Store) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(store.get("plans/measured.json"))
-    except KeyError:
-        return None
-    except ValueError as error:
-        raise StoreError(f"{store.uri}: plans/measured.json is damaged; run sweep --measure again") from error
-    return found
 
 
 def _model(current: Run) -> dict[str, Any]:

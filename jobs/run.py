@@ -30,7 +30,7 @@ from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.publish import check_output
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
-from prismaquant_ray.errors import DamagedError, InputError
+from prismaquant_ray.errors import DamagedError, InputError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.sensitivity.table import CostTable, from_figures
@@ -251,6 +251,16 @@ class Run:
         log = EventLog(self.store)
         Events(log)(kind, **facts)
         log.flush()
+
+    def stored(self, key: str, made_by: str) -> dict[str, Any] | None:
+        """A JSON object of the run store, or None when it is not there; StoreError, naming what makes it, if it is damaged."""
+        try:
+            body: dict[str, Any] = json.loads(self.store.get(key))
+        except KeyError:
+            return None
+        except ValueError as error:
+            raise StoreError(f"{self.store.uri}: {key} cannot be read; run {made_by} again") from error
+        return body
 
     def repairing(self, action: Callable[[], T]) -> T:
         """What `action` returns; a stored object that it finds damaged is made again first."""

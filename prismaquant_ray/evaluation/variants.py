@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder
+from prismaquant_ray.evaluation.roundings import InputRounding
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, Kind
 from prismaquant_ray.models.runner import ModelRunner
 
-#: A matrix's input (…, I) as the runtime rounds it.
-InputRounding = Callable[[Tensor], Tensor]
 #: The stored candidates of a block in a format, by shipped name.
 ReadCandidates = Callable[[int, FormatName], Mapping[str, Tensor]]
 

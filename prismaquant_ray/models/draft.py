@@ -9,7 +9,7 @@ DeepSeek-AI, "DeepSeek-V3 Technical Report" (arXiv 2412.19437), section 2.2; the
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -60,3 +60,9 @@ def attention_layer(skeleton: Skeleton) -> int:
     if "full_attention" not in kinds:
         raise InputError(f"{type(skeleton.model).__name__} has no layer with full attention to build its draft head of")
     return int(kinds.index("full_attention"))
+
+
+def most_likely(logits_of: Callable[[Tensor], Tensor], hidden: Tensor, at_once: int) -> Tensor:
+    """The most likely token (sequences, tokens) for hidden (sequences, tokens, H), from `at_once` logits at a time."""
+    step = max(1, at_once // len(hidden))
+    return torch.cat([logits_of(piece).argmax(-1) for piece in hidden.split(step, dim=1)], dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,8 +13,7 @@ from prismaquant_ray.checkpoint.publish import HeldBack
 from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.storage.connection import local_path
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.store import Store, existing
 
 #: The files that make weights a model, in the order in which they must appear.
 LAST = HeldBack.LAST
@@ -126,16 +126,15 @@ class Source:
         `advance` is told of bytes that are written, and takes them back when the copy fails.
         """
         digests, copied = Digests(file.size), 0
-        try:
+        with ExitStack() as failed:
+            failed.callback(lambda: advance(-copied))
             for piece in pieces(self.store, file.name, file.size):
                 digests.update(piece)
                 write(piece)
                 copied += len(piece)
                 advance(len(piece))
             self._check_same(file, digests.file(file.name))
-        except BaseException:
-            advance(-copied)
-            raise
+            failed.pop_all()
 
     def _check_same(self, file: File, found: File) -> None:
         if found != file:
@@ -153,11 +152,7 @@ def pieces(store: Store, name: str, size: int) -> Iterator[bytes]:
 
 def open_source(uri: str) -> Source:
     """The repository at `uri`; only its manifest is read. InputError when it is not complete or a size is another."""
-    path = local_path(uri)
-    if path is not None and not path.is_dir():
-        raise InputError(f"{uri} is not a directory; give a repository's directory or URI")
-    store = Store(uri, create=False)
-    store.check_readable()
+    store = existing(uri)
     manifest = _manifest(store)
     listed: dict[str, int] = manifest["files"]
     keys = set(store.list())

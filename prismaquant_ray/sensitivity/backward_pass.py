@@ -12,6 +12,7 @@ from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.models.draft import most_likely
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.sensitivity.fisher import DRAFT, Loss
@@ -131,8 +132,7 @@ class LeafVisit(BackwardVisit):
                 yield name, found
 
     def _best(self, logits_of: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        step = max(1, self.loss.piece // len(hidden))
-        return torch.cat([logits_of(piece).argmax(-1) for piece in hidden.split(step, dim=1)], dim=1)
+        return most_likely(logits_of, hidden, self.loss.piece)
 
     def _count(self, name: str, guessed: Tensor, spoken: Tensor) -> None:
         self.agreed[name] = self.agreed.get(name, 0) + int((guessed == spoken).sum())

@@ -312,6 +312,16 @@ class _Stream:
         return to_error(self.store.uri, self.what, problem, UploadInterruptedError if problem.passing else StoreError)
 
 
+def existing(uri: str) -> Store:
+    """The store of a repository that is to be read; InputError unless its directory is there."""
+    path = local_path(uri)
+    if path is not None and not path.is_dir():
+        raise InputError(f"{uri} is not a directory; give a repository's directory or URI")
+    store = Store(uri, create=False)
+    store.check_readable()
+    return store
+
+
 def _write_parts(writer: ByteWriter, view: memoryview) -> None:
     for start in range(0, view.nbytes, PART_BYTES):
         writer.write(view[start : start + PART_BYTES])
