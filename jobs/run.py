@@ -253,7 +253,7 @@ class Run:
         log.flush()
 
     def stored(self, key: str, made_by: str) -> dict[str, Any] | None:
-        """A JSON object of the run store, or None when it is not there; StoreError, with what makes it, if it is none."""
+        """A JSON object of the run store, None when there is none; StoreError, saying what makes it, when damaged."""
         try:
             body: dict[str, Any] = json.loads(self.store.get(key))
         except KeyError:
