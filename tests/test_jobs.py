@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,8 @@ def test_a_submitted_job_needs_no_project_on_the_nodes(
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout
     assert "forward 5/5" in job.stdout, "progress is in the job's log"
-    assert "worker-1 is ready: cpu" in job.stdout
+    # On so little work the first worker may be done before the second is ready.
+    assert re.search(r"worker-\d is ready: cpu", job.stdout)
     assert "bits per quantizable parameter" in job.stdout
     assert digests(tmp_path / "repository") == expected
 
