@@ -24,7 +24,7 @@ from torch import Tensor
 
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
-from prismaquant_ray.rounding.hessian import InputStatistics, Prior
+from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP = 64, 256, 128, 4096, 4
 FORMATS_TRIED = (FormatName.NVFP4, FormatName.INT4, FormatName.FP8)
@@ -99,8 +99,9 @@ def single(inputs: list[Routed], codec: Codec, spent: dict[str, float]) -> list[
 def prior_of(routed: Routed, spent: dict[str, float]) -> Prior:
     """Of the whole layer; both ways take it once, and the same way, so that they have the same one."""
     start = perf_counter()
-    pooled = InputStatistics.empty(routed.x.shape[1], routed.x.device)
-    prior = Prior.of(pooled.plus(routed.x.unsqueeze(1), routed.held_out))
+    pooled = InputSums(routed.x.shape[1], routed.x.device)
+    pooled.add(routed.x.unsqueeze(1), routed.held_out)
+    prior = Prior.of(pooled.statistics())
     spent["prior"] += perf_counter() - start
     return prior
 

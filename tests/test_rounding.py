@@ -13,7 +13,7 @@ from prismaquant_ray.rounding import encode, hessian, scale_search
 from prismaquant_ray.rounding import gptq as gptq_module
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
-from prismaquant_ray.rounding.hessian import PRIOR_SHARE, InputStatistics, Prior, output_error
+from prismaquant_ray.rounding.hessian import PRIOR_SHARE, InputStatistics, InputSums, Prior, output_error
 from prismaquant_ray.rounding.scale_search import ScaleSearch, nearest, searched
 from tests.reference.gptq import textbook
 
@@ -30,10 +30,17 @@ def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
     return x
 
 
+def summed(*microbatches: tuple[Tensor, Tensor]) -> InputStatistics:
+    sums = InputSums(microbatches[0][0].shape[-1], torch.device("cpu"))
+    for x, held_out in microbatches:
+        sums.add(x, held_out)
+    return sums.statistics()
+
+
 def statistics_of(x: Tensor, sequences: int = 8) -> InputStatistics:
     held = torch.zeros(sequences, dtype=torch.bool)
     held[-2:] = True
-    return InputStatistics.empty(x.shape[1], x.device).plus(x.view(sequences, -1, x.shape[1]), held)
+    return summed((x.view(sequences, -1, x.shape[1]), held))
 
 
 def weight(rows: int, columns: int, seed: int = 1) -> Tensor:
@@ -162,11 +169,13 @@ def test_a_singular_hessian_is_damped_until_it_factors() -> None:
     assert torch.isfinite(factor.upper).all()
 
 
-def test_statistics_are_sums_over_the_right_tokens() -> None:
+@pytest.mark.parametrize("panel", [1, 5, 16, 256])
+def test_statistics_are_sums_over_the_right_tokens(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian, "_PANEL", panel)
     x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
     held = torch.tensor([False, True, False, False])
-    whole = InputStatistics.empty(16, x.device).plus(x, held)
-    parts = InputStatistics.empty(16, x.device).plus(x[:2], held[:2]).plus(x[2:], held[2:])
+    whole = summed((x, held))
+    parts = summed((x[:2], held[:2]), (x[2:], held[2:]))
     kept = x[~held].flatten(0, 1)
     assert torch.allclose(whole.train, kept.T @ kept, atol=1e-5)
     assert torch.allclose(whole.holdout, x[1].T @ x[1], atol=1e-5)
@@ -225,7 +234,7 @@ def assert_same(one: Rounded, other: Rounded) -> None:
 
 def pooled(x: Tensor, held_out: Tensor) -> InputStatistics:
     """All rows of a layer as one dense input."""
-    return InputStatistics.empty(x.shape[1], x.device).plus(x.unsqueeze(1), held_out)
+    return summed((x.unsqueeze(1), held_out))
 
 
 @EVERY_CODEC

@@ -17,11 +17,13 @@ class Taps:
     """Filled by running the block once inside `tapped`.
 
     `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
-    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix.
+    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by parameter:
+    its input as nothing else reads it, so that the gradient there is what comes through this parameter alone.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.routing: dict[str, Routing] = {}
 
@@ -45,7 +47,8 @@ def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
                 continue
             for parameter in matrix.parameters:
                 submodule = module.get_submodule(parameter.rpartition(".")[0])
-                handles.append(submodule.register_forward_hook(_recorder(taps, group.name, parameter)))
+                handles.append(submodule.register_forward_pre_hook(_entering(taps, group.name, parameter)))
+                handles.append(submodule.register_forward_hook(_leaving(taps, parameter)))
     try:
         yield taps
     finally:
@@ -55,14 +58,22 @@ def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
             experts.watcher = None
 
 
-def _recorder(taps: Taps, group: str, parameter: str) -> Any:
-    def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        x = args[0]
+def _entering(taps: Taps, group: str, parameter: str) -> Any:
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,) = args
         seen = taps.inputs.setdefault(group, x)
         if seen is not x:
             raise InputError(
                 f"{parameter} does not read the tensor that {group} reads; correct the family's fused rules"
             )
+        entry = taps.entries[parameter] = x.view_as(x)
+        return (entry,)
+
+    return record
+
+
+def _leaving(taps: Taps, parameter: str) -> Any:
+    def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         taps.outputs[parameter] = output
 
     return record
@@ -77,6 +88,7 @@ def _watch(experts: Any, taps: Taps, group: InputGroup, matrix: Matrix) -> None:
         if before is not None:
             before(name, rows, output, routing)
         if name == parameter.rpartition(".")[2]:
-            taps.inputs[group.name], taps.outputs[parameter], taps.routing[group.name] = rows, output, routing
+            taps.inputs[group.name] = taps.entries[parameter] = rows
+            taps.outputs[parameter], taps.routing[group.name] = output, routing
 
     experts.watcher = watch

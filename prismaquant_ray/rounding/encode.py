@@ -116,7 +116,7 @@ def _encode(
         for values, rounded in zip(kept, found, strict=True):
             values[..., rows, :].copy_(rounded.values)
         scales.append([rounded.scale for rounded in found])
-        errors.append(torch.stack([output_error(_delta(codec, rounded, piece), judge) for rounded in found]))
+        errors.append(_judged(found, codec, piece, judge))
     tried = [
         Rounded(values=values, scale=torch.cat(parts, dim=-2), global_scale=global_scale)
         for values, parts in zip(kept, zip(*scales, strict=True), strict=True)
@@ -130,14 +130,17 @@ def _encode(
         scores = error[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
         choice = scores.argmin(0)
         rounded = _chosen([each.rows(rows.start, rows.stop) for each in tried], choice)
-        squares, totals = [], []
+        # What remains of the error over all tokens: that over the tokens that did not judge.
+        total = error[..., rows].gather(0, choice.view(1, *choice.shape, 1).expand(1, *error[0, ..., rows].shape))[0]
+        squares, others = [], []
         start = 0
         for piece in _in_rows(weight):
             delta = _delta(codec, rounded.rows(start, start + piece.shape[-2]), piece)
             start += piece.shape[-2]
             squares.append(delta.square().sum((-2, -1)))
-            totals.append(output_error(delta, statistics.train) + output_error(delta, statistics.holdout))
-        total = torch.cat(totals, dim=-1)
+            if held_out:
+                others.append(output_error(delta, statistics.train))
+        total = total + torch.cat(others, dim=-1) if held_out else total
         all_tokens = statistics.train_weight + statistics.holdout_weight
         encoded.append(
             EncodedLinear(
@@ -160,9 +163,17 @@ def _attempts(
     rounding: Rounding,
 ) -> list[Rounded]:
     """By each of METHODS, weight in float32; without the last where there is no factor."""
+    near = nearest(weight, codec, global_scale)
     search = searched(weight, codec, global_scale, statistics.importance, rounding.scale_search)
-    found = [nearest(weight, codec, global_scale), search]
+    # A codec whose scales leave no choice.
+    found = [near, near if torch.equal(_raw(search.scale), _raw(near.scale)) else search]
     return [*found, gptq(weight, search, codec, factor)] if factor else found
+
+
+def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tensor) -> Tensor:
+    """Output errors (methods, …, O) of several roundings of a weight; one that occurs twice is judged once."""
+    errors = {rounded: output_error(_delta(codec, rounded, weight), judge) for rounded in dict.fromkeys(found)}
+    return torch.stack([errors[rounded] for rounded in found])
 
 
 def _delta(codec: Codec, rounded: Rounded, weight: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.gptq import HessianFactor
-from prismaquant_ray.rounding.hessian import InputStatistics
+from prismaquant_ray.rounding.hessian import InputStatistics, InputSums
 from prismaquant_ray.rounding.routed_inputs import RoutedInputs
 
 # The divisor of an NVFP4 input allows activations twice as large as any calibration token showed: too small a
@@ -49,11 +49,11 @@ class ForwardVisit:
         self.module = runner.load_block(index)
         self.formats = tuple(formats)
         self.rounding = rounding
-        self.dense: dict[str, InputStatistics] = {}
+        self.dense: dict[str, InputSums] = {}
         self.routed: dict[str, RoutedInputs] = {}
         for group in self.block.inputs if formats else ():
             if group.experts is None:
-                self.dense[group.name] = InputStatistics.empty(group.in_features, runner.device)
+                self.dense[group.name] = InputSums(group.in_features, runner.device)
         for fused in self.block.groups if formats else ():
             if fused.experts is not None:
                 self.routed[fused.name] = RoutedInputs(_experts(self.module, fused), runner.device)
@@ -76,10 +76,10 @@ class ForwardVisit:
         return output
 
     def _gather(self, taps: Taps, held_out: Tensor) -> None:
-        for name, statistics in self.dense.items():
+        for name, sums in self.dense.items():
             # Patches of an image and tokens of a sequence alike: rows that share their sequence's fate.
             x = taps.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
-            self.dense[name] = statistics.plus(x, held_out)
+            sums.add(x, held_out)
         for fused in self.block.groups:
             if fused.name in self.routed:
                 rows, inner = (taps.inputs[matrix.input] for matrix in fused.matrices)
@@ -93,7 +93,7 @@ class ForwardVisit:
         found = _Encoded(self.formats)
         for group in self.block.inputs:
             if group.experts is None:
-                self._finish_dense(group, self.dense.pop(group.name), found)
+                self._finish_dense(group, self.dense.pop(group.name).statistics(), found)
         experts: dict[str, list[int]] = {}
         for fused in self.block.groups:
             if fused.name in self.routed:

@@ -17,6 +17,8 @@ PRIOR_SHARE = 0.25
 
 # Rows summed by one product. A constant, so that an expert's sums do not depend on which experts it is batched with.
 _TILE = 128
+# Columns of a dense input's sum computed by one product: narrow, and little below the diagonal is computed twice.
+_PANEL = 256
 # Float32 elements gathered at a time.
 _CHUNK = 1 << 24
 
@@ -56,7 +58,6 @@ class InputStatistics:
 
     Of E experts: (E, I, I), with the prior in it; the numbers of their own tokens are int64 (E,), those of the prior
     `train_prior` and `holdout_prior`; `amax` is one number for all, because they share one input scale.
-    Adding microbatches in a fixed order gives the same bits however the work is spread.
     """
 
     train: Tensor
@@ -66,12 +67,6 @@ class InputStatistics:
     amax: float
     train_prior: int = 0
     holdout_prior: int = 0
-
-    @classmethod
-    def empty(cls, in_features: int, device: torch.device) -> InputStatistics:
-        """No tokens seen."""
-        zeros = torch.zeros(in_features, in_features, device=device)
-        return cls(train=zeros, holdout=zeros.clone(), train_tokens=0, holdout_tokens=0, amax=0.0)
 
     @classmethod
     def routed(cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None) -> InputStatistics:
@@ -97,21 +92,6 @@ class InputStatistics:
             amax=amax,
             train_prior=prior.train_tokens,
             holdout_prior=prior.holdout_tokens,
-        )
-
-    def plus(self, x: Tensor, held_out: Tensor) -> InputStatistics:
-        """With a microbatch x (sequences, tokens, I) added; `held_out` (sequences,) bool. Not for experts.
-
-        The sums are updated in place, so the receiver must not be used again.
-        """
-        train = x[~held_out].flatten(0, 1).to(torch.float32)
-        holdout = x[held_out].flatten(0, 1).to(torch.float32)
-        return InputStatistics(
-            train=self.train.addmm_(train.T, train),
-            holdout=self.holdout.addmm_(holdout.T, holdout),
-            train_tokens=self.train_tokens + train.shape[0],
-            holdout_tokens=self.holdout_tokens + holdout.shape[0],
-            amax=max(self.amax, float(x.abs().max())),
         )
 
     def experts(self, start: int, stop: int) -> InputStatistics:
@@ -142,6 +122,40 @@ class InputStatistics:
     def importance(self) -> Tensor:
         """E[x²] per column, (I,) or (E, I), over training tokens."""
         return self.train.diagonal(dim1=-2, dim2=-1) / self.train_weight.clamp(min=1).unsqueeze(-1)
+
+
+class InputSums:
+    """Statistics of one input while microbatches arrive. Not for experts.
+
+    Adding microbatches in a fixed order gives the same bits however the work is spread.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, in_features, in_features, device=device)
+        self._tokens = [0, 0]
+        self._amax = 0.0
+
+    def add(self, x: Tensor, held_out: Tensor) -> None:
+        """A microbatch x (sequences, tokens, I); `held_out` (sequences,) bool."""
+        for place, chosen in enumerate((~held_out, held_out)):
+            rows = x[chosen].flatten(0, 1).to(torch.float32)
+            self._tokens[place] += len(rows)
+            # Σ x xᵀ is symmetric: what is below the diagonal waits for the end.
+            for start in range(0, rows.shape[1], _PANEL):
+                panel = slice(start, start + _PANEL)
+                self._sums[place, : panel.stop, panel].addmm_(rows[:, : panel.stop].T, rows[:, panel])
+        self._amax = max(self._amax, float(x.abs().max()))
+
+    def statistics(self) -> InputStatistics:
+        """Of all that was added. They are the sums themselves: nothing may be added afterwards."""
+        for matrix in self._sums:
+            for start in range(0, matrix.shape[0], _PANEL):
+                panel = slice(start, start + _PANEL)
+                matrix[panel, :start] = matrix[:start, panel].T
+        (train, holdout), (train_tokens, holdout_tokens) = self._sums, self._tokens
+        return InputStatistics(
+            train=train, holdout=holdout, train_tokens=train_tokens, holdout_tokens=holdout_tokens, amax=self._amax
+        )
 
 
 def output_error(delta: Tensor, hessian: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.models.experts import Routing, grouped_product
-from prismaquant_ray.rounding.hessian import InputStatistics, Prior
+from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
 
 # Float32 elements of Hessians that are held at a time.
 HESSIANS = 1 << 27
@@ -38,8 +38,8 @@ class RoutedInputs:
         self.tokens_of = torch.zeros(experts, dtype=torch.int64, device=device)
         # Every row counts the same in a layer's mean, so it is summed like a dense input.
         self.pooled = {
-            "gate_up_proj": InputStatistics.empty(width, device),
-            "down_proj": InputStatistics.empty(module.down_proj.shape[2], device),
+            "gate_up_proj": InputSums(width, device),
+            "down_proj": InputSums(module.down_proj.shape[2], device),
         }
         self._hidden: list[Tensor] = []
         self._chosen: list[Tensor] = []
@@ -48,8 +48,8 @@ class RoutedInputs:
     def add(self, rows: Tensor, inner: Tensor, routing: Routing, held_out: Tensor) -> None:
         """A microbatch: rows (R, H) and inner (R, I) sorted by expert, held_out (tokens,) bool."""
         hidden = rows[routing.first]
-        self.pooled["gate_up_proj"] = self.pooled["gate_up_proj"].plus(hidden.unsqueeze(1), held_out)
-        self.pooled["down_proj"] = self.pooled["down_proj"].plus(inner.unsqueeze(1), held_out[routing.token])
+        self.pooled["gate_up_proj"].add(hidden.unsqueeze(1), held_out)
+        self.pooled["down_proj"].add(inner.unsqueeze(1), held_out[routing.token])
         self.tokens_of += routing.counts
         self._hidden.append(hidden)
         self._chosen.append(routing.chosen)
@@ -61,7 +61,8 @@ class RoutedInputs:
         self._hidden = [hidden]
         top_k = chosen.shape[1]
         flat = chosen.flatten()
-        priors = {name: Prior.of(pooled) for name, pooled in self.pooled.items()}
+        pooled = {name: sums.statistics() for name, sums in self.pooled.items()}
+        priors = {name: Prior.of(statistics) for name, statistics in pooled.items()}
         experts, _, width = self.module.gate_up_proj.shape
         at_once = max(1, HESSIANS // max(width, self.module.down_proj.shape[2]) ** 2)
         for start in range(0, experts, at_once):
@@ -73,7 +74,7 @@ class RoutedInputs:
             inner = self._inner(rows, counts, start, stop)
             statistics = {
                 # One amax for all experts of the layer: they share one input scale.
-                name: replace(InputStatistics.routed(x, counts, held, priors[name]), amax=self.pooled[name].amax)
+                name: replace(InputStatistics.routed(x, counts, held, priors[name]), amax=pooled[name].amax)
                 for name, x in (("gate_up_proj", rows), ("down_proj", inner))
             }
             yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics)

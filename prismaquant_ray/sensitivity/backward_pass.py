@@ -16,7 +16,7 @@ from prismaquant_ray.models.draft import most_likely
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.sensitivity.fisher import DRAFT, Loss
-from prismaquant_ray.sensitivity.pricing import BlockSensitivity, Pricing
+from prismaquant_ray.sensitivity.pricing import BlockSensitivity, Passed, Pricing
 
 
 class BackwardVisit:
@@ -53,17 +53,24 @@ class BackwardVisit:
         (hidden, output, taps), self._graph = self._graph, None
         if self.block.kind is Kind.MERGER:
             grad_output = grad_output[batch.tokens.to(grad_output.device) == self.runner.layout.image_token]
-        names = list(taps.outputs)
-        gradients = torch.autograd.grad(output, [hidden, *taps.outputs.values()], grad_output)
-        self._check(gradients)
-        if self.formats:
-            with torch.no_grad():
-                self.pricing.add(taps, dict(zip(names, gradients[1:], strict=True)), len(batch.tokens))
-        return gradients[0]
+        return self._price(output, grad_output, taps, len(batch.tokens), hidden)
 
     def finish(self, tokens: int) -> BlockSensitivity:
         """Prices per token of `tokens`; InputError when no gradient reached the block."""
         return self.pricing.finish(tokens)
+
+    def _price(self, output: Tensor, grad_output: Tensor | None, taps: Taps, sequences: int, hidden: Tensor) -> Tensor:
+        """∂L/∂hidden; what is differentiated on the way prices every candidate."""
+        parameters = list(taps.outputs)
+        watched = [taps.entries[name] for name in parameters] + [taps.outputs[name] for name in parameters]
+        gradient, *inside = torch.autograd.grad(output, [hidden, *watched], grad_output)
+        self._check([gradient, *inside])
+        if self.formats:
+            at_inputs, at_outputs = inside[: len(parameters)], inside[len(parameters) :]
+            with torch.no_grad():
+                passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
+                self.pricing.add(taps, passed, sequences)
+        return gradient
 
     def _check(self, gradients: Sequence[Tensor]) -> None:
         if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
@@ -96,14 +103,11 @@ class LeafVisit(BackwardVisit):
             self._agreement(hidden, drafted, batch)
             return
         for row, where, loss in self.loss.pieces(hidden.shape[1], batch):
-            piece = hidden[row : row + 1, where].detach()
+            piece = hidden[row : row + 1, where].detach().requires_grad_()
             with torch.enable_grad(), tapped(self.module, self.block) as taps:
-                logits = self.runner.run_block(self.block.index, self.module, piece.requires_grad_(), batch.inputs)
+                logits = self.runner.run_block(self.block.index, self.module, piece, batch.inputs)
                 value = loss(logits[0])
-            gradients = torch.autograd.grad(value, list(taps.outputs.values()))
-            self._check(gradients)
-            with torch.no_grad():
-                self.pricing.add(taps, dict(zip(taps.outputs, gradients, strict=True)), 1)
+            self._price(value, None, taps, 1, piece)
         self.tokens += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()

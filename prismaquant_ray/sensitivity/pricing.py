@@ -1,8 +1,9 @@
 """Pricing every candidate of a block while its gradients go by.
 
 One matrix product per parameter and format is all a format adds, and it tells both parts of the error: with
-G = g Ŵ, that of the rounded weights is x · G − g · y, that of the rounded activations (Q(x) − x) · G.
-Nothing is differentiated with respect to weights.
+D = g (Ŵ − W), that of the rounded weights is x · D, that of the rounded activations (Q(x) − x) · (g W + D), where
+g W has been computed already: it is the gradient that goes on to x. No large numbers are subtracted, so the product
+may be in the model's own type. Nothing is differentiated with respect to weights.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
-from prismaquant_ray.models.experts import Routing, grouped_product
+from prismaquant_ray.models.experts import Routing
 from prismaquant_ray.models.taps import Taps
 from prismaquant_ray.sensitivity.cost import fisher_trace, half_squares, price
 
@@ -50,6 +50,13 @@ class _Priced:
     p: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     parts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+
+class Passed(NamedTuple):
+    """Gradients of the loss at a parameter: ∂L/∂x through it alone (…, I), and ∂L/∂y (…, O)."""
+
+    at_input: Tensor
+    at_output: Tensor
 
 
 class _Parts(NamedTuple):
@@ -89,28 +96,36 @@ class Pricing:
             for group in block.groups
         }
 
-    def add(self, taps: Taps, gradients: Mapping[str, Tensor], sequences: int) -> None:
-        """One microbatch of so many sequences; `gradients` are ∂L/∂output by parameter."""
+    def add(self, taps: Taps, passed: Mapping[str, Passed], sequences: int) -> None:
+        """One microbatch of so many sequences, with the gradients at every parameter."""
         found: dict[tuple[str, FormatName], _Parts] = {}
         for entry in self.block.inputs:
             x = taps.inputs[entry.name].detach().flatten(0, -2).float()
             routing = taps.routing.get(entry.name)
             changes: dict[FormatName, Tensor] = {}
             for group, matrix in self._reading(entry.name):
-                flat = {parameter: gradients[parameter].flatten(0, -2).float() for parameter in matrix.parameters}
-                clean = self._watch(flat, taps, x, routing)
+                flat = {name: Passed(*(g.flatten(0, -2) for g in passed[name])) for name in matrix.parameters}
+                for parameter, (_, at_output) in flat.items():
+                    self._trace(parameter, at_output.float(), x, routing)
+                arriving = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
                 for name, priced in self.priced[group.name].items():
                     rounding = FORMATS[name].round_activation
                     if rounding is not None and name not in changes:
                         changes[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
                     through = functools.reduce(
                         torch.add,
-                        (_through(g, priced.decoded.weights[parameter], routing) for parameter, g in flat.items()),
+                        (
+                            self._through(parameter, g, priced.decoded.weights[parameter], routing)
+                            for parameter, (_, g) in flat.items()
+                        ),
                     )
-                    parts = _Parts(
-                        (x * through).sum(-1).sub_(clean),
-                        (changes[name] * through).sum(-1) if name in changes else torch.zeros_like(clean),
+                    weights = (x * through).sum(-1)
+                    activations = (
+                        (through.add_(arriving).mul_(changes[name])).sum(-1)
+                        if name in changes
+                        else torch.zeros_like(weights)
                     )
+                    parts = _Parts(weights, activations)
                     parts = parts if routing is None else _Parts(*(routing.to_tokens(part) for part in parts))
                     before = found.get((group.name, name))
                     found[group.name, name] = parts if before is None else _Parts(*map(torch.add, before, parts))
@@ -121,13 +136,13 @@ class Pricing:
             priced.squares.append(half_squares(p.view(sequences, -1)))
             priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
 
-    def _watch(self, gradients: Mapping[str, Tensor], taps: Taps, x: Tensor, routing: Routing | None) -> Tensor:
-        """g · y of every row, over the parameters of a matrix; adds to their traces."""
-        total = torch.zeros(len(x), device=x.device)
-        for parameter, gradient in gradients.items():
-            self._trace(parameter, gradient, x, routing)
-            total += (gradient * self._product(parameter, taps, x, routing)).sum(-1)
-        return total
+    def _through(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
+        """g (Ŵ − W) (rows, I) in float32, for g (rows, O): the product in g's type."""
+        weight = self.module.get_parameter(parameter)
+        if routing is None:
+            return _times_difference(gradient, rounded, weight)
+        pieces = enumerate(gradient.split(routing.counts.tolist()))
+        return torch.cat([_times_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
 
     def _reading(self, name: str) -> list[tuple[FusedGroup, Matrix]]:
         return [(group, matrix) for group in self.block.groups for matrix in group.matrices if matrix.input == name]
@@ -139,14 +154,6 @@ class Pricing:
         counts = routing.counts.tolist()
         for expert, (g, rows) in enumerate(zip(gradient.split(counts), x.split(counts), strict=True)):
             self.traces[parameter][expert] += fisher_trace(g, rows)
-
-    def _product(self, parameter: str, taps: Taps, x: Tensor, routing: Routing | None) -> Tensor:
-        """x Wᵀ in float32: the parameter's own output without its bias, unless that has fewer bits."""
-        output = taps.outputs[parameter].detach().flatten(0, -2)
-        if output.dtype != torch.float32:
-            return _times(x, self.module.get_parameter(parameter), routing)
-        bias = getattr(self.module.get_submodule(parameter.rpartition(".")[0]), "bias", None)
-        return output if bias is None else output - bias
 
     def finish(self, tokens: int) -> BlockSensitivity:
         """Prices per token of `tokens`, traces and p vectors; InputError when no gradient reached the block."""
@@ -192,11 +199,6 @@ def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
     return (matrix.linears[matrix.parameters.index(parameter)].out_features,)
 
 
-def _times(x: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
-    """x Wᵀ in x's type, whatever the weight's."""
-    return F.linear(x, weight.to(x.dtype)) if routing is None else grouped_product(x, weight, routing.counts)
 
-
-def _through(gradient: Tensor, weight: Tensor, routing: Routing | None) -> Tensor:
-    """g W (rows, I) for output gradients g (rows, O) and a weight (O, I), or (E, O, I) of which each row meets one."""
-    return _times(gradient, weight.mT, routing)
+def _times_difference(gradient: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
+    return (gradient @ (rounded.to(weight.dtype) - weight)).float()
