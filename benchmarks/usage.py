@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,14 +61,20 @@ def measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str]
             if ended and not running:
                 break
             for child in running:
-                if child.pid != process.pid and child.ppid() == here.pid and child.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(child.pid, os.WNOHANG)
+                if child.pid != process.pid:
+                    _reap(child.pid)
             time.sleep(_INTERVAL)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
         print(tail, file=sys.stderr)
         raise subprocess.CalledProcessError(process.returncode, [*map(str, command)])
     return Usage(wall=wall, cpu=sum(cpu.values()), peak=peak)
+
+
+def _reap(pid: int) -> None:
+    """Let go of a process that has ended and became ours."""
+    with suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
 
 
 def _proportional(pid: int) -> int:

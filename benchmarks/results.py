@@ -1,0 +1,39 @@
+"""Where figures go: one JSON file a benchmark, with what is needed to make it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "compressed-tensors", "numpy", "ray")
+
+
+def machine() -> str:
+    """Processor, cores and memory."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
+
+
+def save(name: str, figures: Mapping[str, Any]) -> Path:
+    """Write results/NAME.json and say so."""
+    path = RESULTS / f"{name}.json"
+    header = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join([".venv/bin/python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+    path.write_text(json.dumps({**header, **figures}, indent=1) + "\n")
+    print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    return path
