@@ -188,7 +188,7 @@ class Perturbed:
         labels = []
         for row, own_logits in enumerate(logits.detach()):
             uniform = np.random.default_rng((SEED, batch.first_sequence + row)).random(len(own_logits))
-            target = sample(own_logits, torch.from_numpy(uniform))
+            target = sample(torch.softmax(own_logits, -1), torch.from_numpy(uniform))
             image = getattr(self.model.config, "image_token_id", None)
             if image is not None:
                 target[:-1][batch.tokens[row, 1:] == image] = IGNORED
@@ -289,7 +289,7 @@ def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probe
             labels = []
             for row, own_logits in enumerate(logits.detach()):
                 uniform = np.random.default_rng((SEED, batch.first_sequence + row, 1)).random(len(own_logits))
-                labels.append(sample(own_logits, torch.from_numpy(uniform)))
+                labels.append(sample(torch.softmax(own_logits, -1), torch.from_numpy(uniform)))
             seen += len(torch.cat(labels))
             loss = F.cross_entropy(logits.flatten(0, 1), torch.cat(labels), reduction="sum")
             tensors = probed.tensors[block.index][FormatName.INT4]

@@ -196,7 +196,6 @@ def test_rows_taken_in_pieces_are_encoded_alike(monkeypatch: pytest.MonkeyPatch)
         for one, other in zip(whole, pieces, strict=True):
             assert_same(one.rounded, other.rounded)
             assert one.method == other.method
-            assert other.output_mse == pytest.approx(one.output_mse, rel=1e-5)
             assert other.weight_mse == pytest.approx(one.weight_mse, rel=1e-5)
 
 
@@ -260,7 +259,6 @@ def test_experts_are_encoded_together_as_each_alone(codec: Codec) -> None:
             for name, figure in one.holdout_error.items():
                 assert stack.holdout_error[name][expert] == pytest.approx(figure[0], rel=1e-6)
             assert stack.weight_mse[expert] == pytest.approx(one.weight_mse[0], rel=1e-6)
-            assert stack.output_mse[expert] == pytest.approx(one.output_mse[0], rel=1e-6)
 
 
 @EVERY_CODEC
@@ -280,7 +278,6 @@ def test_an_expert_is_encoded_as_a_dense_matrix_of_its_statistics(codec: Codec) 
         (one,) = encode_group([matrices[expert]], codec, dense, Rounding().factor(dense), Rounding())
         assert_same(part(stack.rounded, expert, dense=True), one.rounded)
         assert stack.method[expert] == one.method
-        assert stack.output_mse[expert] == pytest.approx(one.output_mse, rel=1e-6)
 
 
 def part(stack: Rounded, experts: slice | int, *, dense: bool = False) -> Rounded:
@@ -315,11 +312,7 @@ def test_how_experts_are_split_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(module, name, size)
             split = encoded()
         assert_same(split.rounded, whole.rounded)
-        assert (split.method, split.holdout_error, split.output_mse) == (
-            whole.method,
-            whole.holdout_error,
-            whole.output_mse,
-        )
+        assert (split.method, split.holdout_error) == (whole.method, whole.holdout_error)
 
 
 def test_statistics_of_experts_are_sums_over_their_rows_shrunk_towards_the_mean() -> None:
@@ -366,7 +359,7 @@ def test_cold_experts_get_finite_weights_and_positive_scales(codec: Codec, count
     decoded = codec.decode(codec.pack(result.rounded))
     assert decoded.isfinite().all()
     assert torch.equal(decoded, codec.dequantized(result.rounded))
-    for figures in (*result.holdout_error.values(), result.weight_mse, result.output_mse):
+    for figures in (*result.holdout_error.values(), result.weight_mse):
         assert torch.tensor(figures).isfinite().all()
     for expert, trained in enumerate(found.train_tokens.tolist()):
         assert trained or result.method[expert] != "gptq"

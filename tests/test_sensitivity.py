@@ -102,7 +102,7 @@ def whole_model_gradients(directory: Path, tokens: Tensor) -> tuple[dict[str, Te
     logits = model(tokens).logits
     labels = torch.stack(
         [
-            sample(row.detach(), torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)))
+            sample(torch.softmax(row.detach(), -1), torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)))
             for i, row in enumerate(logits)
         ]
     )
@@ -184,7 +184,9 @@ def test_the_first_order_term_is_the_derivative_along_the_weight_error(directory
     weight = model.get_parameter(linear.sources[0]).requires_grad_()
     logits = model(probed.tokens).logits
     uniform = [torch.from_numpy(np.random.default_rng((SEED, i)).random(LENGTH)) for i in range(SEQUENCES)]
-    labels = torch.stack([sample(row.detach().float(), u) for row, u in zip(logits, uniform, strict=True)])
+    labels = torch.stack(
+        [sample(torch.softmax(row.detach().float(), -1), u) for row, u in zip(logits, uniform, strict=True)]
+    )
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     (gradient,) = torch.autograd.grad(loss, weight)
     derivative = float((gradient * (codec.decode(own).double() - weight.detach())).sum())
@@ -218,9 +220,9 @@ def test_data_labels_give_the_gradient_of_the_training_loss(directory: Path) -> 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -30.0]).expand(20_000, 4)
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
-    counts = torch.bincount(sample(logits, uniform), minlength=4) / 20_000
+    counts = torch.bincount(sample(torch.softmax(logits, -1), uniform), minlength=4) / 20_000
     torch.testing.assert_close(counts, torch.softmax(logits[0], -1), atol=0.012, rtol=0)
-    ends = sample(logits[:2], torch.tensor([0.0, 1.0 - 1e-12], dtype=torch.float64))
+    ends = sample(torch.softmax(logits[:2], -1), torch.tensor([0.0, 1.0 - 1e-12], dtype=torch.float64))
     assert ends.tolist()[0] == 0
     assert 0 <= ends.tolist()[1] < 4
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
 from prismaquant_ray.layout import Block, Kind
 from prismaquant_ray.models.draft import DraftHead
 from prismaquant_ray.models.inspect import Scope, build
@@ -181,6 +182,6 @@ def _joined(tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
 def check_finite(weights: dict[str, Tensor], where: str) -> None:
     """InputError naming the first tensor with a NaN or an infinity."""
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise InputError(f"{where}: {name} holds {count} NaN or infinite values; the checkpoint is damaged")

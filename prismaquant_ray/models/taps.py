@@ -17,8 +17,8 @@ class Taps:
     """Filled by running the block once inside `tapped`.
 
     `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
-    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by parameter:
-    its input as nothing else reads it, so that the gradient there is what comes through this parameter alone.
+    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by
+    parameter: its input as nothing else reads it, so that the gradient there is what comes through it alone.
     """
 
     def __init__(self) -> None:

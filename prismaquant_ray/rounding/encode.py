@@ -49,8 +49,8 @@ class EncodedLinear:
     """One Linear on a codec's grid, with the figures that explain the choice; or the same Linear of every expert.
 
     `holdout_error` gives Σ_t |ΔW x_t|² over held-out tokens per output for each method tried, divided by
-    tokens × outputs; the smallest one won. `weight_mse` is mean ΔW²; `output_mse` is the mean squared output
-    error over all calibration tokens, weights only. All from the BF16 weights the runtime decodes.
+    tokens × outputs; the smallest one won. `weight_mse` is mean ΔW². Both from the BF16 weights the runtime
+    decodes.
     Each figure and `method` is a list by expert where `rounded` is a stack; an expert's prior counts as tokens.
     """
 
@@ -58,7 +58,6 @@ class EncodedLinear:
     method: Method | list[Method]
     holdout_error: dict[str, float | list[float]]
     weight_mse: float | list[float]
-    output_mse: float | list[float]
 
 
 def encode_group(
@@ -106,7 +105,7 @@ def _encode(
     # Every attempt at every row is kept, in a byte a weight, until the rows of a Linear can be judged together.
     kept: list[Tensor] = []
     scales: list[list[Tensor]] = []
-    errors: list[Tensor] = []
+    judged: list[Tensor] = []
     row = 0
     for piece in _in_rows(stacked):
         rows = slice(row, row + piece.shape[-2])
@@ -116,39 +115,26 @@ def _encode(
         for values, rounded in zip(kept, found, strict=True):
             values[..., rows, :].copy_(rounded.values)
         scales.append([rounded.scale for rounded in found])
-        errors.append(_judged(found, codec, piece, judge))
+        judged.append(_judged(found, codec, piece, judge))
     tried = [
         Rounded(values=values, scale=torch.cat(parts, dim=-2), global_scale=global_scale)
         for values, parts in zip(kept, zip(*scales, strict=True), strict=True)
     ]
-    error = torch.cat(errors, dim=-1)
+    output_errors, squares = torch.cat(judged, dim=-1)
     encoded = []
     row = 0
     for weight in weights:
         rows = slice(row, row + weight.shape[-2])
         row = rows.stop
-        scores = error[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
+        scores = output_errors[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
+        mean_squares = squares[..., rows].sum(-1) / weight.shape[-2:].numel()
         choice = scores.argmin(0)
-        rounded = _chosen([each.rows(rows.start, rows.stop) for each in tried], choice)
-        # What remains of the error over all tokens: that over the tokens that did not judge.
-        total = error[..., rows].gather(0, choice.view(1, *choice.shape, 1).expand(1, *error[0, ..., rows].shape))[0]
-        squares, others = [], []
-        start = 0
-        for piece in _in_rows(weight):
-            delta = _delta(codec, rounded.rows(start, start + piece.shape[-2]), piece)
-            start += piece.shape[-2]
-            squares.append(delta.square().sum((-2, -1)))
-            if held_out:
-                others.append(output_error(delta, statistics.train))
-        total = total + torch.cat(others, dim=-1) if held_out else total
-        all_tokens = statistics.train_weight + statistics.holdout_weight
         encoded.append(
             EncodedLinear(
-                rounded=rounded,
+                rounded=_chosen([each.rows(rows.start, rows.stop) for each in tried], choice),
                 method=_names(choice.tolist()),
                 holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
-                weight_mse=(torch.stack(squares).sum(0) / weight.shape[-2:].numel()).tolist(),
-                output_mse=(total.sum(-1).double() / (all_tokens.clamp(min=1) * weight.shape[-2])).tolist(),
+                weight_mse=mean_squares.gather(0, choice.unsqueeze(0))[0].tolist(),
             )
         )
     return encoded
@@ -171,9 +157,12 @@ def _attempts(
 
 
 def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tensor) -> Tensor:
-    """Output errors (methods, …, O) of several roundings of a weight; one that occurs twice is judged once."""
-    errors = {rounded: output_error(_delta(codec, rounded, weight), judge) for rounded in dict.fromkeys(found)}
-    return torch.stack([errors[rounded] for rounded in found])
+    """Output error and ΔW² of every row, (2, methods, …, O); a rounding that occurs twice is judged once."""
+    errors = {}
+    for rounded in dict.fromkeys(found):
+        delta = _delta(codec, rounded, weight)
+        errors[rounded] = torch.stack([output_error(delta, judge), delta.square().sum(-1)])
+    return torch.stack([errors[rounded] for rounded in found], dim=1)
 
 
 def _delta(codec: Codec, rounded: Rounded, weight: Tensor) -> Tensor:
@@ -222,7 +211,6 @@ def _joined(parts: Sequence[EncodedLinear]) -> EncodedLinear:
         method=_chained(part.method for part in parts),
         holdout_error={name: _chained(part.holdout_error[name] for part in parts) for name in parts[0].holdout_error},
         weight_mse=_chained(part.weight_mse for part in parts),
-        output_mse=_chained(part.output_mse for part in parts),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of, experts_of
 from prismaquant_ray.formats.base import Codec, Tensors
 from prismaquant_ray.formats.fitting import formats_of
@@ -71,7 +72,7 @@ class ForwardVisit:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
         if taps is not None:
             self._gather(taps, batch.holdout.to(hidden.device))
-        if not bool(torch.isfinite(output).all()):
+        if not all_finite(output):
             raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
         return output
 
@@ -161,7 +162,6 @@ class _Encoded:
             "method": result.method,
             "holdout_error": result.holdout_error,
             "weight_mse": result.weight_mse,
-            "output_mse": result.output_mse,
         }
         of_linear = self.linears.setdefault(linear.name, {})
         of_linear[codec.name] = _longer(of_linear[codec.name], figures) if codec.name in of_linear else figures

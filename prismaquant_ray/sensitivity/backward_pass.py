@@ -10,6 +10,7 @@ from torch import Tensor
 from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Block, Kind
 from prismaquant_ray.models.draft import most_likely
@@ -59,23 +60,22 @@ class BackwardVisit:
         """Prices per token of `tokens`; InputError when no gradient reached the block."""
         return self.pricing.finish(tokens)
 
-    def _price(self, output: Tensor, grad_output: Tensor | None, taps: Taps, sequences: int, hidden: Tensor) -> Tensor:
+    def _price(self, output: Tensor, grad_output: Tensor, taps: Taps, sequences: int, hidden: Tensor) -> Tensor:
         """∂L/∂hidden; what is differentiated on the way prices every candidate."""
         parameters = list(taps.outputs)
         watched = [taps.entries[name] for name in parameters] + [taps.outputs[name] for name in parameters]
         gradient, *inside = torch.autograd.grad(output, [hidden, *watched], grad_output)
-        self._check([gradient, *inside])
+        sound = all_finite(gradient)
         if self.formats:
             at_inputs, at_outputs = inside[: len(parameters)], inside[len(parameters) :]
             with torch.no_grad():
                 passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
-                self.pricing.add(taps, passed, sequences)
-        return gradient
-
-    def _check(self, gradients: Sequence[Tensor]) -> None:
-        if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+                # A gradient that is no number makes a price that is none.
+                sound = self.pricing.add(taps, passed, sequences) and sound
+        if not sound:
             name = self.block.prefix or self.block.groups[0].name
             raise InputError(f"{name} has NaN or infinite gradients; is the checkpoint intact?")
+        return gradient
 
 
 class LeafVisit(BackwardVisit):
@@ -106,8 +106,8 @@ class LeafVisit(BackwardVisit):
             piece = hidden[row : row + 1, where].detach().requires_grad_()
             with torch.enable_grad(), tapped(self.module, self.block) as taps:
                 logits = self.runner.run_block(self.block.index, self.module, piece, batch.inputs)
-                value = loss(logits[0])
-            self._price(value, None, taps, 1, piece)
+            at_logits, _ = loss.gradient(logits[0].detach())
+            self._price(logits, at_logits.unsqueeze(0), taps, 1, piece)
         self.tokens += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()

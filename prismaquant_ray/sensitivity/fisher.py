@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from prismaquant_ray.calibration.batches import Batch
 
@@ -53,9 +52,10 @@ class Loss:
         for row, where, targets in self.pieces(hidden.shape[1], batch, stream):
             piece = hidden[row : row + 1, where].detach().requires_grad_()
             with torch.enable_grad():
-                loss = targets(logits_of(piece)[0])
-            (gradient[row : row + 1, where],) = torch.autograd.grad(loss, piece)
-            loss_sum += float(loss.detach())
+                logits = logits_of(piece)
+            at_logits, loss = targets.gradient(logits[0].detach())
+            (gradient[row : row + 1, where],) = torch.autograd.grad(logits, piece, at_logits.unsqueeze(0))
+            loss_sum += loss
         return gradient, loss_sum
 
     def pieces(self, tokens: int, batch: Batch, stream: int = MODEL) -> Iterator[tuple[int, slice, PieceLoss]]:
@@ -77,26 +77,34 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PieceLoss:
-    """The loss of one piece as a function of its logits (n, V)."""
+    """The loss of one piece, for its logits (n, V)."""
 
     loss: Loss
     following: Tensor
     uniform: Tensor
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Summed cross-entropy in nats."""
-        logits = logits.to(torch.float32)
+    def gradient(self, logits: Tensor) -> tuple[Tensor, float]:
+        """∂L/∂logits (n, V) of the summed cross-entropy, softmax − onehot(label), and the loss in nats."""
+        probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
         following = self.following.to(logits.device)
         sampled = self.loss.labels == "sampled"
-        target = sample(logits.detach(), self.uniform.to(logits.device)) if sampled else following
+        target = sample(probabilities, self.uniform.to(logits.device)) if sampled else following
         if self.loss.image_token is not None:
             target = target.masked_fill(following == self.loss.image_token, IGNORED)
-        return F.cross_entropy(logits, target, reduction="sum", ignore_index=IGNORED)
+        # A label's probability may be 0 in float32; the largest never is.
+        largest, likeliest = probabilities.max(-1, keepdim=True)
+        label = target.clamp(min=0).unsqueeze(-1)
+        behind = logits.gather(-1, likeliest).float() - logits.gather(-1, label).float()
+        counted = (target != IGNORED).unsqueeze(-1)
+        loss = float(torch.where(counted, behind - largest.log(), 0.0).sum())
+        probabilities.scatter_add_(-1, label, torch.full_like(largest, -1.0))
+        # Not a product with 0: what is not counted may be no number.
+        return probabilities.masked_fill_(~counted, 0.0).to(logits.dtype), loss
 
 
-def sample(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Labels (tokens,) by inversion of the cumulative distribution; logits (tokens, V), uniform (tokens,) in [0, 1)."""
-    cumulative = torch.softmax(logits, dim=-1).cumsum(-1)
+def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Labels (tokens,) by inversion of the cumulative distribution (tokens, V), for uniform (tokens,) in [0, 1)."""
+    cumulative = probabilities.cumsum(-1)
     # Scaled by the total, which rounding leaves a little off 1.
     position = (uniform.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
-    return torch.searchsorted(cumulative, position, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, position, right=True).squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
@@ -96,8 +97,8 @@ class Pricing:
             for group in block.groups
         }
 
-    def add(self, taps: Taps, passed: Mapping[str, Passed], sequences: int) -> None:
-        """One microbatch of so many sequences, with the gradients at every parameter."""
+    def add(self, taps: Taps, passed: Mapping[str, Passed], sequences: int) -> bool:
+        """One microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
         found: dict[tuple[str, FormatName], _Parts] = {}
         for entry in self.block.inputs:
             x = taps.inputs[entry.name].detach().flatten(0, -2).float()
@@ -129,12 +130,15 @@ class Pricing:
                     parts = parts if routing is None else _Parts(*(routing.to_tokens(part) for part in parts))
                     before = found.get((group.name, name))
                     found[group.name, name] = parts if before is None else _Parts(*map(torch.add, before, parts))
+        sound = True
         for (group_name, name), parts in found.items():
             priced = self.priced[group_name][name]
             p = parts.weights + parts.activations
             priced.p.append(p)
             priced.squares.append(half_squares(p.view(sequences, -1)))
             priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
+            sound = sound and all_finite(p)
+        return sound
 
     def _through(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
         """g (Ŵ − W) (rows, I) in float32, for g (rows, O): the product in g's type."""
@@ -197,7 +201,6 @@ def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
     if matrix.experts is not None:
         return (matrix.experts, matrix.rows[-1].stop)
     return (matrix.linears[matrix.parameters.index(parameter)].out_features,)
-
 
 
 def _times_difference(gradient: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
