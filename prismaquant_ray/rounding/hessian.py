@@ -159,8 +159,19 @@ class InputSums:
 
 
 def output_error(delta: Tensor, hessian: Tensor) -> Tensor:
-    """Per output row (…, O): Σ_t (ΔW x_t)² = diag(ΔW H ΔWᵀ), for ΔW (…, O, I) and H = Σ x xᵀ (…, I, I)."""
-    return ((delta @ hessian) * delta).sum(-1)
+    """Per output row (…, O): Σ_t (ΔW x_t)² = diag(ΔW H ΔWᵀ), for ΔW (…, O, I) and symmetric H = Σ x xᵀ (…, I, I).
+
+    What is above the diagonal counts twice, and what is below is not read.
+    """
+    total = torch.zeros(delta.shape[:-1], device=delta.device)
+    for start in range(0, delta.shape[-1], _PANEL):
+        panel = slice(start, start + _PANEL)
+        own = delta[..., panel]
+        through = own @ hessian[..., panel, panel]
+        if start:
+            through += (delta[..., :start] @ hessian[..., :start, panel]).mul_(2)
+        total += through.mul_(own).sum(-1)
+    return total
 
 
 def _second_moments(x: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
