@@ -12,11 +12,12 @@ from typing_extensions import override
 
 from actors.messages import Stage, Unit
 from actors.visit import Visit
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.rounding.forward_pass import ForwardVisit
 from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, LeafVisit
 from prismaquant_ray.sensitivity.pricing import BlockSensitivity
-from prismaquant_ray.storage.record import Record, read_tensors
+from prismaquant_ray.storage.record import Record
 
 _Core = TypeVar("_Core", ForwardVisit, BackwardVisit)
 
@@ -85,10 +86,10 @@ class BackwardShard(BlocksVisit[BackwardVisit]):
         formats = self.formats(index)
         return BackwardVisit(self.shop.runner, index, formats, self._candidates(index) if formats else {})
 
-    def _candidates(self, unit: Unit) -> dict[FormatName, dict[str, Tensor]]:
-        record = self.shop.ledger.record(Stage.FORWARD, unit)
-        self.moved["read"] += sum(artifact.size for artifact in record.artifacts.values())
-        return {FormatName(name): read_tensors(self.shop.ledger.store, a) for name, a in record.artifacts.items()}
+    def _candidates(self, index: int) -> CandidateTensors:
+        tensors, size = self.shop.candidates.take(index)
+        self.moved["read"] += size
+        return tensors
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Conductor:
 
     def abandon(self) -> None:
         """After a pass that raised: wait for what is under way, then have every worker let go of its shard."""
-        while any(flight.step is not None for flight in self._flying.values()):
+        while any(flight.call.shard is not None for flight in self._flying.values()):
             self._stop_hung(None)
             for reply in self.workers.wait(0.5):
                 flight = self._flying.pop(reply.worker)
@@ -148,20 +148,26 @@ class Conductor:
     def _submit(self, state: _Pass) -> None:
         exhausted = False
         for worker in sorted(self.ready.keys() - self._flying.keys()):
-            if exhausted and worker not in state.ring.held:
-                continue  # what there is nothing of for one free worker there is not for another
-            step = state.ring.next(worker)
+            # What there is nothing of for one free worker there is not for another.
+            step = None if exhausted and worker not in state.ring.held else state.ring.next(worker)
             if step is None:
-                exhausted = exhausted or worker not in state.ring.held
+                if worker not in state.ring.held:
+                    exhausted = True
+                    if (following := self._following(state, worker)) is not None:
+                        self._send(worker, Call(kind=Kind.AHEAD, shard=following))
                 continue
             shard = state.shards[step.shard]
             if step.microbatch == FINISH:
-                call = Call(kind=Kind.FINISH, shard=shard)
+                call = Call(kind=Kind.FINISH, shard=shard, following=self._following(state, worker))
             else:
                 before = state.ring.source(step)
                 arriving = None if before is None else state.outputs[before].where
                 call = Call(kind=Kind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
             self._send(worker, call, step)
+
+    def _following(self, state: _Pass, worker: str) -> Shard | None:
+        index = state.ring.ahead(worker)
+        return None if index is None else state.shards[index]
 
     def _send(self, worker: str, call: Call, step: Step | None = None) -> None:
         self._flying[worker] = _Flight(call, step, self.clock())

@@ -53,8 +53,13 @@ class Needs:
 
     @property
     def block(self) -> int:
-        """Of one loaded block: the forward pass holds Hessians, the backward pass candidates and activations."""
-        return self.block_weights + max(self.block_hessians, self.block_candidates + self.block_activations)
+        """Of one loaded block: the forward pass holds Hessians, the backward pass candidates and activations.
+
+        While a shard is finished, without activations by then, the following one is read.
+        """
+        weights, candidates = self.block_weights, self.block_candidates
+        finishing = 2 * weights + self.block_hessians, 2 * (weights + candidates)
+        return max(*finishing, weights + candidates + self.block_activations)
 
     def worker(self, blocks: int) -> int:
         """Peak of a worker that holds `blocks` blocks at a time."""
@@ -195,7 +200,7 @@ def _held(block: Block, layout: Layout, config: Config, compute: int) -> _Held:
     # Inputs and outputs are held until gradients arrive, with the rounded input and one error; a token meets few
     # experts. Of an output head a piece of logits is held at a time.
     per_token = 4 * layout.hidden_size + sum(
-        (layout.top_k if linear.experts else 1) * (linear.in_features + 2 * linear.out_features)
+        (layout.top_k if linear.experts else 1) * 2 * (linear.in_features + linear.out_features)
         for linear in block.linears
         if block.kind is not Kind.HEAD
     )

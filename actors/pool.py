@@ -62,7 +62,9 @@ class RayWorkers:
             assert call.shard is not None
             name = f"prismaquant {call.shard.stage} {call.kind} {call.shard.name}"
             if call.kind is Kind.FINISH:
-                reference = actor.finish.options(name=name).remote(call.shard)
+                reference = actor.finish.options(name=name).remote(call.shard, call.following)
+            elif call.kind is Kind.AHEAD:
+                reference = actor.ahead.options(name=name).remote(call.shard)
             else:
                 run = actor.run.options(name=name, num_returns=2)
                 output, reference = run.remote(call.shard, call.microbatch, call.arriving)

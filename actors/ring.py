@@ -3,8 +3,10 @@
 Shards form a pipeline over microbatches: step (s, m) needs what step (r, m) put out, where r is the shard before s, or
 one of the shards that share the work before it by microbatches. A worker holds one shard at a
 time and takes its microbatches in order, then its FINISH step (encode or price), which nothing waits for; then it takes
-the first shard that nobody holds. With equal workers shard s ends up with worker s mod W, and while worker 0 runs
-microbatch m of a shard, worker 1 runs m−1 of the next one. A faster worker takes more shards.
+the first shard that nobody holds. While it has nothing to run, or only its FINISH, it is told which shard that will
+most likely be, to read it ahead: the first that neither a worker holds nor another one expects. With equal workers
+shard s ends up with worker s mod W, and while worker 0 runs microbatch m of a shard, worker 1 runs m−1 of the next one.
+A faster worker takes more shards.
 
 A lost worker's shard goes back to the ones that nobody holds. It starts again from its first microbatch, which is how
 every sum stays the same; what it had put out and stored remains valid, so the shards behind it just go on.
@@ -42,6 +44,7 @@ class Ring:
         self.microbatches = tuple(tuple(entry) for entry in microbatches)
         self.sources = tuple(dict(entry) for entry in sources)
         self.held: dict[str, int] = {}
+        self.expected: dict[str, int] = {}
         self._position = [0] * len(microbatches)
         self._finished: set[int] = set()
         self._out: set[Step] = set()
@@ -50,11 +53,24 @@ class Ring:
         """The worker's next step if it can run now; the worker holds the shard from then on."""
         shard = self.held.get(worker)
         if shard is None:
-            shard = next((s for s in self._free() if self._can_run(s)), None)
+            # What it expects comes first, what others expect last: they have read it already.
+            ours, theirs = self.expected.get(worker), set(self.expected.values())
+            able = (s for s in self._free() if self._can_run(s))
+            shard = min(able, key=lambda s: (s != ours, s in theirs, s), default=None)
             if shard is None:
                 return None
             self.held[worker] = shard
+            self.expected.pop(worker, None)
         return self._at(shard) if self._can_run(shard) else None
+
+    def ahead(self, worker: str) -> int | None:
+        """The shard that the worker should expect next, when that is news to it."""
+        taken = {shard for other, shard in self.expected.items() if other != worker}
+        shard = next((s for s in self._free() if s not in taken), None)
+        if shard is None or self.expected.get(worker) == shard:
+            return None
+        self.expected[worker] = shard
+        return shard
 
     def done(self, worker: str, step: Step) -> None:
         """The step's result is there."""
@@ -70,6 +86,7 @@ class Ring:
 
     def released(self, worker: str) -> int | None:
         """The worker is gone, or gives its shard up; the shard starts again with whoever takes it next."""
+        self.expected.pop(worker, None)
         shard = self.held.pop(worker, None)
         if shard is not None:
             self._position[shard] = 0

@@ -77,13 +77,17 @@ class ShardWorker:
         """
         return self._guard(lambda: self._run(shard, microbatch, arriving))
 
-    def finish(self, shard: Shard) -> Receipt:
-        """Encode or price, commit the records, let go of the shard."""
-        return self._guard(lambda: (None, self._finish(shard)))[1]
+    def finish(self, shard: Shard, following: Shard | None = None) -> Receipt:
+        """Encode or price, commit the records, let go of the shard; `following` is read meanwhile."""
+        return self._guard(lambda: (None, self._finish(shard, following)))[1]
+
+    def ahead(self, shard: Shard) -> Receipt:
+        """Begin to read a shard that may be the next one."""
+        return self._guard(lambda: (None, self._ahead(shard)))[1]
 
     def drop(self) -> Receipt:
         """Let go of the shard without a result: another worker will run it."""
-        return self._guard(lambda: (None, self._close()))[1]
+        return self._guard(lambda: (None, self._drop()))[1]
 
     def _guard(self, call: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, Receipt]:
         started, clock = time.time(), time.perf_counter()
@@ -175,9 +179,15 @@ class ShardWorker:
         if self.visit is None or self.visit.shard != shard:
             self._close()
             self.visit = _open(self.shop, shard)
+            self.shop.expect(None)
         return self.visit.run(microbatch, arriving)
 
-    def _finish(self, shard: Shard) -> dict[str, Any]:
+    def _ahead(self, shard: Shard) -> dict[str, Any]:
+        self.shop.expect(shard)
+        return {}
+
+    def _finish(self, shard: Shard, following: Shard | None) -> dict[str, Any]:
+        self.shop.expect(following)
         visit = self.visit
         assert visit is not None
         assert visit.shard == shard
@@ -187,12 +197,16 @@ class ShardWorker:
         self._close()
         return facts
 
-    def _close(self) -> dict[str, Any]:
+    def _drop(self) -> dict[str, Any]:
+        self.shop.expect(None)
+        self._close()
+        return {}
+
+    def _close(self) -> None:
         if self.visit is not None:
             self.visit.close()
             self.visit = None
             release_memory()
-        return {}
 
     def _check_memory(self) -> None:
         taken = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_bytes()

@@ -18,12 +18,15 @@ from actors.ledger import Ledger
 from actors.messages import Activation, Shard, Stage, Unit, from_wire, to_wire, unit_key
 from actors.transfer import Inbox, Outbox, read_boundary
 from prismaquant_ray.calibration.batches import Batch, CalibrationSet
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variants
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.models.ahead import Ahead
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
 from prismaquant_ray.sensitivity.fisher import Loss
-from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_tensors
+from prismaquant_ray.storage.record import Artifact, Record, new_attempt, read_tensors, write_tensors
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,6 +41,23 @@ class Workshop:
     thread: ThreadPoolExecutor
     variants: Variants | None = None
     head: ExitStack | None = None
+
+    def __post_init__(self) -> None:
+        #: Candidates of blocks, as the backward pass takes them.
+        self.candidates: Ahead[int, tuple[CandidateTensors, int]] = Ahead(self._read_candidates)
+
+    def _read_candidates(self, block: int) -> tuple[CandidateTensors, int]:
+        """With their bytes."""
+        artifacts = self.ledger.record(Stage.FORWARD, block).artifacts
+        tensors = {FormatName(name): read_tensors(self.ledger.store, each) for name, each in artifacts.items()}
+        return tensors, sum(each.size for each in artifacts.values())
+
+    def expect(self, shard: Shard | None) -> None:
+        """Read what a shard loads ahead of it, or nothing; what was read ahead for another one is let go of."""
+        blocks = [unit for unit in shard.units if isinstance(unit, int)] if shard is not None else []
+        self.runner.ahead.expect(blocks)
+        backward = shard is not None and shard.stage is Stage.BACKWARD
+        self.candidates.expect([block for block in blocks if backward and shard and block in shard.produce])
 
     @cached_property
     def batches(self) -> tuple[Batch, ...]:

@@ -18,17 +18,22 @@ class Kind(StrEnum):
     SETUP = "setup"
     RUN = "run"
     FINISH = "finish"
+    AHEAD = "ahead"
     DROP = "drop"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None."""
+    """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None.
+
+    `following` of a FINISH is the shard that the worker may begin to read meanwhile, as `shard` is of an AHEAD.
+    """
 
     kind: Kind
     shard: Shard | None = None
     microbatch: int = 0
     arriving: Any = None
+    following: Shard | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

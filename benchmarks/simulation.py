@@ -117,7 +117,8 @@ class _Simulation:
         self.events: list[Event] = []
         self.now = 0.0
         self.hops = self.between_workers = 0
-        self._ends: list[tuple[float, str, Step]] = []
+        self._ends: list[tuple[float, str, Step | None]] = []
+        self._ahead: dict[str, tuple[int, float]] = {}
         self._holder: dict[int, str] = {}
         self._free = {f"worker-{index:05d}" for index in range(workers)}
         self._waiting: set[str] = set()
@@ -130,6 +131,9 @@ class _Simulation:
         woken: set[str] = set()
         while self._ends and self._ends[0][0] == self.now:
             _, worker, step = heapq.heappop(self._ends)
+            if step is None:
+                self._free.add(worker)
+                continue
             self.ring.done(worker, step)
             if step.microbatch == FINISH:
                 self._free.add(worker)
@@ -140,20 +144,36 @@ class _Simulation:
         self._submit(woken)
 
     def _submit(self, woken: set[str]) -> None:
-        for worker in sorted(woken):
+        exhausted = False
+        for worker in sorted(woken | self._free):
+            free = worker in self._free
             self._waiting.discard(worker)
-            step = self.ring.next(worker)
-            if step is None:
+            # The ring answers every worker that holds nothing alike.
+            step = None if free and exhausted else self.ring.next(worker)
+            if step is not None:
+                self._free.discard(worker)
+                self._holder[step.shard] = worker
+                self._begin(worker, step)
+            elif not free:
                 self._waiting.add(worker)
             else:
-                self._begin(worker, step)
-        for worker in sorted(self._free):
-            step = self.ring.next(worker)
-            if step is None:
-                break  # The ring answers every worker that holds nothing alike.
+                exhausted = True
+                self._begin_to_read(worker)
+
+    def _begin_to_read(self, worker: str) -> None:
+        shard = self.ring.ahead(worker)
+        if shard is not None:
             self._free.discard(worker)
-            self._holder[step.shard] = worker
-            self._begin(worker, step)
+            begun = self.now + self.durations.call
+            self._read(worker, shard, begun)
+            heapq.heappush(self._ends, (begun, worker, None))
+
+    def _read(self, worker: str, shard: int | None, begun: float) -> None:
+        """What a thread reads ahead, and until when; only blocks are."""
+        self._ahead.pop(worker, None)
+        if shard is not None and isinstance(self.shards[shard].units[0], int):
+            cost, units = self.durations.of(self.shards[shard]), len(self.shards[shard].units)
+            self._ahead[worker] = shard, begun + units * cost.load
 
     def _begin(self, worker: str, step: Step) -> None:
         started = self.now + self.durations.call
@@ -163,25 +183,29 @@ class _Simulation:
             if self._holder[source.shard] != worker:
                 self.between_workers += 1
                 started += self.durations.hop
-        seconds = self._seconds(worker, step)
+        seconds = self._seconds(worker, step, started)
         is_exit = isinstance(self.shards[step.shard].units[0], Exit)
         name = self.shards[step.shard].name
         facts = {"worker": worker, "started": started, "seconds": seconds, "shard": name, "exit": is_exit}
         self.events.append(Event(kind="step", at=started + seconds, facts=facts))
         heapq.heappush(self._ends, (started + seconds, worker, step))
 
-    def _seconds(self, worker: str, step: Step) -> float:
+    def _seconds(self, worker: str, step: Step, started: float) -> float:
         shard = self.shards[step.shard]
         cost, units = self.durations.of(shard), len(shard.units)
         if step.microbatch == FINISH:
+            self._read(worker, self.ring.ahead(worker), started)
             return units * cost.finish
-        loads = step.microbatch == shard.microbatches[0]
+        load = 0.0
         if isinstance(shard.units[0], Exit):  # the head stays loaded from one exit to the next
-            loads = worker not in self._heads
+            load = 0.0 if worker in self._heads else cost.load
             self._heads.add(worker)
         else:
             self._heads.discard(worker)
-        return units * (cost.microbatch + cost.load * loads)
+            if step.microbatch == shard.microbatches[0]:
+                expected, ready = self._ahead.pop(worker, (None, 0.0))
+                load = max(0.0, ready - started) if expected == step.shard else units * cost.load
+        return units * cost.microbatch + load
 
 
 # The closed form --------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class InProcessWorkers:
         elif call.kind is Kind.DROP:
             receipt = worker.drop()
         elif call.kind is Kind.FINISH:
-            receipt = worker.finish(call.shard)
+            receipt = worker.finish(call.shard, call.following)
+        elif call.kind is Kind.AHEAD:
+            receipt = worker.ahead(call.shard)
         else:
             output, receipt = worker.run(call.shard, call.microbatch, call.arriving)
             if output is not None:

@@ -184,6 +184,9 @@ class Handing(Scripted):
 
     def answered(self, worker: str, call: Call, shard: Shard) -> Reply:
         last = shard.units[-1]
+        if call.kind is Kind.AHEAD:
+            assert worker not in self.waiting, "only a worker that holds nothing reads ahead by itself"
+            return Reply(worker=worker, receipt=receipt_of(worker, {}))
         if call.kind is Kind.FINISH:
             self.waiting.pop(worker, None)
             self.recorded.add(last)

@@ -254,7 +254,7 @@ def test_workers_shards_and_losses_change_no_figure(
     for workers, limit in ((1, 1), (3, 2), (2, 10)):
         overrides = [microbatch, f"cluster.blocks_per_shard={limit}"]
         assert case.evaluate(in_process(workers), overrides=overrides) == expected
-    assert case.evaluate(in_process(2, losing(9))) == expected
+    assert case.evaluate(in_process(2, losing(11))) == expected
     # Stopped after any number of steps and asked again, it continues.
     opened: list[InProcessWorkers] = []
     store = str(tmp_path / "store")

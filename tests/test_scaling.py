@@ -55,34 +55,48 @@ class VirtualWorkers:
         self.order = 0
         self.queue: list[tuple[float, int, Reply]] = []
         self.heads: set[str] = set()
+        self.ahead: dict[str, tuple[Shard, float]] = {}
 
     def clock(self) -> float:
         return self.now
 
     def start(self, worker: str) -> None:
-        self._reply(0.0, worker, {"version": __version__})
+        self._reply(0.0, worker, {"version": __version__}, self.now)
 
     def submit(self, worker: str, call: Call) -> None:
         if call.kind is Kind.SETUP:
-            self._reply(0.0, worker, {"device": "cpu"})
+            self._reply(0.0, worker, {"device": "cpu"}, self.now)
             return
         assert call.shard is not None
         hop = self.durations.hop if call.arriving not in (None, worker) else 0.0
-        self._reply(self._seconds(worker, call, call.shard), worker, {}, wait=self.durations.call + hop)
+        started = self.now + self.durations.call + hop
+        self._reply(self._seconds(worker, call, call.shard, started), worker, {}, started)
 
-    def _seconds(self, worker: str, call: Call, shard: Shard) -> float:
+    def _seconds(self, worker: str, call: Call, shard: Shard, started: float) -> float:
         cost, units = self.durations.of(shard), len(shard.units)
+        if call.kind is Kind.AHEAD:
+            self._read(worker, shard, started)
+            return 0.0
         if call.kind is Kind.FINISH:
+            self._read(worker, call.following, started)
             return units * cost.finish
+        load = 0.0
         if isinstance(shard.units[0], Exit):
-            loads = worker not in self.heads
+            load = 0.0 if worker in self.heads else cost.load
             self.heads.add(worker)
-        else:
-            loads = call.microbatch == shard.microbatches[0]
-        return units * (cost.microbatch + cost.load * loads)
+        elif call.microbatch == shard.microbatches[0]:
+            expected, ready = self.ahead.pop(worker, (None, 0.0))
+            load = max(0.0, ready - started) if expected == shard else units * cost.load
+        return units * cost.microbatch + load
 
-    def _reply(self, seconds: float, worker: str, facts: dict[str, Any], wait: float = 0.0) -> None:
-        started = self.now + wait
+    def _read(self, worker: str, shard: Shard | None, started: float) -> None:
+        """Blocks are read by a thread, one shard at a time."""
+        if shard is None or not isinstance(shard.units[0], int):
+            self.ahead.pop(worker, None)
+        else:
+            self.ahead[worker] = shard, started + len(shard.units) * self.durations.of(shard).load
+
+    def _reply(self, seconds: float, worker: str, facts: dict[str, Any], started: float) -> None:
         receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, facts=facts)
         self.order += 1
         entry = (started + seconds, self.order, Reply(worker=worker, receipt=receipt, output=worker))

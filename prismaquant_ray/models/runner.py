@@ -14,6 +14,7 @@ from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
 from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.models.ahead import Ahead
 from prismaquant_ray.models.draft import DraftHead
 from prismaquant_ray.models.inspect import Scope, build
 from prismaquant_ray.models.skeleton import Inputs
@@ -37,6 +38,8 @@ class ModelRunner:
         self.dtype = dtype
         self.device = device
         self.skeleton, self.layout = build(checkpoint, scope)
+        #: Weights of blocks, by index, as `load_block` takes them.
+        self.ahead: Ahead[int, dict[str, Tensor]] = Ahead(self._read_block)
         self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is Kind.DECODER)
         for module in self.skeleton.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -50,13 +53,18 @@ class ModelRunner:
         block = self.layout.blocks[index]
         module = self._new(block)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        weights = self._read(block.tensors)
+        weights = self.ahead.take(index)
         state = {
             parameter.name: _joined([weights.pop(name) for name in parameter.tensors], shapes[parameter.name])
             for parameter in block.parameters
         }
         module.load_state_dict(state, strict=True, assign=True)
-        return module.requires_grad_(False).to(self.device)
+        return module.requires_grad_(False).to(self.device, non_blocking=True)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        weights = self._read(self.layout.blocks[index].tensors)
+        # From memory that cannot be paged out a GPU copies by itself.
+        return {name: w.pin_memory() for name, w in weights.items()} if self.device.type == "cuda" else weights
 
     def _new(self, block: Block) -> nn.Module:
         """The block's module on the meta device."""

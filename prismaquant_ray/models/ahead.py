@@ -1,0 +1,37 @@
+"""Reading what will be needed next while something else is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+class Ahead(Generic[_Key, _Value]):
+    """Values that take long to read, read by a thread before they are asked for.
+
+    A thread is enough: reading waits for storage, and copies outside Python's lock. What reading raises is raised where
+    the value is taken.
+    """
+
+    def __init__(self, read: Callable[[_Key], _Value]) -> None:
+        self._read = read
+        self._thread: ThreadPoolExecutor | None = None
+        self._expected: dict[_Key, Future[_Value]] = {}
+
+    def expect(self, keys: Iterable[_Key]) -> None:
+        """Begin to read these, in order, and let go of any others."""
+        before, self._expected = self._expected, {}
+        for key in keys:
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="ahead")
+            self._expected[key] = before.pop(key) if key in before else self._thread.submit(self._read, key)
+        for unwanted in before.values():
+            unwanted.cancel()
+
+    def take(self, key: _Key) -> _Value:
+        """The value, which is then no longer held here; read now when it was not expected."""
+        future = self._expected.pop(key, None)
+        return self._read(key) if future is None else future.result()
