@@ -147,7 +147,7 @@ class Conductor:
 
     def _submit(self, state: _Pass) -> None:
         exhausted = False
-        for worker in sorted(self.ready.keys() - self._flying.keys()):
+        for worker in state.ring.order(self.ready.keys() - self._flying.keys()):
             # What there is nothing of for one free worker there is not for another.
             step = None if exhausted and worker not in state.ring.held else state.ring.next(worker)
             if step is None:

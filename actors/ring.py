@@ -14,7 +14,7 @@ every sum stays the same; what it had put out and stored remains valid, so the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 FINISH = -1
@@ -48,6 +48,14 @@ class Ring:
         self._position = [0] * len(microbatches)
         self._finished: set[int] = set()
         self._out: set[Step] = set()
+
+    def order(self, workers: Iterable[str]) -> list[str]:
+        """Workers as they should be asked for their next step: first those whose expected shard can run."""
+        return sorted(workers, key=lambda worker: (not self._is_due(worker), worker))
+
+    def _is_due(self, worker: str) -> bool:
+        shard = self.expected.get(worker)
+        return shard is not None and shard not in self.held.values() and self._can_run(shard)
 
     def next(self, worker: str) -> Step | None:
         """The worker's next step if it can run now; the worker holds the shard from then on."""

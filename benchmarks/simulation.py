@@ -13,7 +13,6 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 from actors.conductor import sources_of
 from actors.course import Course
@@ -145,7 +144,7 @@ class _Simulation:
 
     def _submit(self, woken: set[str]) -> None:
         exhausted = False
-        for worker in sorted(woken | self._free):
+        for worker in self.ring.order(woken | self._free):
             free = worker in self._free
             self._waiting.discard(worker)
             # The ring answers every worker that holds nothing alike.
@@ -212,33 +211,16 @@ class _Simulation:
 
 
 def shard_cost(cost: Cost, blocks: int, microbatches: int, *, hop: float, call: float) -> float:
-    """c: what a shard of k blocks takes of a worker, k·load + M·(k·t + hop + call) + k·e + call."""
-    return blocks * (cost.load + cost.finish) + microbatches * (blocks * cost.microbatch + hop + call) + call
+    """c: what a shard of k blocks takes of a worker, M·(k·t + hop + call) + call + k·max(e, load).
+
+    While a shard is finished the one that follows it is read.
+    """
+    return microbatches * (blocks * cost.microbatch + hop + call) + call + blocks * max(cost.finish, cost.load)
 
 
 def shard_fill(cost: Cost, blocks: int, *, hop: float, call: float) -> float:
-    """f: how long after a shard the one behind it begins, k·load + k·t + hop + call."""
-    return blocks * (cost.load + cost.microbatch) + hop + call
-
-
-def chain(
-    costs: Sequence[float], fills: Sequence[float], workers: int, *, punctual: int | None = None, late: float = 0.0
-) -> float:
-    """max over s of f(0) + … + f(s−1) + c(s) + c(s+W) + c(s+2W) + …: filled up to a shard, then one worker's work.
-
-    The first `punctual` workers are ready when the chain begins, the others `late` seconds after.
-    """
-    filled = [0.0, *accumulate(fills)]
-    if punctual is not None and punctual < len(costs):
-        wait = max(0.0, late - filled[punctual])
-        filled[punctual:] = [entry + wait for entry in filled[punctual:]]
-    return max(filled[first] + math.fsum(costs[first::workers]) for first in range(len(costs)))
-
-
-def equal_chain(shards: int, cost: float, fill: float, workers: int) -> float:
-    """The same for equal shards: with V−1 = q·W + r, q·max(c, W·f) + r·f + c."""
-    rounds, rest = divmod(shards - 1, workers)
-    return rounds * max(cost, workers * fill) + rest * fill + cost
+    """f: how long after a shard the one behind it begins, k·t + hop + call."""
+    return blocks * cost.microbatch + hop + call
 
 
 def busy_workers(cost: float, fill: float) -> float:
@@ -246,45 +228,60 @@ def busy_workers(cost: float, fill: float) -> float:
     return cost / fill if fill else math.inf
 
 
-def predicted(shards: Sequence[Shard], durations: Durations, workers: int, *, loaded_ahead: bool = False) -> float:
-    """Closed form of a whole pass over a decoder alone: entry or exits, then the chain of blocks.
+@dataclass(frozen=True, slots=True)
+class _Free:
+    """When a worker can take its next shard, and since when it reads it."""
 
-    `loaded_ahead` is what it would be if workers loaded a shard before its first input is there, which they do not.
+    at: float
+    reads: float
+
+
+def predicted(shards: Sequence[Shard], durations: Durations, workers: int) -> float:
+    """Closed form of a whole pass over a decoder alone: entry or exits, then one line of arithmetic a shard.
+
+    A shard begins when the one before it has put out its first microbatch, its worker is free, and it is read.
     """
     stage, microbatches = shards[-1].stage, len(shards[-1].microbatches)
     call = durations.call
     hop = durations.hop if workers > 1 else 0.0
     sizes = [len(shard.units) for shard in shards if isinstance(shard.units[0], int)]
     block = durations.block(stage)
-    costs = [shard_cost(block, size, microbatches, hop=hop, call=call) for size in sizes]
-    filling = replace(block, load=0.0) if loaded_ahead else block
-    fills = [shard_fill(filling, size, hop=hop, call=call) for size in sizes]
-    before = len(shards) - len(sizes)
-    if not before:
-        return chain(costs, fills, workers)
-    if stage is Stage.FORWARD:
-        start, late = _after_entry(durations, microbatches, workers)
-        last = 1
+    if len(sizes) == len(shards):
+        arrives, free = 0.0, [_Free(0.0, call)] * workers
+    elif stage is Stage.FORWARD:
+        arrives, free = _after_entry(durations, microbatches, workers)
     else:
-        start, late, last = _after_exits(durations, microbatches, workers)
-    return start + chain(costs, fills, workers, punctual=workers - last, late=late)
+        arrives, free = _after_exits(durations, microbatches, workers)
+    for place, size in enumerate(sizes):
+        worker = free[place]
+        first_call = max(arrives, worker.at) + call + (hop if len(sizes) < len(shards) or place else 0.0)
+        begins = max(first_call, worker.reads + size * block.load)
+        arrives = begins + size * block.microbatch
+        finishes = arrives + (microbatches - 1) * (size * block.microbatch + hop + call) + call
+        free.append(_Free(finishes + size * block.finish, finishes))
+    return max(worker.at for worker in free[-len(sizes) :])
 
 
-def _after_entry(durations: Durations, microbatches: int, workers: int) -> tuple[float, float]:
-    """When the first block can begin, and how much later the worker of the entry is free."""
-    first = shard_fill(durations.entry, 1, hop=0.0, call=durations.call)
-    whole = shard_cost(durations.entry, 1, microbatches, hop=0.0, call=durations.call)
-    return (whole, 0.0) if workers == 1 else (first, whole - first)
+def _after_entry(durations: Durations, microbatches: int, workers: int) -> tuple[float, list[_Free]]:
+    """When the first block's input is there, and the workers in the order in which they take blocks."""
+    entry, call = durations.entry, durations.call
+    finishes = entry.load + microbatches * (entry.microbatch + call) + call
+    last = _Free(finishes + entry.finish, finishes)
+    first = call + entry.load + entry.microbatch if workers > 1 else last.at
+    return first, [_Free(0.0, call)] * (workers - 1) + [last]
 
 
-def _after_exits(durations: Durations, microbatches: int, workers: int) -> tuple[float, float, int]:
-    """When the first block can begin, how much later the last workers are free, and how many these are."""
-    one = durations.exit.microbatch + durations.exit.finish + 2 * durations.call
+def _after_exits(durations: Durations, microbatches: int, workers: int) -> tuple[float, list[_Free]]:
+    """The same after exits, which workers take in turn."""
+    exits, call = durations.exit, durations.call
+    one = exits.microbatch + exits.finish + 2 * call
     rounds, rest = divmod(microbatches, workers)
-    if rounds == 0:
-        first = durations.exit.load + durations.exit.microbatch + durations.call
-        return first, durations.exit.load + one - first, rest
-    return durations.exit.load + rounds * one, one if rest else 0.0, rest
+    ends = exits.load + rounds * one if rounds else 0.0
+    early = _Free(ends, ends - exits.finish if rounds else call)
+    ends = ends + one if rounds else exits.load + one
+    late = _Free(ends, ends - exits.finish)
+    first = exits.load + exits.microbatch + call
+    return first, [early] * (workers - rest) + [late] * rest
 
 
 # Many GPUs --------------------------------------------------------------------------------------------------------
@@ -398,7 +395,7 @@ def durations_of(model: Model, machine: Machine, calibration: Calibration) -> Du
 class Outlook:
     """A whole run on some GPUs. `busy` is the smallest share of a worker in each pass's blocks, between fill and drain.
 
-    It is None where drain begins before the last worker has a block. `ahead` is `closed` if shards were loaded ahead.
+    It is None where drain begins before the last worker has a block.
     `efficiency` is one worker's time over W times this one; `limits` are c/f of both passes; bytes are of the run.
     """
 
@@ -408,7 +405,6 @@ class Outlook:
     forward: float
     backward: float
     closed: float
-    ahead: float
     single: float
     busy: tuple[float | None, ...]
     limits: tuple[float, ...]
@@ -460,7 +456,9 @@ def outlook(
     durations = durations_of(model, machine, calibration)
     work = whole_run(model.blocks, microbatches, limit)
     passes = {stage: simulate(work.of(stage), durations, workers) for stage in PASSES}
-    once = whole_run(model.blocks, microbatches, model.blocks)
+    once = whole_run(
+        model.blocks, microbatches, blocks_per_shard(blocks=model.blocks, workers=1, fitting=model.blocks)
+    )
     visited = sum(isinstance(shard.units[0], int) for shard in work.forward)
     everything = microbatches * calibration.hop_bytes(model)
     return Outlook(
@@ -470,7 +468,6 @@ def outlook(
         forward=passes[Stage.FORWARD].seconds,
         backward=passes[Stage.BACKWARD].seconds,
         closed=sum(predicted(work.of(stage), durations, workers) for stage in PASSES),
-        ahead=sum(predicted(work.of(stage), durations, workers, loaded_ahead=True) for stage in PASSES),
         single=sum(predicted(once.of(stage), durations, 1) for stage in PASSES),
         busy=tuple(
             min(one.busy_in_blocks.values()) if len(one.busy_in_blocks) == workers else None for one in passes.values()
@@ -506,7 +503,7 @@ def row(found: Outlook, label: str) -> str:
     busy = ", ".join("–" if share is None else f"{share:.0%}" for share in found.busy)
     return (
         f"| {label} | {found.workers} | {found.blocks} | {found.forward / 60:.1f} | {found.backward / 60:.1f} "
-        f"| {found.closed / 60:.1f} | {found.ahead / 60:.1f} | {found.speedup:.1f} | {found.efficiency:.0%} | {busy} "
+        f"| {found.closed / 60:.1f} | {found.speedup:.1f} | {found.efficiency:.0%} | {busy} "
         f"| {found.hop_bytes / 1e9:,.0f} | {found.storage_bytes / 1e9:,.0f} | {found.limit} |"
     )
 
@@ -521,10 +518,10 @@ def main() -> None:
     print(block_row(durations_of(COARSE, GPU, Calibration()), Stage.FORWARD, "forward, search in pieces of 2²⁶"))
     print(f"hop {durations.hop:.3f} s, exit {durations.exit.microbatch:.3f} s a microbatch\n")
     print(
-        "| GPUs | workers | blocks a shard | forward min | backward min | closed form min | loaded ahead min "
+        "| GPUs | workers | blocks a shard | forward min | backward min | closed form min "
         "| speed-up | efficiency | busy at least | GB hopped | GB read and written | limited by |"
     )
-    print("|" + "---|" * 13)
+    print("|" + "---|" * 12)
     for gpus in (1, 8, 16, 64, 256):
         print(row(outlook(gpus), str(gpus)))
     for label, found in variants():

@@ -22,8 +22,6 @@ from benchmarks.simulation import (
     Cost,
     Durations,
     busy_workers,
-    chain,
-    equal_chain,
     outlook,
     predicted,
     row,
@@ -222,18 +220,6 @@ def test_the_closed_form_is_exact_for_one_shard_of_the_forward_pass(
     assert predicted(shards, durations, workers) == pytest.approx(simulate(shards, durations, workers).seconds)
 
 
-@given(
-    shards=st.integers(1, 100),
-    workers=st.integers(1, 100),
-    fill=st.floats(0, 10),
-    rest=st.floats(0, 100),
-)
-def test_equal_shards_need_no_maximum_over_paths(shards: int, workers: int, fill: float, rest: float) -> None:
-    cost = fill + rest
-    general = chain([cost] * shards, [fill] * shards, workers)
-    assert general == pytest.approx(equal_chain(shards, cost, fill, workers), abs=1e-9)
-
-
 @pytest.mark.parametrize("workers", [2, 3, 4, 6, 8, 12, 16])
 def test_workers_are_busy_85_percent_with_four_microbatches_and_four_shards_each(workers: int) -> None:
     work = whole_run(4 * workers, 4 * workers, 1)
@@ -281,7 +267,9 @@ def test_durations_are_found_again_in_a_log() -> None:
     found = durations_of(log)
     for kind in ("entry", "forward", "exit", "backward"):
         fitted, given_ = getattr(found, kind), getattr(REALISTIC, kind)
-        assert fitted.load == pytest.approx(given_.load, abs=3e-4)
+        # Blocks are read ahead, while the shard before is finished.
+        hidden = given_.finish if kind in PASSES else 0.0
+        assert fitted.load == pytest.approx(max(0.0, given_.load - hidden), abs=6e-4)
         assert fitted.microbatch == pytest.approx(given_.microbatch, abs=3e-4)
         assert fitted.finish == pytest.approx(given_.finish, abs=3e-4)
     assert found.call == pytest.approx(REALISTIC.call, abs=3e-4)
