@@ -1,4 +1,4 @@
-"""Claims about reading ahead: everything is read once, in order, by a thread, and errors rise where a value is taken."""
+"""Claims about reading ahead: everything is read once, by a thread, and errors rise where a value is taken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.models.ahead import Ahead
 
 
@@ -59,11 +59,11 @@ def test_reading_goes_on_while_something_else_is_done() -> None:
 
 def test_an_error_rises_where_the_value_is_taken() -> None:
     def read(key: int) -> int:
-        raise DamagedError(f"block {key} is damaged")
+        raise InputError(f"block {key} is damaged")
 
     ahead = Ahead(read)
     ahead.expect([7])
-    with pytest.raises(DamagedError, match="block 7 is damaged"):
+    with pytest.raises(InputError, match="block 7 is damaged"):
         ahead.take(7)
 
 
