@@ -9,19 +9,17 @@ benchmarks/results/experts.json.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import defaultdict
-from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.results import save
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
@@ -29,7 +27,6 @@ from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP = 64, 256, 128, 4096, 4
 FORMATS_TRIED = (FormatName.NVFP4, FormatName.INT4, FormatName.FP8)
 REPEATS = 5
-OUTPUT = Path(__file__).parent / "results" / "experts.json"
 
 
 class Routed(NamedTuple):
@@ -147,10 +144,6 @@ def main() -> None:
     inputs = layer()
     counts = inputs[0].counts
     results: dict[str, Any] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "command": "python -m benchmarks.experts",
-        "machine": f"{os.cpu_count()} CPUs, no GPU",
-        "versions": {"torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
         "layer": {"experts": EXPERTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE, "rows": int(counts.sum())},
@@ -166,8 +159,7 @@ def main() -> None:
             head = f"{name:8}{row['ratio']:6.2f} {row['same']:.0%}" if way == "single" else ""
             print(f"{head:23}{way:9}{spent['all']:8.1f}{spent['prior']:8.1f}", end="")
             print(f"{spent['statistics']:12.1f}{spent['factor']:8.1f}{spent['encode']:8.1f}")
-    OUTPUT.parent.mkdir(exist_ok=True)
-    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    save("experts", results)
 
 
 if __name__ == "__main__":

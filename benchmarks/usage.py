@@ -1,9 +1,10 @@
-"""What a command uses, with everything it starts: wall and CPU seconds, and peak memory."""
+"""What a command uses, with everything it starts: wall and CPU seconds, and peak memory. Linux only."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -15,7 +16,9 @@ from pathlib import Path
 import psutil
 
 _INTERVAL = 0.25
+_PATIENCE = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
+_Known = dict[tuple[int, float], float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,53 +31,84 @@ class Usage:
 
 
 def measured(command: Sequence[str | Path], *, log: Path, env: Mapping[str, str] | None = None) -> Usage:
-    """Run a command to its end; CalledProcessError with the end of its output when it fails.
+    """Run a command to its end, its output in `log`.
 
-    Processes are asked four times a second, also those whose parent has ended (Ray's), so each is known to within a
-    quarter of a second of its end.
+    `wall` ends with the command. What it leaves behind (Ray ends its own processes) is waited for, and counted.
+
+    CPU seconds are the larger of two sums, each of which lacks something. What the kernel says of processes that were
+    waited for lacks those whose parent ignores SIGCHLD. What a look at every process four times a second says lacks
+    what lives between two looks, and of the others the last quarter of a second. Memory is known from looks alone.
+
+    Raises CalledProcessError, with the end of the output, when the command fails, and TimeoutError when something it
+    left behind is still there after a minute. Whatever happens, nothing of it is left running.
     """
+    # Processes whose parent has ended become ours, so none is lost sight of.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    here = psutil.Process()
-    others = {child.pid for child in here.children(recursive=True)}
-    cpu: dict[tuple[int, float], float] = {}
+    others = {child.pid for child in psutil.Process().children(recursive=True)}
+    seen: _Known = {}
     peak = 0
+    before = _waited_for()
     start = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+            [*map(str, command)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
         )
-        wall = 0.0
-        while True:
-            ended = process.poll() is not None
-            wall = wall or (time.perf_counter() - start if ended else 0.0)
-            running = [child for child in here.children(recursive=True) if child.pid not in others]
-            memory = 0
-            for child in running:
-                try:
-                    times = child.cpu_times()
-                    cpu[child.pid, child.create_time()] = times.user + times.system
-                    memory += _proportional(child.pid)
-                except psutil.NoSuchProcess:
-                    continue
-            peak = max(peak, memory)
-            # What a command leaves behind (Ray ends its own processes) is waited for, and counted.
-            if ended and not running:
-                break
-            for child in running:
-                if child.pid != process.pid:
-                    _reap(child.pid)
-            time.sleep(_INTERVAL)
+        try:
+            while process.returncode is None:
+                peak = max(peak, _look(_started(others), seen))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_INTERVAL)
+            wall = time.perf_counter() - start
+            while running := _started(others):
+                peak = max(peak, _look(running, seen))
+                _reap(running)
+                if time.perf_counter() - start > wall + _PATIENCE:
+                    raise TimeoutError(f"{command[0]} has ended, but not {', '.join(map(str, running))}")
+                time.sleep(_INTERVAL)
+        finally:
+            while running := _started(others):
+                for child in running:
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
+                process.poll()
+                _reap(running)
     if process.returncode:
         tail = log.read_text(errors="replace")[-2000:]
         print(tail, file=sys.stderr)
-        raise subprocess.CalledProcessError(process.returncode, [*map(str, command)])
-    return Usage(wall=wall, cpu=sum(cpu.values()), peak=peak)
+        raise subprocess.CalledProcessError(process.returncode, [*map(str, command)], output=tail)
+    return Usage(wall=wall, cpu=max(_waited_for() - before, sum(seen.values())), peak=peak)
 
 
-def _reap(pid: int) -> None:
-    """Let go of a process that has ended and became ours."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _started(others: set[int]) -> list[psutil.Process]:
+    return [child for child in psutil.Process().children(recursive=True) if child.pid not in others]
+
+
+def _look(running: Sequence[psutil.Process], seen: _Known) -> int:
+    """Note the CPU seconds of every process; bytes of memory they have together."""
+    memory = 0
+    for child in running:
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            seen[child.pid, child.create_time()] = times.user + times.system
+            memory += _proportional(child.pid)
+    return memory
+
+
+def _waited_for() -> float:
+    """CPU seconds of our children that have ended, and of theirs that they waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _reap(running: Sequence[psutil.Process]) -> None:
+    """Let go of those that have ended and are ours."""
+    for child in running:
+        with suppress(ChildProcessError):
+            os.waitpid(child.pid, os.WNOHANG)
 
 
 def _proportional(pid: int) -> int:

@@ -40,9 +40,8 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     check_output(output)
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
     used = {(current.layout.block_of[group].index, name) for group, name in choice.items() if FORMATS[name].codec}
-    for index, name in sorted(used):
-        # Before anything is written: a damaged store is not a bug of the writer.
-        current.candidates.file(index, name).check()
+    # Before anything is written: a damaged store is not a bug of the writer.
+    current.candidates.check(sorted(used))
     manifest = {
         "prismaquant_ray": __version__,
         "target": plan["target"],

@@ -124,6 +124,15 @@ def test_help_needs_no_torch() -> None:
     assert "quantize" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["allocate", "assemble", "verify"])
+def test_what_runs_no_model_imports_no_ray_and_leaves_garbage_collection_on(finished: Path, name: str) -> None:
+    code = f"import gc, sys; sys.argv=['x', '{name}', '{finished}']\n"
+    code += "try:\n import jobs.__main__ as m; m.main()\nexcept SystemExit as end: assert not end.code\n"
+    code += "assert 'ray' not in sys.modules and gc.isenabled()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     """Peak RSS of 4 and of 24 equal blocks, and the promise of the plan."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from prismaquant_ray.checkpoint.header import DTYPE_NAMES, TensorInfo
+from prismaquant_ray.checkpoint.ranges import BATCH_BYTES, threads
 from prismaquant_ray.checkpoint.reader import as_tensor, read_header
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName, Rounded
@@ -19,7 +21,6 @@ from prismaquant_ray.storage.record import Artifact, damaged
 from prismaquant_ray.storage.store import Store
 
 INPUT_SCALE = "input_global_scale"
-_PIECE = 1 << 26
 
 
 def shipped(name: FormatName, linear: LinearSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -114,10 +115,17 @@ class Candidates:
             self._open[key] = CandidateFile(self.store, self.artifacts[key])
         return self._open[key]
 
+    def check(self, used: Iterable[tuple[int, FormatName]]) -> None:
+        """StoreError for the first of these files, by block and format, that is not as it was recorded."""
+        files = [self.file(block, name) for block, name in used]
+        with ThreadPoolExecutor(threads(), thread_name_prefix="digest") as pool:
+            for _ in pool.map(CandidateFile.check, files):
+                pass
+
 
 def stored_digest(store: Store, key: str, size: int) -> str:
     """SHA-256 of an object, read a piece at a time."""
     digest = hashlib.sha256()
-    for start, stop in pairwise([*range(0, size, _PIECE), size]):
+    for start, stop in pairwise([*range(0, size, BATCH_BYTES), size]):
         digest.update(store.get_ranges(key, [(start, stop)])[0])
     return digest.hexdigest()

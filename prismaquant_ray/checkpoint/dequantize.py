@@ -93,7 +93,9 @@ class QuantizedRepository:
         output.put(INDEX, index)
         output.put(CONFIG, config)
         output.delete(file for file in stale if file not in files)
-        return Dequantized(files=files, sha256=shards.sha256, notes=tuple(divisor_notes(self._decoder.divisors)))
+        found = self._decoder.divisors  # as threads came upon them
+        divisors = {module.name: found[module.name] for module in self.modules if module.name in found}
+        return Dequantized(files=files, sha256=shards.sha256, notes=tuple(divisor_notes(divisors)))
 
 
 # Output -------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
-"""Reading many tensors with few requests: neighbours travel together, and the next batch while one is used."""
+"""Reading many tensors with few requests: neighbours travel together, and the next batches while one is used."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.errors import StoreError
+from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -26,23 +31,40 @@ class Ranged(Protocol):
 
 #: A tensor and what holds its file.
 Piece = tuple[Ranged, TensorInfo]
-_BATCH_BYTES = 1 << 26
+#: What is read at once: allocators keep buffers of this size for the next one, and fault in larger ones page by page.
+BATCH_BYTES = 1 << 24
+# Batches in memory, with the one that is used.
+_BATCHES = 4
 
 
-def read_pieces(pieces: Iterable[Piece], *, batch_bytes: int = _BATCH_BYTES) -> Iterator[tuple[TensorInfo, Buffer]]:
-    """Every piece's bytes, in order; at most two batches, or one larger tensor and a batch, are in memory.
+def threads() -> int:
+    """Threads that hash, decode and compare what they read."""
+    return min(8, os.cpu_count() or 1)
+
+
+def read_pieces(pieces: Iterable[Piece], *, batch_bytes: int = BATCH_BYTES) -> Iterator[tuple[TensorInfo, Buffer]]:
+    """Every piece's bytes, in order; at most five batches, or two larger tensors, are in memory.
 
     Raises StoreError when a file is shorter than its header says.
     """
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
-        ahead = None
+    with ThreadPoolExecutor(_BATCHES - 1, thread_name_prefix="read") as pool:
+        waiting: deque[tuple[int, Future[list[tuple[TensorInfo, Buffer]]]]] = deque()
         for batch in _batches(pieces, batch_bytes):
-            following = thread.submit(_read, batch)
-            if ahead is not None:
-                yield from ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield from ahead.result()
+            waiting.append((sum(info.nbytes for _, info in batch), pool.submit(_read, batch)))
+            while len(waiting) > 1 and sum(size for size, _ in waiting) > (_BATCHES - 1) * batch_bytes:
+                yield from waiting.popleft()[1].result()
+        while waiting:
+            yield from waiting.popleft()[1].result()
+
+
+def parts(piece: Piece) -> Iterator[Piece]:
+    """A piece in pieces of at most `BATCH_BYTES`, for who needs no whole tensor; what is decoded stays whole."""
+    holder, info = piece
+    if not isinstance(holder, Store):
+        yield piece
+        return
+    for start, stop in pairwise([*range(info.start, info.stop, BATCH_BYTES), info.stop]):
+        yield holder, replace(info, start=start, stop=stop)
 
 
 def _batches(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from prismaquant_ray.checkpoint.header import build_header
-from prismaquant_ray.checkpoint.ranges import Piece, read_pieces
+from prismaquant_ray.checkpoint.ranges import Piece, parts, read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.store import ByteWriter, Store
@@ -87,9 +88,12 @@ def _write_shard(store: Store, file: str, shard: Sequence[Output]) -> tuple[int,
     def write(writer: ByteWriter) -> str:
         digest = hashlib.sha256(header)
         writer.write(header)
-        for _, data in read_pieces(piece for output in shard for piece in output.pieces):
-            digest.update(data)
-            writer.write(data)
+        pieces = (part for output in shard for piece in output.pieces for part in parts(piece))
+        with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
+            for _, data in read_pieces(pieces):
+                hashed = pool.submit(digest.update, data)
+                writer.write(data)
+                hashed.result()
         return digest.hexdigest()
 
     return len(header) + sum(output.nbytes for output in shard), store.upload(file, write)

@@ -7,11 +7,11 @@ garbage. So names, dtypes, routing and bytes are checked here, against the sourc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,18 +19,28 @@ from prismaquant_ray.checkpoint import routing
 from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.quantization_config import Choice, check_choice, linears_by_format
-from prismaquant_ray.checkpoint.ranges import read_pieces
+from prismaquant_ray.checkpoint.ranges import Piece, parts, read_pieces, threads
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read_header
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
 from prismaquant_ray.checkpoint.writer import REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, Codec, FormatName
-from prismaquant_ray.layout import FusedGroup, Layout, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 WEIGHT_SCALE = "weight_global_scale"
 # What later stages add to or rewrite in a repository.
 _MUTABLE = ("README.md",)
+# What one thread compares at a time; a larger module is alone.
+_COMPARED = 1 << 26
+# Weights decoded at a time: they stay in a core's cache, and are looked at once.
+_DECODED = 1 << 18
+
+#: A module's tensors by suffix.
+Stored = Mapping[str, tuple[TensorInfo, "Buffer"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,22 +63,22 @@ class VerifyReport:
 def verify_repository(
     repository: Store, source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates | None
 ) -> VerifyReport:
-    """Re-read a repository; one fused group, or some batches of tensors, are in memory at a time.
+    """Re-read a repository, by threads; each holds some modules, or some batches of tensors, at a time.
 
     Without candidates everything is checked but that the weights are the stored ones. InputError only when the
     choice does not fit the layout.
     """
     check_choice(layout, choice)
     check = _Check(repository, source, layout, choice)
-    problems = [
-        *check.index(),
-        *check.names(),
-        *check.config(),
-        *check.weights(candidates),
-        *check.passthrough(),
-        *check.files(),
-        *check.manifest(),
-    ]
+    with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
+        # A shard is one task, and the longest.
+        digests = {file: pool.submit(stored_digest, repository, file, check.sizes[file]) for file in check.shards}
+        weights = [pool.submit(check.weights, block, candidates) for block in layout.blocks]
+        passed = [pool.submit(check.passthrough, names) for names in check.kept()]
+        problems = [*check.index(), *check.names(), *check.config()]
+        problems += [problem for found in (*weights, *passed) for problem in found.result()]
+        problems += check.files()
+        problems += check.manifest({file: digest.result() for file, digest in digests.items()})
     bpp, bits_all_parameters = check.bits()
     return VerifyReport(
         # A file that cannot be read is met by several checks.
@@ -90,9 +100,10 @@ class _Check:
         self.layout = layout
         self.choice = choice
         self.sizes = {key: repository.size(key) or 0 for key in repository.list()}
+        self.shards = sorted(key for key in self.sizes if key.endswith(".safetensors"))
         self.tensors: dict[str, TensorInfo] = {}
         self.unreadable: list[str] = []
-        for file in sorted(key for key in self.sizes if key.endswith(".safetensors")):
+        for file in self.shards:
             try:
                 infos = read_header(repository, file)
             except InputError as error:
@@ -118,10 +129,6 @@ class _Check:
 
     def bits(self) -> tuple[float, float]:
         return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        pieces = [(self.repository, self.tensors[name]) for name in names]
-        return {info.name: as_tensor(data, info.dtype, info.shape) for info, data in read_pieces(pieces)}
 
     def _json(self, file: str) -> tuple[dict[str, Any], list[str]]:
         try:
@@ -180,8 +187,8 @@ class _Check:
         if not problems and {key: body[key] for key in body if key != "quantization_config"} != self.source.config:
             yield f"{CONFIG} differs from the source's in more than quantization_config"
 
-    def manifest(self) -> Iterator[str]:
-        """The manifest states what is there."""
+    def manifest(self, found: Mapping[str, str]) -> Iterator[str]:
+        """The manifest states what is there; `found` is the digest of every shard."""
         body, problems = self._json(MANIFEST)
         yield from problems
         if problems:
@@ -195,7 +202,7 @@ class _Check:
                 yield f"{file} has {self.sizes.get(file)} bytes; {MANIFEST} states {size}"
         digests = _mapping(body, "sha256")
         for file in sorted({info.file for info in self.tensors.values()} | digests.keys()):
-            if file not in self.sizes or stored_digest(self.repository, file, self.sizes[file]) != digests.get(file):
+            if file not in found or found[file] != digests.get(file):
                 yield f"{file} does not have the digest that {MANIFEST} states"
         for key, value in zip(("bpp", "bits_all_parameters"), self.bits(), strict=True):
             if body.get(key) != value:
@@ -221,70 +228,109 @@ class _Check:
 
     # Contents -------------------------------------------------------------------------------------------------
 
-    def weights(self, candidates: Candidates | None) -> Iterator[str]:
+    def weights(self, block: Block, candidates: Candidates | None) -> list[str]:
         """Scales are sound, fused modules share theirs, and weights are the stored candidates."""
-        for block in self.layout.blocks:
-            files: dict[FormatName, CandidateFile] = {}
-            if candidates is not None:
-                for name in dict.fromkeys(self.choice[group.name] for group in block.groups):
-                    try:
-                        if FORMATS[name].codec is not None:
-                            files[name] = candidates.file(block.index, name)
-                            files[name].check()
-                    except StoreError as error:
-                        yield str(error)
-            for group in block.groups:
-                yield from self._group(group, files.get(self.choice[group.name]))
+        problems: list[str] = []
+        files: dict[FormatName, CandidateFile] = {}
+        if candidates is not None:
+            for name in dict.fromkeys(self.choice[group.name] for group in block.groups):
+                try:
+                    if FORMATS[name].codec is not None:
+                        files[name] = candidates.file(block.index, name)
+                        files[name].check()
+                except StoreError as error:
+                    problems.append(str(error))
+        for group in block.groups:
+            problems += self._group(group, files.get(self.choice[group.name]))
+        return problems
 
     def _group(self, group: FusedGroup, file: CandidateFile | None) -> Iterator[str]:
         name = self.choice[group.name]
         codec = FORMATS[name].codec
         if codec is None:
             return
-        sound: dict[str, list[str]] = {}
-        for linear in group.linears:
-            for module in linear.names:
-                tensors = [f"{module}.{suffix}" for suffix in shipped(name, linear)]
-                if not any(self._differs(tensor) for tensor in tensors):
-                    sound[module] = tensors
-        read = self.read([tensor for tensors in sound.values() for tensor in tensors])
-        stored: dict[str, Tensor] = {}
+        held: dict[str, list[TensorInfo]] = {}
         if file is not None:
             try:
                 held = {module: infos for linear in group.linears for module, infos in file.of(name, linear).items()}
             except StoreError as error:
                 yield str(error)
-            else:
-                stored = file.read(info.name for module in sound for info in held[module])
+        shared: dict[str, Tensor] = {}
+        for batch in self._batches(group):
+            ours = _read((self.repository, self.tensors[tensor]) for _, _, tensors in batch for tensor in tensors)
+            theirs = _read(
+                (file.store, info) for module, _, _ in batch for info in held.get(module, ()) if file is not None
+            )
+            for module, linear, _ in batch:
+                found = {key: as_tensor(data, info.dtype, info.shape) for key, (info, data) in ours[module].items()}
+                shared |= {f"{module}.{suffix}": found[suffix] for suffix in found.keys() & {WEIGHT_SCALE, INPUT_SCALE}}
+                yield from _scale_problems(linear, module, found)
+                yield from _weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
+        for matrix in group.matrices:
+            yield from _shared_problems(matrix, shared)
+
+    def _batches(self, group: FusedGroup) -> Iterator[list[tuple[str, LinearSpec, list[str]]]]:
+        """Modules of a group with the tensors they ship, but those where one is missing or of another shape."""
+        batch: list[tuple[str, LinearSpec, list[str]]] = []
+        filled = 0
         for linear in group.linears:
             for module in linear.names:
-                if module in sound:
-                    found = _own(read, module, sound[module])
-                    yield from _scale_problems(linear, module, found)
-                    own = _own(stored, module, sound[module]) if stored else {}
-                    yield from _weight_problems(codec, module, found, own)
-        for matrix in group.matrices:
-            yield from _shared_problems(matrix, read)
+                tensors = [f"{module}.{suffix}" for suffix in shipped(self.choice[group.name], linear)]
+                if any(self._differs(tensor) for tensor in tensors):
+                    continue
+                size = sum(self.tensors[tensor].nbytes for tensor in tensors)
+                if batch and filled + size > _COMPARED:
+                    yield batch
+                    batch, filled = [], 0
+                batch.append((module, linear, tensors))
+                filled += size
+        if batch:
+            yield batch
 
     def _differs(self, name: str) -> bool:
         info = self.tensors.get(name)
         return info is None or (info.dtype, info.shape) != self.expected[name]
 
-    def passthrough(self) -> Iterator[str]:
+    def kept(self) -> Iterator[list[str]]:
+        """What is not quantized, in runs of some megabytes."""
+        run: list[str] = []
+        filled = 0
+        for name in self.source.tensors:
+            if name in self.replaced or self._differs(name):
+                continue
+            run.append(name)
+            filled += self.tensors[name].nbytes
+            if filled > _COMPARED:
+                yield run
+                run, filled = [], 0
+        if run:
+            yield run
+
+    def passthrough(self, names: Sequence[str]) -> list[str]:
         """Everything that is not quantized is the source's, byte for byte."""
-        names = [name for name in self.source.tensors if name not in self.replaced and not self._differs(name)]
-        ours = read_pieces((self.repository, self.tensors[name]) for name in names)
-        theirs = read_pieces(self.source.piece(name) for name in names)
-        for name, (_, left), (_, right) in zip(names, ours, theirs, strict=True):
-            if not np.array_equal(
-                np.frombuffer(memoryview(left), np.uint8), np.frombuffer(memoryview(right), np.uint8)
-            ):
-                yield f"{name} is not the source's, byte for byte"
+        pairs: list[tuple[Piece, Piece]] = []
+        for name in names:
+            ours, theirs = (self.repository, self.tensors[name]), self.source.piece(name)
+            # What the source has in another form is decoded as a whole.
+            cut = isinstance(theirs[0], Store)
+            pairs += zip(parts(ours), parts(theirs), strict=True) if cut else [(ours, theirs)]
+        left, right = read_pieces(ours for ours, _ in pairs), read_pieces(theirs for _, theirs in pairs)
+        changed = (info.name for (info, data), (_, other) in zip(left, right, strict=True) if not _same(data, other))
+        return [f"{name} is not the source's, byte for byte" for name in dict.fromkeys(changed)]
 
 
-def _own(tensors: Mapping[str, Tensor], module: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """A module's tensors, by suffix."""
-    return {name.removeprefix(f"{module}."): tensors[name] for name in names}
+def _read(pieces: Iterable[Piece]) -> Mapping[str, Stored]:
+    """Tensors by module and suffix."""
+    found: dict[str, dict[str, tuple[TensorInfo, Buffer]]] = {}
+    for info, data in read_pieces(pieces):
+        module, _, suffix = info.name.rpartition(".")
+        found.setdefault(module, {})[suffix] = info, data
+    return found
+
+
+def _same(left: Buffer, right: Buffer) -> bool:
+    """Whether bytes are equal, by memcmp; of views, == compares element by element."""
+    return bytearray(left) == right
 
 
 def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[str]:
@@ -304,12 +350,10 @@ def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[
 
 def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
     scale = tensors["weight_scale"]
-    if scale.dtype == torch.uint8:
-        sound = (scale != 0) & (scale != 255)  # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently
-    else:
-        value = scale.to(torch.float32)
-        sound = (value > 0) & torch.isfinite(value)
-    if not bool(sound.all()):
+    # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently.
+    highest = 254 if scale.dtype == torch.uint8 else torch.finfo(scale.dtype).max
+    low, high = torch.aminmax(scale.to(torch.float32))  # NaN if anything is
+    if not 0 < low.item() <= high.item() <= highest:
         yield f"{module}.weight_scale has zero, negative, infinite or NaN scales"
     for suffix in (WEIGHT_SCALE, INPUT_SCALE):
         divisor = tensors.get(suffix)
@@ -324,15 +368,24 @@ def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tenso
 
 
 def _weight_problems(
-    codec: Codec, module: str, tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+    codec: Codec, linear: LinearSpec, module: str, tensors: Mapping[str, Tensor], ours: Stored, theirs: Stored
 ) -> Iterator[str]:
-    decoded = codec.decode(tensors)
-    if not bool(torch.isfinite(decoded).all()):
+    step = max(1, _DECODED // linear.in_features)
+    rows = zip(tensors[codec.codes].split(step), tensors["weight_scale"].split(step), strict=True)
+    decoded = (codec.decode({**tensors, codec.codes: codes, "weight_scale": scale}) for codes, scale in rows)
+    if not all(map(_is_finite, decoded)):
         yield f"{module} decodes to NaN or infinite weights"
-    changed = [suffix for suffix in stored if _raw(stored[suffix]) != _raw(tensors[suffix])]
+    changed = [suffix for suffix in ours if suffix in theirs and not _same(ours[suffix][1], theirs[suffix][1])]
     if changed:
-        weights = "the same" if _raw(codec.decode(stored)) == _raw(decoded) else "other"
+        stored = {suffix: as_tensor(data, info.dtype, info.shape) for suffix, (info, data) in theirs.items()}
+        weights = "the same" if _raw(codec.decode(stored)) == _raw(codec.decode(tensors)) else "other"
         yield f"{module}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite: the extremes are then, and both are NaN if anything is. Needs no other tensor."""
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prismaquant_ray.formats.grids import e4m3_value
+
 Tensors = dict[str, Tensor]
 
-# Codes packed or decoded at a time: bounds the float32 and index tensors between codes and weights.
-_PIECE = 1 << 20
+# Codes packed or decoded at a time: the float32 and index tensors between codes and weights stay in a core's cache.
+_PIECE = 1 << 18
 
 
 class FormatName(StrEnum):
@@ -116,31 +118,19 @@ class Codec(ABC):
         Of a stack every tensor leads with its expert: see `experts_of`.
         """
         values, g = rounded.values, rounded.global_scale
-        pieces = [self.packed(piece) for piece in _in_pieces(values.flatten(0, -2))]
+        pieces = values.flatten(0, -2).split(max(1, _PIECE // values.shape[-1]))
         tensors = {
-            self.codes: _joined(pieces).view(*values.shape[:-1], -1),
+            self.codes: torch.cat([self.packed(piece) for piece in pieces]).view(*values.shape[:-1], -1),
             "weight_scale": rounded.scale.contiguous(),
         }
         return tensors if g is None else {**tensors, "weight_global_scale": g.clone().view(*g.shape[:-2], 1)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """BF16 weight that the runtime computes from the shipped tensors; of a stack (see `stack`) (E, O, I)."""
-        codes, scale, g = tensors[self.codes], tensors["weight_scale"], tensors.get("weight_global_scale")
-        # Stacked or not, what is left are rows; a stack's rows each get their expert's divisor.
-        if g is not None and codes.dim() == 3:
-            g = g.repeat_interleave(codes.shape[1], dim=0)
-        pieces = []
-        row = 0
-        for piece in _in_pieces(codes.flatten(0, -2)):
-            rows = slice(row, row + len(piece))
-            row = rows.stop
-            divisor = g[rows] if g is not None and codes.dim() == 3 else g
-            pieces.append(
-                self.dequantized(
-                    Rounded(values=self.unpacked(piece), scale=scale.flatten(0, -2)[rows], global_scale=divisor)
-                )
-            )
-        return _joined(pieces).view(*codes.shape[:-1], -1)
+        codes, g = tensors[self.codes], tensors.get("weight_global_scale")
+        # A stack has a divisor an expert, (E, 1).
+        factor = self.scale_value(tensors["weight_scale"], g if g is None or codes.dim() == 2 else g.unsqueeze(-1))
+        return _scaled(codes, self.unpacked, factor, codes.shape[-1] * 8 * codes.itemsize // self.code_bits)
 
     def global_scale(self, amax: float | Tensor) -> Tensor | None:  # noqa: ARG002 - only two-level codecs have one
         """Float32 divisor for a fused group whose largest |weight| is amax; None for one-level codecs.
@@ -157,8 +147,7 @@ class Codec(ABC):
     def dequantized(self, rounded: Rounded) -> Tensor:
         """BF16 weight (O, I): grid value × scale in float32, then one rounding."""
         factor = self.scale_value(rounded.scale, rounded.global_scale)
-        values = grouped(rounded.values.to(torch.float32), factor.shape[-1])
-        return (values * factor.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)
+        return _scaled(rounded.values, in_float32, factor, rounded.values.shape[-1])
 
 
 def grouped(matrix: Tensor, groups: int) -> Tensor:
@@ -177,13 +166,20 @@ def stack(experts: Sequence[Mapping[str, Tensor]]) -> Tensors:
     return {suffix: torch.stack([expert[suffix] for expert in experts]) for suffix in experts[0]}
 
 
-def _in_pieces(rows: Tensor) -> tuple[Tensor, ...]:
-    pieces: tuple[Tensor, ...] = rows.split(max(1, _PIECE // rows.shape[-1]))
-    return pieces
+def _scaled(stored: Tensor, values_of: Callable[[Tensor], Tensor], factor: Tensor, columns: int) -> Tensor:
+    """BF16 weight (…, O, columns): values of what is stored times factor (…, O, G) in float32, rounded once."""
+    weight = torch.empty(*stored.shape[:-1], columns, dtype=torch.bfloat16, device=stored.device)
+    rows = max(1, _PIECE // columns)
+    pieces = (matrix.flatten(0, -2).split(rows) for matrix in (stored, factor, weight))
+    for part, scale, target in zip(*pieces, strict=True):
+        values = grouped(values_of(part), factor.shape[-1])
+        target.copy_((values * scale.unsqueeze(-1)).flatten(-2))
+    return weight
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def in_float32(values: Tensor) -> Tensor:
+    """Grid values in either dtype of `Rounded` in float32."""
+    return e4m3_value(values) if values.dtype == torch.float8_e4m3fn else values.to(torch.float32)
 
 
 #: Activation rounding Q(x) of a format: x (T, I) float32 and the static input scale, if the format has one.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec
-from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
+from prismaquant_ray.formats.grids import E4M3_MAX, e4m3_value, round_e4m3
 
 
 class E4m3Codec(Codec):
@@ -32,4 +32,4 @@ class E4m3Codec(Codec):
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """E4M3 in float32."""
-        return codes.to(torch.float32)
+        return e4m3_value(codes)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors, grouped
+from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors, in_float32
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
+from prismaquant_ray.formats.grids import pack_nibbles, unpack_nibbles
 
 WIDTHS = (128, 64, 32)
-_CODES_PER_WORD = 8
 
 
 class Int4Codec(Bf16ScaleCodec):
@@ -46,16 +46,11 @@ class Int4Codec(Bf16ScaleCodec):
 
     def packed(self, values: Tensor) -> Tensor:
         """Offset-binary nibbles in 32-bit words, lowest column first."""
-        codes = grouped((values.to(torch.float32) + 8).to(torch.int64), values.shape[-1] // _CODES_PER_WORD)
-        shifts = torch.arange(0, 32, 4, device=codes.device)
-        # A top code of 8 or more sets the sign bit: wrap to the int32 of the same bits.
-        words = (codes << shifts).sum(-1)
-        return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+        return pack_nibbles(in_float32(values).add(8).to(torch.uint8)).view(torch.int32)
 
     def unpacked(self, codes: Tensor) -> Tensor:
         """Code − 8."""
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=codes.device)
-        return ((codes.unsqueeze(-1) >> shifts) & 15).flatten(-2).to(torch.float32) - 8
+        return unpack_nibbles(codes.view(torch.uint8), torch.arange(-8.0, 8.0, device=codes.device))
 
 
 CODEC = Int4Codec()

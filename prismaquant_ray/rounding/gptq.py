@@ -1,8 +1,16 @@
-"""GPTQ: columns rounded one by one, each error pushed onto the columns not yet rounded.
+"""GPTQ: columns rounded one by one, each error compensated by the columns not yet rounded.
 
 Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers"
 (arXiv 2210.17323), with static group scales: they are stored before the first column is rounded, so columns may
 be visited in any order, and the most active inputs go first. The experts of a layer take each step together.
+
+Computed without the inverse of the Hessian, as Chee et al., "QuIP" (arXiv 2307.13304), section 3, write it. With
+H = U D Uᵀ, U upper triangular with a unit diagonal, the output error of ΔW = W − Ŵ is
+
+    tr(ΔW H ΔWᵀ) = Σ_k D_k |ΔW u_k|²,    ΔW u_k = Δw_k + Σ_{j<k} Δw_j U_jk,
+
+so that column k, once those before it are rounded, is best rounded from w_k + Σ_{j<k} Δw_j U_jk: the value that GPTQ
+has there.
 """
 
 from __future__ import annotations
@@ -14,9 +22,10 @@ from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec, Rounded
 
-# Columns of one lazy update: errors reach the other columns once a block, by one matrix product.
-_BLOCK = 128
-# Rows of a stack taken together: a block of them has to stay in cache while its columns are rounded.
+# Columns after which errors are pushed on by matrix products; a power of two.
+_BLOCK = 8
+# Rows taken together, of all experts: blocks of them stay in cache, and are too small to be shared out to threads,
+# which would cost more than it saves. The matrix products use all threads.
 _ROWS = 1 << 12
 # Elements of the Hessians factorized together: they are copied a few times.
 _CHUNK = 1 << 24
@@ -31,7 +40,10 @@ class Gptq:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HessianFactor:
-    """Upper Cholesky factor U (I, I) of the inverse Hessian, with columns visited in `order` (I,); or one an expert."""
+    """U (I, I) of H = U D Uᵀ, its columns and rows in the `order` (I,) in which columns are visited; or one an expert.
+
+    `upper` is upper triangular and has a unit diagonal.
+    """
 
     upper: Tensor
     order: Tensor
@@ -51,48 +63,50 @@ def factorize(hessian: Tensor, settings: Gptq) -> HessianFactor:
     order = torch.argsort(stacked.diagonal(dim1=1, dim2=2), descending=True, stable=True)
     chunk = max(1, _CHUNK // stacked[0].numel())
     factors = [
-        _inverse_factor(part, visited, settings)
+        _unit_factor(part, visited, settings)
         for part, visited in zip(stacked.split(chunk), order.split(chunk), strict=True)
     ]
     upper = factors[0] if len(factors) == 1 else torch.cat(factors)
     return HessianFactor(upper=upper.view_as(hessian), order=order.view(hessian.shape[:-1]))
 
 
-def _inverse_factor(hessian: Tensor, order: Tensor, settings: Gptq) -> Tensor:
+def _unit_factor(hessian: Tensor, order: Tensor, settings: Gptq) -> Tensor:
     """U (E, I, I) for hessian (E, I, I) with its columns in `order` (E, I)."""
     means = hessian.diagonal(dim1=1, dim2=2).mean(1, dtype=torch.float32)
     means = torch.where(means > 0, means, 1.0).unsqueeze(1)
-    permuted = _permuted(hessian, order)
-    diagonal = permuted.diagonal(dim1=1, dim2=2)
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, means))
+    # The lower factor L of the columns in reverse is, read backwards, the upper one: H = L Lᵀ, U = L / diag(L).
+    reverse = _permuted(hessian, order.flip(1))
+    diagonal = reverse.diagonal(dim1=1, dim2=2).clone()
+    diagonal = torch.where(diagonal > 0, diagonal, means)
     damping = settings.damping
-    upper, failed = _damped_factor(permuted, damping * means.double())
+    lower, failed = _cholesky(reverse, diagonal + damping * means)
     while len(again := torch.nonzero(failed).flatten()):
         damping *= 10
-        upper[again], failed[again] = _damped_factor(permuted[again], damping * means[again].double())
-    return upper
+        lower[again], failed[again] = _cholesky(reverse[again], diagonal[again] + damping * means[again])
+    return lower.div_(lower.diagonal(dim1=1, dim2=2).unsqueeze(1).clone()).flip(1, 2)
 
 
-def _damped_factor(hessian: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
-    """U (E, I, I) of hessian (E, I, I) + damping (E, 1), and which of them are of no use because it failed."""
-    damped = hessian.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(damping.to(damped.dtype))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    # Only what can be inverted may be; anything else takes the place of the rest.
-    lower[failed > 0] = torch.eye(lower.shape[1], device=lower.device)
-    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return upper, (failed > 0) | (failed_too > 0)
+def _cholesky(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+    """L (E, I, I) of hessian (E, I, I), which gets this diagonal (E, I), and for which of them there is none."""
+    hessian.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    return lower, failed > 0
 
 
 def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
     """Rows and columns of hessian (E, I, I) by order (E, I)."""
     if len(hessian) == 1:
-        return hessian[:, order[0]][:, :, order[0]]
+        return hessian[0].index_select(0, order[0]).index_select(1, order[0]).unsqueeze(0)
     # Whole rows are copied fastest, so columns are permuted as the rows of the transpose.
-    first = torch.arange(len(hessian), device=hessian.device).unsqueeze(1) * hessian.shape[1]
-    rows = (first + order).flatten()
+    rows = _flat(order)
     half = hessian.flatten(0, 1).index_select(0, rows).view_as(hessian)
     return half.mT.flatten(0, 1).index_select(0, rows).view_as(hessian).mT
+
+
+def _flat(order: Tensor, count: int | None = None) -> Tensor:
+    """Where entries `order` (E, n) of every expert are when all experts' are in a row; `count` entries each, or n."""
+    experts = torch.arange(len(order), device=order.device).unsqueeze(1)
+    return (experts * (count or order.shape[1]) + order).flatten()
 
 
 def gptq(weight: Tensor, start: Rounded, codec: Codec, factor: HessianFactor) -> Rounded:
@@ -103,55 +117,47 @@ def gptq(weight: Tensor, start: Rounded, codec: Codec, factor: HessianFactor) ->
     stacked = weight.view(-1, *weight.shape[-2:])
     scales = codec.scale_value(start.scale, start.global_scale).view(len(stacked), stacked.shape[1], -1)
     upper, order = factor.upper.view(-1, *factor.upper.shape[-2:]), factor.order.view(len(stacked), -1)
+    values = torch.empty_like(stacked)
     experts = max(1, _ROWS // stacked.shape[1])
-    parts = []
     for first in range(0, len(stacked), experts):
         some = slice(first, first + experts)
-        parts.append(_gptq(stacked[some], scales[some], upper[some], order[some], codec))
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        pieces = (each[some].split(_ROWS, dim=1) for each in (stacked, scales, values))
+        for weights, factors, rounded in zip(*pieces, strict=True):
+            _transposed(_gptq(weights, factors, upper[some], order[some], codec), rounded)
     return Rounded(values=values.view_as(weight), scale=start.scale, global_scale=start.global_scale)
 
 
 def _gptq(weight: Tensor, scales: Tensor, upper: Tensor, order: Tensor, codec: Codec) -> Tensor:
-    """Grid values (E, O, I) for weight (E, O, I), scales (E, O, G), upper (E, I, I) and order (E, I)."""
+    """Grid values (E, I, O), by column, for weight (E, O, I), scales (E, O, G), upper (E, I, I) and order (E, I)."""
     experts, rows, columns = weight.shape
     groups = scales.shape[2]
-    # Columns become contiguous rows (E·O) of the work array, in the order of each expert.
-    expert = torch.arange(experts, device=weight.device).unsqueeze(1)
-    source = (expert * columns + order).T.flatten()
-    group = (expert * groups + order // (columns // groups)).T.flatten()
-    # One matrix has no dimension for its expert: its operations are faster.
-    shape = (columns, experts, rows) if experts > 1 else (columns, rows)
-    work = weight.mT.contiguous().flatten(0, 1).index_select(0, source).view(shape)
-    factors = scales.mT.contiguous().flatten(0, 1).index_select(0, group).view(shape)
-    upper = upper if experts > 1 else upper.squeeze(0)
-    values = torch.empty_like(work)
-    pivots = upper.diagonal(dim1=-2, dim2=-1).movedim(-1, 0).unsqueeze(-1)
+    # Columns become contiguous rows, in the order of each expert: what is rounded, then its values, and ΔW, as yet W.
+    # Fresh memory costs more than what is done with it, so what has served its turn is written over.
+    delta = _transposed(weight, torch.empty(experts, columns, rows, device=weight.device))
+    work = delta.flatten(0, 1).index_select(0, _flat(order)).view_as(delta)
+    delta.copy_(work)
+    scales = scales.mT.contiguous().flatten(0, 1)
+    group = order // (columns // groups)
     for begin in range(0, columns, _BLOCK):
         end = min(begin + _BLOCK, columns)
-        block, errors = work[begin:end], torch.empty_like(work[begin:end])
-        of_columns = zip(block, factors[begin:end], values[begin:end], errors, pivots[begin:end], strict=True)
-        for column, (row, factor, value, error, pivot) in enumerate(of_columns, start=begin):
-            value.copy_(codec.round(row / factor))
-            torch.sub(row, value * factor, out=error).div_(pivot)
-            _push(work[column + 1 : end], upper[..., column, column + 1 : end], error)
-        _push_block(work[end:], upper[..., begin:end, end:], errors)
-    unpermuted = torch.empty_like(values).view(columns * experts, rows)
-    unpermuted[source] = values.view(columns * experts, rows)
-    return unpermuted.view(experts, columns, rows).mT.contiguous()
+        factors = scales.index_select(0, _flat(group[:, begin:end], groups)).view(experts, end - begin, rows)
+        for column in range(begin, end):
+            row, error, factor = work[:, column], delta[:, column], factors[:, column - begin]
+            row.copy_(codec.round(row / factor))
+            error.addcmul_(row, factor, value=-1)
+            later = slice(column + 1, end)
+            work[:, later].addcmul_(upper[:, column, later].unsqueeze(2), error.unsqueeze(1))
+        # Products of equal halves of 2, 4, 8 … blocks: each error reaches each later column once, and most errors in
+        # large products.
+        reach = end & -end
+        last, following = slice(end - reach, end), slice(end, end + reach)
+        work[:, following].baddbmm_(upper[:, last, following].mT, delta[:, last])
+    torch.index_select(work.flatten(0, 1), 0, _flat(order.argsort()), out=delta.flatten(0, 1))
+    return delta
 
 
-def _push(work: Tensor, upper: Tensor, error: Tensor) -> None:
-    """work −= upper ⊗ error: (columns, O), (columns,) and (O,); or (columns, E, O), (E, columns) and (E, O)."""
-    if work.dim() == 2:
-        work.addr_(upper, error, alpha=-1)
-    else:
-        work.addcmul_(upper.T.unsqueeze(2), error, value=-1)
-
-
-def _push_block(work: Tensor, upper: Tensor, errors: Tensor) -> None:
-    """work −= upperᵀ errors: (columns, O), (block, columns) and (block, O); or with E as in `_push`."""
-    if work.dim() == 2:
-        work.addmm_(upper.T, errors, alpha=-1)
-    else:
-        work.transpose(0, 1).baddbmm_(upper.mT, errors.transpose(0, 1), alpha=-1)
+def _transposed(matrices: Tensor, out: Tensor) -> Tensor:
+    """Matrices (E, m, n) as (E, n, m), written to `out`; each by itself, which takes half the time."""
+    for matrix, transposed in zip(matrices, out, strict=True):
+        transposed.copy_(matrix.T)
+    return out

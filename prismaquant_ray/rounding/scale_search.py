@@ -57,8 +57,13 @@ def searched(
 
 def round_with(weight: Tensor, scale: Tensor, codec: Codec, global_scale: Tensor | None) -> Rounded:
     """Nearest grid values under given stored scales (…, O, G)."""
-    factor = codec.scale_value(scale, global_scale)
-    values = codec.round((grouped(weight, scale.shape[-1]) / factor.unsqueeze(-1)).flatten(-2))
+    groups = scale.shape[-1]
+    factor = codec.scale_value(scale, global_scale).flatten(0, -2)
+    values = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    rows = max(1, _PIECE // weight.shape[-1])
+    pieces = (matrix.split(rows) for matrix in (weight.flatten(0, -2), factor, values.flatten(0, -2)))
+    for piece, part, target in zip(*pieces, strict=True):
+        target.copy_(codec.round((grouped(piece, groups) / part.unsqueeze(-1)).flatten(-2)))
     return Rounded(values=values, scale=scale, global_scale=global_scale)
 
 
