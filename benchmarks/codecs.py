@@ -1,9 +1,9 @@
 """Time to encode and decode a weight in every codec, in copies of the BF16 weight: `python -m benchmarks.codecs`.
 
 `encode` rounds under given scales and packs, which is what `compress` of compressed-tensors does; 64 rows at a time.
-Each repetition times a copy of the weight and then the operation, and shown is the median of their ratios, so that other
-load on the machine cancels to first order. `copy` is that ratio. `bytes` is the ratio to a copy of as many bytes as an
-ideal kernel would read and write: a copy of the weight moves 4 bytes a weight, a codec 2 and those of codes and scales.
+Each repetition times a copy of the weight and then the operation, and shown is the median of their ratios, so that
+other load on the machine cancels to first order. `copy` is that ratio. `bytes` is the ratio to a copy of as many bytes
+as an ideal kernel would read and write: a copy moves 4 bytes a weight, a codec 2 and its codes and scales.
 
 Eager torch makes a pass with each operation, most of which find their data in cache: 11 to encode MXFP8 (to float32,
 division, six of the rounding, to its place, to E4M3, to its place), 15 for NVFP4, and four to decode (codes to 32 bits,

@@ -10,7 +10,7 @@ from torch import Tensor
 from prismaquant_ray.formats.base import Codec, Rounded, grouped
 
 # Rows are taken in pieces that stay in a core's cache while all candidates are tried.
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
