@@ -77,8 +77,8 @@ def steps_of(events: Iterable[Event], stage: Stage) -> list[Event]:
 def durations_of(events: Sequence[Event]) -> Durations:
     """Medians over a run's log. On one machine an input is in shared memory already, so `hop` stays 0.
 
-    `load` is what the first call of a visit takes longer than the others, which is what was not read ahead; for exits, a
-    worker's first one.
+    `load` is what the first call of a visit takes longer than the others, which is what was not read ahead; for exits,
+    a worker's first one.
     """
     steps = [event for event in events if event.kind == "step"]
     return Durations(

@@ -456,9 +456,7 @@ def outlook(
     durations = durations_of(model, machine, calibration)
     work = whole_run(model.blocks, microbatches, limit)
     passes = {stage: simulate(work.of(stage), durations, workers) for stage in PASSES}
-    once = whole_run(
-        model.blocks, microbatches, blocks_per_shard(blocks=model.blocks, workers=1, fitting=model.blocks)
-    )
+    once = whole_run(model.blocks, microbatches, blocks_per_shard(blocks=model.blocks, workers=1, fitting=model.blocks))
     visited = sum(isinstance(shard.units[0], int) for shard in work.forward)
     everything = microbatches * calibration.hop_bytes(model)
     return Outlook(
