@@ -17,6 +17,8 @@ from typing import BinaryIO
 
 #: (method, target) → the status and S3 error code to answer with, or None to forward the request.
 Intercept = Callable[[str, str], tuple[int, str] | None]
+#: Bytes of a body that always arrive.
+BREAKABLE = 3000
 
 
 class FaultProxy:
@@ -25,14 +27,15 @@ class FaultProxy:
     The faults are attributes: `latency` seconds before each request is forwarded; `slow_down`, the fraction of
     requests answered with 503 SlowDown, drawn from `seed`; `refuse` resets every connection, also those that are
     open; `black_hole` accepts and never answers; `intercept` answers chosen requests with an error; `lose` counts the
-    answers to be dropped, after the server has done what it was asked. `cut` is one-shot. `requests`, `bytes_up`,
-    `bytes_down`, `refused` (by `slow_down` or `intercept`) and `cuts` count.
+    answers to be dropped, after the server has done what it was asked; `breaking`, the fraction of bodies longer than
+    `BREAKABLE` bytes that end after so many, with their connection. `cut` is one-shot. `requests`, `bytes_up`,
+    `bytes_down`, `refused` (by `slow_down` or `intercept`) and `cuts` (by `cut` or `breaking`) count.
     """
 
     def __init__(self, host: str, port: int, *, seed: int = 0) -> None:
         self.target = (host, port)
         self.latency = 0.0
-        self.slow_down = 0.0
+        self.slow_down = self.breaking = 0.0
         self.black_hole = False
         self.lose = 0
         self.intercept: Intercept | None = None
@@ -77,7 +80,7 @@ class FaultProxy:
 
     def clear(self) -> None:
         """No faults."""
-        self.latency = self.slow_down = 0.0
+        self.latency = self.slow_down = self.breaking = 0.0
         self.black_hole = self.refuse = False
         self.lose = 0
         self.intercept = None
@@ -186,10 +189,13 @@ class FaultProxy:
                     self.bytes_down += len(piece)
 
     def _limit(self, way: str, head: list[bytes]) -> int | None:
-        """The bytes after which this body is cut, if it is the one; it is the only one."""
+        """The bytes after which this body is cut, if it is one of those."""
+        length = _length(head)
         with self._lock:
-            if way in self._cut and _length(head) > self._cut[way]:
+            if way in self._cut and length > self._cut[way]:
                 return self._cut.pop(way)
+            if self.breaking and length > BREAKABLE and self._random.random() < self.breaking:
+                return BREAKABLE
         return None
 
     def _answer(self, method: str, target: str) -> tuple[int, str] | None:

@@ -419,6 +419,14 @@ def test_a_read_only_place_can_be_read_and_not_written(s3: str, monkeypatch: pyt
 
 
 @pytest.mark.s3
+def test_a_check_outlasts_a_few_refusals(proxy: FaultProxy, s3: str) -> None:
+    refusals = iter([(503, "SlowDown")] * 6)
+    proxy.intercept = lambda method, _: next(refusals, None) if method == "PUT" else None
+    Store(s3).check_writable()
+    assert proxy.refused == 6
+
+
+@pytest.mark.s3
 @pytest.mark.parametrize("fault", ["black_hole", "refuse", "down", "nobody"])
 def test_an_endpoint_that_does_not_answer_is_called_that(
     fault: str, proxy: FaultProxy, s3: str, impatient: None, monkeypatch: pytest.MonkeyPatch

@@ -139,9 +139,9 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
 
 
-def pauses() -> Iterator[float]:
+def pauses(at_most: float = 8.0) -> Iterator[float]:
     """Exponential back-off with jitter, in seconds; without jitter many workers would come back at once."""
-    longest, random = 0.5, SystemRandom()
+    longest, random = min(0.5, at_most), SystemRandom()
     while True:
         yield random.uniform(longest / 2, longest)
-        longest = min(2 * longest, 8.0)
+        longest = min(2 * longest, at_most)

@@ -246,7 +246,8 @@ class Store:
     def _repeat(self, what: str, action: Callable[[], _T], absent: str | None = None) -> _T:
         """The action's result, once the backend gives one; `absent` makes a missing object KeyError."""
         give_up = time.monotonic() + self._seconds
-        for pause in pauses():
+        # Who has little time asks more often, or a busy server's few refusals in a row would be taken for its answer.
+        for pause in pauses(self._seconds / 15):
             try:
                 return action()
             except FAILURES as error:
