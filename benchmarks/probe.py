@@ -2,8 +2,9 @@
 
 The plain forward is that of transformers, with logits, without gradients. The probe is the forward pass block by block,
 the exits with sampled labels, and the backward pass that prices NVFP4 and MXFP8 of every Linear from stored candidates,
-loading and decoding included. Statistics and rounding are no part of it. Both run in this process, one after the other,
-on the same microbatches, in the same type; shown are medians of CPU seconds and the median of their ratios.
+loading and decoding included. Statistics and rounding are no part of it. Both run in this process, which has a worker's
+environment, one after the other, on the same microbatches, in the same type; shown are medians of CPU seconds and the
+median of their ratios.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    results.as_a_worker()
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)
     text = load_sequences(TEXT, tokenizer, sequences=arguments.sequences, length=LENGTH, seed=0, holdout=0.0)

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from actors.pool import WORKER_ENVIRONMENT
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "compressed-tensors", "numpy", "ray")
 
@@ -23,6 +25,13 @@ def machine() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")
     return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
+
+
+def as_a_worker() -> None:
+    """Start this process again with the environment that a run gives its workers: allocators read it at their start."""
+    wanted = {**os.environ, **WORKER_ENVIRONMENT}
+    if wanted != dict(os.environ):
+        os.execve(sys.executable, sys.orig_argv, wanted)  # noqa: S606 - this very command
 
 
 def save(name: str, figures: Mapping[str, Any]) -> Path:

@@ -4,12 +4,15 @@ Commands as a user starts them, on the demo model: `--help`; a plan and a reposi
 candidates; `verify`; and a job of a tiny model, from its start to the first unit of work. Then throughput, in one
 process, on a model of random weights: assembling (candidates checked, repository written) and verifying, against
 copying the bytes that ship: read from the source and the candidates and written once, through one buffer, with warm
-caches and, like the writer, without fsync. Everything is interleaved and repeated; figures are medians.
+caches and, like the writer, without fsync. Beside it what one core needs for the SHA-256 of these bytes, of which an
+assembly takes two (candidates as they are read, files as they are written) and a verification one. Everything is
+interleaved and repeated; figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -217,8 +220,19 @@ def copy(ranges: Ranges, target: Path) -> None:
                     output.write(buffer[:count])
 
 
+def digest(ranges: Ranges) -> None:
+    """Read ranges and take their SHA-256, in one thread."""
+    buffer = memoryview(bytearray(_BUFFER))
+    sha256 = hashlib.sha256()
+    for path, start, stop in ranges:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            while (left := stop - file.tell()) > 0:
+                sha256.update(buffer[: file.readinto(buffer[: min(_BUFFER, left)])])
+
+
 def throughput(work: Path, repeats: int) -> dict[str, Any]:
-    """GB of shipped bytes a second: copied, assembled, verified; and the share of copying that the others reach."""
+    """GB of shipped bytes a second: copied, digested, assembled, verified; and what share of copying that is."""
     directory = work / "random"
     if not (directory / "artifacts.json").exists():
         shutil.rmtree(directory, ignore_errors=True)
@@ -248,6 +262,7 @@ def throughput(work: Path, repeats: int) -> dict[str, Any]:
 
     actions: dict[str, Callable[[], None]] = {
         "copy": lambda: copy(ranges, work / "copy"),
+        "digest": lambda: digest(ranges),
         "assemble": assemble,
         "verify": verify,
     }
@@ -277,7 +292,7 @@ def lines(figures: Mapping[str, Any]) -> Iterator[str]:
         yield f"{name:<10}{row['wall']:>8.2f} s{row['cpu']:>8.2f} s CPU{row['peak_mb']:>8.0f} MB"
     start = figures["start"]
     yield f"start     {start['first_unit']:>8.2f} s to the first unit of work, {start['worker']:.2f} s to a worker"
-    for name in ("copy", "assemble", "verify"):
+    for name in ("copy", "digest", "assemble", "verify"):
         row = figures["throughput"][name]
         yield f"{name:<10}{row['gb_per_s']:>8.2f} GB/s{row['cpu']:>8.2f} s CPU, {row['of_copying']:.0%} of copying"
 

@@ -68,8 +68,8 @@ TOOLS = {
     ),
 }
 _OURS = (
-    "quantize with NVFP4, MXFP8 and BF16, scale search and GPTQ, every candidate priced, plan of 5.5 bits assembled "
-    "and verified; then sweep, which plans eight budgets; two workers of one thread; no evaluation; computes in"
+    "quantize with NVFP4, MXFP8 and BF16, scale search and GPTQ, every candidate priced, a sweep of eight budgets, the "
+    "plan of 5.5 bits assembled and verified; two workers of one thread; no evaluation; computes in"
 )
 JOBS = {
     "ours-float32": Job(arguments=("model.dtype=float32",), settings=f"{_OURS} float32, the default"),
@@ -141,7 +141,7 @@ def commands(job: Job, place: Path, tokens: Path) -> list[list[str | Path]]:
     if job.peer is not None:
         script = PEERS / TOOLS[job.peer].script
         return [[interpreter(job.peer), script, SOURCE, tokens, repository, *job.arguments, "--threads", str(THREADS)]]
-    return [[OURS, command, CONFIG, *ours(job, place, repository)] for command in ("quantize", "sweep")]
+    return [[OURS, "quantize", CONFIG, *ours(job, place, repository)]]
 
 
 def ours(job: Job, place: Path, repository: Path, *more: str) -> list[str]:
