@@ -46,7 +46,7 @@ class Case:
 
 MIDDLE = Case()
 SERIES = {
-    "sequences": [replace(MIDDLE, sequences=n) for n in (2, 4, 8, 16, 32)],
+    "sequences": [replace(MIDDLE, sequences=n) for n in (2, 4, 8, 16)],
     "blocks": [replace(MIDDLE, blocks=n) for n in (4, 8, 15, 30)],
     "workers": [replace(MIDDLE, workers=n) for n in (1, 2)],
 }

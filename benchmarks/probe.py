@@ -70,6 +70,10 @@ class Probe:
         for index in self.blocks:
             visit = ForwardVisit(self.runner, index, (), Rounding())
             boundaries.append([visit.run(h, batch) for h, batch in zip(boundaries[-1], self.batches, strict=True)])
+        self.price(boundaries, candidates)
+
+    def price(self, boundaries: list[list[Tensor]], candidates: Candidates) -> None:
+        """Exits and the backward pass, from what left every block; the boundaries are used up."""
         with self.runner.exit():
             hidden = zip(boundaries.pop(), self.batches, strict=True)
             gradients = [self.loss.gradient(self.runner.logits, h, batch)[0] for h, batch in hidden]

@@ -32,6 +32,7 @@ from torch import Tensor
 from actors.events import read_events
 from benchmarks.results import save
 from benchmarks.usage import Usage, measured
+from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.verify import verify_repository
@@ -72,8 +73,9 @@ def medians(uses: Sequence[Usage]) -> dict[str, float]:
 
 def commands(work: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Short commands on the demo model, from candidates that are made first where they are not there."""
-    config = ["configs/demo.yaml", *overrides([*SMALL, f"store.run={work / 'run'}"])]
-    if not (work / "run" / "measured.json").exists():
+    stored = work / f"run-{__version__}"  # another version refuses it
+    config = ["configs/demo.yaml", *overrides([*SMALL, f"store.run={stored}"])]
+    if not (stored / "measured.json").exists():
         measured([COMMAND, "probe", *config], log=work / "probe.log")
     other = [*config, *overrides([f"budget.bpp={BPP}", f"store.output={work / 'other'}"])]
     called: dict[str, list[str | Path]] = {

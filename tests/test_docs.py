@@ -13,6 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from benchmarks import tables
 from jobs.__main__ import cli
 from prismaquant_ray.config import Config
 
@@ -183,6 +184,12 @@ def test_every_setting_named_is_one(page: Path) -> None:
     sections = "|".join(name for name in Config.model_fields if name not in ("formats", "sweep"))
     named = set(re.findall(rf"(?:`|--set )((?:{sections})\.[a-z_][a-z_.]*[a-z])(?=[`:= ])", page.read_text()))
     assert named - set(keys(Config)) == set()
+
+
+def test_the_tables_of_the_performance_page_are_those_of_the_results() -> None:
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page
+    assert [name for name in tables.TABLES if f"<!-- {name} -->" not in page] == []
 
 
 # --- nothing is left over ---------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ def test_gpus_are_requested_and_tolerated_where_the_run_wants_them(folder: str) 
     assert any(t["key"] == "nvidia.com/gpu" for t in pod.get("tolerations", [])) is wants
     images = {c["image"] for t in _templates(_ray(folder)).values() for c in t["spec"]["containers"]}
     assert len(images) == 1
-    assert images.pop().endswith(f":0.3.0{'-cuda' if wants else ''}")
+    assert images.pop().endswith(f":0.4.0{'-cuda' if wants else ''}")
 
 
 @pytest.mark.parametrize("folder", FOLDERS[:3])
@@ -510,4 +510,4 @@ def test_ray_and_the_image_are_the_pinned_and_current_versions() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
     for folder in FOLDERS:
         assert _cluster(_ray(folder))["rayVersion"] == pins["ray"]
-    assert __version__ == "0.3.0", "the images named in the overlays"
+    assert __version__ == "0.4.0", "the images named in the overlays"
