@@ -261,7 +261,7 @@ def _targets() -> Iterator[list[str]]:
         yield at_most(f"probe and cost in {name}: plain forwards", probes[name]["ratio"], 5)
     for of in linear["gptq"]:
         speed, error = of["ratios"]["wall"], of["error"]
-        name = f"GPTQ of 4096 × 4096, {of['threads']} threads"
+        name = f"GPTQ of 4096 × 4096 on {of['threads']} thread{'s' * (of['threads'] > 1)}"
         yield at_least(f"{name}, after the Hessian: times as fast as llm-compressor", speed["rounding"], 3)
         yield at_least(f"{name}, with the Hessian: times as fast", speed["both"], 3)
         relative = error["ours, scales of the largest weight"] / error["llm-compressor"]
