@@ -132,7 +132,7 @@ def rounding() -> Iterator[str]:
     yield from table(["threads", "step", "ours, s", "llm-compressor, s", "ratio"], rows)
     yield ""
     yield from table(
-        ["held-out relative output error", "threads 1"],
+        ["mean squared output error, held out", "one thread"],
         [[name, f"{error:.5f}"] for name, error in figures["gptq"][0]["error"].items()],
     )
 
