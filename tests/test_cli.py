@@ -172,6 +172,32 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
     assert peaks[24] - peaks[4] < 100_000_000
 
 
+@pytest.mark.slow
+def test_a_workers_heap_keeps_no_logits_of_the_models_it_compares() -> None:
+    """Figures of every model stay between logits that go: in a heap that kept large blocks they would pin them all."""
+    script = (
+        "import re, torch\n"
+        "from pathlib import Path\n"
+        "from prismaquant_ray.evaluation.divergence import SourceLogits\n"
+        "def peak(models):\n"
+        "    following, found = torch.zeros(340, dtype=torch.int64), []\n"
+        "    for _ in range(2):\n"
+        "        source = None\n"
+        "        for _ in range(models):\n"
+        "            logits = torch.zeros(340, 49152, dtype=torch.bfloat16).float()\n"
+        "            source = source or SourceLogits(logits, following)\n"
+        "            found.append(source.against(logits))\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "print(peak(2), peak(12))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **WORKER_ENVIRONMENT},
+    )  # fmt: skip
+    few, many = map(int, done.stdout.split())
+    assert many - few < 300_000_000
+
+
 def test_a_worker_reports_a_failure_as_a_record(tmp_path: Path) -> None:
     from actors.messages import WorkerSpec
     from actors.shard_worker import ShardWorker
