@@ -16,11 +16,11 @@ from prismaquant_ray.errors import ResourceError
 # For glibc. It gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
 # next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not. Temporaries of a
 # pass are megabytes each; by default they are mapped anew or given back each time, and every page is cleared at first
-# touch. Kept below 32 MiB only: larger ones, as logits are, would be pinned by small ones that stay between them.
+# touch. Kept below 16 MiB only: larger ones, as logits are, would be pinned by small ones that stay between them.
 # Memory goes back to the system when a shard closes. Huge pages where the kernel offers them.
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_MMAP_THRESHOLD_": str(2**24),
     "MALLOC_TRIM_THRESHOLD_": str(2**27),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
