@@ -135,7 +135,7 @@ def test_what_runs_no_model_imports_no_ray_and_leaves_garbage_collection_on(fini
 
 @pytest.mark.slow
 def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
-    """Peak RSS of 4 and of 24 equal blocks, and the promise of the plan."""
+    """Peak RSS of 4 and of 44 equal blocks, and the promise of the plan."""
     script = tmp_path / "peak.py"
     script.write_text(
         "import re, sys\n"
@@ -153,7 +153,7 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
     )
     peaks = {}
     shape = {"hidden": 512, "intermediate": 2048, "heads": 8, "kv_heads": 8, "head_dim": 64}
-    for layers in (4, 24):
+    for layers in (4, 44):
         directory = tmp_path / str(layers)
         configuration(directory, make_checkpoint(directory / "source", "llama", layers=layers, **shape))
         done = subprocess.run(
@@ -167,9 +167,9 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
         boundary = 8 * 32 * 512 * 4
         assert peak < 2 * block * (1 + 2) + boundary + 1_500_000_000
         assert peak < promised * 1.15
-    # Twenty more blocks are 168 MB in BF16 and 335 MB as computed. What is left of the difference is when memory is
-    # given back, which depends on what else runs on the machine: 63 MB on a busy one.
-    assert peaks[24] - peaks[4] < 100_000_000
+    # Forty more blocks are 336 MB in BF16 and 671 MB as computed: a block may leave 2.5 MB. Fewer blocks would do, but
+    # for when memory is given back, which depends on what else runs on the machine: 63 MB on a busy one.
+    assert peaks[44] - peaks[4] < 40 * 2_500_000
 
 
 @pytest.mark.slow
