@@ -128,6 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = results.RESULTS / "growth.json"
     if not arguments.draw:
+        results.need(SOURCE)
         done: dict[Case, dict[str, Any]] = {}
         for case in dict.fromkeys(case for cases in SERIES.values() for case in cases):
             begun = time.perf_counter()

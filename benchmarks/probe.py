@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    results.need(SOURCE)
     results.as_a_worker()
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)

@@ -27,6 +27,13 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
 
 
+def need(model: Path) -> None:
+    """SystemExit(2) with one line when the demo's model, which a benchmark measures with, is not there yet."""
+    if not (model / "config.json").is_file():
+        print(f"error: {model} is not there; `make demo` writes it", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def as_a_worker() -> None:
     """Start this process again with the environment that a run gives its workers: allocators read it at their start."""
     wanted = {**os.environ, **WORKER_ENVIRONMENT}

@@ -222,6 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=16)
     asked = parser.parse_args(arguments)
+    results.need(SOURCE)
     results.as_a_worker()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(SOURCE)

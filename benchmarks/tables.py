@@ -5,6 +5,7 @@ A table stands between `<!-- NAME -->` and `<!-- / -->`; a test holds the page t
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -305,6 +306,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
 
 def main() -> None:
     """Write the tables into the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(filled(PAGE.read_text()))
 
 

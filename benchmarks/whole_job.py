@@ -290,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = asked.only.split(",")
     if unknown := set(names) - set(JOBS):
         parser.error(f"no job is called {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
+    results.need(SOURCE)
     RUNS.mkdir(parents=True, exist_ok=True)
     tokens = exported(RUNS / "tokens.npy")
     # Installed before anything is measured.
