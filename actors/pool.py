@@ -14,10 +14,10 @@ from actors.workers import Call, Kind, Reply
 from prismaquant_ray.errors import ResourceError
 
 # For glibc. It gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
-# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not. Temporaries of a
-# pass are megabytes each; by default they are mapped anew or given back each time, and every page is cleared at first
-# touch. Kept below 16 MiB only: larger ones, as logits are, would be pinned by small ones that stay between them.
-# Memory goes back to the system when a shard closes. Huge pages where the kernel offers them.
+# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not. Blocks above 16 MiB
+# are no part of a heap, where small ones that stay between them would pin them: by itself glibc raises that to 32 MiB,
+# and logits are as large. What a heap has free above 128 MiB goes back at once, the rest when a shard closes. Huge
+# pages, where the kernel offers them, for what is kept.
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(2**24),

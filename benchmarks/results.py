@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import resource
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -41,13 +42,21 @@ def as_a_worker() -> None:
         os.execve(sys.executable, sys.orig_argv, wanted)  # noqa: S606 - this very command
 
 
+def used() -> dict[str, float]:
+    """CPU seconds of this process and those it waited for, and the largest peak of one of them in MB."""
+    whole = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(each.ru_utime + each.ru_stime for each in whole)
+    return {"cpu": round(cpu, 1), "peak_mb": round(max(each.ru_maxrss for each in whole) / 1000, 1)}
+
+
 def save(name: str, figures: Mapping[str, Any]) -> Path:
-    """Write results/NAME.json and say so."""
+    """Write results/NAME.json, with what making it has used, and say so."""
     path = RESULTS / f"{name}.json"
     header = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join([".venv/bin/python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "machine": machine(),
+        "used": used(),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
     path.write_text(json.dumps({**header, **figures}, indent=1) + "\n")

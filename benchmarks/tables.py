@@ -39,7 +39,9 @@ def origin(name: str, figures: Figures) -> list[str]:
     """How to make the figures again."""
     versions = ", ".join(f"{package} {version}" for package, version in figures["versions"].items())
     link = f"[{name}.json](../benchmarks/results/{name}.json)"
-    return [f"`{figures['command']}`, {figures['date']}, {figures['machine']}; {versions} ({link}).", ""]
+    used = figures.get("used")  # by what stored it since 0.4
+    cost = f" It used {used['cpu']:,.0f} CPU-s, and {used['peak_mb']:,.0f} MB at most in one process." if used else ""
+    return [f"`{figures['command']}`, {figures['date']}, {figures['machine']}; {versions} ({link}).{cost}", ""]
 
 
 def whole_job() -> Iterator[str]:
