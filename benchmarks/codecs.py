@@ -24,8 +24,8 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from benchmarks.results import save
-from prismaquant_ray.formats import FORMATS, Format, FormatName
-from prismaquant_ray.formats.base import grouped
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Format, grouped
 from prismaquant_ray.rounding.scale_search import round_with
 
 SHAPE = (2048, 4096)

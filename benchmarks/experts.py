@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import save
-from prismaquant_ray.formats import FORMATS, Codec, FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
 

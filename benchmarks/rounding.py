@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.results import save
-from prismaquant_ray.formats import FORMATS, Codec, FormatName, Rounded
-from prismaquant_ray.formats.base import grouped
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Codec, Rounded, grouped
 from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
 from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, output_error
 from prismaquant_ray.rounding.scale_search import ScaleSearch, round_with, searched

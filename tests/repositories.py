@@ -18,7 +18,8 @@ from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.shards import MANIFEST
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
 from prismaquant_ray.checkpoint.writer import Repository, write_repository
-from prismaquant_ray.formats import FORMATS, FormatName, experts_of
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Layout, LinearSpec, Matrix
 from prismaquant_ray.models.inspect import Scope, build

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismaquant_ray.formats import FORMATS, Codec, FormatName, codecs_of
-from prismaquant_ray.formats.base import grouped
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.formats.base import Codec, grouped
 from prismaquant_ray.formats.grids import e4m3_value, pack_nibbles, unpack_nibbles
 from prismaquant_ray.rounding import gptq as gptq_module
 from prismaquant_ray.rounding import scale_search

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from prismaquant_ray.formats import FORMATS, Codec, FormatName, Rounded, codecs_of, experts_of
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.formats.base import Codec, Rounded, experts_of
 from prismaquant_ray.rounding import encode, hessian, scale_search
 from prismaquant_ray.rounding import gptq as gptq_module
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group

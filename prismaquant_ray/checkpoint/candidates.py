@@ -15,7 +15,8 @@ from prismaquant_ray.checkpoint.header import DTYPE_NAMES, TensorInfo
 from prismaquant_ray.checkpoint.ranges import BATCH_BYTES, threads
 from prismaquant_ray.checkpoint.reader import as_tensor, read_header
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.formats import FORMATS, FormatName, Rounded
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Rounded
 from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.storage.record import Artifact, damaged
 from prismaquant_ray.storage.store import Store

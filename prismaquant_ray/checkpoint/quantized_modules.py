@@ -21,7 +21,8 @@ from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.routing import is_ignored, unreadable_because, vllm_route
 from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS, Codec, FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.int4 import WIDTHS
 from prismaquant_ray.layout import LinearSpec, View, called
 from prismaquant_ray.models.families import family_of

@@ -24,7 +24,8 @@ from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
 from prismaquant_ray.checkpoint.writer import REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.formats import FORMATS, Codec, FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.storage.store import Store
 

@@ -19,8 +19,8 @@ from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
 from prismaquant_ray.checkpoint.quantized_modules import Module, QuantizedModule
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS, Format, FormatName
-from prismaquant_ray.formats.base import ActivationRounding
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import ActivationRounding, Format
 
 #: Inputs (…, I), every row a token, → the same as the runtime rounds them, in their dtype.
 InputRounding = Callable[[Tensor], Tensor]

@@ -1,22 +1,52 @@
-"""The registry of formats: one file a format, listed here in order of size."""
+"""The registry of formats: their names, and one file per format with everything else about it.
+
+Importing the registry imports no format: the configuration, `status` and the command line's help know the names and
+start without torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from prismaquant_ray.formats import bf16, fp8, int4, mxfp4, mxfp8, nvfp4, nvfp4a16
-from prismaquant_ray.formats.base import Codec, Format, FormatName, Rounded, experts_of, stack
+if TYPE_CHECKING:
+    from prismaquant_ray.formats.base import Codec, Format
 
-__all__ = ["FORMATS", "Codec", "Format", "FormatName", "Rounded", "codecs_of", "experts_of", "get_format", "stack"]
-
-FORMATS: dict[FormatName, Format] = {
-    module.FORMAT.name: module.FORMAT for module in (int4, mxfp4, nvfp4, nvfp4a16, fp8, mxfp8, bf16)
-}
+__all__ = ["FORMATS", "FormatName", "codecs_of"]
 
 
-def get_format(name: FormatName | str) -> Format:
-    """The format of that name; raises KeyError or ValueError for names that configuration has not checked."""
-    return FORMATS[FormatName(name)]
+class FormatName(StrEnum):
+    """The names that users write in `formats:`, in order of size; each is the name of a file, in lower case."""
+
+    INT4 = "INT4"
+    MXFP4 = "MXFP4"
+    NVFP4 = "NVFP4"
+    NVFP4A16 = "NVFP4A16"
+    FP8 = "FP8"
+    MXFP8 = "MXFP8"
+    BF16 = "BF16"
+
+
+class _Registry(Mapping[FormatName, "Format"]):
+    """Formats by name, in order of size; each is imported when it is first asked for."""
+
+    def __getitem__(self, name: FormatName) -> Format:
+        if name not in FormatName.__members__:
+            raise KeyError(name)
+        module = importlib.import_module(f"{__name__}.{name.lower()}")
+        format_: Format = module.FORMAT
+        return format_
+
+    def __iter__(self) -> Iterator[FormatName]:
+        return iter(FormatName)
+
+    def __len__(self) -> int:
+        return len(FormatName)
+
+
+FORMATS: Mapping[FormatName, Format] = _Registry()
 
 
 def codecs_of(names: Iterable[FormatName]) -> dict[str, Codec]:

@@ -13,30 +13,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.grids import e4m3_value
 
 Tensors = dict[str, Tensor]
 
 # Codes packed or decoded at a time: the float32 and index tensors between codes and weights stay in a core's cache.
 _PIECE = 1 << 18
-
-
-class FormatName(StrEnum):
-    """The names users write in `formats:`."""
-
-    NVFP4 = "NVFP4"
-    NVFP4A16 = "NVFP4A16"
-    MXFP4 = "MXFP4"
-    MXFP8 = "MXFP8"
-    FP8 = "FP8"
-    INT4 = "INT4"
-    BF16 = "BF16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

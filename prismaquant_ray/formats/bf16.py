@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats.base import Format
 
 FORMAT = Format(
     name=FormatName.BF16,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats.base import Format
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Format, FormatName, Rounded, Tensors, in_float32
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats.base import Format, Rounded, Tensors, in_float32
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.grids import pack_nibbles, unpack_nibbles
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats import mx
-from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats import FormatName, mx
+from prismaquant_ray.formats.base import Format
 from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from prismaquant_ray.formats import mx
-from prismaquant_ray.formats.base import Format, FormatName
+from prismaquant_ray.formats import FormatName, mx
+from prismaquant_ray.formats.base import Format
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
 

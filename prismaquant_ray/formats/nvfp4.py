@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Format, FormatName, grouped
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats.base import Codec, Format, grouped
 from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 WIDTH = 16

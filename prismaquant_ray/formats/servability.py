@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prismaquant_ray.formats.base import FormatName
+from prismaquant_ray.formats import FormatName
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

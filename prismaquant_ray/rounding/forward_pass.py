@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
-from prismaquant_ray.formats import FORMATS, FormatName, codecs_of, experts_of
-from prismaquant_ray.formats.base import Codec, Tensors
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.formats.base import Codec, Tensors, experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Kind, LinearSpec, Matrix

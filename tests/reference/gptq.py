@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats import Codec, Rounded
+from prismaquant_ray.formats.base import Codec, Rounded
 
 
 def textbook(weight: Tensor, start: Rounded, codec: Codec, hessian: Tensor, damping: float) -> Tensor:

@@ -1,0 +1,345 @@
+"""What happens during a run, as typed events: one place that says it, many that listen (log, terminal, metrics).
+
+The log is `events.jsonl` in the run store: one JSON object per line, oldest first, over all attempts of the run. Only
+the driver that holds the run's lease writes it. Object stores cannot append, so the whole object is put again, less and
+less often as it grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from prismaquant_ray.errors import StoreError
+from prismaquant_ray.records import EVENTS
+from prismaquant_ray.storage.store import Store
+
+# Seconds between two puts, and how many more per megabyte of log.
+_INTERVAL = 2.0
+_INTERVAL_PER_MEGABYTE = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """Something that happened; `at` is in seconds since the epoch."""
+
+    kind: ClassVar[str]
+    at: float = field(default_factory=time.time)
+
+    def line(self) -> str:
+        """Its line of the log."""
+        body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "at"}
+        present = {key: value for key, value in body.items() if not (value is None and key in _OPTIONAL)}
+        return json.dumps({"at": round(self.at, 3), "event": self.kind, **present}, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunBegan(Event):
+    """A driver begins; `workers` are as configured."""
+
+    kind: ClassVar[str] = "begin"
+    workers: int | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnded(Event):
+    """A driver ends, `measured` or `stopped`."""
+
+    kind: ClassVar[str] = "end"
+    how: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerReady(Event):
+    """A worker is set up: where it runs, and bytes free on its device and in all on its host."""
+
+    kind: ClassVar[str] = "worker"
+    worker: str
+    version: str
+    pid: int
+    host: str
+    device: str
+    free_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsSized(Event):
+    """How many blocks a worker loads at a time, of how many, and why: see `ShardSize`."""
+
+    kind: ClassVar[str] = "shards"
+    model_blocks: int
+    blocks: int
+    free_bytes: int
+    fitting: int
+    wanted: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassBegan(Event):
+    """A pass begins with so many shards, units in them, units that produce, microbatches and steps."""
+
+    kind: ClassVar[str] = "pass"
+    stage: str
+    shards: int
+    units: int
+    produced: int
+    microbatches: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepDone(Event):
+    """A worker has run a microbatch of a shard, or has finished it (`microbatch` is None).
+
+    `started` is in seconds since the epoch, on the worker's clock. Every one of `units` units has seen the `tokens`.
+    """
+
+    kind: ClassVar[str] = "step"
+    stage: str
+    shard: str
+    units: int
+    microbatch: int | None
+    worker: str
+    started: float
+    seconds: float
+    peak_bytes: int
+    tokens: int | None = None
+    hop_bytes: int | None = None
+    loss: float | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardDone(Event):
+    """A shard is finished; `units` are their keys, `left` counts the shards of the pass that are not finished."""
+
+    kind: ClassVar[str] = "shard"
+    stage: str
+    shard: str
+    units: Sequence[str]
+    worker: str
+    produced: int
+    left: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerLost(Event):
+    """A worker is gone; `shard` is the one that it held."""
+
+    kind: ClassVar[str] = "lost"
+    worker: str
+    cause: str
+    shard: str | None
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardYielded(Event):
+    """A worker gave its shard up, so that one that blocks all others can run."""
+
+    kind: ClassVar[str] = "yielded"
+    worker: str
+    shard: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectRepaired(Event):
+    """A stored object is damaged; the records in `forgotten` are made again."""
+
+    kind: ClassVar[str] = "repair"
+    key: str
+    message: str
+    forgotten: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepositoryWritten(Event):
+    """A verified repository is in place."""
+
+    kind: ClassVar[str] = "repository"
+    uri: str
+    target: str
+    bpp: float
+    bytes: int
+    seconds: float
+
+
+# Left out of a line where they are None: figures that only some steps have.
+_OPTIONAL = frozenset(f.name for f in dataclasses.fields(StepDone) if f.default is None)
+_KINDS: dict[str, type[Event]] = {
+    kind.kind: kind
+    for kind in (
+        RunBegan,
+        RunEnded,
+        WorkerReady,
+        ShardsSized,
+        PassBegan,
+        StepDone,
+        ShardDone,
+        WorkerLost,
+        ShardYielded,
+        ObjectRepaired,
+        RepositoryWritten,
+    )
+}
+
+#: Told of every event, in order.
+Listener = Callable[[Event], None]
+
+
+class Events:
+    """Hands events to listeners."""
+
+    def __init__(self, *listeners: Listener) -> None:
+        self.listeners = list(listeners)
+
+    @contextmanager
+    def listening(self, *listeners: Listener) -> Iterator[None]:
+        """More listeners, inside the with-block."""
+        before = self.listeners
+        self.listeners = [*before, *listeners]
+        try:
+            yield
+        finally:
+            self.listeners = before
+
+    def __call__(self, event: Event) -> None:
+        """Tell every listener."""
+        for listener in self.listeners:
+            listener(event)
+
+
+class EventLog:
+    """The log of a run; continues the one that is there."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        try:
+            self._text = bytearray(store.get(EVENTS))
+        except KeyError:
+            self._text = bytearray()
+        self._written = time.monotonic()
+        #: The most memory a worker has taken, over all attempts.
+        self.peak_bytes: int = max((step.peak_bytes for step in steps_of(_parse(bytes(self._text), store))), default=0)
+
+    def __call__(self, event: Event) -> None:
+        """Add an event; it reaches the store within seconds."""
+        if isinstance(event, StepDone):
+            self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
+        self._text += event.line().encode() + b"\n"
+        interval = _INTERVAL + _INTERVAL_PER_MEGABYTE * len(self._text) / 1e6
+        if time.monotonic() - self._written > interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the events that the store does not have yet."""
+        self._store.put(EVENTS, bytes(self._text))
+        self._written = time.monotonic()
+
+
+def read_events(store: Store) -> list[Event]:
+    """The log of a run, oldest first; empty before anything happened.
+
+    Raises:
+        StoreError: the log is damaged.
+    """
+    try:
+        text = store.get(EVENTS)
+    except KeyError:
+        return []
+    return _parse(text, store)
+
+
+def _parse(text: bytes, store: Store) -> list[Event]:
+    try:
+        bodies = [json.loads(line) for line in text.decode().splitlines()]
+        return [_KINDS[body.pop("event")](**body) for body in bodies]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StoreError(f"{store.uri}: {EVENTS} is damaged; delete it, it is only a log") from error
+
+
+def steps_of(events: Iterable[Event]) -> list[StepDone]:
+    """The steps among events."""
+    return [event for event in events if isinstance(event, StepDone)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassAttempt:
+    """One attempt at a pass, as the log has it; `ended` is None while it runs, or if its driver was killed."""
+
+    began: PassBegan
+    steps: tuple[StepDone, ...]
+    shards: tuple[ShardDone, ...]
+    ended: float | None
+
+    @property
+    def seconds(self) -> float:
+        """From its beginning to its end, or to its last step."""
+        last = max((step.at for step in self.steps), default=self.began.at)
+        return (last if self.ended is None else self.ended) - self.began.at
+
+    @property
+    def token_blocks(self) -> int:
+        """Tokens × units that have seen them."""
+        return sum((step.tokens or 0) * step.units for step in self.steps)
+
+    def moved(self) -> dict[str, int]:
+        """Bytes between workers (hop), from (read) and to (written) the stores."""
+        return {
+            "hop": sum(step.hop_bytes or 0 for step in self.steps),
+            "read": sum(step.read_bytes or 0 for step in self.steps),
+            "written": sum(step.written_bytes or 0 for step in self.steps),
+        }
+
+
+def pass_attempts(events: Sequence[Event]) -> list[PassAttempt]:
+    """Every attempt at a pass, oldest first; it ends where the next one, or the driver, begins or ends."""
+    found = []
+    for begin, began in enumerate(events):
+        if not isinstance(began, PassBegan):
+            continue
+        later = range(begin + 1, len(events))
+        stop = next((i for i in later if isinstance(events[i], PassBegan | RunEnded | RunBegan)), len(events))
+        inside = events[begin:stop]
+        # The driver of an attempt that a new driver follows was killed: when, nobody said.
+        ended = events[stop].at if stop < len(events) and not isinstance(events[stop], RunBegan) else None
+        found.append(
+            PassAttempt(
+                began=began,
+                steps=tuple(steps_of(inside)),
+                shards=tuple(event for event in inside if isinstance(event, ShardDone)),
+                ended=ended,
+            )
+        )
+    return found
+
+
+def busy_shares(steps: Sequence[StepDone]) -> dict[str, float]:
+    """Share of the time between pipeline fill and drain that each worker of a pass was in a call.
+
+    Fill ends when the last worker has begun its first call for blocks (the exit, which all workers share, comes before
+    it); drain begins when the first worker has ended its last one. Empty when the pass is too short for that window.
+    """
+    spans: dict[str, list[tuple[float, float]]] = {}
+    first: dict[str, float] = {}
+    for step in steps:
+        spans.setdefault(step.worker, []).append((step.started, step.started + step.seconds))
+        if not step.shard.startswith("exit"):
+            first[step.worker] = min(step.started, first.get(step.worker, step.started))
+    if not first:
+        return {}
+    begin = max(first.values())
+    end = min(max(stop for _, stop in entries) for entries in spans.values())
+    if end <= begin:
+        return {}
+    return {
+        worker: sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in entries) / (end - begin)
+        for worker, entries in sorted(spans.items())
+    }

@@ -1,0 +1,384 @@
+"""The JSON objects of a run store: a dataclass for each of them, and every key.
+
+A record is written once and read by every later stage, so this module imports nothing that computes. `to_json` and
+`from_json` are the only writer and the only reader of a record: JSON of another shape is refused, not repaired.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from prismaquant_ray.formats import FormatName
+
+T = TypeVar("T")
+
+# Keys ---------------------------------------------------------------------------------------------------------------
+
+#: Configuration and fingerprint of the run; created first.
+RUN = "run.json"
+#: The model as the quantizer sees it; written when both passes are complete.
+LAYOUT = "layout.json"
+#: Both passes are complete.
+MEASURED = "measured.json"
+#: The kind of device that the run began on.
+DEVICE = "device.json"
+#: The event log, one JSON object per line.
+EVENTS = "events.jsonl"
+#: The tokens of the calibration set.
+CALIBRATION = "calibration/"
+CALIBRATION_RECORD = f"{CALIBRATION}record.json"
+#: Plans by target, the sweep, and the measured losses of plans.
+PLANS = "plans/"
+SWEEP = f"{PLANS}sweep.json"
+MEASURED_PLANS = f"{PLANS}measured.json"
+#: The HTML report, its JSON and its plots.
+REPORT = "report/"
+#: Figures of evaluated models, and the boundaries of an evaluation that is running.
+EVALUATIONS = "evaluations"
+RUNNING_EVALUATION = f"{EVALUATIONS}/running"
+
+_RECORD = "record.json"
+_BOUNDARY = "boundary.json"
+
+
+def plan_key(target: str) -> str:
+    """The plan of a budget, by its target, e.g. 5.5bpp."""
+    return f"{PLANS}{target}.json"
+
+
+def record_key(stage: str, unit: str) -> str:
+    """The record of a unit of a pass."""
+    return f"{stage}/{unit}/{_RECORD}"
+
+
+def boundary_key(stage: str, unit: str) -> str:
+    """The record that names the stored boundary activations or gradients of a unit."""
+    return f"{stage}/{unit}/{_BOUNDARY}"
+
+
+def evaluation_key(digest: str) -> str:
+    """The record of an evaluated model, by the digest of everything its figures depend on."""
+    return f"{EVALUATIONS}/{digest}/{_RECORD}"
+
+
+# What a block's records hold ----------------------------------------------------------------------------------------
+
+#: Ways to round a weight, in order of simplicity: a tie goes to the first.
+Method = Literal["nearest", "search", "gptq"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearRounding:
+    """How one Linear was rounded by one codec; of experts every figure is a list with an entry per expert.
+
+    `holdout_error` is Σ_t |ΔW x_t|² over held-out tokens per (token × output) of every method that was tried, `method`
+    the one that won, `weight_mse` mean ΔW² of what ships.
+    """
+
+    method: Method | list[Method]
+    holdout_error: dict[Method, float | list[float]]
+    weight_mse: float | list[float]
+
+    def matrices(self) -> Iterator[tuple[Method, dict[Method, float]]]:
+        """Winning method and held-out error by method, of the Linear or of every expert's."""
+        if isinstance(self.method, str):
+            yield self.method, {name: error for name, error in self.holdout_error.items() if isinstance(error, float)}
+            return
+        columns = {name: error for name, error in self.holdout_error.items() if isinstance(error, list)}
+        for expert, method in enumerate(self.method):
+            yield method, {name: column[expert] for name, column in columns.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardRecord:
+    """What the forward pass found of a block: rounding by Linear and codec, calibration tokens per expert by group."""
+
+    linears: dict[str, dict[str, LinearRounding]]
+    experts: dict[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Price:
+    """The loss that one fused group costs in one format, in nats per token.
+
+    `weight_cost` and `activation_cost` are what rounded weights and rounded activations would cost alone;
+    `standard_error` is that of `cost`, by jackknife over sequences.
+    """
+
+    cost: float
+    standard_error: float
+    weight_cost: float
+    activation_cost: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackwardRecord:
+    """What the backward pass found of a block: prices by fused group and format, Fisher traces by Linear.
+
+    `tokens` is the N of the prices. `agreement` is, for a draft head, how often its best guess is the model's, by the
+    format of the whole head.
+    """
+
+    groups: dict[str, dict[FormatName, Price]]
+    fisher_trace: dict[str, float | list[float]]
+    tokens: int
+    agreement: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DraftRecord:
+    """What an evaluation found of the draft head: predictions that agree with their own model, by row; predictions."""
+
+    agreed: list[int]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRecord:
+    """Which calibration set is stored."""
+
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """KL(source ‖ quantized) over all tokens, in nats per token, and what else is asked of a quantized model.
+
+    `kl_standard_error` is that of the mean, with sequences as the independent samples; `top1_agreement` is the share of
+    tokens where both find the same token most likely; `loss` is the model's cross-entropy in nats per predicted token,
+    and `perplexity` its exponential; `draft_agreement` is how often the draft head's best guess is its own model's.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_standard_error: float
+    kl_p90: float
+    kl_p99: float
+    top1_agreement: float
+    loss: float
+    perplexity: float
+    draft_agreement: float | None = None
+
+
+# What the run store holds beside blocks -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """`run.json`: what measurements and candidates depend on, by the name a refusal shows, and the configuration."""
+
+    fingerprint: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRecord:
+    """`measured.json`: both passes are complete; the most memory that one worker took, in bytes."""
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceRecord:
+    """`device.json`: the kind of device that the run began on."""
+
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerMemory:
+    """Bytes that a server takes for `sequences` sequences of `context` tokens; `kv_cache_of` is by kind of layer."""
+
+    total: int
+    weights: int
+    kv_cache: int
+    margin: int
+    kv_cache_of: dict[str, int]
+    context: int
+    sequences: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRecord:
+    """A plan: the format of every fused group, and what that costs.
+
+    `predicted_loss` is nats per token under `objective`, `bound` no plan's is below, `gap` their relative distance.
+    `weight_bytes` are codes and group scales; `bpp` is bits of those per quantizable parameter;
+    `repository_bytes_at_most` bounds the whole repository, `loaded_bytes` are all tensors as a server loads them.
+    `groups` counts groups by format.
+    """
+
+    target: str
+    objective: Literal["token_fisher", "fisher_trace"]
+    predicted_loss: float
+    standard_error: float
+    bound: float
+    gap: float
+    bpp: float
+    weight_bytes: int
+    repository_bytes_at_most: int
+    loaded_bytes: int
+    vram: ServerMemory | None
+    bf16_fraction: float
+    groups: dict[FormatName, int]
+    choice: dict[str, FormatName]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knee:
+    """Where the predicted frontier between two sizes bends most; sizes in bits per quantizable parameter."""
+
+    bpp: float
+    predicted_loss: float
+    from_bpp: float
+    to_bpp: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRecord:
+    """`plans/sweep.json`: a plan per target, the targets that no plan reaches, the knee of the whole frontier."""
+
+    targets: list[PlanRecord]
+    out_of_reach: list[float]
+    knee: Knee | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationText:
+    """What plans were measured on."""
+
+    file: str
+    sha256: str
+    sequences: int
+    tokens: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFigures:
+    """The source's own cross-entropy in nats per token, perplexity, and draft agreement if it has a draft head."""
+
+    loss: float
+    perplexity: float
+    draft_agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Excess:
+    """How much higher a control's mean KL is than the plan's for the same target, paired by token."""
+
+    kl: float
+    standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredPlan:
+    """A plan or control with predicted and measured loss; `target` is None for one format throughout.
+
+    `kind` is plan, uniform, mixture or fisher_trace. Predictions are of the body: a draft head is not in them.
+    """
+
+    target: str | None
+    kind: Literal["plan", "uniform", "mixture", "fisher_trace"]
+    label: str
+    objective: Literal["token_fisher", "fisher_trace"] | None
+    bpp: float
+    weight_bytes: int
+    groups: dict[FormatName, int]
+    predicted_loss: float
+    standard_error: float
+    choice: dict[str, FormatName]
+    weights: Divergence | None
+    activations: Divergence
+    behind_plan: Excess | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KneeRange:
+    """The knee of the measured curve over a shorter range; in bits per quantizable parameter."""
+
+    from_bpp: float
+    to_bpp: float
+    bpp: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredKnee:
+    """Where the measured curve bends most, and over shorter ranges: how stable that is."""
+
+    bpp: float
+    kl: float
+    from_bpp: float
+    to_bpp: float
+    stability: list[KneeRange]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredPlans:
+    """`plans/measured.json`: predicted and measured loss of plans and controls on one text. `code` is the version."""
+
+    code: str
+    text: EvaluationText
+    calibration_tokens: int
+    source: SourceFigures
+    plans: list[MeasuredPlan]
+    knee: MeasuredKnee | None
+
+
+# Reading and writing ------------------------------------------------------------------------------------------------
+
+# Left out of JSON where there is none: not every model has a draft head.
+_OPTIONAL = ("draft_agreement", "agreement")
+
+
+# Building one takes longer than reading many records with it.
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as plain JSON values, its keys in the order of its fields."""
+    body: dict[str, Any] = _plain(asdict(record))
+    return body
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not (v is None and k in _OPTIONAL)}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, FormatName) else value
+
+
+def from_json(kind: type[T], body: Mapping[str, Any]) -> T:
+    """A record from JSON values.
+
+    Raises:
+        ValueError: the values are not those of such a record; the message names the first that is not.
+    """
+    try:
+        if kind not in _ADAPTERS:
+            _ADAPTERS[kind] = TypeAdapter(kind)
+        record: T = _ADAPTERS[kind].validate_python(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or kind.__name__}: {first['msg']}") from error
+    return record
+
+
+def dumps(record: Any) -> bytes:
+    """A record as the run store keeps it."""
+    return json.dumps(to_json(record), indent=1, allow_nan=False).encode()
+
+
+def loads(kind: type[T], data: bytes) -> T:
+    """The record that bytes hold.
+
+    Raises:
+        ValueError: the bytes are not JSON, or not that of such a record.
+    """
+    return from_json(kind, json.loads(data))
