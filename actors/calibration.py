@@ -20,8 +20,8 @@ def store_calibration(store: Store, found: CalibrationSet) -> None:
     except DamagedError:
         store.delete([_KEY])
     artifact = write_tensors(store, f"{PLACE}{new_attempt()}/tokens.safetensors", found.state())
-    facts = {"fingerprint": found.fingerprint}
-    write_record(store, _KEY, Record(artifacts={"tokens": artifact}, facts=facts))
+    metrics = {"fingerprint": found.fingerprint}
+    write_record(store, _KEY, Record(artifacts={"tokens": artifact}, metrics=metrics))
 
 
 def read_calibration(store: Store) -> CalibrationSet:

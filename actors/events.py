@@ -29,11 +29,11 @@ class Event:
 
     kind: str
     at: float
-    facts: dict[str, Any] = field(default_factory=dict)
+    payload: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> str:
         """As it stands in the log."""
-        return json.dumps({"at": round(self.at, 3), "event": self.kind, **self.facts}, allow_nan=False)
+        return json.dumps({"at": round(self.at, 3), "event": self.kind, **self.payload}, allow_nan=False)
 
 
 #: Told of every event, in order.
@@ -56,9 +56,9 @@ class Events:
         finally:
             self.listeners = before
 
-    def __call__(self, kind: str, **facts: Any) -> None:
+    def __call__(self, kind: str, **payload: Any) -> None:
         """Something happens now."""
-        event = Event(kind=kind, at=time.time(), facts=facts)
+        event = Event(kind=kind, at=time.time(), payload=payload)
         for listener in self.listeners:
             listener(event)
 
@@ -73,14 +73,14 @@ class EventLog:
         except KeyError:
             self._text = bytearray()
         self._written = time.monotonic()
-        steps = [event.facts for event in _parse(bytes(self._text), store) if event.kind == "step"]
+        steps = [event.payload for event in _parse(bytes(self._text), store) if event.kind == "step"]
         #: The most memory a worker has taken, over all attempts.
-        self.peak_bytes: int = max((facts["peak_bytes"] for facts in steps), default=0)
+        self.peak_bytes: int = max((step["peak_bytes"] for step in steps), default=0)
 
     def __call__(self, event: Event) -> None:
         """Add an event; it reaches the store within seconds."""
         if event.kind == "step":
-            self.peak_bytes = max(self.peak_bytes, event.facts["peak_bytes"])
+            self.peak_bytes = max(self.peak_bytes, event.payload["peak_bytes"])
         self._text += event.line().encode() + b"\n"
         interval = _INTERVAL + _INTERVAL_PER_MEGABYTE * len(self._text) / 1e6
         if time.monotonic() - self._written > interval:
@@ -104,7 +104,7 @@ def read_events(store: Store) -> list[Event]:
 def _parse(text: bytes, store: Store) -> list[Event]:
     try:
         bodies = [json.loads(line) for line in text.decode().splitlines()]
-        return [Event(kind=body.pop("event"), at=body.pop("at"), facts=body) for body in bodies]
+        return [Event(kind=body.pop("event"), at=body.pop("at"), payload=body) for body in bodies]
     except (ValueError, KeyError, AttributeError) as error:
         raise StoreError(f"{store.uri}: {LOG} is damaged; delete it, it is only a log") from error
 
@@ -118,9 +118,9 @@ def busy_shares(steps: Sequence[Event]) -> dict[str, float]:
     spans: dict[str, list[tuple[float, float]]] = {}
     first: dict[str, float] = {}
     for event in steps:
-        worker, started = event.facts["worker"], event.facts["started"]
-        spans.setdefault(worker, []).append((started, started + event.facts["seconds"]))
-        if not event.facts["shard"].startswith("exit"):
+        worker, started = event.payload["worker"], event.payload["started"]
+        spans.setdefault(worker, []).append((started, started + event.payload["seconds"]))
+        if not event.payload["shard"].startswith("exit"):
             first[worker] = min(started, first.get(worker, started))
     if not first:
         return {}

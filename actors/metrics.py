@@ -40,18 +40,18 @@ class Metrics:
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        facts = event.facts
+        payload = event.payload
         if event.kind == "step":
-            who = {"stage": facts["stage"], "worker": facts["worker"]}
-            self.steps.observe(facts["seconds"], tags=who)
-            if facts.get("tokens"):
-                self.tokens.inc(facts["tokens"], tags=who)
+            who = {"stage": payload["stage"], "worker": payload["worker"]}
+            self.steps.observe(payload["seconds"], tags=who)
+            if payload.get("tokens"):
+                self.tokens.inc(payload["tokens"], tags=who)
             for kind in ("hop", "read", "written"):
-                if facts.get(f"{kind}_bytes"):
-                    self.bytes.inc(facts[f"{kind}_bytes"], tags={"stage": facts["stage"], "kind": kind})
+                if payload.get(f"{kind}_bytes"):
+                    self.bytes.inc(payload[f"{kind}_bytes"], tags={"stage": payload["stage"], "kind": kind})
         elif event.kind == "shard":
-            self.shards_left.set(facts["left"], tags={"stage": facts["stage"]})
-            if facts["produced"]:
-                self.blocks.inc(facts["produced"], tags={"stage": facts["stage"]})
+            self.shards_left.set(payload["left"], tags={"stage": payload["stage"]})
+            if payload["produced"]:
+                self.blocks.inc(payload["produced"], tags={"stage": payload["stage"]})
         elif event.kind == "lost":
-            self.lost.inc(1, tags={"cause": facts["cause"]})
+            self.lost.inc(1, tags={"cause": payload["cause"]})

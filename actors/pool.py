@@ -1,4 +1,4 @@
-"""Workers as Ray actors. With `actors.cluster`, which connects, the only module that talks to Ray."""
+"""Workers as Ray actors. With `actors.connect` and `actors.metrics`, the only module that talks to Ray."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from actors.cluster import Capacity, capacity
+from actors.connect import Capacity, capacity
 from actors.messages import Receipt, WorkerSpec
-from actors.recovery import Cause
-from actors.shard_worker import ShardWorker
-from actors.workers import Call, Kind, Reply
+from actors.protocol import Call, CallKind, Reply
+from actors.schedule.recovery import Cause
+from actors.worker import ShardWorker
 from prismaquant_ray.errors import ResourceError
 
 # For glibc. It gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
@@ -62,17 +62,17 @@ class RayWorkers:
         """Send a call; its name is what dashboards and process lists show."""
         actor = self._actors[worker]
         output = None
-        if call.kind is Kind.SETUP:
+        if call.kind is CallKind.SETUP:
             reference = actor.setup.remote(replace(self.spec, name=worker))
-        elif call.kind is Kind.DROP:
+        elif call.kind is CallKind.DROP:
             reference = actor.drop.remote()
         else:
             assert call.shard is not None
             name = f"prismaquant {call.shard.stage} {call.kind} {call.shard.name}"
-            if call.kind is Kind.FINISH:
+            if call.kind is CallKind.FINISH:
                 reference = actor.finish.options(name=name).remote(call.shard, call.following)
-            elif call.kind is Kind.AHEAD:
-                reference = actor.ahead.options(name=name).remote(call.shard)
+            elif call.kind is CallKind.PREFETCH:
+                reference = actor.prefetch.options(name=name).remote(call.shard)
             else:
                 run = actor.run.options(name=name, num_returns=2)
                 output, reference = run.remote(call.shard, call.microbatch, call.arriving)

@@ -34,55 +34,55 @@ class Progress:
         """Show an event."""
         shown = getattr(self, f"on_{event.kind.replace('-', '_')}", None)
         if shown is not None:
-            shown(event.facts)
+            shown(event.payload)
 
-    def on_pass(self, facts: dict[str, Any]) -> None:
+    def on_pass(self, payload: dict[str, Any]) -> None:
         """A pass begins."""
-        self.stage, self.total = facts["stage"], facts["units"]
+        self.stage, self.total = payload["stage"], payload["units"]
         self.done = self.tokens = self.moved = 0
         self.started = self.spoke = time.monotonic()
         self.doing.clear()
         if self.bars is not None:
             for task in self.tasks.values():
                 self.bars.remove_task(task)
-            self.tasks = {"": self.bars.add_task(self.stage, total=facts["steps"], rate="")}
+            self.tasks = {"": self.bars.add_task(self.stage, total=payload["steps"], rate="")}
 
-    def on_step(self, facts: dict[str, Any]) -> None:
+    def on_step(self, payload: dict[str, Any]) -> None:
         """A worker has taken a step."""
         # Every unit of a shard has seen the tokens of a step.
-        self.tokens += facts.get("tokens", 0) * facts["units"]
-        self.moved += facts.get("hop_bytes", 0) + facts.get("read_bytes", 0) + facts.get("written_bytes", 0)
-        at = "finished" if facts["microbatch"] is None else f"at {facts['microbatch'] + 1}"
-        self.doing[facts["worker"]] = f"{facts['shard']} {at}"
+        self.tokens += payload.get("tokens", 0) * payload["units"]
+        self.moved += payload.get("hop_bytes", 0) + payload.get("read_bytes", 0) + payload.get("written_bytes", 0)
+        at = "finished" if payload["microbatch"] is None else f"at {payload['microbatch'] + 1}"
+        self.doing[payload["worker"]] = f"{payload['shard']} {at}"
         if self.bars is not None:
             self.bars.update(self.tasks[""], advance=1, rate=self._figures())
-            self._show_worker(facts["worker"])
+            self._show_worker(payload["worker"])
         elif time.monotonic() - self.spoke > _QUIET:
             self._line()
 
-    def on_shard(self, facts: dict[str, Any]) -> None:
+    def on_shard(self, payload: dict[str, Any]) -> None:
         """A shard is finished."""
-        self.done += len(facts["units"])
+        self.done += len(payload["units"])
         if self.bars is None:
             self._line()
         else:
             self.bars.update(self.tasks[""], rate=self._figures())
 
-    def on_lost(self, facts: dict[str, Any]) -> None:
+    def on_lost(self, payload: dict[str, Any]) -> None:
         """A worker is gone."""
-        self.doing.pop(facts["worker"], None)
-        if self.bars is not None and facts["worker"] in self.tasks:
-            self.bars.remove_task(self.tasks.pop(facts["worker"]))
-        held = f"; {facts['shard']} is run again" if facts["shard"] else ""
-        self._say(f"lost {facts['worker']}: {facts['cause']}{held}")
+        self.doing.pop(payload["worker"], None)
+        if self.bars is not None and payload["worker"] in self.tasks:
+            self.bars.remove_task(self.tasks.pop(payload["worker"]))
+        held = f"; {payload['shard']} is run again" if payload["shard"] else ""
+        self._say(f"lost {payload['worker']}: {payload['cause']}{held}")
 
-    def on_worker(self, facts: dict[str, Any]) -> None:
+    def on_worker(self, payload: dict[str, Any]) -> None:
         """A worker is ready."""
-        self._say(f"{facts['worker']} is ready: {facts['device']} on {facts['host']}, process {facts['pid']}")
+        self._say(f"{payload['worker']} is ready: {payload['device']} on {payload['host']}, process {payload['pid']}")
 
-    def on_repair(self, facts: dict[str, Any]) -> None:
+    def on_repair(self, payload: dict[str, Any]) -> None:
         """A stored object is damaged and its work is done again."""
-        self._say(f"damaged: {facts['key']}; {', '.join(facts['forgotten']) or 'nothing'} is made again")
+        self._say(f"damaged: {payload['key']}; {', '.join(payload['forgotten']) or 'nothing'} is made again")
 
     def _figures(self) -> str:
         elapsed = max(time.monotonic() - self.started, 1e-9)

@@ -1,15 +1,22 @@
-"""Boundaries between a worker and the run store, moved by a thread while the worker computes."""
+"""Boundaries on their way: as bytes to another worker, and by a thread to and from the run store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prismaquant_ray.storage.record import Artifact, read_tensors, write_tensors
 from prismaquant_ray.storage.store import Store
+
+#: A boundary activation as bytes: (dtype name, array). Ray moves numpy arrays without copying them.
+Activation = tuple[str, NDArray[Any]]
 
 _NAME = "boundary"
 # Boundaries that may wait to be written; the worker waits rather than hold more of them.
@@ -82,3 +89,18 @@ class Inbox:
 def read_boundary(store: Store, artifact: Artifact) -> tuple[Tensor, int]:
     """A stored boundary and its bytes."""
     return read_tensors(store, artifact)[_NAME], artifact.size
+
+
+def to_wire(tensor: Tensor) -> Activation:
+    """A tensor as bytes; BF16 has no numpy type, so it travels as 16-bit integers."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return "bfloat16", tensor.view(torch.int16).numpy()
+    return str(tensor.dtype).removeprefix("torch."), tensor.numpy()
+
+
+def from_wire(activation: Activation) -> Tensor:
+    """A tensor of its own: arrays from Ray's object store are read-only and shared."""
+    name, array = activation
+    tensor = torch.from_numpy(np.array(array, copy=True))
+    return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor

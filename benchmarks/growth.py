@@ -89,8 +89,8 @@ def run(case: Case, overrides: Sequence[str]) -> dict[str, Any]:
         passes = {}
         events = read_events(Store(directory / "run"))
         for stage in ("forward", "backward"):
-            steps = [event for event in events if event.kind == "step" and event.facts["stage"] == stage]
-            begun = min(event.at - event.facts["seconds"] for event in steps)
+            steps = [event for event in events if event.kind == "step" and event.payload["stage"] == stage]
+            begun = min(event.at - event.payload["seconds"] for event in steps)
             passes[stage] = max(event.at for event in steps) - begun
         return {**asdict(case), **asdict(usage), **passes}
 

@@ -27,9 +27,9 @@ from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.rounding.forward_pass import BlockForward
 from prismaquant_ray.rounding.scale_search import ScaleSearch
-from prismaquant_ray.sensitivity.backward_pass import BackwardVisit
+from prismaquant_ray.sensitivity.backward_pass import BlockBackward
 from prismaquant_ray.sensitivity.fisher import Loss
 from prismaquant_ray.storage.store import Store
 
@@ -58,9 +58,9 @@ class Probe:
         with torch.no_grad(), self.runner.entry():
             hidden = self.runner.embed(batch.inputs)
         for index in self.blocks:
-            visit = ForwardVisit(self.runner, index, FORMATS, rounding)
-            hidden = visit.run(hidden, batch)
-            found[index] = visit.finish().tensors
+            block_pass = BlockForward(self.runner, index, FORMATS, rounding)
+            hidden = block_pass.run(hidden, batch)
+            found[index] = block_pass.finish().tensors
         return found
 
     def run(self, candidates: Candidates) -> None:
@@ -68,8 +68,8 @@ class Probe:
         with torch.no_grad(), self.runner.entry():
             boundaries = [[self.runner.embed(batch.inputs) for batch in self.batches]]
         for index in self.blocks:
-            visit = ForwardVisit(self.runner, index, (), Rounding())
-            boundaries.append([visit.run(h, batch) for h, batch in zip(boundaries[-1], self.batches, strict=True)])
+            block_pass = BlockForward(self.runner, index, (), Rounding())
+            boundaries.append([block_pass.run(h, batch) for h, batch in zip(boundaries[-1], self.batches, strict=True)])
         self.price(boundaries, candidates)
 
     def price(self, boundaries: list[list[Tensor]], candidates: Candidates) -> None:
@@ -78,7 +78,7 @@ class Probe:
             hidden = zip(boundaries.pop(), self.batches, strict=True)
             gradients = [self.loss.gradient(self.runner.logits, h, batch)[0] for h, batch in hidden]
         for index in reversed(self.blocks):
-            backward = BackwardVisit(self.runner, index, FORMATS, candidates[index])
+            backward = BlockBackward(self.runner, index, FORMATS, candidates[index])
             for place, (h, batch) in enumerate(zip(boundaries.pop(), self.batches, strict=True)):
                 backward.forward(h, batch)
                 gradients[place] = backward.backward(gradients[place], batch)

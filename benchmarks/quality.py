@@ -36,7 +36,7 @@ from prismaquant_ray.config import BudgetConfig, load
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.divergence import token_kl
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import FusedGroup, Kind, Layout
+from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.source import local_files
 from prismaquant_ray.storage.record import read_tensors
@@ -51,7 +51,7 @@ class Measured:
 
     def __init__(self, run: Run, sequences: int) -> None:
         self.run = run
-        if any(block.kind is not Kind.DECODER for block in run.layout.blocks) or run.layout.top_k:
+        if any(block.kind is not BlockKind.DECODER for block in run.layout.blocks) or run.layout.top_k:
             raise InputError(f"{run.layout.architecture} is more than a dense decoder; see benchmarks.trained")
         self.runner = ModelRunner(run.source, dtype=torch.float32, device=torch.device("cpu"))
         self.blocks = [self.runner.load_block(index) for index in range(len(run.layout.blocks))]

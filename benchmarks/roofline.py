@@ -33,16 +33,16 @@ from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding import encode, forward_pass
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.rounding.forward_pass import BlockForward
 from prismaquant_ray.rounding.hessian import InputSums
-from prismaquant_ray.sensitivity.backward_pass import BackwardVisit
+from prismaquant_ray.sensitivity.backward_pass import BlockBackward
 from prismaquant_ray.sensitivity.fisher import Loss
 from prismaquant_ray.sensitivity.pricing import Pricing
 
 # A stage, and the functions whose time is its own. What remains is "rest".
 STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "loading weights": ((ModelRunner, "load_block"),),
-    "forward": ((ForwardVisit, "run"),),
+    "forward": ((BlockForward, "run"),),
     "Hessians": ((InputSums, "add"), (InputSums, "statistics")),
     "factorization": ((Rounding, "factor"),),
     "scale search": ((encode, "nearest"), (encode, "searched")),
@@ -51,8 +51,8 @@ STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "packing": ((forward_pass._Encoded, "add"),),
     "exits": ((Loss, "gradient"),),
     "decoding candidates": ((Pricing, "__init__"),),
-    "recomputation": ((BackwardVisit, "forward"),),
-    "input gradients": ((BackwardVisit, "_price"),),
+    "recomputation": ((BlockBackward, "forward"),),
+    "input gradients": ((BlockBackward, "differentiate"),),
     "error products": ((Pricing, "_through"),),
     "prices": ((Pricing, "add"),),
 }
@@ -183,9 +183,9 @@ def passes(probe: Probe) -> None:
     with torch.no_grad(), probe.runner.entry():
         boundaries = [[probe.runner.embed(batch.inputs) for batch in probe.batches]]
     for index in probe.blocks:
-        visit = ForwardVisit(probe.runner, index, FORMATS, Rounding())
-        boundaries.append([visit.run(h, batch) for h, batch in zip(boundaries[-1], probe.batches, strict=True)])
-        candidates[index] = visit.finish().tensors
+        block_pass = BlockForward(probe.runner, index, FORMATS, Rounding())
+        boundaries.append([block_pass.run(h, batch) for h, batch in zip(boundaries[-1], probe.batches, strict=True)])
+        candidates[index] = block_pass.finish().tensors
     probe.price(boundaries, candidates)
 
 
@@ -197,7 +197,7 @@ def measure(name: str, tokens: torch.Tensor) -> dict[str, Any]:
         passes(probe)
     rate = rates()
     size = torch.empty(0, dtype=getattr(torch, name)).element_size()
-    todo = work(probe.runner.layout, probe.runner.skeleton.config, tokens.numel(), size)
+    todo = work(probe.runner.layout, probe.runner.meta_model.config, tokens.numel(), size)
     stages: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         bound, limit = todo[stage].bound(rate, name)

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from actors.events import Event, busy_shares, read_events
-from actors.messages import PASSES, Stage
+from actors.schedule.units import PASSES, Stage
 from benchmarks.simulation import Cost, Durations, predicted, simulate, whole_run
 from jobs import status
 from prismaquant_ray.config import load
@@ -71,21 +71,21 @@ def digests(directory: Path) -> dict[str, str]:
 
 def steps_of(events: Iterable[Event], stage: Stage) -> list[Event]:
     """The calls of a pass."""
-    return [event for event in events if event.kind == "step" and event.facts["stage"] == stage]
+    return [event for event in events if event.kind == "step" and event.payload["stage"] == stage]
 
 
 def durations_of(events: Sequence[Event]) -> Durations:
     """Medians over a run's log. On one machine an input is in shared memory already, so `hop` stays 0.
 
-    `load` is what the first call of a visit takes longer than the others, which is what was not read ahead; for exits,
+    `load` is what the first call of a shard takes longer than the others, which is what was not read ahead; for exits,
     a worker's first one.
     """
     steps = [event for event in events if event.kind == "step"]
     return Durations(
-        entry=_cost([e for e in steps if e.facts["shard"] == "entry"]),
-        forward=_cost([e for e in _blocks(steps) if e.facts["stage"] == Stage.FORWARD]),
+        entry=_cost([e for e in steps if e.payload["shard"] == "entry"]),
+        forward=_cost([e for e in _blocks(steps) if e.payload["stage"] == Stage.FORWARD]),
         exit=_cost([e for e in steps if _is_exit(e)]),
-        backward=_cost([e for e in _blocks(steps) if e.facts["stage"] == Stage.BACKWARD]),
+        backward=_cost([e for e in _blocks(steps) if e.payload["stage"] == Stage.BACKWARD]),
         call=_between_calls(steps),
     )
 
@@ -94,12 +94,12 @@ def _cost(steps: Sequence[Event]) -> Cost:
     first, others, finish = [], [], []
     begun: set[tuple[str, str]] = set()
     for event in steps:
-        each = event.facts["seconds"] / event.facts["units"]
-        visit = event.facts["worker"], "exit" if _is_exit(event) else event.facts["shard"]
-        if event.facts["microbatch"] is None:
+        each = event.payload["seconds"] / event.payload["units"]
+        key = event.payload["worker"], "exit" if _is_exit(event) else event.payload["shard"]
+        if event.payload["microbatch"] is None:
             finish.append(each)
-        elif visit not in begun:
-            begun.add(visit)
+        elif key not in begun:
+            begun.add(key)
             first.append(each)
         else:
             others.append(each)
@@ -108,34 +108,34 @@ def _cost(steps: Sequence[Event]) -> Cost:
 
 
 def _between_calls(steps: Sequence[Event]) -> float:
-    """From the end of a visit's last microbatch to its FINISH, which never waits for anything but the driver."""
+    """From the end of a shard's last microbatch to its FINISH, which never waits for anything but the driver."""
     ended: dict[str, float] = {}
     gaps = []
     for event in steps:
-        worker, started = event.facts["worker"], event.facts["started"]
-        if event.facts["microbatch"] is None and worker in ended:
+        worker, started = event.payload["worker"], event.payload["started"]
+        if event.payload["microbatch"] is None and worker in ended:
             gaps.append(max(0.0, started - ended[worker]))
-        ended[worker] = started + event.facts["seconds"]
+        ended[worker] = started + event.payload["seconds"]
     return median(gaps)
 
 
 def _is_exit(event: Event) -> bool:
-    return event.facts["shard"].startswith("exit-")
+    return event.payload["shard"].startswith("exit-")
 
 
 def _blocks(steps: Iterable[Event]) -> list[Event]:
-    return [event for event in steps if event.facts["shard"] not in ("pixels", "entry") and not _is_exit(event)]
+    return [event for event in steps if event.payload["shard"] not in ("pixels", "entry") and not _is_exit(event)]
 
 
 def makespan(steps: Sequence[Event]) -> float:
     """From the first call of a pass to the end of its last one."""
-    ends = [event.facts["started"] + event.facts["seconds"] for event in steps]
-    return max(ends) - min(event.facts["started"] for event in steps)
+    ends = [event.payload["started"] + event.payload["seconds"] for event in steps]
+    return max(ends) - min(event.payload["started"] for event in steps)
 
 
 def repeated(steps: Iterable[Event]) -> int:
     """Calls that did again what one before had done."""
-    keys = [(e.facts["stage"], e.facts["shard"], e.facts["microbatch"]) for e in steps]
+    keys = [(e.payload["stage"], e.payload["shard"], e.payload["microbatch"]) for e in steps]
     return len(keys) - len(set(keys))
 
 
@@ -165,7 +165,7 @@ def measured(workers: int, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shards(events: Sequence[Event]) -> dict[str, Any]:
-    return next(event.facts for event in events if event.kind == "shards")
+    return next(event.payload for event in events if event.kind == "shards")
 
 
 def prediction(workers: int, fitted: int, microbatches: int) -> dict[str, Any]:

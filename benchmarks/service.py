@@ -39,7 +39,7 @@ from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.inspect import build
+from prismaquant_ray.models.layout_builder import build_layout
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.record import Artifact, write_tensors
 from prismaquant_ray.storage.store import Store
@@ -115,7 +115,7 @@ def starts(work: Path, repeats: int) -> dict[str, float]:
         began = time.time()
         used = measured([COMMAND, "quantize", tiny / "config.yaml"], log=tiny / "log")
         events = read_events(Store(tiny / f"run-{repeat}", create=False))
-        step = min(event.facts["started"] for event in events if event.kind == "step")
+        step = min(event.payload["started"] for event in events if event.kind == "step")
         seconds = {kind: next(event.at for event in events if event.kind == kind) for kind in ("begin", "worker")}
         seconds = {kind: at - began for kind, at in seconds.items()} | {"first_unit": step - began}
         if repeat:  # the first one fills caches
@@ -162,7 +162,7 @@ def make_model(directory: Path) -> None:
     save_file(weights, source / "model.safetensors", {"format": "pt"})
     store = Store(directory / "run")
     artifacts = []
-    for block in build(Checkpoint(Store(source)))[1].blocks:
+    for block in build_layout(Checkpoint(Store(source)))[1].blocks:
         for name in FORMATS_USED:
             codec = FORMATS[name].codec
             if codec is None:
@@ -240,7 +240,7 @@ def throughput(work: Path, repeats: int) -> dict[str, Any]:
         shutil.rmtree(directory, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "benchmarks.service", "--make", directory], check=True)
     source = Checkpoint(Store(directory / "source", create=False))
-    layout = build(source)[1]
+    layout = build_layout(source)[1]
     entries = json.loads((directory / "artifacts.json").read_text())
     artifacts = {(i, FormatName(name)): Artifact(key=key, size=size, sha256=sha) for i, name, key, size, sha in entries}
     # A third of the groups in each format.

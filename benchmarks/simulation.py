@@ -2,9 +2,9 @@
 
     .venv/bin/python -m benchmarks.simulation
 
-The simulation drives the schedule that runs use (`actors.shards`, `actors.ring`) with given durations. The closed form
-is one line of arithmetic a shard. The command prints what they give for a 27B model under the assumptions of `GPU`
-and `MODEL`; nothing of that was measured on a GPU.
+The simulation drives the schedule that runs use (`actors.schedule`) with given durations. The closed form is one line
+of arithmetic a shard. The command prints what they give for a 27B model under the assumptions of `GPU` and `MODEL`;
+nothing of that was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from actors.conductor import sources_of
-from actors.course import Course
+from actors.controller import sources_of
 from actors.events import Event, busy_shares
-from actors.ledger import Recorded
-from actors.messages import PASSES, Exit, Shard, Stage
-from actors.ring import FINISH, Ring, Step
-from actors.shards import Work, blocks_per_shard, remaining
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.ring import FINISH, Ring, Step
+from actors.schedule.run_store import Recorded
+from actors.schedule.shards import Work, blocks_per_shard, pending_shards
+from actors.schedule.units import PASSES, Exit, Shard, Stage
 
 _NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
 
@@ -77,14 +77,14 @@ class Pass:
     between_workers: int
 
 
-def visits(course: Course, limit: int) -> Work:
+def first_run(graph: PassGraph, limit: int) -> Work:
     """The shards of a run that has nothing yet."""
-    return remaining(course, _NOTHING, _NOTHING, limit=limit)
+    return pending_shards(graph, _NOTHING, _NOTHING, limit=limit)
 
 
 def whole_run(blocks: int, microbatches: int, limit: int) -> Work:
     """The same of a decoder alone, with nothing before or behind it, on text."""
-    return visits(Course(decoder=blocks, texts=microbatches), limit)
+    return first_run(PassGraph(decoder=blocks, texts=microbatches), limit)
 
 
 def simulate(shards: Sequence[Shard], durations: Durations, workers: int) -> Pass:
@@ -94,16 +94,16 @@ def simulate(shards: Sequence[Shard], durations: Durations, workers: int) -> Pas
         simulation.turn()
     return Pass(
         seconds=simulation.now,
-        work=sum(event.facts["seconds"] for event in simulation.events),
+        work=sum(event.payload["seconds"] for event in simulation.events),
         busy=busy_shares(simulation.events),
-        busy_in_blocks=busy_shares([event for event in simulation.events if not event.facts["exit"]]),
+        busy_in_blocks=busy_shares([event for event in simulation.events if not event.payload["exit"]]),
         hops=simulation.hops,
         between_workers=simulation.between_workers,
     )
 
 
 class _Simulation:
-    """The conductor's loop over virtual time. Workers that nothing has changed for are not asked again."""
+    """The controller's loop over virtual time. Workers that nothing has changed for are not asked again."""
 
     def __init__(self, shards: Sequence[Shard], durations: Durations, workers: int) -> None:
         self.shards = shards
@@ -117,7 +117,7 @@ class _Simulation:
         self.now = 0.0
         self.hops = self.between_workers = 0
         self._ends: list[tuple[float, str, Step | None]] = []
-        self._ahead: dict[str, tuple[int, float]] = {}
+        self._prefetched: dict[str, tuple[int, float]] = {}
         self._holder: dict[int, str] = {}
         self._free = {f"worker-{index:05d}" for index in range(workers)}
         self._waiting: set[str] = set()
@@ -160,7 +160,7 @@ class _Simulation:
                 self._begin_to_read(worker)
 
     def _begin_to_read(self, worker: str) -> None:
-        shard = self.ring.ahead(worker)
+        shard = self.ring.prefetch(worker)
         if shard is not None:
             self._free.discard(worker)
             begun = self.now + self.durations.call
@@ -169,10 +169,10 @@ class _Simulation:
 
     def _read(self, worker: str, shard: int | None, begun: float) -> None:
         """What a thread reads ahead, and until when; only blocks are."""
-        self._ahead.pop(worker, None)
+        self._prefetched.pop(worker, None)
         if shard is not None and isinstance(self.shards[shard].units[0], int):
             cost, units = self.durations.of(self.shards[shard]), len(self.shards[shard].units)
-            self._ahead[worker] = shard, begun + units * cost.load
+            self._prefetched[worker] = shard, begun + units * cost.load
 
     def _begin(self, worker: str, step: Step) -> None:
         started = self.now + self.durations.call
@@ -185,15 +185,15 @@ class _Simulation:
         seconds = self._seconds(worker, step, started)
         is_exit = isinstance(self.shards[step.shard].units[0], Exit)
         name = self.shards[step.shard].name
-        facts = {"worker": worker, "started": started, "seconds": seconds, "shard": name, "exit": is_exit}
-        self.events.append(Event(kind="step", at=started + seconds, facts=facts))
+        payload = {"worker": worker, "started": started, "seconds": seconds, "shard": name, "exit": is_exit}
+        self.events.append(Event(kind="step", at=started + seconds, payload=payload))
         heapq.heappush(self._ends, (started + seconds, worker, step))
 
     def _seconds(self, worker: str, step: Step, started: float) -> float:
         shard = self.shards[step.shard]
         cost, units = self.durations.of(shard), len(shard.units)
         if step.microbatch == FINISH:
-            self._read(worker, self.ring.ahead(worker), started)
+            self._read(worker, self.ring.prefetch(worker), started)
             return units * cost.finish
         load = 0.0
         if isinstance(shard.units[0], Exit):  # the head stays loaded from one exit to the next
@@ -202,7 +202,7 @@ class _Simulation:
         else:
             self._heads.discard(worker)
             if step.microbatch == shard.microbatches[0]:
-                expected, ready = self._ahead.pop(worker, (None, 0.0))
+                expected, ready = self._prefetched.pop(worker, (None, 0.0))
                 load = max(0.0, ready - started) if expected == step.shard else units * cost.load
         return units * cost.microbatch + load
 
@@ -457,7 +457,7 @@ def outlook(
     work = whole_run(model.blocks, microbatches, limit)
     passes = {stage: simulate(work.of(stage), durations, workers) for stage in PASSES}
     once = whole_run(model.blocks, microbatches, blocks_per_shard(blocks=model.blocks, workers=1, fitting=model.blocks))
-    visited = sum(isinstance(shard.units[0], int) for shard in work.forward)
+    block_shards = sum(isinstance(shard.units[0], int) for shard in work.forward)
     everything = microbatches * calibration.hop_bytes(model)
     return Outlook(
         gpus=gpus,
@@ -474,7 +474,7 @@ def outlook(
         hop_bytes=sum(one.hops for one in passes.values()) * calibration.hop_bytes(model),
         # Weights twice, candidates written and read, each boundary written and the forward ones read again.
         storage_bytes=model.blocks * (4 * model.parameters + 2 * model.candidate_bytes)
-        + everything * (3 * visited + 3),
+        + everything * (3 * block_shards + 3),
     )
 
 

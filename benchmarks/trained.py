@@ -58,7 +58,7 @@ from prismaquant_ray.models import experts
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding import hessian
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
+from prismaquant_ray.rounding.forward_pass import BlockForward
 from prismaquant_ray.storage.store import Store
 
 RESULT = ROOT / "benchmarks" / "results" / "trained.json"
@@ -462,8 +462,8 @@ def interpolated(small: Mapping[str, Any], large: Mapping[str, Any], size: int, 
 # ------------------------------------------------------------------------------------------------ priors
 
 
-class ExpertsVisit(ForwardVisit):
-    """A forward visit that rounds experts alone, as often as one likes."""
+class ExpertsForward(BlockForward):
+    """A forward block pass that rounds experts alone, as often as one likes."""
 
     def experts_in(self, share: float) -> dict[str, Tensor]:
         """NVFP4 candidates of the experts with this prior."""
@@ -530,11 +530,11 @@ def rounded_experts(
     found: dict[float, dict[str, Decoded]] = {share: {} for share in PRIORS}
     tokens: list[int] = []
     for block in run.layout.blocks:
-        visit = ExpertsVisit(runner, block.index, (FormatName.NVFP4,), Rounding())
-        hidden = [visit.run(entering, batch) for entering, batch in zip(hidden, batches, strict=True)]
-        tokens += [count for routed in visit.routed.values() for count in routed.tokens_of.tolist()]
+        block_pass = ExpertsForward(runner, block.index, (FormatName.NVFP4,), Rounding())
+        hidden = [block_pass.run(entering, batch) for entering, batch in zip(hidden, batches, strict=True)]
+        tokens += [count for routed in block_pass.routed.values() for count in routed.tokens_of.tolist()]
         for share in PRIORS:
-            tensors = visit.experts_in(share)
+            tensors = block_pass.experts_in(share)
 
             def weight_of(module: str, tensors: Mapping[str, Tensor] = tensors) -> tuple[Tensor, Tensor | None]:
                 own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == module}

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from actors.calibration import read_calibration
-from actors.messages import Stage
+from actors.schedule.units import Stage
 from jobs.card_plans import knee, measured, named, predicted_loss, sweep_rows
 from jobs.run import Run
 from prismaquant_ray import __version__
@@ -23,7 +23,7 @@ from prismaquant_ray.checkpoint.writer import README, Written
 from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.servability import NOT_IN_TRANSFORMERS, SERVABILITY, VLLM
-from prismaquant_ray.layout import Kind, Layout
+from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.models.embedded import EMBEDDED_MODELS
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.card_facts import (
@@ -41,11 +41,11 @@ from prismaquant_ray.rounding.encode import by_matrix
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "ray")
 _PARTS = {
-    Kind.VISION: "vision blocks",
-    Kind.MERGER: "vision merger",
-    Kind.DECODER: "decoder layers",
-    Kind.DRAFT: "draft head",
-    Kind.HEAD: "output head",
+    BlockKind.VISION: "vision blocks",
+    BlockKind.MERGER: "vision merger",
+    BlockKind.DECODER: "decoder layers",
+    BlockKind.DRAFT: "draft head",
+    BlockKind.HEAD: "output head",
 }
 
 
@@ -63,7 +63,7 @@ def facts_of(run: Run, plan: Mapping[str, Any], written: Written) -> CardFacts:
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
     rows, more = sweep_rows(run, plan)
     weights, activations = _parts_of_loss(run, choice)
-    draft, head = layout.of(Kind.DRAFT), layout.of(Kind.HEAD)
+    draft, head = layout.of(BlockKind.DRAFT), layout.of(BlockKind.HEAD)
     of_experts = {choice[group.name] for group in layout.groups if group.experts is not None}
     return CardFacts(
         version=__version__,
@@ -90,8 +90,8 @@ def facts_of(run: Run, plan: Mapping[str, Any], written: Written) -> CardFacts:
         knee=knee(run),
         measured=measured(run, plan),
         experts=_experts(run),
-        vision_blocks=len(layout.of(Kind.VISION)),
-        agreement=run.records[Stage.BACKWARD][draft[0].index].facts["agreement"] if draft else None,
+        vision_blocks=len(layout.of(BlockKind.VISION)),
+        agreement=run.records[Stage.BACKWARD][draft[0].index].metrics["agreement"] if draft else None,
         draft_weight=config.allocation.mtp_weight,
         head=any(choice[group.name] is not FormatName.BF16 for block in head for group in block.groups),
         expert_formats=tuple(str(name) for name in NOT_IN_TRANSFORMERS if name in of_experts),
@@ -178,10 +178,10 @@ def _parts_of_loss(run: Run, choice: Choice) -> tuple[float | None, float | None
         if FORMATS[name].codec is None:
             continue
         block = run.layout.block_of[group]
-        price = run.records[Stage.BACKWARD][block.index].facts["groups"][group][name]
+        price = run.records[Stage.BACKWARD][block.index].metrics["groups"][group][name]
         if "weight_cost" not in price:
             return None, None
-        share = run.config.allocation.mtp_weight if block.kind is Kind.DRAFT else 1.0
+        share = run.config.allocation.mtp_weight if block.kind is BlockKind.DRAFT else 1.0
         weights += share * price["weight_cost"]
         activations += share * price["activation_cost"]
     return weights, activations
@@ -211,7 +211,7 @@ def _shares(run: Run, choice: Choice) -> Iterator[FormatShare]:
 
 
 def _modules(layout: Layout, choice: Choice) -> tuple[ModuleRow, ...]:
-    counts: dict[tuple[Kind, str], Counter[str]] = {}
+    counts: dict[tuple[BlockKind, str], Counter[str]] = {}
     for block in layout.blocks:
         for group in block.groups:
             place = (block.kind, _numberless(group.name.removeprefix(f"{block.prefix}.")))
@@ -221,7 +221,7 @@ def _modules(layout: Layout, choice: Choice) -> tuple[ModuleRow, ...]:
 
 def _kept(layout: Layout) -> tuple[Kept, ...]:
     reasons: dict[str, Counter[str]] = {}
-    for name, reason in layout.kept.items():
+    for name, reason in layout.ignored.items():
         reasons.setdefault(reason, Counter())[_numberless(name)] += 1
     return tuple(Kept(reason=reason, names=names) for reason, names in reasons.items())
 
@@ -240,7 +240,7 @@ def _rounding(run: Run, choice: Choice) -> Iterator[Rounding]:
         found = {
             linear: figures
             for record in run.records[Stage.FORWARD].values()
-            for linear, figures in record.facts["linears"].items()
+            for linear, figures in record.metrics["linears"].items()
         }
         logs: dict[str, list[float]] = {}
         shipped: list[float] = []
@@ -273,7 +273,7 @@ def _mean(logs: list[float]) -> float:
 
 
 def _experts(run: Run) -> Experts | None:
-    seen = [tokens for record in run.records[Stage.FORWARD].values() for tokens in record.facts["experts"].values()]
+    seen = [tokens for record in run.records[Stage.FORWARD].values() for tokens in record.metrics["experts"].values()]
     if not seen:
         return None
     return Experts(

@@ -25,8 +25,8 @@ from prismaquant_ray.config import Config, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.repository import RepositoryView
 from prismaquant_ray.evaluation.variants import Variant
-from prismaquant_ray.layout import Kind, Layout
-from prismaquant_ray.models.inspect import build, scope_of
+from prismaquant_ray.layout import BlockKind, Layout
+from prismaquant_ray.models.layout_builder import build_layout, scope_of
 from prismaquant_ray.models.source import local_files
 from prismaquant_ray.storage.lease import held
 from prismaquant_ray.storage.store import Store, existing
@@ -55,7 +55,7 @@ def run(
         config = _config(source, text, images, place, overrides)
         original = inputs.open_source(config.model)
         view = RepositoryView(existing(repository))
-        _, layout = build(original, scope_of(config))
+        _, layout = build_layout(original, scope_of(config))
         kinds = _check_same_model(original, layout, view)
         if images is not None and layout.image_token is None:
             raise InputError(f"--images is given, but {layout.architecture} has no vision tower that is known here")
@@ -70,7 +70,7 @@ def run(
             holdout=0.0,
         )
         notes = [*view.notes, *_check_tokenizer(original, view, text)]
-        if layout.of(Kind.DRAFT) and Kind.DRAFT not in kinds:
+        if layout.of(BlockKind.DRAFT) and BlockKind.DRAFT not in kinds:
             notes.append("the repository has no draft head; the source's was not measured")
         kept = Store(place)
         with held(kept) as lease, progress() as shown:
@@ -85,7 +85,7 @@ def run(
                 check=lease.check,
                 open_workers=open_workers,
                 repository=view,
-                drafts=Kind.DRAFT in kinds,
+                drafts=BlockKind.DRAFT in kinds,
             )
             variants = [Variant(choice=None, activations=activations) for activations in (False, True)]
             try:
@@ -169,16 +169,16 @@ def _config(source: str, text: Path, images: Path | None, place: str, overrides:
     return checked(body, overrides, name="evaluate")
 
 
-def _check_same_model(source: Checkpoint, layout: Layout, view: RepositoryView) -> set[Kind]:
+def _check_same_model(source: Checkpoint, layout: Layout, view: RepositoryView) -> set[BlockKind]:
     """The kinds of blocks that the repository has; InputError unless what it has is what the source has.
 
     It may do without a draft head, which transformers does not save.
     """
-    found: set[Kind] = set()
+    found: set[BlockKind] = set()
     parts = [(None, (*layout.embedding, *layout.pixels, *layout.head)), *((b.kind, b.tensors) for b in layout.blocks)]
     for kind, names in parts:
         missing = next((name for name in names if name not in view.tensors), None)
-        if missing is not None and kind is not Kind.DRAFT:
+        if missing is not None and kind is not BlockKind.DRAFT:
             raise InputError(
                 f"{view.store.uri} has no {missing}, which {source.store.uri} has; it was made from another model"
             )

@@ -19,12 +19,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from actors.calibration import store_calibration
-from actors.course import Course
 from actors.events import Events
-from actors.ledger import Ledger
-from actors.messages import Evaluation, Shard, Stage, Unit, WorkerSpec
-from actors.needs import evaluation_needs
-from actors.shards import consumed, unevaluated
+from actors.memory_plan import evaluation_memory_plan
+from actors.messages import Evaluation, WorkerSpec
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import RunStore
+from actors.schedule.shards import droppable_evaluation_boundaries, pending_evaluation_shards
+from actors.schedule.units import Shard, Stage, Unit
 from jobs import inputs
 from jobs.measure import OpenWorkers, Passes
 from prismaquant_ray import __version__
@@ -51,12 +52,14 @@ class EvaluationPass(Passes):
     stages = (Stage.EVALUATION,)
 
     @override
-    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
-        return unevaluated(self.course, self.ledger.recorded(stage), limit=limit)
+    def pending_shards(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        return pending_evaluation_shards(self.graph, self.run_store.recorded(stage), limit=limit)
 
     @override
-    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
-        return consumed(self.course, finished, left)
+    def droppable_boundaries(
+        self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]
+    ) -> list[tuple[Stage, Unit]]:
+        return droppable_evaluation_boundaries(self.graph, finished, left)
 
     @override
     def repair(self, error: DamagedError) -> None:
@@ -96,7 +99,7 @@ class Bench:
         for start in range(0, len(missing), size):
             self._run(missing[start : start + size])
         found = [self._read(key) for key in (self._key(None), *map(self._key, variants))]
-        return [dict(record.facts) for record in found if record is not None]
+        return [dict(record.metrics) for record in found if record is not None]
 
     def difference(self, variant: Variant, other: Variant) -> tuple[float, float]:
         """How much higher the mean KL of one measured variant is than another's, and the standard error of that.
@@ -124,7 +127,7 @@ class Bench:
         running = Store(place)
         running.create("run.json", json.dumps({"evaluation": digest}).encode())
         store_calibration(running, self.tokens)
-        course = self._course
+        graph = self._graph
         evaluation = EvaluationPass(
             spec=WorkerSpec(
                 name="",
@@ -137,45 +140,45 @@ class Bench:
                     repository=None if self.repository is None else absolute(self.repository.store.uri),
                 ),
             ),
-            needs=evaluation_needs(self.layout, self.config, self.tokens.tokens.shape[1], variants),
-            course=course,
-            ledger=Ledger(running),
+            memory_plan=evaluation_memory_plan(self.layout, self.config, self.tokens.tokens.shape[1], variants),
+            graph=graph,
+            run_store=RunStore(running),
             events=self.events,
             check=self.check,
         )
         evaluation.run(self.open_workers)
-        self._keep(running, course, [self._key(None), *(key for key, _ in pairs)])
+        self._keep(running, graph, [self._key(None), *(key for key, _ in pairs)])
         self.store.delete(self.store.list(_RUNNING))  # also of one that was interrupted and never asked for again
 
-    def _keep(self, running: Store, course: Course, keys: Sequence[str]) -> None:
-        ledger = Ledger(running)
-        found = ledger.records(Stage.EVALUATION, course.exits)
-        pieces = [read_tensors(running, found[unit].artifacts["figures"]) for unit in course.exits]
+    def _keep(self, running: Store, graph: PassGraph, keys: Sequence[str]) -> None:
+        run_store = RunStore(running)
+        found = run_store.records(Stage.EVALUATION, graph.exits)
+        pieces = [read_tensors(running, found[unit].artifacts["figures"]) for unit in graph.exits]
         sequence = torch.cat([piece["sequence"] for piece in pieces])
         columns = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in TokenFigures._fields}
         agreement: list[float] = []
-        for unit in course.leaves[: course.draft]:
-            facts = ledger.record(Stage.EVALUATION, unit).facts
-            agreement = [count / facts["tokens"] for count in facts["agreed"]]
+        for unit in graph.heads[: graph.draft]:
+            counts = run_store.record(Stage.EVALUATION, unit).metrics
+            agreement = [count / counts["tokens"] for count in counts["agreed"]]
         for row, key in enumerate(keys):
             own = {name: column[row] for name, column in columns.items()}
-            facts = asdict(summarize(TokenFigures(**own), sequence))
+            figures = asdict(summarize(TokenFigures(**own), sequence))
             if agreement:
-                facts["draft_agreement"] = agreement[row]
+                figures["draft_agreement"] = agreement[row]
             path = f"{_PLACE}/{key}"
             artifact = write_tensors(
                 self.store, f"{path}/{new_attempt()}/tokens.safetensors", {**own, "sequence": sequence}
             )
-            write_record(self.store, f"{path}/record.json", Record(artifacts={"tokens": artifact}, facts=facts))
+            write_record(self.store, f"{path}/record.json", Record(artifacts={"tokens": artifact}, metrics=figures))
 
     def _read(self, key: str) -> Record | None:
         return read_record(self.store, f"{_PLACE}/{key}/record.json")
 
     @property
-    def _course(self) -> Course:
+    def _graph(self) -> PassGraph:
         texts = math.ceil(self.tokens.texts / self.config.calibration.microbatch)
-        course = Course.of(self.layout, texts=texts, images=len(self.tokens.images))
-        return course if self.drafts else replace(course, draft=False)
+        graph = PassGraph.of(self.layout, texts=texts, images=len(self.tokens.images))
+        return graph if self.drafts else replace(graph, draft=False)
 
     def _at_once(self) -> int:
         """Variants of one pass: what travels between workers grows with them."""

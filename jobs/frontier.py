@@ -32,7 +32,7 @@ from prismaquant_ray.errors import InputError, ResourceError
 from prismaquant_ray.evaluation.comparison import fit_gains, knee_of
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Kind
+from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.storage.connection import absolute
 
 MEASURED = "plans/measured.json"
@@ -305,7 +305,7 @@ def _described(run: Run, entry: Candidate, interacting: Interactions | None) -> 
     columns = [column_of[entry.choice[group.name]] for group in run.layout.groups]
     rows = np.arange(len(columns))
     weights = int(sizes.weights[rows, columns].sum())
-    body = np.array([run.layout.block_of[group.name].kind is not Kind.DRAFT for group in run.layout.groups])
+    body = np.array([run.layout.block_of[group.name].kind is not BlockKind.DRAFT for group in run.layout.groups])
     costs = np.where(body, table.token_fisher[rows, columns], 0.0)
     draft = float(np.where(body, 0.0, table.token_fisher[rows, columns]).sum())
     errors = np.where(body, table.standard_error[rows, columns], 0.0)

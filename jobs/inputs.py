@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import joins
+from actors.connect import joins
 from actors.memory import free_memory
-from actors.needs import Needs, ShardSize, shard_size
+from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from prismaquant_ray import __version__
 from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.calibration.files import loading
@@ -114,7 +114,7 @@ def check_weights(source: Checkpoint, layout: Layout) -> None:
             check_finite(source.read([name]), source.store.uri)
 
 
-def check_room(config: Config, required: Needs) -> ShardSize:
+def check_room(config: Config, required: MemoryPlan) -> ShardSize:
     """Blocks a worker of this machine will load at a time.
 
     InputError with the plan's figures when memory or disk cannot hold the run. Of other machines' memory nothing is

@@ -10,9 +10,9 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import joins
-from actors.needs import Needs, shard_size
-from actors.shards import VISITS
+from actors.connect import joins
+from actors.memory_plan import MemoryPlan, shard_size
+from actors.schedule.shards import SHARDS_PER_WORKER
 from jobs import inputs
 from jobs.allocate import memory
 from jobs.run import Run
@@ -34,7 +34,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
     current = Run(config, weights=False)
     layout, sizes = current.layout, current.sizes
     limit = sizes.limit(config.budget)
-    required = current.needs
+    required = current.memory_plan
     workers = inputs.expected_workers(config)
     if others:
         size = shard_size(required, config, workers=workers, free=inputs.free_device_memory(config) // workers)
@@ -51,7 +51,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
         "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
         "groups": dict(groups),
         "groups_per_format": allowed,
-        "kept": dict(layout.kept),
+        "kept": dict(layout.ignored),
         "budget_bytes": limit,
         "vram": None if sizes.serving is None else sizes.serving.described(sizes.loaded(_stored(sizes, config, limit))),
         "restricted_groups": restricted(sizes, layout),
@@ -82,7 +82,7 @@ def _machine(text: str) -> tuple[int, int]:
     return count, size
 
 
-def _plan(config: Config, required: Needs, machine: str, workers: int, memory: int) -> dict[str, Any]:
+def _plan(config: Config, required: MemoryPlan, machine: str, workers: int, memory: int) -> dict[str, Any]:
     """What a worker would do on a machine with that many devices."""
     elsewhere = config.model_copy(update={"cluster": config.cluster.model_copy(update={"memory": "auto"})})
     size = shard_size(required, elsewhere, workers=workers, free=memory)
@@ -144,7 +144,7 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"  blocks per shard: {size['blocks']}"
         + (" as configured; " if size["configured"] else "; ")
         + f"{max(0, size['fitting'])} fit into {_gb(size['free'])} ((free - process {_gb(needs['base'])} - working "
-        f"{_gb(needs['working'])}) / block), {size['wanted']} give every worker {VISITS} visits"
+        f"{_gb(needs['working'])}) / block), {size['wanted']} give every worker {SHARDS_PER_WORKER} visits"
     )
     if not result["on_this_machine"]:
         console.print("  (memory of this machine; on the cluster the first worker says what it has)")
@@ -171,7 +171,7 @@ def _render_machines(result: dict[str, Any], console: Console) -> None:
         console.print(
             f"  {plan['machine']}: {plan['workers']} workers of {_gb(plan['worker_bytes'])}, "
             f"{plan['blocks_per_shard']} blocks a shard ({plan['fitting']} fit, {plan['wanted']} give every worker "
-            f"{VISITS} visits), run store {_gb(plan['run_store_bytes'])} at most"
+            f"{SHARDS_PER_WORKER} visits), run store {_gb(plan['run_store_bytes'])} at most"
         )
 
 

@@ -1,7 +1,7 @@
 """Measuring: both passes over the workers, from what the run store has to what is missing.
 
-Anything that is damaged on the way is forgotten and planned again with the rest; `actors.shards` finds the least that
-must run for it.
+Anything that is damaged on the way is forgotten and planned again with the rest; `actors.schedule.shards` finds the
+least that must run for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from actors.conductor import Conductor
-from actors.course import Course
+from actors.controller import Controller
 from actors.events import Event, Events
-from actors.ledger import REQUESTS, Ledger
-from actors.messages import PASSES, Shard, Stage, Unit, WorkerSpec, unit_of
-from actors.needs import Needs, shard_size
-from actors.shards import remaining, spent
-from actors.workers import Workers
+from actors.memory_plan import MemoryPlan, shard_size
+from actors.messages import WorkerSpec
+from actors.protocol import Workers
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import REQUESTS, RunStore
+from actors.schedule.shards import droppable_boundaries, pending_shards
+from actors.schedule.units import PASSES, Shard, Stage, Unit, unit_of
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 
 #: Opens the workers of a run, given the most of them that could be busy: Ray's, or plain objects of this process.
@@ -48,7 +49,7 @@ class Crew:
 @contextmanager
 def ray_crew(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
     """Workers as actors on the configured cluster."""
-    from actors.cluster import capacity, connected, worker_count
+    from actors.connect import capacity, connected, worker_count
     from actors.metrics import Metrics
     from actors.pool import RayWorkers
 
@@ -77,37 +78,39 @@ class Passes(ABC):
         self,
         *,
         spec: WorkerSpec,
-        needs: Needs,
-        course: Course,
-        ledger: Ledger,
+        memory_plan: MemoryPlan,
+        graph: PassGraph,
+        run_store: RunStore,
         events: Events,
         check: Callable[[], None],
     ) -> None:
         self.spec = spec
-        self.needs = needs
-        self.course = course
-        self.ledger = ledger
+        self.memory_plan = memory_plan
+        self.graph = graph
+        self.run_store = run_store
         self.events = events
         self.check = check
 
     @abstractmethod
-    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+    def pending_shards(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
         """The shards that are left of a pass, at most `limit` blocks each."""
 
     @abstractmethod
-    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+    def droppable_boundaries(
+        self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]
+    ) -> list[tuple[Stage, Unit]]:
         """Boundaries that nobody needs once these units of a pass are finished; `left` are those that are not."""
 
     def run(self, open_workers: OpenWorkers) -> None:
         """Do what is missing; opens no worker when nothing is."""
-        if not any(self.remaining(stage, limit=1) for stage in self.stages):
+        if not any(self.pending_shards(stage, limit=1) for stage in self.stages):
             return
         with (
-            open_workers(self.spec, min(len(self.course.every), self.course.blocks + 1)) as crew,
+            open_workers(self.spec, min(len(self.graph.every), self.graph.blocks + 1)) as crew,
             self.events.listening(*crew.listeners),
         ):
             cluster = self.spec.config.cluster
-            conductor = Conductor(
+            controller = Controller(
                 crew.workers,
                 self.events,
                 wanted=crew.wanted,
@@ -116,36 +119,38 @@ class Passes(ABC):
                 check=self.check,
                 admit=self.admit,
             )
-            first = conductor.wait_for_first()
+            first = controller.wait_for_first()
             size = shard_size(
-                self.needs,
+                self.memory_plan,
                 self.spec.config,
                 workers=crew.wanted,
                 free=first["free_bytes"] // crew.sharing(),
             )
             self.events(
                 "shards",
-                model_blocks=self.needs.blocks,
+                model_blocks=self.memory_plan.blocks,
                 blocks=size.blocks,
                 free_bytes=size.free,
                 fitting=size.fitting,
                 wanted=size.wanted,
             )
-            self._passes(conductor, size.blocks)
+            self._passes(controller, size.blocks)
 
-    def _passes(self, conductor: Conductor, limit: int) -> None:
+    def _passes(self, controller: Controller, limit: int) -> None:
         for _ in range(REPAIRS):
             try:
                 for stage in self.stages:
-                    self._run_pass(conductor, stage, self.remaining(stage, limit=limit))
+                    self._run_pass(controller, stage, self.pending_shards(stage, limit=limit))
             except DamagedError as error:
                 self.repair(error)
-                conductor.abandon()
+                controller.abandon()
             else:
                 return
-        raise StoreError(f"{self.ledger.store.uri}: {REPAIRS} objects were damaged in a row; the store cannot be used")
+        raise StoreError(
+            f"{self.run_store.store.uri}: {REPAIRS} objects were damaged in a row; the store cannot be used"
+        )
 
-    def _run_pass(self, conductor: Conductor, stage: Stage, shards: tuple[Shard, ...]) -> None:
+    def _run_pass(self, controller: Controller, stage: Stage, shards: tuple[Shard, ...]) -> None:
         if not shards:
             return
         self.events(
@@ -154,7 +159,7 @@ class Passes(ABC):
             shards=len(shards),
             units=sum(len(shard.units) for shard in shards),
             produced=sum(len(shard.produce) for shard in shards),
-            microbatches=len(self.course.every),
+            microbatches=len(self.graph.every),
             steps=sum(len(shard.microbatches) + 1 for shard in shards),
         )
         left = {unit for shard in shards for unit in shard.units}
@@ -162,39 +167,39 @@ class Passes(ABC):
 
         def finished(event: Event) -> None:
             if event.kind == "shard":
-                units = [unit_of(key) for key in event.facts["units"]]
+                units = [unit_of(key) for key in event.payload["units"]]
                 left.difference_update(units)
-                drops.append(threads.submit(self._drop, self.spent(stage, units, frozenset(left))))
+                drops.append(threads.submit(self._drop, self.droppable_boundaries(stage, units, frozenset(left))))
 
         with ExitStack() as stack:
             # Deleting takes many requests, and workers wait for the driver. Who stops a run does not wait for it.
             threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop")
             stack.callback(threads.shutdown, cancel_futures=True)
             stack.enter_context(self.events.listening(finished))
-            conductor.run_pass(shards)
+            controller.run_pass(shards)
             for drop in drops:
                 drop.result()
 
     def repair(self, error: DamagedError) -> None:
         """Forget what names a damaged object, so that it is made again; StoreError when nothing names it."""
-        forgotten = self.ledger.forget(error.key)
-        if not forgotten and self.ledger.store.size(error.key) is not None:
+        forgotten = self.run_store.forget(error.key)
+        if not forgotten and self.run_store.store.size(error.key) is not None:
             raise error
         self.events("repair", key=error.key, message=str(error), forgotten=forgotten)
 
     def _drop(self, boundaries: Collection[tuple[Stage, Unit]]) -> None:
         for stage, unit in boundaries:
-            self.ledger.drop_boundary(stage, unit)
+            self.run_store.drop_boundary(stage, unit)
 
-    def admit(self, facts: Mapping[str, Any]) -> None:
+    def admit(self, worker: Mapping[str, Any]) -> None:
         """InputError unless a worker computes on the kind of device the run began with: others round differently."""
-        store, device = self.ledger.store, facts["device"]
+        store, device = self.run_store.store, worker["device"]
         if store.create("device.json", json.dumps({"device": device}).encode()):
             return
         begun = json.loads(store.get("device.json"))["device"]
         if begun != device:
             raise InputError(
-                f"{store.uri} was begun on {begun}, a worker on {facts['host']} has {device}, which rounds "
+                f"{store.uri} was begun on {begun}, a worker on {worker['host']} has {device}, which rounds "
                 "differently; use nodes of one kind (cluster.device, cluster.labels) or choose another store.run"
             )
 
@@ -205,10 +210,12 @@ class Measurement(Passes):
     stages = PASSES
 
     @override
-    def remaining(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
-        forward, backward = (self.ledger.recorded(each) for each in PASSES)
-        return remaining(self.course, forward, backward, limit=limit).of(stage)
+    def pending_shards(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        forward, backward = (self.run_store.recorded(each) for each in PASSES)
+        return pending_shards(self.graph, forward, backward, limit=limit).of(stage)
 
     @override
-    def spent(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
-        return spent(self.course, finished, left) if stage is Stage.BACKWARD else []
+    def droppable_boundaries(
+        self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]
+    ) -> list[tuple[Stage, Unit]]:
+        return droppable_boundaries(self.graph, finished, left) if stage is Stage.BACKWARD else []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from actors.calibration import read_calibration
 from actors.memory import free_memory
-from actors.messages import Stage
+from actors.schedule.units import Stage
 from jobs.run import Run
 from prismaquant_ray.allocation.frontier import frontier, knee, sweep
 from prismaquant_ray.allocation.interactions import Interactions, Refinement, bytes_needed, refine
@@ -23,11 +23,11 @@ from prismaquant_ray.calibration.batches import TOKENS
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError, ResourceError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.storage.record import read_tensors
 
 # Their p vectors have an entry for every token of every sequence; other blocks have patches, or a loss of their own.
-_ALIGNED = (Kind.DECODER, Kind.HEAD)
+_ALIGNED = (BlockKind.DECODER, BlockKind.HEAD)
 # Budgets between the first and the last target at which a frontier without breakpoints is taken.
 _CURVE = 65
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.messages import Stage
+from actors.schedule.units import Stage
 from jobs.run import Run
 from prismaquant_ray.config import Config
-from prismaquant_ray.layout import Kind
+from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.rounding.encode import by_matrix
 
 
@@ -28,7 +28,7 @@ def summary(current: Run) -> dict[str, Any]:
     gains: dict[str, list[float]] = {}
     methods: dict[str, dict[str, int]] = {}
     for record in current.records[Stage.FORWARD].values():
-        for codecs in record.facts["linears"].values():
+        for codecs in record.metrics["linears"].values():
             for codec, figures in codecs.items():
                 for method, errors in by_matrix(figures):
                     if errors["nearest"] > 0:
@@ -65,15 +65,15 @@ def _experts(current: Run) -> dict[str, dict[str, Any]]:
     """Calibration tokens of every routed expert, by layer, with what most needs to be known of them."""
     found = {}
     for record in current.records[Stage.FORWARD].values():
-        for name, tokens in record.facts["experts"].items():
+        for name, tokens in record.metrics["experts"].items():
             found[name] = {"tokens": tokens, "fewest": min(tokens), "unseen": sum(count == 0 for count in tokens)}
     return found
 
 
 def _draft_agreement(current: Run) -> dict[str, float] | None:
     """How often the draft head's best guess is the model's: as it is (BF16), and with all of it in a format."""
-    for block in current.layout.of(Kind.DRAFT):
-        agreement: dict[str, float] = current.records[Stage.BACKWARD][block.index].facts["agreement"]
+    for block in current.layout.of(BlockKind.DRAFT):
+        agreement: dict[str, float] = current.records[Stage.BACKWARD][block.index].metrics["agreement"]
         return agreement
     return None
 

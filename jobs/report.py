@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from actors.events import Event, busy_shares, read_events
-from actors.messages import Stage
+from actors.schedule.units import Stage
 from jobs import planning
 from jobs.run import Run
 from prismaquant_ray import __version__
@@ -72,7 +72,7 @@ def gather(current: Run) -> dict[str, Any]:
     planned = planning.allocate(current)
     planning_seconds = time.perf_counter() - started
     events = read_events(current.store)
-    records = {stage: {i: record.facts for i, record in found.items()} for stage, found in current.records.items()}
+    records = {stage: {i: record.metrics for i, record in found.items()} for stage, found in current.records.items()}
     forward, backward = records[Stage.FORWARD], records[Stage.BACKWARD]
     formats, blocks = facts.formats_of(config.formats), facts.blocks_of(current.layout)
     weight = config.allocation.mtp_weight
@@ -135,7 +135,7 @@ def _plan(plan: Mapping[str, Any], config: Config, groups: Mapping[str, Any]) ->
 def _model(current: Run) -> dict[str, Any]:
     layout, source = current.layout, current.source
     reasons: dict[str, list[str]] = {}
-    for name, reason in layout.kept.items():
+    for name, reason in layout.ignored.items():
         reasons.setdefault(reason, []).append(name)
     return {
         "title": _title(current.config.model),
@@ -179,7 +179,7 @@ def _repository(current: Run, plan: Mapping[str, Any], events: Sequence[Event]) 
     quantizable = {name for linear in layout.linears() for name in linear.sources}
     kept = {name: info.nbytes for name, info in source.tensors.items() if name not in quantizable}
     embedding = sum(size for name, size in kept.items() if name in layout.embedding)
-    written = (event.facts for event in reversed(events) if event.kind == "repository")
+    written = (event.payload for event in reversed(events) if event.kind == "repository")
     return {
         "written": next((found for found in written if found["target"] == plan["target"]), None),
         "quantizable_bytes": plan["weight_bytes"],
@@ -200,7 +200,7 @@ def _calibration(current: Run, backward: Mapping[int, Mapping[str, Any]]) -> dic
         "tokens": calibration.sequences * calibration.length,
         "priced_tokens": max(found["tokens"] for found in backward.values()),
         "images": None if calibration.images is None else calibration.images.name,
-        "digest": None if record is None else record.facts["fingerprint"],
+        "digest": None if record is None else record.metrics["fingerprint"],
         "fingerprint": run_json["fingerprint"],
     }
 
@@ -208,7 +208,7 @@ def _calibration(current: Run, backward: Mapping[int, Mapping[str, Any]]) -> dic
 def _machines(current: Run, events: Sequence[Event]) -> dict[str, Any]:
     """Where workers ran, over all attempts."""
     hosts: dict[tuple[str, ...], dict[str, Any]] = {}
-    for found in (event.facts for event in events if event.kind == "worker"):
+    for found in (event.payload for event in events if event.kind == "worker"):
         key = (found["host"], found["device"], found["version"])
         entry = hosts.setdefault(key, {**dict(zip(("host", "device", "version"), key, strict=True)), "names": set()})
         entry["names"].add(found["worker"])
@@ -247,15 +247,17 @@ def timings(events: Sequence[Event]) -> dict[str, Any]:
         start = events[begin].at
         last = max(event.at for event in steps)
         end = events[stop].at if stop < len(events) and events[stop].kind != "begin" else last
-        begun = events[begin].facts
-        tokens = sum(event.facts.get("tokens", 0) * event.facts["units"] for event in steps)
+        begun = events[begin].payload
+        tokens = sum(event.payload.get("tokens", 0) * event.payload["units"] for event in steps)
         passes.append(
             {
                 "stage": begun["stage"],
                 "units": begun["units"],
                 "seconds": end - start,
                 "token_blocks_per_second": tokens / (end - start) if end > start else None,
-                **{f"{k}_bytes": sum(e.facts.get(f"{k}_bytes", 0) for e in steps) for k in ("hop", "read", "written")},
+                **{
+                    f"{k}_bytes": sum(e.payload.get(f"{k}_bytes", 0) for e in steps) for k in ("hop", "read", "written")
+                },
                 "workers": _workers(steps, start),
             }
         )
@@ -265,21 +267,21 @@ def timings(events: Sequence[Event]) -> dict[str, Any]:
 def _workers(steps: Sequence[Event], start: float) -> list[dict[str, Any]]:
     busy = busy_shares(steps)
     found = []
-    for worker in sorted({event.facts["worker"] for event in steps}):
-        own = [event for event in steps if event.facts["worker"] == worker]
+    for worker in sorted({event.payload["worker"] for event in steps}):
+        own = [event for event in steps if event.payload["worker"] == worker]
         spans: dict[str, list[float]] = {}
         for event in own:
-            begin = event.facts["started"] - start
-            end = begin + event.facts["seconds"]
-            span = spans.setdefault(event.facts["shard"], [begin, end])
+            begin = event.payload["started"] - start
+            end = begin + event.payload["seconds"]
+            span = spans.setdefault(event.payload["shard"], [begin, end])
             span[:] = min(span[0], begin), max(span[1], end)
         found.append(
             {
                 "worker": worker,
                 "steps": len(own),
-                "seconds": sum(event.facts["seconds"] for event in own),
+                "seconds": sum(event.payload["seconds"] for event in own),
                 "busy": busy.get(worker),
-                "peak_bytes": max(event.facts["peak_bytes"] for event in own),
+                "peak_bytes": max(event.payload["peak_bytes"] for event in own),
                 "spans": [[shard, round(begin, 2), round(end, 2)] for shard, (begin, end) in spans.items()],
             }
         )

@@ -14,12 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from actors.calibration import PLACE as CALIBRATION
 from actors.calibration import store_calibration
-from actors.course import Course
 from actors.events import EventLog, Events
-from actors.ledger import Ledger
-from actors.messages import PASSES, Stage, WorkerSpec
-from actors.needs import Needs, needs
+from actors.memory_plan import MemoryPlan, memory_plan
+from actors.messages import WorkerSpec
 from actors.progress import progress
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import PASSES, Stage
 from jobs import inputs
 from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
@@ -73,9 +74,9 @@ class Run:
         return store
 
     @cached_property
-    def ledger(self) -> Ledger:
+    def run_store(self) -> RunStore:
         """The records of both passes."""
-        return Ledger(self.store)
+        return RunStore(self.store)
 
     @property
     def _exists(self) -> bool:
@@ -93,9 +94,9 @@ class Run:
         return self._build_layout()
 
     def _build_layout(self) -> Layout:
-        from prismaquant_ray.models.inspect import build, scope_of
+        from prismaquant_ray.models.layout_builder import build_layout, scope_of
 
-        return build(self.source, scope_of(self.config))[1]
+        return build_layout(self.source, scope_of(self.config))[1]
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -106,7 +107,7 @@ class Run:
         sizes = measure(
             self.layout,
             self.config.formats,
-            kept_bytes=sum(info.nbytes for info in kept),
+            ignored_bytes=sum(info.nbytes for info in kept),
             other_bytes=sum(entry_bytes(info.name) for info in kept) + files,
             serving=self._serving,
         )
@@ -115,7 +116,7 @@ class Run:
     @property
     def _serving(self) -> Serving | None:
         """What a server holds beside the weights, when the budget says for how long a context."""
-        from prismaquant_ray.models.inspect import load_config
+        from prismaquant_ray.models.layout_builder import load_config
 
         budget = self.config.budget
         if budget.context is None:
@@ -130,12 +131,12 @@ class Run:
         )
 
     @cached_property
-    def needs(self) -> Needs:
+    def memory_plan(self) -> MemoryPlan:
         """Memory and disk the run will take."""
         sizes = self.sizes
         largest = int(sizes.of(self.config.budget).max(axis=1).sum())
         budget = min(sizes.limit(self.config.budget), largest)
-        return needs(self.layout, self.config, repository_bytes=budget + sizes.fixed)
+        return memory_plan(self.layout, self.config, repository_bytes=budget + sizes.fixed)
 
     @cached_property
     def calibration(self) -> CalibrationSet:
@@ -158,11 +159,11 @@ class Run:
         )
 
     @cached_property
-    def course(self) -> Course:
+    def graph(self) -> PassGraph:
         """The units of both passes."""
         images = len(self.calibration.images)
         texts = math.ceil(self.calibration.texts / self.config.calibration.microbatch)
-        return Course.of(self.layout, texts=texts, images=images)
+        return PassGraph.of(self.layout, texts=texts, images=images)
 
     # Stages ---------------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ class Run:
         check_output(self.config.store.output)
         if self.is_measured:
             return
-        inputs.check_room(self.config, self.needs)
+        inputs.check_room(self.config, self.memory_plan)
         _ = self.calibration
         if self.source.store.path is not None:
             # Elsewhere reading everything here would cost what the workers are for; they check what they load.
@@ -218,14 +219,14 @@ class Run:
             assert self.lease is not None
             passes = Measurement(
                 spec=spec,
-                needs=self.needs,
-                course=self.course,
-                ledger=self.ledger,
+                memory_plan=self.memory_plan,
+                graph=self.graph,
+                run_store=self.run_store,
                 events=events,
                 check=self.lease.check,
             )
             passes.run(self.open_workers)
-            self.ledger.tidy()
+            self.run_store.tidy()
             self.store.create("layout.json", _LAYOUT.dump_json(self.layout))
             log.flush()
             self.store.create("measured.json", json.dumps({"peak_bytes": log.peak_bytes}).encode())
@@ -246,10 +247,10 @@ class Run:
                 events("end", how=ended)
                 log.flush()
 
-    def note(self, kind: str, **facts: Any) -> None:
+    def note(self, kind: str, **payload: Any) -> None:
         """Add an event to the run's log."""
         log = EventLog(self.store)
-        Events(log)(kind, **facts)
+        Events(log)(kind, **payload)
         log.flush()
 
     def stored(self, key: str, made_by: str) -> dict[str, Any] | None:
@@ -273,7 +274,7 @@ class Run:
                         store_calibration(self.store, self.calibration)
                         self.note("repair", key=error.key, message=str(error), forgotten=[])
                         continue
-                    forgotten = self.ledger.forget(error.key)
+                    forgotten = self.run_store.forget(error.key)
                     if not forgotten:
                         raise
                     click.echo(f"damaged: {error.key}; it is made again", err=True)
@@ -293,14 +294,14 @@ class Run:
     def records(self) -> dict[Stage, dict[int, Record]]:
         """Every block's record, by pass."""
         indices = [block.index for block in self.layout.blocks]
-        found = {stage: self.ledger.records(stage, indices) for stage in PASSES}
+        found = {stage: self.run_store.records(stage, indices) for stage in PASSES}
         return {stage: {index: records[index] for index in indices} for stage, records in found.items()}
 
     @cached_property
     def table(self) -> CostTable:
         """Prices of every candidate; measures first when needed."""
         self.measure()
-        figures = {stage: {i: record.facts for i, record in found.items()} for stage, found in self.records.items()}
+        figures = {stage: {i: record.metrics for i, record in found.items()} for stage, found in self.records.items()}
         return from_figures(
             self.layout,
             self.config.formats,

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.events import Event, busy_shares, read_events
-from actors.ledger import Ledger
-from actors.messages import Stage
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import Stage
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.storage.lease import holder
 from prismaquant_ray.storage.store import Store
@@ -30,7 +30,7 @@ def run(uri: str) -> dict[str, Any]:
         if isinstance(error, StoreError) and store_exists(uri):
             raise
         raise InputError(f"{uri} is not a run store; give the store.run of a run") from error
-    ledger, events = Ledger(store), read_events(store)
+    run_store, events = RunStore(store), read_events(store)
     shards = [event for event in events if event.kind == "pass"]
     config = run_json["config"]
     current = holder(store)
@@ -39,8 +39,8 @@ def run(uri: str) -> dict[str, Any]:
         "model": config["model"]["source"],
         "state": _state(store, events, current is not None and not current.is_gone),
         "blocks": {
-            "encoded": len(ledger.recorded(Stage.FORWARD).done),
-            "priced": len(ledger.recorded(Stage.BACKWARD).done),
+            "encoded": len(run_store.recorded(Stage.FORWARD).done),
+            "priced": len(run_store.recorded(Stage.BACKWARD).done),
             "total": _total(store, events),
         },
         "driver": None if current is None else {"host": current.host, "pid": current.pid},
@@ -75,7 +75,7 @@ def _state(store: Store, events: list[Event], alive: bool) -> str:
 def _total(store: Store, events: list[Event]) -> int | None:
     if store.size("layout.json") is not None:
         return len(json.loads(store.get("layout.json"))["blocks"])
-    begun = [event.facts["model_blocks"] for event in events if event.kind == "shards"]
+    begun = [event.payload["model_blocks"] for event in events if event.kind == "shards"]
     return begun[-1] if begun else None
 
 
@@ -90,39 +90,39 @@ def _stage(events: list[Event], begin: int) -> dict[str, Any]:
     steps = [event for event in events[begin:end] if event.kind == "step"]
     finished = [event for event in events[begin:end] if event.kind == "shard"]
     seconds = (events[end].at if end < len(events) else steps[-1].at if steps else first.at) - first.at
-    tokens = sum(event.facts.get("tokens", 0) * event.facts["units"] for event in steps)
-    done = sum(len(event.facts["units"]) for event in finished)
-    left = first.facts["units"] - done
+    tokens = sum(event.payload.get("tokens", 0) * event.payload["units"] for event in steps)
+    done = sum(len(event.payload["units"]) for event in finished)
+    left = first.payload["units"] - done
     return {
-        "stage": first.facts["stage"],
-        "units": first.facts["units"],
+        "stage": first.payload["stage"],
+        "units": first.payload["units"],
         "done": done,
         "seconds": seconds,
         "eta": seconds / done * left if done and left else None,
         "token_blocks_per_second": tokens / seconds if seconds else 0.0,
         "bytes": {
-            kind: sum(event.facts.get(f"{kind}_bytes", 0) for event in steps) for kind in ("hop", "read", "written")
+            kind: sum(event.payload.get(f"{kind}_bytes", 0) for event in steps) for kind in ("hop", "read", "written")
         },
         "busy": busy_shares(steps),
-        "workers": {e.facts["worker"]: f"{e.facts['shard']} at {_at(e)}" for e in steps},
+        "workers": {e.payload["worker"]: f"{e.payload['shard']} at {_at(e)}" for e in steps},
     }
 
 
 def _at(event: Event) -> str:
-    microbatch = event.facts["microbatch"]
+    microbatch = event.payload["microbatch"]
     return "end" if microbatch is None else str(microbatch + 1)
 
 
 def _workers(events: list[Event]) -> list[dict[str, Any]]:
     begin = max((i for i, event in enumerate(events) if event.kind == "begin"), default=0)
-    lost = {event.facts["worker"] for event in events[begin:] if event.kind == "lost"}
+    lost = {event.payload["worker"] for event in events[begin:] if event.kind == "lost"}
     return [
-        {**_body(event), "lost": event.facts["worker"] in lost} for event in events[begin:] if event.kind == "worker"
+        {**_body(event), "lost": event.payload["worker"] in lost} for event in events[begin:] if event.kind == "worker"
     ]
 
 
 def _body(event: Event) -> dict[str, Any]:
-    return {"event": event.kind, "at": event.at, **event.facts}
+    return {"event": event.kind, "at": event.at, **event.payload}
 
 
 def render(result: dict[str, Any], console: Console) -> None:

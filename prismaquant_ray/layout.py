@@ -1,6 +1,6 @@
 """The parts of a model as names and shapes: blocks, Linears, and how Linears belong together.
 
-A layout is built from the configuration and the safetensors headers only (`models.inspect`). It is the one
+A layout is built from the configuration and the safetensors headers only (`models.layout_builder`). It is the one
 place where module names are parsed; everything after works with these objects.
 """
 
@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 EXPERT = "{}"
 
 
-class Kind(StrEnum):
+class BlockKind(StrEnum):
     """What a block is, and with it where it stands: images, then decoder, then what reads the decoder's output."""
 
     VISION = "vision"
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 
 #: Blocks with a loss of their own behind the last decoder layer: nothing reads what they put out.
-LEAVES = (Kind.DRAFT, Kind.HEAD)
+HEADS = (BlockKind.DRAFT, BlockKind.HEAD)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ class Block:
     """The smallest unit that is loaded and run, e.g. one decoder layer. `prefix` is its module path."""
 
     index: int
-    kind: Kind
+    kind: BlockKind
     prefix: str
     parameters: tuple[Parameter, ...]
     groups: tuple[FusedGroup, ...]
@@ -176,7 +176,7 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class View:
+class NameAlias:
     """What different runtimes call a part of module names, whole dotted words; `names` begins with the checkpoint's."""
 
     part: str
@@ -192,7 +192,7 @@ class Layout:
     """A model as the quantizer sees it.
 
     `embedding`, `pixels` and `head` name the tensors that the entry of the model, the entry of its vision tower and its
-    exit load (entry and exit share the embedding when it is tied). `kept` gives the reason for every matrix that
+    exit load (entry and exit share the embedding when it is tied). `ignored` gives the reason for every matrix that
     stays as it is, by module path. `guesses` is empty for a known family; otherwise it says what was assumed.
     `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets.
     """
@@ -203,9 +203,9 @@ class Layout:
     embedding: tuple[str, ...]
     pixels: tuple[str, ...]
     head: tuple[str, ...]
-    kept: dict[str, str]
+    ignored: dict[str, str]
     guesses: tuple[str, ...]
-    views: tuple[View, ...]
+    aliases: tuple[NameAlias, ...]
     hidden_size: int
     vocab_size: int
     image_token: int | None
@@ -226,7 +226,7 @@ class Layout:
         """Weights of all quantizable Linears: the denominator of bits per parameter."""
         return sum(group.parameters for group in self.groups)
 
-    def of(self, *kinds: Kind) -> tuple[Block, ...]:
+    def of(self, *kinds: BlockKind) -> tuple[Block, ...]:
         """Blocks of these kinds, in order."""
         return tuple(block for block in self.blocks if block.kind in kinds)
 
@@ -234,14 +234,14 @@ class Layout:
         """Every quantizable Linear, in order."""
         return (linear for group in self.groups for linear in group.linears)
 
-    def called(self, name: str) -> tuple[str, ...]:
+    def aliases_of(self, name: str) -> tuple[str, ...]:
         """Every name that a runtime may know a module of the checkpoint by, the checkpoint's own first."""
-        return called(name, self.views)
+        return aliases_of(name, self.aliases)
 
 
-def called(name: str, views: Iterable[View]) -> tuple[str, ...]:
-    """Every name that a runtime may know a module by, under these views; its own first."""
-    view = next((view for view in views if view.part_of(name)), None)
-    if view is None:
+def aliases_of(name: str, aliases: Iterable[NameAlias]) -> tuple[str, ...]:
+    """Every name that a runtime may know a module by, under these aliases; its own first."""
+    alias = next((alias for alias in aliases if alias.part_of(name)), None)
+    if alias is None:
         return (name,)
-    return tuple(f".{name}.".replace(f".{view.part}.", f".{other}.", 1).strip(".") for other in view.names)
+    return tuple(f".{name}.".replace(f".{alias.part}.", f".{other}.", 1).strip(".") for other in alias.names)

@@ -1,4 +1,4 @@
-"""Workers without Ray: plain ShardWorkers in this process behind the conductor's protocol, lost on demand."""
+"""Workers without Ray: plain ShardWorkers in this process behind the controller's protocol, lost on demand."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from actors.messages import WorkerSpec
-from actors.recovery import Cause
-from actors.shard_worker import ShardWorker
-from actors.workers import Call, Kind, Reply
+from actors.protocol import Call, CallKind, Reply
+from actors.schedule.recovery import Cause
+from actors.worker import ShardWorker
 from jobs.measure import Crew, OpenWorkers
 
 #: Asked before every call: raise to stop the driver, return a cause to lose the worker before it does anything.
@@ -29,7 +29,7 @@ class InProcessWorkers:
 
     def start(self, worker: str) -> None:
         self.alive[worker] = ShardWorker()
-        self.queue.append((worker, Call(kind=Kind.HELLO)))
+        self.queue.append((worker, Call(kind=CallKind.HELLO)))
 
     def submit(self, worker: str, call: Call) -> None:
         assert not any(name == worker for name, _ in self.queue), "one call in flight a worker"
@@ -48,16 +48,16 @@ class InProcessWorkers:
 
     def _call(self, name: str, call: Call) -> Reply:
         worker, output = self.alive[name], None
-        if call.kind is Kind.HELLO:
+        if call.kind is CallKind.HELLO:
             receipt = worker.hello()
-        elif call.kind is Kind.SETUP:
+        elif call.kind is CallKind.SETUP:
             receipt = worker.setup(replace(self.spec, name=name))
-        elif call.kind is Kind.DROP:
+        elif call.kind is CallKind.DROP:
             receipt = worker.drop()
-        elif call.kind is Kind.FINISH:
+        elif call.kind is CallKind.FINISH:
             receipt = worker.finish(call.shard, call.following)
-        elif call.kind is Kind.AHEAD:
-            receipt = worker.ahead(call.shard)
+        elif call.kind is CallKind.PREFETCH:
+            receipt = worker.prefetch(call.shard)
         else:
             output, receipt = worker.run(call.shard, call.microbatch, call.arriving)
             if output is not None:
@@ -81,7 +81,7 @@ def after(steps: int) -> Accident:
     left = iter(range(steps))
 
     def accident(worker: str, call: Call) -> None:
-        if call.kind in (Kind.RUN, Kind.FINISH) and next(left, None) is None:
+        if call.kind in (CallKind.RUN, CallKind.FINISH) and next(left, None) is None:
             raise KeyboardInterrupt
 
     return accident

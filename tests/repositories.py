@@ -22,7 +22,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Layout, LinearSpec, Matrix
-from prismaquant_ray.models.inspect import Scope, build
+from prismaquant_ray.models.layout_builder import Scope, build_layout
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.record import write_tensors
 from prismaquant_ray.storage.store import Store
@@ -92,7 +92,7 @@ def make_model(directory: Path, name: str, *, scope: Scope | None = None, **argu
     source = Checkpoint(Store(make(directory / "source", name, **arguments)))
     if scope is None:
         scope = everything(source, name) if name in FAMILIES else Scope()
-    layout = build(source, scope)[1]
+    layout = build_layout(source, scope)[1]
     return Model(source, layout, store_candidates(source, layout, Store(directory / "run")))
 
 

@@ -28,7 +28,7 @@ from prismaquant_ray.allocation.second_limit import LimitedSolver, SecondLimit
 from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Block, FusedGroup, Kind, Layout, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
 from tests.inprocess import in_process, unopened
 from tests.test_allocation import NAN, make, transformer
 from tests.test_pipeline import configuration
@@ -199,7 +199,7 @@ def a_layout() -> Layout:
         for i in range(2)
     ]
     blocks = tuple(
-        Block(index=i, kind=Kind.DECODER, prefix=f"layers.{i}", parameters=(), groups=found, source_bytes=0)
+        Block(index=i, kind=BlockKind.DECODER, prefix=f"layers.{i}", parameters=(), groups=found, source_bytes=0)
         for i, found in enumerate(groups)
     )
     return Layout(
@@ -209,9 +209,9 @@ def a_layout() -> Layout:
         embedding=(),
         pixels=(),
         head=(),
-        kept={"embed_tokens": "embedding: never quantized"},
+        ignored={"embed_tokens": "embedding: never quantized"},
         guesses=(),
-        views=(),
+        aliases=(),
         hidden_size=64,
         vocab_size=100,
         image_token=None,
@@ -224,7 +224,7 @@ FORMATS_USED = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 
 
 def sizes_of(formats: Sequence[FormatName] = FORMATS_USED, **serving: Any) -> Sizes:
-    return measure(LAYOUT, formats, kept_bytes=1000, other_bytes=50, **serving)
+    return measure(LAYOUT, formats, ignored_bytes=1000, other_bytes=50, **serving)
 
 
 def left(**allocation: Any) -> dict[str, set[str]]:

@@ -434,7 +434,7 @@ def test_the_card_has_the_plan_s_figures(dense: Config, tmp_path: Path) -> None:
     assert sum(entry.weight_bytes for entry in facts.formats) == plan["weight_bytes"]
     for name in plan["groups"]:
         assert sum(row.counts.get(name, 0) for row in facts.modules) == plan["groups"][name]
-    assert sum(sum(entry.names.values()) for entry in facts.kept) == len(run.layout.kept)
+    assert sum(sum(entry.names.values()) for entry in facts.kept) == len(run.layout.ignored)
     assert [row.target for row in facts.sweep] == ["5bpp", "6bpp", "7bpp"]
     assert [row.target for row in facts.sweep if row.chosen] == ["6bpp"]
     text = card(facts)
@@ -453,7 +453,7 @@ def test_rounding_ratios_are_those_of_the_matrices_that_ship(dense: Config, tmp_
         name: codecs
         for records in run.records.values()
         for r in records.values()
-        for name, codecs in r.facts.get("linears", {}).items()
+        for name, codecs in r.metrics.get("linears", {}).items()
     }
     for entry in facts.rounding:
         product, count = 1.0, 0
@@ -564,7 +564,9 @@ def test_every_part_of_a_model_is_described(everything: Run, tmp_path: Path) -> 
     assert {row.kind for row in facts.modules} == {
         "vision blocks", "vision merger", "decoder layers", "draft head", "output head",
     }  # fmt: skip
-    seen = [t for r in run.records.values() for record in r.values() for t in record.facts.get("experts", {}).values()]
+    seen = [
+        t for r in run.records.values() for record in r.values() for t in record.metrics.get("experts", {}).values()
+    ]
     assert facts.experts == Experts(
         layers=len(seen), each=len(seen[0]), fewest=min(map(min, seen)), unseen=sum(t.count(0) for t in seen)
     )

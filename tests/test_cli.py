@@ -149,7 +149,7 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
         "run.measure()\n"
         # Not ru_maxrss, which a child inherits from the process that forked it.
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
-        "print(int(peak) * 1024, run.needs.worker(1))\n"
+        "print(int(peak) * 1024, run.memory_plan.worker(1))\n"
     )
     peaks = {}
     shape = {"hidden": 512, "intermediate": 2048, "heads": 8, "kv_heads": 8, "head_dim": 64}
@@ -200,7 +200,7 @@ def test_a_workers_heap_keeps_no_logits_of_the_models_it_compares() -> None:
 
 def test_a_worker_reports_a_failure_as_a_record(tmp_path: Path) -> None:
     from actors.messages import WorkerSpec
-    from actors.shard_worker import ShardWorker
+    from actors.worker import ShardWorker
 
     config = configuration(tmp_path, make_checkpoint(tmp_path / "source", "llama"))
     spec = WorkerSpec(name="w", config=config, source=str(tmp_path / "source"), run=str(tmp_path))

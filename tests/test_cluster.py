@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.cluster import capacity, joins, worker_count
+from actors.connect import capacity, joins, worker_count
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from actors.messages import Stage
-from actors.recovery import Cause
-from actors.workers import Call, Kind
+from actors.protocol import Call, CallKind
+from actors.schedule.recovery import Cause
+from actors.schedule.units import Stage
 from jobs import evaluate
 from jobs.measure import OpenWorkers
 from prismaquant_ray.calibration.images import load_images
@@ -179,8 +179,8 @@ def test_the_draft_is_judged_by_what_its_own_model_says(quantized: Callable[[str
     positions = SEQUENCES * (LENGTH - 1)
     assert all(abs(share * positions - round(share * positions)) < 1e-6 for share in shares)
     # The source's figure is the one that the probe reports for a draft that is not quantized.
-    from prismaquant_ray.layout import Kind
-    from prismaquant_ray.models.inspect import Scope
+    from prismaquant_ray.layout import BlockKind
+    from prismaquant_ray.models.layout_builder import Scope
     from prismaquant_ray.models.runner import ModelRunner
 
     runner = ModelRunner(
@@ -191,9 +191,9 @@ def test_the_draft_is_judged_by_what_its_own_model_says(quantized: Callable[[str
     with torch.no_grad():
         with runner.entry():
             hidden = runner.embed(inputs)
-        for block in runner.layout.of(Kind.DECODER):
+        for block in runner.layout.of(BlockKind.DECODER):
             hidden = runner.run_block(block.index, runner.load_block(block.index), hidden, inputs)
-        (draft,) = runner.layout.of(Kind.DRAFT)
+        (draft,) = runner.layout.of(BlockKind.DRAFT)
         with runner.beside(draft.index):
             guessed = runner.draft_logits(runner.run_block(draft.index, runner.load_block(draft.index), hidden, inputs))
             spoken = runner.logits(hidden[:, 1:])
@@ -237,7 +237,7 @@ def losing(every: int) -> Callable[[str, Call], Cause | None]:
     seen = iter(range(10**6))
 
     def accident(worker: str, call: Call) -> Cause | None:
-        if call.kind in (Kind.RUN, Kind.FINISH) and next(seen) % every == every - 1:
+        if call.kind in (CallKind.RUN, CallKind.FINISH) and next(seen) % every == every - 1:
             return Cause.PROCESS
         return None
 
@@ -262,7 +262,7 @@ def test_workers_shards_and_losses_change_no_figure(
         case.evaluate(in_process(1, after(7), opened), store=store)
     assert case.evaluate(in_process(1, opened=opened), store=store) == expected
     before, again = (
-        [call for _, call in found.log if call.kind is Kind.FINISH and call.shard is not None] for found in opened
+        [call for _, call in found.log if call.kind is CallKind.FINISH and call.shard is not None] for found in opened
     )
     assert before, "some shards were finished when it stopped"
     assert not {call.shard.units for call in before} & {call.shard.units for call in again}

@@ -29,7 +29,7 @@ def step(worker: str, started: float, seconds: float, **facts: object) -> Event:
         "shard": "0000-0001",
         "units": 2,
     }
-    return Event(kind="step", at=started + seconds, facts={**body, "microbatch": 0, **facts})
+    return Event(kind="step", at=started + seconds, payload={**body, "microbatch": 0, **facts})
 
 
 def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None
         log = EventLog(store)
         Events(log)("begin", number=number)
         log.flush()
-    assert [(event.kind, event.facts) for event in read_events(store)] == [
+    assert [(event.kind, event.payload) for event in read_events(store)] == [
         ("begin", {"number": 0}),
         ("begin", {"number": 1}),
     ]
@@ -63,11 +63,11 @@ def test_a_log_shows_blocks_rate_bytes_eta_and_who_does_what() -> None:
     text = io.StringIO()
     shown = Progress(Console(file=text, width=200), None)
     facts = {"stage": "forward", "shards": 2, "units": 4, "produced": 4, "microbatches": 1, "steps": 4}
-    shown(Event(kind="pass", at=0.0, facts=facts))
+    shown(Event(kind="pass", at=0.0, payload=facts))
     shown(step("worker-0", 0, 1, tokens=64, hop_bytes=2_000_000))
-    shown(Event(kind="shard", at=1.0, facts={"stage": "forward", "units": [0, 1], "left": 1, "produced": 2}))
+    shown(Event(kind="shard", at=1.0, payload={"stage": "forward", "units": [0, 1], "left": 1, "produced": 2}))
     shown(
-        Event(kind="lost", at=1.0, facts={"worker": "worker-1", "cause": "its node is gone", "shard": "forward 0002"})
+        Event(kind="lost", at=1.0, payload={"worker": "worker-1", "cause": "its node is gone", "shard": "forward 0002"})
     )
     line, lost = text.getvalue().splitlines()
     assert line.startswith("forward 2/4  ")

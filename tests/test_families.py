@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.layout import Kind, Layout
+from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.models.experts import Routing
 from prismaquant_ray.models.families import FAMILIES as KNOWN
-from prismaquant_ray.models.inspect import Scope, build
+from prismaquant_ray.models.layout_builder import Scope, build_layout
 from prismaquant_ray.models.outline import Outline
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.storage.store import Store
@@ -58,14 +58,14 @@ class Streamed:
             if "pixel_values" in inputs:
                 with runner.pixels():
                     hidden = runner.patches(inputs)
-                features = self.through(hidden, Kind.VISION, Kind.MERGER)
+                features = self.through(hidden, BlockKind.VISION, BlockKind.MERGER)
             with runner.entry():
                 self.embedded = runner.embed(inputs, features)
-            self.last = self.through(self.embedded, Kind.DECODER)
+            self.last = self.through(self.embedded, BlockKind.DECODER)
             with runner.exit():
                 self.logits = runner.logits(self.last)
 
-    def through(self, hidden: Tensor, *kinds: Kind) -> Tensor:
+    def through(self, hidden: Tensor, *kinds: BlockKind) -> Tensor:
         for block in self.runner.layout.of(*kinds):
             self.entering[block.index] = hidden
             hidden = self.runner.run_block(block.index, self.runner.load_block(block.index), hidden, self.inputs)
@@ -77,10 +77,10 @@ class Streamed:
         last = self.last.detach().requires_grad_()
         with self.runner.exit():
             (gradient,) = torch.autograd.grad(self.runner.logits(last), last, direction)
-        for block in reversed(self.runner.layout.of(Kind.VISION, Kind.MERGER, Kind.DECODER)):
+        for block in reversed(self.runner.layout.of(BlockKind.VISION, BlockKind.MERGER, BlockKind.DECODER)):
             if block.index not in self.entering:
                 continue
-            if block.kind is Kind.MERGER:
+            if block.kind is BlockKind.MERGER:
                 gradient = gradient[self.inputs["input_ids"] == self.runner.layout.image_token]
             hidden = self.entering[block.index].detach().requires_grad_()
             output = self.runner.run_block(block.index, self.runner.load_block(block.index), hidden, self.inputs)
@@ -136,7 +136,7 @@ def test_streaming_gradients_equal_autograd_through_the_whole_model(families: Ma
         entered[-1].retain_grad()
         return (entered[-1], *args[1:])
 
-    for block in runner.layout.of(Kind.VISION, Kind.MERGER, Kind.DECODER):
+    for block in runner.layout.of(BlockKind.VISION, BlockKind.MERGER, BlockKind.DECODER):
         whole.get_submodule(block.prefix).register_forward_pre_hook(capture)
     for inputs in inputs_of(directory, runner):
         entered.clear()
@@ -175,7 +175,7 @@ def test_the_draft_head_is_the_formula_with_the_models_own_layer(families: Mappi
     directory = families[family]
     runner = runner_of(directory, family)
     streamed = Streamed(runner, {"input_ids": random_tokens(2, 24)})
-    (block,) = runner.layout.of(Kind.DRAFT)
+    (block,) = runner.layout.of(BlockKind.DRAFT)
     with torch.no_grad(), runner.beside(block.index):
         found = runner.run_block(block.index, runner.load_block(block.index), streamed.last, streamed.inputs)
         logits = runner.draft_logits(found)
@@ -230,10 +230,10 @@ def test_a_layout_accounts_for_every_tensor(families: Mapping[str, Path], family
     assert len(loaded) == len(set(loaded))
     sources = [source for group in layout.groups for linear in group.linears for source in linear.sources]
     matrices = {name for name, info in runner.checkpoint.tensors.items() if len(info.shape) > 1}
-    kept = {name for name in matrices if any(name.startswith(entry) for entry in layout.kept)}
+    kept = {name for name in matrices if any(name.startswith(entry) for entry in layout.ignored)}
     assert kept | set(sources) == matrices, "every matrix is quantizable or kept with a reason"
     assert not kept & set(sources)
-    assert all(reason for reason in layout.kept.values())
+    assert all(reason for reason in layout.ignored.values())
 
 
 def groups_of(layout: Layout, prefix: str) -> dict[str, list[str]]:
@@ -254,7 +254,9 @@ def test_fused_groups_are_those_of_the_runtime(families: Mapping[str, Path]) -> 
         "mlp.shared_expert.down_proj": ["mlp.shared_expert.down_proj"],
         "mlp.experts": [f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")],
     }
-    inputs = {entry.name: [matrix.name for matrix in entry.matrices] for entry in hybrid.of(Kind.DECODER)[0].inputs}
+    inputs = {
+        entry.name: [matrix.name for matrix in entry.matrices] for entry in hybrid.of(BlockKind.DECODER)[0].inputs
+    }
     attention = "model.language_model.layers.0.linear_attn"
     assert inputs[f"{attention}.in_proj_qkvz"] == [f"{attention}.in_proj_qkvz", f"{attention}.in_proj_ba"]
     assert groups_of(hybrid, "mtp.") == {
@@ -276,7 +278,7 @@ def test_fused_groups_are_those_of_the_runtime(families: Mapping[str, Path]) -> 
 
 
 def test_what_must_not_be_quantized_is_listed_with_its_reason(families: Mapping[str, Path]) -> None:
-    kept = runner_of(families["qwen3_5_moe"], "qwen3_5_moe").layout.kept
+    kept = runner_of(families["qwen3_5_moe"], "qwen3_5_moe").layout.ignored
     layer = "model.language_model.layers.0"
     for name, word in {
         "model.visual.patch_embed.proj": "pixels",
@@ -289,25 +291,25 @@ def test_what_must_not_be_quantized_is_listed_with_its_reason(families: Mapping[
         "model.language_model.embed_tokens": "embedding",
     }.items():
         assert word in kept[name]
-    assert "block_sparse_moe.gate" in str(runner_of(families["mixtral"], "mixtral").layout.kept)
-    assert "kv_b_proj" in str(runner_of(families["deepseek_v3"], "deepseek_v3").layout.kept)
-    assert "biases" in runner_of(families["gpt_oss"], "gpt_oss").layout.kept["model.layers.0.mlp.experts"]
+    assert "block_sparse_moe.gate" in str(runner_of(families["mixtral"], "mixtral").layout.ignored)
+    assert "kv_b_proj" in str(runner_of(families["deepseek_v3"], "deepseek_v3").layout.ignored)
+    assert "biases" in runner_of(families["gpt_oss"], "gpt_oss").layout.ignored["model.layers.0.mlp.experts"]
 
 
 def test_without_images_the_tower_stays_and_says_why(families: Mapping[str, Path]) -> None:
-    _, layout = build(Checkpoint(Store(families["qwen3_5"])))
-    assert not layout.of(Kind.VISION, Kind.MERGER)
+    _, layout = build_layout(Checkpoint(Store(families["qwen3_5"])))
+    assert not layout.of(BlockKind.VISION, BlockKind.MERGER)
     assert layout.image_token is None
-    assert "calibration.images" in layout.kept["model.visual.blocks.0.attn.qkv"]
-    assert "quantize_lm_head" in layout.kept["lm_head"]
+    assert "calibration.images" in layout.ignored["model.visual.blocks.0.attn.qkv"]
+    assert "quantize_lm_head" in layout.ignored["lm_head"]
 
 
 def test_a_head_that_cannot_be_quantized_is_refused(families: Mapping[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"quantize_lm_head is set, but the head stays: vLLM loads"):
-        build(Checkpoint(Store(families["gpt_oss"])), Scope(head=True))
+        build_layout(Checkpoint(Store(families["gpt_oss"])), Scope(head=True))
     tied = make_family(tmp_path / "tied", "qwen3_moe", tie_word_embeddings=True)
     with pytest.raises(InputError, match=r"tied to the embedding"):
-        build(Checkpoint(Store(tied)), Scope(head=True))
+        build_layout(Checkpoint(Store(tied)), Scope(head=True))
 
 
 def test_a_missing_expert_is_named(families: Mapping[str, Path], tmp_path: Path) -> None:
@@ -317,7 +319,7 @@ def test_a_missing_expert_is_named(families: Mapping[str, Path], tmp_path: Path)
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"experts\.3\.up_proj\.weight is missing"):
-        build(Checkpoint(Store(copy)))
+        build_layout(Checkpoint(Store(copy)))
 
 
 def test_more_than_one_draft_layer_is_kept(families: Mapping[str, Path], tmp_path: Path) -> None:
@@ -326,9 +328,9 @@ def test_more_than_one_draft_layer_is_kept(families: Mapping[str, Path], tmp_pat
     tensors = load_file(copy / "model.safetensors")
     tensors["mtp.layers.1.mlp.up_proj.weight"] = torch.ones(4, 4)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    _, layout = build(Checkpoint(Store(copy)))
-    assert not layout.of(Kind.DRAFT)
-    assert "more than one layer" in layout.kept["mtp.layers.0.mlp.up_proj"]
+    _, layout = build_layout(Checkpoint(Store(copy)))
+    assert not layout.of(BlockKind.DRAFT)
+    assert "more than one layer" in layout.ignored["mtp.layers.0.mlp.up_proj"]
 
 
 def test_a_mixture_without_a_family_is_guessed(families: Mapping[str, Path], tmp_path: Path) -> None:
@@ -379,7 +381,7 @@ def test_a_class_that_is_not_the_configurations_is_refused(
     body = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**body, key: value}))
     with pytest.raises(InputError, match="transformers"):
-        build(Checkpoint(Store(copy)))
+        build_layout(Checkpoint(Store(copy)))
 
 
 def test_experts_that_nothing_can_watch_stay_and_the_rest_goes_through(tmp_path: Path) -> None:
@@ -403,8 +405,8 @@ def test_experts_that_nothing_can_watch_stay_and_the_rest_goes_through(tmp_path:
     torch.manual_seed(0)
     Llama4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m", save_original_format=False)
     runner = ModelRunner(Checkpoint(Store(tmp_path / "m")), dtype=torch.float32, device=torch.device("cpu"))
-    (experts,) = [name for name in runner.layout.kept if name.endswith(".experts")]
-    assert "taken apart" in runner.layout.kept[experts]
+    (experts,) = [name for name in runner.layout.ignored if name.endswith(".experts")]
+    assert "taken apart" in runner.layout.ignored[experts]
     assert all(group.experts is None for group in runner.layout.groups)
     tokens = random_tokens(1, 16)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
@@ -415,11 +417,11 @@ def test_experts_that_nothing_can_watch_stay_and_the_rest_goes_through(tmp_path:
 
 def test_a_head_that_is_a_block_is_not_loaded_beside_itself(families: Mapping[str, Path]) -> None:
     runner = runner_of(families["qwen3_moe"], "qwen3_moe")
-    (block,) = runner.layout.of(Kind.HEAD)
+    (block,) = runner.layout.of(BlockKind.HEAD)
     hidden, inputs = torch.randn(1, 4, runner.layout.hidden_size), {"input_ids": random_tokens(1, 4)}
     module = runner.load_block(block.index)
     with torch.no_grad(), runner.beside(block.index):
-        assert runner.skeleton.model.get_output_embeddings().weight.is_meta
+        assert runner.meta_model.model.get_output_embeddings().weight.is_meta
         found = runner.run_block(block.index, module, hidden, inputs)
     with torch.no_grad(), runner.exit():
         assert torch.equal(found, runner.logits(hidden))
@@ -434,7 +436,7 @@ def test_a_scheme_inside_the_text_configuration_is_refused_at_once(
     body["text_config"]["quantization_config"] = {"quant_method": "gptq"}
     (copy / "config.json").write_text(json.dumps(body))
     with pytest.raises(InputError, match="already quantized"):
-        build(Checkpoint(Store(copy)))
+        build_layout(Checkpoint(Store(copy)))
 
 
 def test_an_outline_answers_for_shapes_and_reads_nothing(families: Mapping[str, Path], tmp_path: Path) -> None:
@@ -445,11 +447,11 @@ def test_an_outline_answers_for_shapes_and_reads_nothing(families: Mapping[str, 
         assert Outline.fits(Store(place))
         outline, whole = Outline(Store(place)), Checkpoint(Store(families[family]))
         scope = Scope(images=family in VISION_FAMILIES, head=True)
-        ours, theirs = build(outline, scope)[1], build(whole, scope)[1]
+        ours, theirs = build_layout(outline, scope)[1], build_layout(whole, scope)[1]
         assert [group.name for group in ours.groups] == [group.name for group in theirs.groups]
         assert [group.parameters for group in ours.groups] == [group.parameters for group in theirs.groups]
-        assert [block.source_bytes for block in ours.blocks if block.kind is not Kind.DECODER] == [
-            block.source_bytes for block in theirs.blocks if block.kind is not Kind.DECODER
+        assert [block.source_bytes for block in ours.blocks if block.kind is not BlockKind.DECODER] == [
+            block.source_bytes for block in theirs.blocks if block.kind is not BlockKind.DECODER
         ]
         with pytest.raises(InputError, match="a configuration and no weights"):
             outline.read(["lm_head.weight"])

@@ -19,7 +19,7 @@ from jobs.inspect import run as inspect
 from jobs.run import Run
 from prismaquant_ray.config import Config, load
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.layout import Kind
+from prismaquant_ray.layout import BlockKind
 from tests.inprocess import after, in_process
 from tests.test_pipeline import digests, quantized
 from tests.tiny import make_checkpoint, make_text
@@ -68,7 +68,7 @@ def test_every_family_goes_through(tmp_path: Path, families: Mapping[str, Path],
     assert written == original
     run = Run(config, open_workers=in_process())
     kinds = {block.kind for block in run.layout.blocks}
-    assert (Kind.VISION in kinds, Kind.DRAFT in kinds) == (bool(images), bool(images))
+    assert (BlockKind.VISION in kinds, BlockKind.DRAFT in kinds) == (bool(images), bool(images))
     summary = probe.summary(run)
     tokens = [entry["tokens"] for entry in summary["experts"].values()]
     assert bool(tokens) == ("moe" in family or family in ("mixtral", "deepseek_v3", "deepseek_v3_fp8"))

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from actors.events import read_events
-from actors.ledger import Ledger
-from actors.messages import PASSES
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import PASSES
 from prismaquant_ray.storage.store import Store
 from tests.conftest import summarise
 from tests.fault_proxy import FaultProxy
@@ -92,17 +92,17 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         return result
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event.facts for event in read_events(self.store) if event.kind == kind]
+        return [event.payload for event in read_events(self.store) if event.kind == kind]
 
     def records(self) -> dict[str, bytes]:
         return {key: self.store.get(key) for key in self.store.list() if key.endswith("/record.json")}
 
     def orphans(self) -> int:
         """Microbatches whose boundary was written by an attempt that left no record."""
-        ledger, kept = Ledger(self.store), set()
+        run_store, kept = RunStore(self.store), set()
         for stage in PASSES:
-            for unit in ledger.recorded(stage).boundaries:
-                kept |= {artifact.key for artifact in ledger.boundary(stage, unit).values()}
+            for unit in run_store.recorded(stage).boundaries:
+                kept |= {artifact.key for artifact in run_store.boundary(stage, unit).values()}
         return sum("/boundary-" in key and key not in kept for key in self.store.list())
 
     def is_right(self, repeated: int, at_most: int, harmed: Sequence[str] = ()) -> None:

@@ -19,7 +19,7 @@ from jobs.run import Run
 from prismaquant_ray.config import BudgetConfig, Config, load
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import fit_gains, knee_of
-from prismaquant_ray.layout import Kind
+from prismaquant_ray.layout import BlockKind
 from tests.inprocess import in_process, unopened
 from tests.tiny import make_checkpoint, make_text
 from tests.tiny_families import make_family
@@ -193,7 +193,9 @@ def test_a_draft_head_is_in_no_prediction_of_the_body(tmp_path: Path) -> None:
     plan = planning.allocate(run)
     result = frontier.measured_plan(run, plan)
     (entry,) = result["plans"]
-    drafts = [row for row, group in enumerate(run.layout.groups) if run.layout.block_of[group.name].kind is Kind.DRAFT]
+    drafts = [
+        row for row, group in enumerate(run.layout.groups) if run.layout.block_of[group.name].kind is BlockKind.DRAFT
+    ]
     columns = [run.table.formats.index(plan["choice"][group]) for group in run.table.groups]
     own = sum(run.table.token_fisher[row, columns[row]] for row in drafts)
     assert drafts
@@ -235,7 +237,7 @@ def test_a_damaged_candidate_is_made_again_and_changes_no_figure(measured: Measu
     (plan,) = [entry for entry in result["plans"] if entry["kind"] == "plan"]
     (expected,) = [entry for entry in measured.of("plan") if entry["target"] == "6.5bpp"]
     assert plan == expected
-    assert [event.facts["key"] for event in read_events(run.store) if event.kind == "repair"] == [victim]
+    assert [event.payload["key"] for event in read_events(run.store) if event.kind == "repair"] == [victim]
 
 
 def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Measured, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.allocation.second_limit import SecondLimit, solver
 from prismaquant_ray.config import AllocationConfig, Config
 from prismaquant_ray.errors import ConfigError, InputError, ResourceError
-from prismaquant_ray.layout import Kind
+from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.sensitivity.cost import half_squares, price
 from tests.inprocess import in_process, unopened
 from tests.test_allocation import NAN
@@ -310,13 +310,14 @@ def test_towers_and_drafts_keep_their_own_cost(tmp_path: Path, families: Mapping
     cost, pairs = found.split(found.total)
     assert cost == pytest.approx(run.table.token_fisher, rel=1e-9, abs=1e-15, nan_ok=True)
     of = {
-        kind: [i for i, g in enumerate(run.layout.groups) if run.layout.block_of[g.name].kind is kind] for kind in Kind
+        kind: [i for i, g in enumerate(run.layout.groups) if run.layout.block_of[g.name].kind is kind]
+        for kind in BlockKind
     }
     by_group = pairs.reshape(len(run.layout.groups), 3, len(run.layout.groups), 3)
-    for kind in (Kind.VISION, Kind.MERGER, Kind.DRAFT):
+    for kind in (BlockKind.VISION, BlockKind.MERGER, BlockKind.DRAFT):
         assert of[kind], "the model has one"
         assert not by_group[of[kind]].any()
-    assert by_group[np.ix_(of[Kind.DECODER], [0], of[Kind.HEAD], [0])].any()
+    assert by_group[np.ix_(of[BlockKind.DECODER], [0], of[BlockKind.HEAD], [0])].any()
 
 
 def test_too_large_a_matter_is_refused_with_its_size(measured: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Pat
     config = load(tmp_path / "config.yaml", overrides)
     result = assemble.run(config)
     assert result["total_bytes"] < size
-    steps = [event.facts for event in read_events(Store(config.store.run)) if event.kind == "step"]
+    steps = [event.payload for event in read_events(Store(config.store.run)) if event.kind == "step"]
     peaks = {
         worker: max(s["peak_bytes"] for s in steps if s["worker"] == worker) for worker in ("worker-0", "worker-1")
     }

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.models.capture import capture_activations
 from prismaquant_ray.models.families import FusedRule, family_of
-from prismaquant_ray.models.inspect import build, load_config
+from prismaquant_ray.models.layout_builder import build_layout, load_config
+from prismaquant_ray.models.meta_model import longest_layer_list
 from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.models.skeleton import longest_layer_list
-from prismaquant_ray.models.taps import tapped
 from prismaquant_ray.storage.store import Store
 from tests.tiny import ARCHITECTURES, make_checkpoint, random_tokens, read_config
 
@@ -56,7 +56,7 @@ def test_streaming_gradients_equal_autograd_through_the_whole_model(checkpoint: 
     runner = runner_of(checkpoint)
     whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     captured: list[Tensor] = []
-    for layer in whole.get_submodule(runner.skeleton.blocks_path):
+    for layer in whole.get_submodule(runner.meta_model.blocks_path):
         layer.register_forward_pre_hook(lambda _, args: captured.append(args[0]) or args[0].retain_grad())
     whole.requires_grad_(False)
     whole.get_input_embeddings().requires_grad_(True)
@@ -80,25 +80,25 @@ def test_streaming_gradients_equal_autograd_through_the_whole_model(checkpoint: 
 def test_weights_are_let_go_of(checkpoint: Path) -> None:
     runner = runner_of(checkpoint)
     streamed(runner, random_tokens(1, 8))
-    assert all(parameter.is_meta for parameter in runner.skeleton.model.parameters())
-    assert all(parameter.is_meta for layer in runner.skeleton.layers for parameter in layer.parameters())
+    assert all(parameter.is_meta for parameter in runner.meta_model.model.parameters())
+    assert all(parameter.is_meta for layer in runner.meta_model.layers for parameter in layer.parameters())
 
 
 def test_layout_holds_every_tensor_once(checkpoint: Path) -> None:
     source = Checkpoint(Store(checkpoint))
-    _, layout = build(source)
+    _, layout = build_layout(source)
     named = [*layout.embedding, *(name for block in layout.blocks for name in block.tensors)]
     assert set(named) | set(layout.head) == set(source.tensors)
     assert len(named) == len(set(named))
     assert not layout.guesses
     matrices = {name.removesuffix(".weight") for name, info in source.tensors.items() if len(info.shape) > 1}
     quantizable = {name for linear in layout.linears() for name in linear.names}
-    assert quantizable == matrices - layout.kept.keys()
-    assert layout.kept.keys() == {"model.embed_tokens", "lm_head"}
+    assert quantizable == matrices - layout.ignored.keys()
+    assert layout.ignored.keys() == {"model.embed_tokens", "lm_head"}
 
 
 def test_fused_groups_are_those_of_the_runtime(checkpoint: Path) -> None:
-    _, layout = build(Checkpoint(Store(checkpoint)))
+    _, layout = build_layout(Checkpoint(Store(checkpoint)))
     found = {group.name: [item.name.rpartition(".")[2] for item in group.linears] for group in layout.blocks[1].groups}
     assert found == {
         "model.layers.1.self_attn.qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -112,7 +112,7 @@ def test_a_wrong_fused_rule_is_found_by_running(tmp_path: Path, monkeypatch: pyt
     family = family_of("LlamaForCausalLM")
     assert family is not None
     wrong = replace(family, fused=(FusedRule(name="qo_proj", members=("q_proj", "o_proj")),))
-    monkeypatch.setattr("prismaquant_ray.models.inspect.family_of", lambda _: wrong)
+    monkeypatch.setattr("prismaquant_ray.models.layout_builder.family_of", lambda _: wrong)
     runner = runner_of(make_checkpoint(tmp_path / "m", "llama"))
     block = runner.layout.blocks[0]
     assert [linear.name.rpartition(".")[2] for linear in block.groups[0].linears] == ["q_proj", "o_proj"]
@@ -120,7 +120,7 @@ def test_a_wrong_fused_rule_is_found_by_running(tmp_path: Path, monkeypatch: pyt
     hidden, inputs = torch.zeros(1, 4, runner.layout.hidden_size), {"input_ids": random_tokens(1, 4)}
     with torch.no_grad():
         runner.run_block(0, module, hidden, inputs)
-        with pytest.raises(InputError, match=r"o_proj\S* does not read the tensor"), tapped(module, block):
+        with pytest.raises(InputError, match=r"o_proj\S* does not read the tensor"), capture_activations(module, block):
             runner.run_block(0, module, hidden, inputs)
         # Nothing is left of the hooks.
         runner.run_block(0, module, hidden, inputs)
@@ -138,7 +138,7 @@ def test_an_unknown_architecture_takes_the_generic_path_and_says_what_it_guessed
         num_key_value_heads=2,
     )
     StableLmForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
-    _, layout = build(Checkpoint(Store(tmp_path / "m")))
+    _, layout = build_layout(Checkpoint(Store(tmp_path / "m")))
     assert layout.family == "generic"
     assert any("model.layers" in guess for guess in layout.guesses)
     tokens = random_tokens(1, 16) % 64
@@ -163,7 +163,7 @@ def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path, change: di
     directory = make_checkpoint(tmp_path / "m", "llama")
     (directory / "config.json").write_text(json.dumps({**read_config(directory), **change}))
     with pytest.raises(InputError, match=message):
-        build(Checkpoint(Store(directory)))
+        build_layout(Checkpoint(Store(directory)))
 
 
 def test_a_nan_weight_is_named_when_its_block_is_loaded(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_model_without_a_list_of_layers_is_refused(tmp_path: Path) -> None:
     # GPT-2 has layers, but none of its matrices is a Linear.
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match="no Linear that could be quantized"):
-        build(Checkpoint(Store(tmp_path / "m")))
+        build_layout(Checkpoint(Store(tmp_path / "m")))
 
 
 def test_older_rotary_settings_are_read_as_transformers_reads_them(tmp_path: Path) -> None:

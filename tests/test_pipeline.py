@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from actors.events import read_events
-from actors.messages import Stage, unit_key
-from actors.recovery import Cause
-from actors.workers import Call, Kind
+from actors.protocol import Call, CallKind
+from actors.schedule.recovery import Cause
+from actors.schedule.units import Stage, unit_key
 from jobs import assemble, planning, probe, verify
 from jobs.measure import Crew
 from jobs.run import Run
@@ -151,7 +151,7 @@ def test_lost_workers_change_no_byte_of_a_model_with_everything(
     lost: list[str] = []
 
     def accident(worker: str, call: Call) -> Cause | None:
-        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < 6 and chance.random() < 0.08:
+        if call.kind in (CallKind.RUN, CallKind.FINISH) and len(lost) < 6 and chance.random() < 0.08:
             lost.append(worker)
             return Cause.NODE
         return None
@@ -186,7 +186,7 @@ def test_a_damaged_object_of_a_tower_a_draft_or_a_head_is_made_again(
     run = Run(config, open_workers=in_process(2))
     run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
     assert digests(config.store.output) == expected_of_seeing
-    repairs = [event.facts["key"] for event in read_events(run.store) if event.kind == "repair"]
+    repairs = [event.payload["key"] for event in read_events(run.store) if event.kind == "repair"]
     assert [Path(key).match(victim) for key in repairs] == [True]
 
 
@@ -235,9 +235,9 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     config = configuration(tmp_path, source, "cluster.blocks_per_shard=1")
 
     def never_finish(worker: str, call: Call) -> None:
-        if call.kind is Kind.FINISH and (call.shard.stage, call.shard.units) == (stage, (unit,)):
+        if call.kind is CallKind.FINISH and (call.shard.stage, call.shard.units) == (stage, (unit,)):
             waiting = opened[-1].queue
-            if all(other.kind not in (Kind.RUN, Kind.FINISH) for _, other in waiting):
+            if all(other.kind not in (CallKind.RUN, CallKind.FINISH) for _, other in waiting):
                 raise KeyboardInterrupt
             waiting.append((worker, call))
             raise _Later
@@ -265,7 +265,7 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     assert config.store.run / str(stage) / unit_key(unit) / "record.json" not in recorded
     again: list[Any] = []
     Run(config, open_workers=in_process(2, opened=again)).measure()
-    run = [call.shard.units for _, call in again[0].log if call.kind is Kind.FINISH and call.shard.stage is stage]
+    run = [call.shard.units for _, call in again[0].log if call.kind is CallKind.FINISH and call.shard.stage is stage]
     assert run == [(unit,)]
     assert {path: path.read_bytes() for path in recorded} == recorded
     quantized(config)
@@ -287,7 +287,7 @@ def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
     most = 2 if cause is Cause.PROCESS else 4  # a shard that loses three workers by itself ends the run
 
     def accident(worker: str, call: Call) -> Cause | None:
-        if call.kind in (Kind.RUN, Kind.FINISH) and len(lost) < most and chance.random() < 0.08:
+        if call.kind in (CallKind.RUN, CallKind.FINISH) and len(lost) < most and chance.random() < 0.08:
             lost.append(worker)
             return cause
         return None
@@ -480,10 +480,10 @@ def test_stored_vectors_reproduce_the_prices(finished: Config) -> None:
 
     run = Run(finished)
     for block in run.layout.blocks:
-        record = run.ledger.record(Stage.BACKWARD, block.index)
+        record = run.run_store.record(Stage.BACKWARD, block.index)
         vectors = read_tensors(run.store, record.artifacts["vectors"])
         for group in block.groups:
-            for name, price in record.facts["groups"][group.name].items():
+            for name, price in record.metrics["groups"][group.name].items():
                 p = vectors[f"{group.name}|{name}"].double()
                 assert p.shape == (8 * 32,)
                 assert 0.5 * float(p.square().mean()) == pytest.approx(price["cost"], rel=1e-6)

@@ -26,12 +26,12 @@ from prismaquant_ray.checkpoint.decoded_candidates import own
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import LEAVES, Block, FusedGroup, Kind
-from prismaquant_ray.models.inspect import Scope
+from prismaquant_ray.layout import HEADS, Block, BlockKind, FusedGroup
+from prismaquant_ray.models.layout_builder import Scope
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
-from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, LeafVisit
+from prismaquant_ray.rounding.forward_pass import BlockForward
+from prismaquant_ray.sensitivity.backward_pass import BlockBackward, HeadBackward
 from prismaquant_ray.sensitivity.fisher import IGNORED, Loss, sample
 from prismaquant_ray.sensitivity.pricing import BlockSensitivity
 from prismaquant_ray.sensitivity.table import from_figures
@@ -47,7 +47,7 @@ SEED = 7
 
 @dataclass
 class Probed:
-    """A tiny model after both passes, by the core's own visits."""
+    """A tiny model after both passes, by the core's own block passes."""
 
     runner: ModelRunner
     calibration: CalibrationSet
@@ -82,48 +82,48 @@ class Probed:
         sighted = [m for m, batch in enumerate(self.batches) if "pixel_values" in batch.inputs]
 
         def forward(block: Block, microbatches: list[int]) -> None:
-            visit = ForwardVisit(runner, block.index, USED, Rounding())
+            block_pass = BlockForward(runner, block.index, USED, Rounding())
             entering[block.index] = {m: hidden[m] for m in microbatches}
             for m in microbatches:
-                output = visit.run(hidden[m], self.batches[m])
-                if block.kind not in LEAVES:
+                output = block_pass.run(hidden[m], self.batches[m])
+                if block.kind not in HEADS:
                     hidden[m] = output
-            candidates = visit.finish()
+            candidates = block_pass.finish()
             self.tensors[block.index], self.forward[block.index] = candidates.tensors, candidates.figures
 
         with torch.no_grad():
             if sighted:
                 with runner.pixels():
                     hidden |= {m: runner.patches(self.batches[m].inputs) for m in sighted}
-            for block in layout.of(Kind.VISION, Kind.MERGER):
+            for block in layout.of(BlockKind.VISION, BlockKind.MERGER):
                 forward(block, sighted)
             with runner.entry():
                 for m, batch in enumerate(self.batches):
                     hidden[m] = runner.embed(batch.inputs, hidden.get(m))
             every = list(range(len(self.batches)))
-            for block in layout.of(Kind.DECODER):
+            for block in layout.of(BlockKind.DECODER):
                 forward(block, every)
             texts = [m for m in every if m not in sighted]
-            for block in layout.of(*LEAVES):
+            for block in layout.of(*HEADS):
                 with runner.beside(block.index):
-                    forward(block, texts if block.kind is Kind.DRAFT else every)
+                    forward(block, texts if block.kind is BlockKind.DRAFT else every)
         loss = self.loss()
         gradient: dict[int, Tensor] = {}
         with runner.exit():
             for m, batch in enumerate(self.batches):
                 gradient[m], _ = loss.gradient(runner.logits, hidden[m], batch)
-        for block in reversed(layout.of(Kind.VISION, Kind.MERGER, Kind.DECODER)):
-            visit = BackwardVisit(runner, block.index, USED, self.tensors[block.index])
+        for block in reversed(layout.of(BlockKind.VISION, BlockKind.MERGER, BlockKind.DECODER)):
+            block_pass = BlockBackward(runner, block.index, USED, self.tensors[block.index])
             for m, x in entering[block.index].items():
-                visit.forward(x, self.batches[m])
-                gradient[m] = visit.backward(gradient[m], self.batches[m])
-            self.found[block.index] = visit.finish(self.calibration.positions)
-        for block in layout.of(*LEAVES):
+                block_pass.forward(x, self.batches[m])
+                gradient[m] = block_pass.backward(gradient[m], self.batches[m])
+            self.found[block.index] = block_pass.finish(self.calibration.positions)
+        for block in layout.of(*HEADS):
             with runner.beside(block.index):
-                leaf = LeafVisit(runner, block.index, USED, self.tensors[block.index], loss)
+                head = HeadBackward(runner, block.index, USED, self.tensors[block.index], loss)
                 for m, x in entering[block.index].items():
-                    leaf.run(x, self.batches[m])
-                self.found[block.index] = leaf.finish(self.calibration.positions)
+                    head.run(x, self.batches[m])
+                self.found[block.index] = head.finish(self.calibration.positions)
 
     def loss(self) -> Loss:
         layout = self.runner.layout
@@ -231,9 +231,9 @@ class Perturbed:
 
 def parts(probed: Probed, name: str) -> list[FusedGroup]:
     """One group of each sort in each part of the model, so that the reference stays fast."""
-    found: dict[tuple[Kind, str], FusedGroup] = {}
+    found: dict[tuple[BlockKind, str], FusedGroup] = {}
     for block in probed.runner.layout.blocks:
-        if block.kind is Kind.DRAFT:
+        if block.kind is BlockKind.DRAFT:
             continue
         for group in block.groups:
             found.setdefault((block.kind, group.name.rpartition(".")[2]), group)
@@ -250,7 +250,7 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
     for group in parts(probed, name):
         block = probed.runner.layout.block_of[group.name]
         sees = [b for b in probed.batches if "pixel_values" in b.inputs]
-        batches = sees if block.kind in (Kind.VISION, Kind.MERGER) else list(probed.batches)
+        batches = sees if block.kind in (BlockKind.VISION, BlockKind.MERGER) else list(probed.batches)
         if f"{group.name}|{name}" not in probed.found[block.index].vectors:
             continue  # the shape does not allow the format
         tensors = probed.tensors[block.index][name]
@@ -272,7 +272,7 @@ def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probe
     """Σ p_t = ⟨∂L/∂W, ΔW⟩ for CE against tokens sampled from the draft, two ahead, by autograd through the draft."""
     probed = probes["qwen3_5_moe"]
     runner = probed.runner
-    (block,) = runner.layout.of(Kind.DRAFT)
+    (block,) = runner.layout.of(BlockKind.DRAFT)
     module = runner.load_block(block.index)
     texts = [batch for batch in probed.batches if "pixel_values" not in batch.inputs]
     for name in ("mtp.layers.0.self_attn.qkv_proj", "mtp.layers.0.mlp.shared_expert.down_proj"):
@@ -309,7 +309,7 @@ def hidden_of(probed: Probed, batch: Batch) -> Tensor:
     with torch.no_grad():
         with runner.entry():
             hidden = runner.embed(batch.inputs)
-        for block in runner.layout.of(Kind.DECODER):
+        for block in runner.layout.of(BlockKind.DECODER):
             hidden = runner.run_block(block.index, runner.load_block(block.index), hidden, batch.inputs)
     return hidden
 
@@ -329,7 +329,7 @@ def test_data_labels_of_the_draft_are_two_tokens_ahead() -> None:
 def test_agreement_of_the_draft_is_counted_as_it_is_and_in_every_format(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_5_moe"]
     runner = probed.runner
-    (block,) = runner.layout.of(Kind.DRAFT)
+    (block,) = runner.layout.of(BlockKind.DRAFT)
     agreement = probed.found[block.index].figures["agreement"]
     assert list(agreement) == ["BF16", "INT4", "NVFP4", "MXFP8"]
     agreed = seen = 0
@@ -352,27 +352,27 @@ def test_a_weight_on_the_draft_scales_its_prices_only(probes: Mapping[str, Probe
     backward = {index: found.figures for index, found in probed.found.items()}
     once, tenth = (from_figures(layout, USED, probed.forward, backward, draft_weight=w) for w in (1.0, 0.1))
     for row, group in enumerate(layout.groups):
-        factor = 0.1 if layout.block_of[group.name].kind is Kind.DRAFT else 1.0
+        factor = 0.1 if layout.block_of[group.name].kind is BlockKind.DRAFT else 1.0
         np.testing.assert_allclose(tenth.token_fisher[row], factor * once.token_fisher[row], rtol=1e-12)
         np.testing.assert_allclose(tenth.fisher_trace[row], factor * once.fisher_trace[row], rtol=1e-12)
 
 
 def test_a_tower_without_a_gradient_is_an_error(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_5_moe"]
-    block = probed.runner.layout.of(Kind.VISION)[0]
-    visit = BackwardVisit(probed.runner, block.index, USED, probed.tensors[block.index])
+    block = probed.runner.layout.of(BlockKind.VISION)[0]
+    block_pass = BlockBackward(probed.runner, block.index, USED, probed.tensors[block.index])
     batch = next(batch for batch in probed.batches if "pixel_values" in batch.inputs)
     with probed.runner.pixels(), torch.no_grad():
         patches = probed.runner.patches(batch.inputs)
-    output = visit.forward(patches, batch)
-    visit.backward(torch.zeros_like(output), batch)
+    output = block_pass.forward(patches, batch)
+    block_pass.backward(torch.zeros_like(output), batch)
     with pytest.raises(InputError, match=r"visual\.blocks\.0\.\S+: its gradient is zero"):
-        visit.finish(100)
+        block_pass.finish(100)
 
 
 def test_experts_are_counted_and_a_cold_one_is_sound(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_moe"]
-    for block in probed.runner.layout.of(Kind.DECODER):
+    for block in probed.runner.layout.of(BlockKind.DECODER):
         (tokens,) = probed.forward[block.index]["experts"].values()
         assert sum(tokens) == 2 * probed.calibration.positions
         figures = probed.forward[block.index]["linears"][f"{block.prefix}.mlp.experts.{{}}.gate_proj"]["nvfp4"]

@@ -31,8 +31,8 @@ from prismaquant_ray.checkpoint.routing import (
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
-from prismaquant_ray.layout import Block, FusedGroup, Kind, Layout, LinearSpec, Matrix, View
-from prismaquant_ray.models import inspect
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, NameAlias
+from prismaquant_ray.models import layout_builder
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Choice, everything, mixed, mixed_choice, uniform
 from tests.tiny_families import FAMILIES, make_family
@@ -57,7 +57,7 @@ def layout_of(
     width: int = 256,
     kept: Mapping[str, str] | None = None,
     experts: int = 0,
-    views: tuple[View, ...] = (),
+    views: tuple[NameAlias, ...] = (),
 ) -> Layout:
     """Attention fused, an MLP pair fused, and o_proj and down_proj alone; down_proj is 160 wide.
 
@@ -88,7 +88,7 @@ def layout_of(
             matrices = (matrix_of(f"{parent}.gate_up_proj", gate, up), matrix_of(f"{parent}.down_proj", down))
             groups.append(FusedGroup(name=parent, matrices=matrices))
         block = Block(
-            index=index, kind=Kind.DECODER, prefix=prefix, parameters=(), groups=tuple(groups), source_bytes=0
+            index=index, kind=BlockKind.DECODER, prefix=prefix, parameters=(), groups=tuple(groups), source_bytes=0
         )
         blocks.append(block)
     return Layout(
@@ -100,7 +100,7 @@ def layout_of(
         head=(),
         kept=dict(kept if kept is not None else {"lm_head": "output head"}),
         guesses=(),
-        views=views,
+        aliases=views,
         hidden_size=width,
         vocab_size=64,
         image_token=None,
@@ -150,7 +150,7 @@ class Skeleton(nn.Module):
 
 
 LAYOUT = layout_of(12)
-MIXTURE = layout_of(4, experts=3, views=(View(part="model", names=("model", "language_model.model")),))
+MIXTURE = layout_of(4, experts=3, aliases=(NameAlias(part="model", names=("model", "language_model.model")),))
 
 
 @given(choices(LAYOUT))
@@ -182,7 +182,7 @@ def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) 
         chosen = {linear: scheme_of(choice[group.name], linear) for linear in group.linears}
         for linear, scheme in chosen.items():
             for module in linear.names:
-                for called in layout.called(module):
+                for called in layout.aliases_of(module):
                     assert seen.setdefault(called, module) == module
                     assert len(named_groups(config, called)) == (scheme is not None)
                     assert is_ignored(config, called) is (scheme is None)
@@ -190,13 +190,13 @@ def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) 
                         assert (schemes[route] if route else None) == scheme
         scheme = chosen[group.linears[0]]
         if group.experts is None:
-            routes = [vllm_route(config, name, fused=fused_mapping(layout)) for name in layout.called(group.name)]
+            routes = [vllm_route(config, name, fused=fused_mapping(layout)) for name in layout.aliases_of(group.name)]
         else:
-            names = zip(*(layout.called(linear.names[0]) for linear in group.linears), strict=True)
+            names = zip(*(layout.aliases_of(linear.names[0]) for linear in group.linears), strict=True)
             routes = [experts_route(config, called) for called in names]
         assert [schemes[route] if route else None for route in routes] == [scheme] * len(routes)
-    for kept in layout.kept:
-        for called in layout.called(kept):
+    for kept in layout.ignored:
+        for called in layout.aliases_of(kept):
             assert named_groups(config, called) == set()
             assert is_ignored(config, called)
             assert transformers_route(config, called) is vllm_route(config, called) is None
@@ -388,7 +388,7 @@ def family_layout(directory: Path, family: str, layers: int | None, depth: int |
     if depth is not None:
         overrides["vision_config"] = {"depth": depth}
     source = Checkpoint(Store(make_family(directory, family, **overrides)))
-    return inspect.build(source, everything(source, family))[1]
+    return layout_builder.build_layout(source, everything(source, family))[1]
 
 
 @pytest.mark.parametrize("formats", [mixed_choice, mixed])
@@ -429,7 +429,7 @@ def test_a_module_is_a_target_by_each_name_that_a_runtime_has_for_it(
     family: str, name: str, others: list[str], layouts: Layouts
 ) -> None:
     layout = layouts(family)
-    assert layout.called(name) == (name, *others)
+    assert layout.aliases_of(name) == (name, *others)
     chosen = next(group for group in layout.groups if any(name in linear.names for linear in group.linears))
     for other, expected in ((FormatName.BF16, FormatName.FP8), (FormatName.FP8, FormatName.BF16)):
         config = built(layout, uniform(layout, other) | {chosen.name: expected})
@@ -443,11 +443,11 @@ def test_a_module_is_a_target_by_each_name_that_a_runtime_has_for_it(
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
 def test_a_decoder_pattern_never_reaches_a_draft_nor_a_drafts_the_decoder(family: str, layouts: Layouts) -> None:
     layout = layouts(family)
-    (draft,) = layout.of(Kind.DRAFT)
+    (draft,) = layout.of(BlockKind.DRAFT)
     own = {group.name for group in draft.groups}
     places = {
         linear.name.partition(".layers.")[2].partition(".")[2].replace("{}", "5")
-        for block in layout.of(Kind.DECODER, Kind.DRAFT)
+        for block in layout.of(BlockKind.DECODER, BlockKind.DRAFT)
         for linear in block.linears
     }
     assert len(places) > 10
@@ -456,13 +456,13 @@ def test_a_decoder_pattern_never_reaches_a_draft_nor_a_drafts_the_decoder(family
         config = built(layout, {group.name: inside if group.name in own else outside for group in layout.groups})
         beyond = [f"mtp.layers.{index}.{place}" for index in range(1, 40) for place in places]
         beyond += [f"{prefix}mtp.layers.0.{place}" for prefix in ("model.", "language_model.") for place in places]
-        beyond += [f"mtp.{prefix}.layers.0.{place}" for prefix in layout.views[0].names for place in places]
+        beyond += [f"mtp.{prefix}.layers.0.{place}" for prefix in layout.aliases[0].names for place in places]
         for name in beyond:
             assert named_groups(config, name) == set(), name
             assert vllm_route(config, name) is transformers_route(config, name) is None
-        for block in layout.of(Kind.DECODER, Kind.DRAFT):
+        for block in layout.of(BlockKind.DECODER, BlockKind.DRAFT):
             for linear in block.linears:
-                for called in layout.called(linear.names[-1]):
+                for called in layout.aliases_of(linear.names[-1]):
                     assert bool(named_groups(config, called)) is ((block is draft) is in_draft), called
 
 
@@ -497,7 +497,7 @@ def test_targets_match_exactly_the_modules_they_were_made_from_in_every_view(dat
     assert len(made) <= 10
     for linear in linears:
         for module in linear.names:
-            called = MIXTURE.called(module)
+            called = MIXTURE.aliases_of(module)
             assert len(called) == 2
             assert [sum(bool(re.match(target[3:], name)) for target in made) for name in called] == [
                 int(linear.name in names)

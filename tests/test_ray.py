@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.cluster import connected, worker_count
+from actors.connect import connected, worker_count
 from actors.events import Event, read_events
 from actors.messages import WorkerSpec
-from actors.recovery import Cause
+from actors.schedule.recovery import Cause
 from jobs import assemble, planning
 from jobs.measure import Crew, ray_crew
 from jobs.run import Run
@@ -98,9 +98,9 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
         def kill(event: Event) -> None:
             """As the kernel would, once two shards are finished."""
             if event.kind == "worker":
-                pids.append(event.facts["pid"])
+                pids.append(event.payload["pid"])
             if event.kind == "shard":
-                finished.append(event.facts["shard"])
+                finished.append(event.payload["shard"])
                 if len(finished) == 2:
                     killed.append(pids[-1])
                     os.kill(pids[-1], signal.SIGKILL)
@@ -115,14 +115,14 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     assemble.build(run, planning.allocate(run))
     assert killed
     assert digests(config.store.output) == expected
-    lost = [event.facts for event in read_events(run.store) if event.kind == "lost"]
+    lost = [event.payload for event in read_events(run.store) if event.kind == "lost"]
     assert [entry["cause"] for entry in lost] == [Cause.PROCESS]
 
 
 def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_path: Path, source: Path) -> None:
     import ray
 
-    from actors.cluster import connected
+    from actors.connect import connected
 
     config = load_with(tmp_path, source, "cluster.workers=2")
     with connected(config.cluster):

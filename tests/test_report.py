@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.events import Event
-from actors.messages import Stage
+from actors.schedule.units import Stage
 from jobs import planning, report
 from jobs.__main__ import cli
 from jobs.run import Run
@@ -88,7 +88,7 @@ def test_costs_are_those_of_the_records_and_their_parts_too(everything: Run, fou
     weights = {"draft": everything.config.allocation.mtp_weight}
     for row, name in enumerate(groups["name"]):
         block = everything.layout.block_of[name]
-        record = everything.records[Stage.BACKWARD][block.index].facts["groups"][name]
+        record = everything.records[Stage.BACKWARD][block.index].metrics["groups"][name]
         for format_, price in record.items():
             weight = weights.get(str(block.kind), 1.0)
             for key in ("cost", "standard_error", "weight_cost", "activation_cost"):
@@ -101,13 +101,13 @@ def test_costs_are_those_of_the_records_and_their_parts_too(everything: Run, fou
 def test_parts_of_a_cost_that_records_lack_are_not_filled_in(everything: Run) -> None:
     backward = {
         index: {
-            **record.facts,
+            **record.metrics,
             "groups": {
                 group: {
                     name: {key: value for key, value in price.items() if not key.endswith("_cost")}
                     for name, price in prices.items()
                 }
-                for group, prices in record.facts["groups"].items()
+                for group, prices in record.metrics["groups"].items()
             },
         }
         for index, record in everything.records[Stage.BACKWARD].items()
@@ -146,7 +146,7 @@ def test_rounding_gains_are_ratios_of_held_out_errors(everything: Run, found: di
     shipped: dict[str, list[float]] = {}
     by_name = {(entry["linear"], entry["codec"]): entry for entry in found["rounding"]["linears"]}
     for record in everything.records[Stage.FORWARD].values():
-        for linear, codecs in record.facts["linears"].items():
+        for linear, codecs in record.metrics["linears"].items():
             for codec, figures in codecs.items():
                 entry = by_name.pop((linear, codec))
                 methods, errors = figures["method"], figures["holdout_error"]
@@ -174,7 +174,7 @@ def test_experts_are_counted_as_recorded(everything: Run, found: dict[str, Any])
     recorded = {
         name: tokens
         for record in everything.records[Stage.FORWARD].values()
-        for name, tokens in record.facts["experts"].items()
+        for name, tokens in record.metrics["experts"].items()
     }
     assert {entry["group"]: entry["tokens"] for entry in found["experts"]} == recorded
     assert recorded
@@ -196,7 +196,7 @@ def test_cold_experts_are_told_from_unseen_ones(everything: Run) -> None:
 
 def test_the_draft_head_is_shown_as_measured(everything: Run, found: dict[str, Any]) -> None:
     (block,) = everything.layout.of("draft")  # type: ignore[arg-type]
-    recorded = everything.records[Stage.BACKWARD][block.index].facts
+    recorded = everything.records[Stage.BACKWARD][block.index].metrics
     assert found["draft"]["agreement"] == recorded["agreement"]
     assert set(recorded["agreement"]) == {"NVFP4", "MXFP8", "BF16"}
     assert found["draft"]["tokens"] == recorded["tokens"]
@@ -216,18 +216,18 @@ def test_every_format_has_a_letter_and_a_colour_of_its_own() -> None:
 def test_timings_are_those_of_the_steps() -> None:
     def step(at: float, worker: str, shard: str, started: float, seconds: float, **more: Any) -> Event:
         body = {"worker": worker, "shard": shard, "started": started, "seconds": seconds, "units": 2, "peak_bytes": 7}
-        return Event(kind="step", at=at, facts={**body, "stage": "forward", "microbatch": 0, **more})
+        return Event(kind="step", at=at, payload={**body, "stage": "forward", "microbatch": 0, **more})
 
     events = [
         Event(kind="begin", at=99.0),
-        Event(kind="pass", at=100.0, facts={"stage": "forward", "units": 4}),
+        Event(kind="pass", at=100.0, payload={"stage": "forward", "units": 4}),
         step(103.0, "a", "0000-0001", 101.0, 2.0, tokens=10, hop_bytes=5),
         step(106.0, "b", "0002-0003", 103.0, 3.0, tokens=10, hop_bytes=6),
         step(109.0, "a", "0000-0001", 107.0, 2.0, read_bytes=8, written_bytes=9),
         Event(kind="end", at=110.0),
         # A pass that began and was stopped before anything was done has nothing to show.
         Event(kind="begin", at=200.0),
-        Event(kind="pass", at=201.0, facts={"stage": "backward", "units": 4}),
+        Event(kind="pass", at=201.0, payload={"stage": "backward", "units": 4}),
     ]
     found = report.timings(events)
     assert found["attempts"] == 2

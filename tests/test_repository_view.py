@@ -21,7 +21,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.repository import RepositoryView
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.inspect import Scope, build
+from prismaquant_ray.models.layout_builder import Scope, build_layout
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.storage.store import Store
 from tests.compressed import (
@@ -120,7 +120,7 @@ def test_it_is_the_model_that_compressed_tensors_loads(name: str, source: Path, 
     assert {key: (info.dtype, info.shape) for key, info in view.tensors.items()} == {
         key: (info.dtype, info.shape) for key, info in plain.tensors.items()
     }
-    assert shapes(build(view)[1]) == shapes(build(plain)[1])
+    assert shapes(build_layout(view)[1]) == shapes(build_layout(plain)[1])
     model = load_decompressed(tmp_path / "repository")
     weights = view.read(view.tensors)
     for key, tensor in weights.items():
@@ -197,7 +197,7 @@ def test_several_groups_and_the_output_head(source: Path, tmp_path: Path) -> Non
     for key, tensor in view.read(view.tensors).items():
         assert raw(tensor) == raw(model.get_parameter(key)), key
     for scope in (Scope(), Scope(head=True)):
-        assert shapes(build(view, scope)[1]) == shapes(build(Checkpoint(Store(source)), scope)[1])
+        assert shapes(build_layout(view, scope)[1]) == shapes(build_layout(Checkpoint(Store(source)), scope)[1])
 
 
 def test_what_is_not_quantized_is_the_repositorys_own(source: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_repositories_of_ours_decode_as_dequantize_decodes_them(family: str, tmp
         report = model.write(repository, choice)
         view = view_of(repository)
         scope = everything(model.source, family)
-        assert shapes(build(view, scope)[1]) == shapes(build(model.source, scope)[1])
+        assert shapes(build_layout(view, scope)[1]) == shapes(build_layout(model.source, scope)[1])
         QuantizedRepository(Store(repository)).write(Store(tmp_path / f"copy{number}"))
         copy = Checkpoint(Store(tmp_path / f"copy{number}"))
         assert {name: (info.dtype, info.shape) for name, info in view.tensors.items()} == {
@@ -332,7 +332,7 @@ def test_a_cache_in_eight_bits_is_noted_and_its_scales_are_no_tensors(source: Pa
     view = view_of(repository)
     assert view.notes[0] == "the keys and values of the cache are not rounded (kv_cache_scheme)"
     assert view.tensors.keys() == Checkpoint(Store(source)).tensors.keys()
-    assert not build(view)[1].guesses
+    assert not build_layout(view)[1].guesses
     with pytest.raises(InputError, match="kv_cache_scheme, which BF16 weights cannot express"):
         QuantizedRepository(Store(repository))
 

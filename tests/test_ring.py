@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.ring import FINISH, Ring, Step
+from actors.schedule.ring import FINISH, Ring, Step
 
 SHAPE = {"shards": st.integers(1, 9), "microbatches": st.integers(1, 6), "workers": st.integers(1, 5)}
 
@@ -37,7 +37,7 @@ def drive(ring: Ring, workers: int, seed: int, losses: int = 0) -> list[tuple[st
             if worker not in flying and (step := ring.next(worker)) is not None:
                 flying[worker] = step
         if not flying:
-            # Every worker waits for a lost shard: the one with the last shard gives it up, as the conductor does.
+            # Every worker waits for a lost shard: the one with the last shard gives it up, as the controller does.
             blocking = ring.blocking()
             assert blocking, "deadlock"
             worker = max(ring.held, key=lambda name: ring.held[name])
@@ -199,16 +199,16 @@ def test_shards_that_read_from_one_run_side_by_side() -> None:
 def test_a_worker_that_has_nothing_to_run_expects_the_first_shard_that_no_other_does() -> None:
     ring = ring_of(5, 2)
     assert ring.next("a") == Step(0, 0)
-    assert [ring.ahead(name) for name in ("b", "c", "b", "a")] == [1, 2, None, 3]
+    assert [ring.prefetch(name) for name in ("b", "c", "b", "a")] == [1, 2, None, 3]
     assert ring.released("b") is None
-    assert ring.ahead("c") == 1, "what a lost worker expected is free again, and comes first"
-    assert ring.ahead("d") == 2
+    assert ring.prefetch("c") == 1, "what a lost worker expected is free again, and comes first"
+    assert ring.prefetch("d") == 2
 
 
 def test_who_expects_a_shard_is_asked_first_and_takes_it() -> None:
     ring = ring_of(4, 1)
     ring.next("d")
-    assert (ring.ahead("c"), ring.ahead("b"), ring.ahead("a")) == (1, 2, 3)
+    assert (ring.prefetch("c"), ring.prefetch("b"), ring.prefetch("a")) == (1, 2, 3)
     ring.done("d", Step(0, 0))
     assert ring.order(["a", "b", "c", "d"]) == ["c", "a", "b", "d"]
     # Nobody waits for a reader that is busy: reading ahead is no claim.
@@ -219,7 +219,7 @@ def test_who_expects_a_shard_is_asked_first_and_takes_it() -> None:
 
 def test_of_several_shards_a_worker_takes_the_one_it_expects_and_else_one_that_nobody_does() -> None:
     ring = Ring([[0]] * 4, [{}] * 4)
-    assert [ring.ahead(name) for name in "ab"] == [0, 1]
+    assert [ring.prefetch(name) for name in "ab"] == [0, 1]
     assert ring.next("b") == Step(1, 0)
     assert ring.next("c") == Step(2, 0)
     assert ring.next("a") == Step(0, 0)

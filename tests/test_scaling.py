@@ -11,24 +11,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.conductor import Call, Conductor, Kind, Reply
-from actors.course import Course
+from actors.controller import Call, CallKind, Controller, Reply
 from actors.events import Event, Events
-from actors.messages import PASSES, Exit, Receipt, Shard, Stage
-from actors.shards import blocks_per_shard
+from actors.messages import Receipt
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.shards import blocks_per_shard
+from actors.schedule.units import PASSES, Exit, Shard, Stage
 from benchmarks.scaling import durations_of, makespan, repeated
 from benchmarks.simulation import (
     Calibration,
     Cost,
     Durations,
     busy_workers,
+    first_run,
     outlook,
     predicted,
     row,
     shard_cost,
     shard_fill,
     simulate,
-    visits,
     whole_run,
 )
 from prismaquant_ray import __version__
@@ -53,7 +54,7 @@ class VirtualWorkers:
         self.order = 0
         self.queue: list[tuple[float, int, Reply]] = []
         self.heads: set[str] = set()
-        self.ahead: dict[str, tuple[Shard, float]] = {}
+        self.prefetched: dict[str, tuple[Shard, float]] = {}
 
     def clock(self) -> float:
         return self.now
@@ -62,7 +63,7 @@ class VirtualWorkers:
         self._reply(0.0, worker, {"version": __version__}, self.now)
 
     def submit(self, worker: str, call: Call) -> None:
-        if call.kind is Kind.SETUP:
+        if call.kind is CallKind.SETUP:
             self._reply(0.0, worker, {"device": "cpu"}, self.now)
             return
         assert call.shard is not None
@@ -72,10 +73,10 @@ class VirtualWorkers:
 
     def _seconds(self, worker: str, call: Call, shard: Shard, started: float) -> float:
         cost, units = self.durations.of(shard), len(shard.units)
-        if call.kind is Kind.AHEAD:
+        if call.kind is CallKind.PREFETCH:
             self._read(worker, shard, started)
             return 0.0
-        if call.kind is Kind.FINISH:
+        if call.kind is CallKind.FINISH:
             self._read(worker, call.following, started)
             return units * cost.finish
         load = 0.0
@@ -83,19 +84,19 @@ class VirtualWorkers:
             load = 0.0 if worker in self.heads else cost.load
             self.heads.add(worker)
         elif call.microbatch == shard.microbatches[0]:
-            expected, ready = self.ahead.pop(worker, (None, 0.0))
+            expected, ready = self.prefetched.pop(worker, (None, 0.0))
             load = max(0.0, ready - started) if expected == shard else units * cost.load
         return units * cost.microbatch + load
 
     def _read(self, worker: str, shard: Shard | None, started: float) -> None:
         """Blocks are read by a thread, one shard at a time."""
         if shard is None or not isinstance(shard.units[0], int):
-            self.ahead.pop(worker, None)
+            self.prefetched.pop(worker, None)
         else:
-            self.ahead[worker] = shard, started + len(shard.units) * self.durations.of(shard).load
+            self.prefetched[worker] = shard, started + len(shard.units) * self.durations.of(shard).load
 
     def _reply(self, seconds: float, worker: str, facts: dict[str, Any], started: float) -> None:
-        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, facts=facts)
+        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, metrics=facts)
         self.order += 1
         entry = (started + seconds, self.order, Reply(worker=worker, receipt=receipt, output=worker))
         heapq.heappush(self.queue, entry)
@@ -115,12 +116,12 @@ class VirtualWorkers:
 
 
 def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tuple[float, list[Event]]:
-    """When the conductor that runs use has driven a pass, and its step events."""
+    """When the controller that runs use has driven a pass, and its step events."""
     log: list[Event] = []
     virtual = VirtualWorkers(durations)
-    conductor = Conductor(virtual, Events(log.append), wanted=workers, timeout=1e9, first=1e9, clock=virtual.clock)
-    conductor.wait_for_first()
-    conductor.run_pass(shards)
+    controller = Controller(virtual, Events(log.append), wanted=workers, timeout=1e9, first=1e9, clock=virtual.clock)
+    controller.wait_for_first()
+    controller.run_pass(shards)
     return virtual.now, [event for event in log if event.kind == "step"]
 
 
@@ -158,13 +159,13 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
         found = simulate(shards, durations, workers)
         assert found.seconds == pytest.approx(seconds)
         # Events round to a tenth of a millisecond.
-        assert found.work == pytest.approx(sum(event.facts["seconds"] for event in steps), abs=1e-4 * len(steps))
+        assert found.work == pytest.approx(sum(event.payload["seconds"] for event in steps), abs=1e-4 * len(steps))
 
 
 @settings(max_examples=40)
 @given(
-    course=st.builds(
-        Course,
+    graph=st.builds(
+        PassGraph,
         decoder=st.integers(1, 6),
         texts=st.integers(1, 5),
         vision=st.integers(1, 4),
@@ -177,14 +178,14 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
     durations=DURATIONS,
 )
 def test_the_simulation_takes_that_time_with_images_and_leaves_too(
-    course: Course, limit: int, workers: int, durations: Durations
+    graph: PassGraph, limit: int, workers: int, durations: Durations
 ) -> None:
     for stage in PASSES:
-        shards = visits(course, limit).of(stage)
+        shards = first_run(graph, limit).of(stage)
         seconds, steps = conducted(shards, durations, workers)
         found = simulate(shards, durations, workers)
         assert found.seconds == pytest.approx(seconds)
-        assert found.work == pytest.approx(sum(event.facts["seconds"] for event in steps), abs=1e-4 * len(steps))
+        assert found.work == pytest.approx(sum(event.payload["seconds"] for event in steps), abs=1e-4 * len(steps))
 
 
 @settings(max_examples=100)
@@ -275,7 +276,7 @@ def test_durations_are_found_again_in_a_log() -> None:
     assert found.call == pytest.approx(REALISTIC.call, abs=3e-4)
     assert repeated(log) == 0
     assert repeated([*log, log[0]]) == 1
-    forward = [event for event in log if event.facts["stage"] == "forward"]
+    forward = [event for event in log if event.payload["stage"] == "forward"]
     assert makespan(forward) == pytest.approx(simulate(whole_run(12, 8, 2).forward, REALISTIC, 1).seconds, abs=0.003)
 
 

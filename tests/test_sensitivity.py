@@ -19,8 +19,8 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import ForwardVisit
-from prismaquant_ray.sensitivity.backward_pass import BackwardVisit, BlockSensitivity
+from prismaquant_ray.rounding.forward_pass import BlockForward
+from prismaquant_ray.sensitivity.backward_pass import BlockBackward, BlockSensitivity
 from prismaquant_ray.sensitivity.cost import half_squares, price
 from prismaquant_ray.sensitivity.fisher import Labels, Loss, sample
 from prismaquant_ray.storage.store import Store
@@ -30,9 +30,9 @@ FORMATS_USED = (FormatName.NVFP4, FormatName.NVFP4A16, FormatName.MXFP8, FormatN
 SEQUENCES, LENGTH, SEED = 4, 24, 7
 
 
-def backward(visit: BackwardVisit, hidden: Tensor, gradient: Tensor, batch: Batch) -> Tensor:
-    visit.forward(hidden, batch)
-    return visit.backward(gradient, batch)
+def backward(block_pass: BlockBackward, hidden: Tensor, gradient: Tensor, batch: Batch) -> Tensor:
+    block_pass.forward(hidden, batch)
+    return block_pass.backward(gradient, batch)
 
 
 def loss_of(runner: ModelRunner, labels: Labels, seed: int) -> Loss:
@@ -51,10 +51,10 @@ class Probed:
             hidden = [self.runner.embed(batch.inputs) for batch in batches]
         entering, self.candidates = [], []
         for index in range(len(self.runner.layout.blocks)):
-            visit = ForwardVisit(self.runner, index, FORMATS_USED, Rounding())
+            block_pass = BlockForward(self.runner, index, FORMATS_USED, Rounding())
             entering.append(hidden)
-            hidden = [visit.run(each, batch) for each, batch in zip(hidden, batches, strict=True)]
-            self.candidates.append(visit.finish())
+            hidden = [block_pass.run(each, batch) for each, batch in zip(hidden, batches, strict=True)]
+            self.candidates.append(block_pass.finish())
         loss = loss_of(self.runner, labels, SEED)
         with self.runner.exit():
             exits = [
@@ -64,12 +64,12 @@ class Probed:
         gradients = [gradient for gradient, _ in exits]
         self.sensitivity: dict[int, BlockSensitivity] = {}
         for index in reversed(range(len(entering))):
-            visit = BackwardVisit(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
+            block_pass = BlockBackward(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
             gradients = [
-                backward(visit, each, gradient, batch)
+                backward(block_pass, each, gradient, batch)
                 for each, gradient, batch in zip(entering[index], gradients, batches, strict=True)
             ]
-            self.sensitivity[index] = visit.finish(self.tokens.numel())
+            self.sensitivity[index] = block_pass.finish(self.tokens.numel())
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +297,9 @@ def test_no_loss_is_taken_where_an_image_would_have_to_be_predicted(labels: Labe
 
 
 def test_a_gradient_that_does_not_arrive_is_an_error(directory: Path, probed: Probed) -> None:
-    visit = BackwardVisit(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
+    block_pass = BlockBackward(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
     hidden = torch.randn(1, 8, probed.runner.layout.hidden_size)
     (batch,) = CalibrationSet(tokens=random_tokens(1, 8), holdout=torch.zeros(1, dtype=torch.bool)).batches(1)
-    backward(visit, hidden, torch.zeros_like(hidden), batch)
+    backward(block_pass, hidden, torch.zeros_like(hidden), batch)
     with pytest.raises(InputError, match="gradient is zero"):
-        visit.finish(8)
+        block_pass.finish(8)

@@ -27,7 +27,7 @@ from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import LinearSpec
-from prismaquant_ray.models.inspect import build
+from prismaquant_ray.models.layout_builder import build_layout
 from prismaquant_ray.rounding.scale_search import nearest
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
@@ -161,7 +161,7 @@ def test_unknown_tensors_and_other_dtypes_pass_through(tmp_path: Path) -> None:
 
 def make_model_from(source: Path, tmp_path: Path) -> Model:
     checkpoint = Checkpoint(Store(source))
-    layout = build(checkpoint)[1]
+    layout = build_layout(checkpoint)[1]
     return Model(checkpoint, layout, store_candidates(checkpoint, layout, Store(tmp_path / "run")))
 
 

@@ -34,7 +34,7 @@ CARD_BYTES = 1 << 15
 class Sizes:
     """Bytes of every candidate: `weights` (groups, formats) int64 counts codes and group scales, `stored` also scalars.
 
-    `allowed` is False where a group cannot take a format, or must not. `kept` are the tensors that stay as they are,
+    `allowed` is False where a group cannot take a format, or must not. `ignored` are the tensors that stay as they are,
     `fixed` everything the repository holds beside candidates, those among it. `serving` is what a server holds beside
     the tensors, when that was asked; `second` the limit on BF16, when there is one.
     """
@@ -43,7 +43,7 @@ class Sizes:
     weights: NDArray[np.int64]
     stored: NDArray[np.int64]
     allowed: NDArray[np.bool_]
-    kept: int
+    ignored: int
     fixed: int
     parameters: int
     serving: Serving | None = None
@@ -79,7 +79,7 @@ class Sizes:
 
     def _vram_limit(self, budget: BudgetConfig, vram: int, smallest: int, largest: int) -> int:
         assert self.serving is not None
-        room = self.serving.room(vram) - self.kept
+        room = self.serving.room(vram) - self.ignored
         if room >= smallest:
             return min(room, largest)
         cache, tokens = self.serving.cache_bytes, f"{self.serving.sequences} × {self.serving.context} tokens"
@@ -94,7 +94,7 @@ class Sizes:
 
     def loaded(self, choice_stored: int) -> int:
         """Bytes of all tensors as a server loads them, with so many of candidates."""
-        return self.kept + choice_stored
+        return self.ignored + choice_stored
 
     def bpp(self, choice_weights: int) -> float:
         """Bits per quantizable parameter for that many bytes of codes and scales."""
@@ -105,11 +105,11 @@ def measure(
     layout: Layout,
     formats: Sequence[FormatName],
     *,
-    kept_bytes: int,
+    ignored_bytes: int,
     other_bytes: int,
     serving: Serving | None = None,
 ) -> Sizes:
-    """Sizes of every candidate. `kept_bytes` are those of unquantized tensors, the others their entries and files.
+    """Sizes of every candidate. `ignored_bytes` are those of unquantized tensors, the others their entries and files.
 
     Raises InputError when a group can take none of the formats, or a format no group.
     """
@@ -140,8 +140,8 @@ def measure(
         weights=weights,
         stored=stored,
         allowed=allowed,
-        kept=kept_bytes,
-        fixed=kept_bytes + other_bytes + names + _FIXED_BYTES + CARD_BYTES,
+        ignored=ignored_bytes,
+        fixed=ignored_bytes + other_bytes + names + _FIXED_BYTES + CARD_BYTES,
         parameters=layout.parameters,
         serving=serving,
     )

@@ -111,9 +111,9 @@ def _matched(layout: Layout, rule: FormatRule, where: str) -> Sequence[int]:
             rows.append(row)
     if rows:
         return rows
-    kept = next((name for name in layout.kept if fnmatchcase(name, rule.match)), None)
+    kept = next((name for name in layout.ignored if fnmatchcase(name, rule.match)), None)
     if kept is not None:
-        raise InputError(f"{where}: matches {kept}, which stays as it is ({layout.kept[kept]}); remove it")
+        raise InputError(f"{where}: matches {kept}, which stays as it is ({layout.ignored[kept]}); remove it")
     raise InputError(f"{where}: matches nothing; {layout.groups[0].name} is the name of a group")
 
 

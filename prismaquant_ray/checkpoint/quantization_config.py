@@ -25,7 +25,7 @@ def build(layout: Layout, choice: Choice) -> dict[str, Any] | None:
     check_choice(layout, choice)
     members: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
-    ignored = list(layout.kept)
+    ignored = list(layout.ignored)
     for name, linears in linears_by_format(layout, choice).items():
         for linear in linears:
             scheme = scheme_of(name, linear)
@@ -105,7 +105,7 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
         prefix = next((prefix for prefix in _parents(name) if prefix in prefixes), None)
         stem, _, index = prefixes.get(prefix or "", ("", "", ""))
         if prefix is None or not index.isdecimal():
-            exact = EXPERT not in name and len(layout.called(name)) == 1
+            exact = EXPERT not in name and len(layout.aliases_of(name)) == 1
             alone.append(name if exact else f"re:^{_spelled(layout, name)}$")
         else:
             places.setdefault((stem, name.removeprefix(f"{prefix}.")), []).append(index)
@@ -118,11 +118,11 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
 
 def _spelled(layout: Layout, name: str) -> str:
     """A pattern for a dotted name, or a part of one, under every name that runtimes have for it."""
-    view = next((view for view in layout.views if view.part_of(name)), None)
-    if view is None:
+    alias = next((alias for alias in layout.aliases if alias.part_of(name)), None)
+    if alias is None:
         return re.escape(name).replace(re.escape(EXPERT), r"\d+")
-    before, _, after = f".{name}.".partition(f".{view.part}.")
-    spelled = f"({'|'.join(re.escape(other) for other in view.names)})"
+    before, _, after = f".{name}.".partition(f".{alias.part}.")
+    spelled = f"({'|'.join(re.escape(other) for other in alias.names)})"
     return r"\.".join(
         [
             *([_spelled(layout, before.strip("."))] if before else []),

@@ -24,7 +24,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.int4 import WIDTHS
-from prismaquant_ray.layout import LinearSpec, View, called
+from prismaquant_ray.layout import LinearSpec, NameAlias, aliases_of
 from prismaquant_ray.models.families import family_of
 
 # A tensor of such a name makes its module a quantized one.
@@ -216,13 +216,13 @@ def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Colle
         if info.name not in left_out:
             parent, _, suffix = info.name.rpartition(".")
             by_module.setdefault(parent, {})[suffix] = info
-    views = _views(source)
+    aliases = _aliases(source)
     for name, tensors in by_module.items():
         weight = tensors.get("weight")
         coded = not tensors.keys().isdisjoint(_MARKS) or (weight is not None and weight.dtype in _CODES)
         if not coded and not (weight is not None and len(weight.shape) == 2 and _is_named(scheme, name)):
             continue
-        routes = (vllm_route(scheme, each) for each in called(name, views))
+        routes = (vllm_route(scheme, each) for each in aliases_of(name, aliases))
         route = next((route for route in routes if route is not None), None)
         if route is None:
             raise InputError(
@@ -253,9 +253,9 @@ def modules_of(source: Checkpoint) -> tuple[Module, ...]:
     return tuple(found)
 
 
-def _views(source: Checkpoint) -> tuple[View, ...]:
+def _aliases(source: Checkpoint) -> tuple[NameAlias, ...]:
     family = family_of(str(next(iter(source.config.get("architectures") or ()), "")))
-    return family.views if family is not None else ()
+    return family.aliases if family is not None else ()
 
 
 def _is_named(scheme: Mapping[str, Any], module: str) -> bool:

@@ -1,7 +1,7 @@
 """Which config group each module gets: under vLLM's rules and under compressed-tensors' (which transformers runs).
 
 vLLM's rules are re-stated from its `compressed_tensors/utils.py` (0.32); compressed-tensors' own functions are
-called. Where runtimes call a module by several names (`Layout.called`), every rule is applied to each of them.
+called. Where runtimes call a module by several names (`Layout.aliases_of`), every rule is applied to each of them.
 """
 
 from __future__ import annotations
@@ -141,20 +141,20 @@ def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, mo
                 yield from _wrong(config, "vLLM", name, route, schemes[group.linears[0].name])
         for linear in group.linears:
             for name in dict.fromkeys([linear.names[0], linear.names[-1]]):
-                for called in layout.called(name):
-                    route = transformers_route(config, called)
-                    yield from _wrong(config, "transformers", called, route, schemes[linear.name])
-    for kept in layout.kept:
-        for name in layout.called(kept):
+                for alias in layout.aliases_of(name):
+                    route = transformers_route(config, alias)
+                    yield from _wrong(config, "transformers", alias, route, schemes[linear.name])
+    for ignored in layout.ignored:
+        for name in layout.aliases_of(ignored):
             yield from _wrong(config, "vLLM", name, vllm_route(config, name), None)
             yield from _wrong(config, "transformers", name, transformers_route(config, name), None)
-    linears = dict.fromkeys(layout.kept, False)  # name → quantized
+    linears = dict.fromkeys(layout.ignored, False)  # name → quantized
     for group in layout.groups:
         quantized = FORMATS[choice[group.name]].codec is not None
         linears |= {name: quantized for linear in group.linears for name in linear.names}
     for name in dict.fromkeys([*linears, *modules]):
-        for called in layout.called(name):
-            yield from _named(config, called, linears.get(name))
+        for alias in layout.aliases_of(name):
+            yield from _named(config, alias, linears.get(name))
 
 
 def _vllm_routes(
@@ -162,14 +162,14 @@ def _vllm_routes(
 ) -> Iterator[tuple[str | InputError | None, str]]:
     """What vLLM gives a group under each of its names, or why it refuses."""
     names = [group.name] if group.experts is None else [linear.names[0] for linear in group.linears]
-    for called in zip(*(layout.called(name) for name in names), strict=True):
+    for aliases in zip(*(layout.aliases_of(name) for name in names), strict=True):
         try:
             if group.experts is None:
-                yield vllm_route(config, called[0], fused=fused), called[0]
+                yield vllm_route(config, aliases[0], fused=fused), aliases[0]
             else:
-                yield experts_route(config, called), called[0]
+                yield experts_route(config, aliases), aliases[0]
         except InputError as error:
-            yield error, called[0]
+            yield error, aliases[0]
 
 
 def _named(config: Mapping[str, Any], name: str, quantized: bool | None) -> Iterator[str]:

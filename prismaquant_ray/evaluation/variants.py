@@ -18,7 +18,7 @@ from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder
 from prismaquant_ray.evaluation.roundings import InputRounding
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Block, Kind
+from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.models.runner import ModelRunner
 
 #: The stored candidates of a block in a format, by shipped name.
@@ -99,13 +99,13 @@ class Variants:
     def head_of(self, row: int) -> Iterator[None]:
         """The output head of a row's runner is the row's own; inside `resident` of what holds the head."""
         runner = self.runners[row]
-        with replaced(runner.skeleton.model, self._heads[row], runner.dtype):
+        with replaced(runner.meta_model.model, self._heads[row], runner.dtype):
             yield
 
     @cached_property
     def _heads(self) -> list[Replacements]:
         """Exits come one by one, for a microbatch each: what is decoded for one serves all."""
-        heads = self.source.layout.of(Kind.HEAD)
+        heads = self.source.layout.of(BlockKind.HEAD)
         return self._replacements(heads[0]) if heads else self._head_roundings(self.source.head_name)
 
     def _runner(self, variant: Variant) -> ModelRunner:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.reader import INDEX, SINGLE, Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.draft import DraftHead
 from prismaquant_ray.models.families import Family, family_of
-from prismaquant_ray.models.inspect import architecture_of, load_config
-from prismaquant_ray.models.skeleton import Skeleton, build_on_meta
+from prismaquant_ray.models.layout_builder import architecture_of, load_config
+from prismaquant_ray.models.meta_model import MetaModel, build_on_meta
+from prismaquant_ray.models.mtp_head import DraftHead
 from prismaquant_ray.storage.store import Store
 
 
@@ -61,8 +61,8 @@ def _shapes(outline: Outline) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield _renamed(family, name), tuple(tensor.shape)
     text = outline.config.get("text_config") or outline.config
     if family is not None and family.draft is not None and text.get("mtp_num_hidden_layers"):
-        skeleton = Skeleton(config, architecture, blocks_path=family.blocks, vision=family.vision)
-        for name, tensor in DraftHead(skeleton).state_dict().items():
+        meta_model = MetaModel(config, architecture, blocks_path=family.blocks, vision=family.vision)
+        for name, tensor in DraftHead(meta_model).state_dict().items():
             yield f"{family.draft}.{name}", tuple(tensor.shape)
 
 

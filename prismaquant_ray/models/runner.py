@@ -1,4 +1,4 @@
-"""Loading a block's weights from the checkpoint into the skeleton, running it, and letting go of them again."""
+"""Loading a block's weights from the checkpoint into the meta model, running it, and letting go of them again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
-from prismaquant_ray.layout import Block, Kind
-from prismaquant_ray.models.ahead import Ahead
-from prismaquant_ray.models.draft import DraftHead
-from prismaquant_ray.models.inspect import Scope, build
-from prismaquant_ray.models.skeleton import Inputs
+from prismaquant_ray.layout import Block, BlockKind
+from prismaquant_ray.models.layout_builder import Scope, build_layout
+from prismaquant_ray.models.meta_model import Inputs
+from prismaquant_ray.models.mtp_head import DraftHead
+from prismaquant_ray.models.prefetch import Prefetcher
 
 
 class ModelRunner:
@@ -37,11 +37,11 @@ class ModelRunner:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.skeleton, self.layout = build(checkpoint, scope)
+        self.meta_model, self.layout = build_layout(checkpoint, scope)
         #: Weights of blocks, by index, as `load_block` takes them.
-        self.ahead: Ahead[int, dict[str, Tensor]] = Ahead(self._read_block)
-        self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is Kind.DECODER)
-        for module in self.skeleton.model.modules():
+        self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
+        self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is BlockKind.DECODER)
+        for module in self.meta_model.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(device))
@@ -53,7 +53,7 @@ class ModelRunner:
         block = self.layout.blocks[index]
         module = self._new(block)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-        weights = self.ahead.take(index)
+        weights = self.prefetcher.get(index)
         state = {
             parameter.name: _joined([weights.pop(name) for name in parameter.tensors], shapes[parameter.name])
             for parameter in block.parameters
@@ -68,21 +68,21 @@ class ModelRunner:
 
     def _new(self, block: Block) -> nn.Module:
         """The block's module on the meta device."""
-        if block.kind is Kind.DECODER:
-            return self.skeleton.new_layer(block.index - self._first_decoder)
-        if block.kind is Kind.VISION:
-            return copy.deepcopy(self.skeleton.vision_layers[block.index])
-        if block.kind is Kind.MERGER:
-            return cast(nn.Module, copy.deepcopy(self.skeleton.merger))
-        if block.kind is Kind.DRAFT:
-            return DraftHead(self.skeleton)
-        return nn.ModuleDict({self.head_name: copy.deepcopy(self.skeleton.model.get_output_embeddings())})
+        if block.kind is BlockKind.DECODER:
+            return self.meta_model.new_layer(block.index - self._first_decoder)
+        if block.kind is BlockKind.VISION:
+            return copy.deepcopy(self.meta_model.vision_layers[block.index])
+        if block.kind is BlockKind.MERGER:
+            return cast(nn.Module, copy.deepcopy(self.meta_model.merger))
+        if block.kind is BlockKind.DRAFT:
+            return DraftHead(self.meta_model)
+        return nn.ModuleDict({self.head_name: copy.deepcopy(self.meta_model.model.get_output_embeddings())})
 
     @property
     def head_name(self) -> str:
         """The output head's path in the model."""
-        output = self.skeleton.model.get_output_embeddings()
-        return str(next(path for path, module in self.skeleton.model.named_modules() if module is output))
+        output = self.meta_model.model.get_output_embeddings()
+        return str(next(path for path, module in self.meta_model.model.named_modules() if module is output))
 
     @contextmanager
     def entry(self) -> Iterator[None]:
@@ -107,9 +107,9 @@ class ModelRunner:
         """What a block needs of the rest of the model is loaded inside the with-block."""
         block = self.layout.blocks[index]
         wanted: dict[str, None] = {}
-        if block.kind is Kind.DRAFT:
+        if block.kind is BlockKind.DRAFT:
             wanted = dict.fromkeys([*self.layout.embedding, *self.layout.head])
-        elif block.kind is Kind.HEAD:
+        elif block.kind is BlockKind.HEAD:
             wanted = dict.fromkeys(name for name in self.layout.head if name not in block.tensors)
         with self._resident([*wanted]):
             yield
@@ -118,11 +118,11 @@ class ModelRunner:
 
     def embed(self, inputs: Inputs, features: Tensor | None = None) -> Tensor:
         """What enters the first decoder layer; call inside `entry()`. `features` are what the merger put out."""
-        return self.skeleton.embed(self._there(inputs), features)
+        return self.meta_model.embed(self._there(inputs), features)
 
     def patches(self, inputs: Inputs) -> Tensor:
         """What enters the first vision block (patches, width); call inside `pixels()`."""
-        return self.skeleton.patches(self._there(inputs))
+        return self.meta_model.patches(self._there(inputs))
 
     def run_block(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
         """What leaves a block; differentiable in `hidden`.
@@ -131,28 +131,28 @@ class ModelRunner:
         `beside(index)`.
         """
         kind, inputs = self.layout.blocks[index].kind, self._there(inputs)
-        if kind is Kind.DECODER:
-            return self.skeleton.run_layer(index - self._first_decoder, module, hidden, inputs)
-        if kind is Kind.VISION:
-            return self.skeleton.run_vision(index, module, hidden, inputs)
-        if kind is Kind.MERGER:
+        if kind is BlockKind.DECODER:
+            return self.meta_model.run_layer(index - self._first_decoder, module, hidden, inputs)
+        if kind is BlockKind.VISION:
+            return self.meta_model.run_vision(index, module, hidden, inputs)
+        if kind is BlockKind.MERGER:
             return cast(Tensor, module(hidden))
-        if kind is Kind.DRAFT:
-            return cast(DraftHead, module).run(self.skeleton, hidden, inputs)
+        if kind is BlockKind.DRAFT:
+            return cast(DraftHead, module).run(self.meta_model, hidden, inputs)
         head = cast(Callable[[Tensor], Tensor], module[self.head_name])  # type: ignore[index]
-        return self.skeleton.logits(hidden, head)
+        return self.meta_model.logits(hidden, head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (sequences, tokens, vocabulary) for what left the last decoder layer; call inside `exit()`."""
-        return self.skeleton.logits(hidden)
+        return self.meta_model.logits(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:
         """What the output head reads for what left the last decoder layer; call inside `exit()`."""
-        return self.skeleton.normed(hidden)
+        return self.meta_model.normed(hidden)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """Logits for what a draft head put out; call inside `beside` of it."""
-        return cast(Tensor, self.skeleton.model.get_output_embeddings()(hidden))
+        return cast(Tensor, self.meta_model.model.get_output_embeddings()(hidden))
 
     def _there(self, inputs: Inputs) -> Inputs:
         return {name: value.to(self.device) for name, value in inputs.items()}
@@ -164,7 +164,7 @@ class ModelRunner:
 
     @contextmanager
     def _resident(self, names: Sequence[str]) -> Iterator[None]:
-        model = self.skeleton.model
+        model = self.meta_model.model
         read = self._read(names)
         weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in read.items()}
         # A tied head is the same parameter under two owners; both must see the loaded one.

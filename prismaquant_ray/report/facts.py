@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.servability import SERVABILITY
-from prismaquant_ray.layout import Block, Kind, Layout
+from prismaquant_ray.layout import Block, BlockKind, Layout
 from prismaquant_ray.rounding.encode import by_matrix
 from prismaquant_ray.sensitivity.table import CostTable, Objective
 
@@ -76,7 +76,7 @@ def inside(name: str, block: Block) -> str:
 
 def label(kind: str, module: str) -> str:
     """What people read: the decoder's modules by their name, others with what they are part of."""
-    return module if kind == Kind.DECODER else f"{kind}: {module}"
+    return module if kind == BlockKind.DECODER else f"{kind}: {module}"
 
 
 def groups_of(
@@ -106,7 +106,7 @@ def groups_of(
                     entries.append(0.0)
                     continue
                 value: float | None = backward[block.index]["groups"][group.name].get(name, {}).get(key)
-                weight = draft_weight if block.kind is Kind.DRAFT else 1.0
+                weight = draft_weight if block.kind is BlockKind.DRAFT else 1.0
                 entries.append(None if value is None or objective != "token_fisher" else weight * value)
         return found
 
@@ -314,7 +314,7 @@ def experts_of(layout: Layout, forward: Records) -> list[Facts]:
 
 def draft_of(layout: Layout, groups: Facts, formats: Sequence[Facts], backward: Records, weight: float) -> Facts | None:
     """The draft head: how often its best guess is the model's, and its weighted part of every uniform loss."""
-    for block in layout.of(Kind.DRAFT):
+    for block in layout.of(BlockKind.DRAFT):
         rows = [row for row, index in enumerate(groups["block"]) if index == block.index]
         facts = backward[block.index]
         return {

@@ -17,9 +17,9 @@ from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Tensors, experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.formats.nvfp4 import divisor
-from prismaquant_ray.layout import Block, FusedGroup, InputGroup, Kind, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
+from prismaquant_ray.models.capture import CapturedActivations, capture_activations
 from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.models.taps import Taps, tapped
 from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.rounding.gptq import HessianFactor
 from prismaquant_ray.rounding.hessian import InputStatistics, InputSums
@@ -38,7 +38,7 @@ class BlockCandidates:
     figures: dict[str, Any]
 
 
-class ForwardVisit:
+class BlockForward:
     """A block while it is loaded for the forward pass. Microbatches must come in order, then `finish`.
 
     Without formats it is only run: nothing is gathered, and there is nothing to finish.
@@ -62,29 +62,29 @@ class ForwardVisit:
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: Batch) -> Tensor:
         """What leaves the block for hidden (sequences, tokens, H), or (patches, width) in the vision tower."""
-        if self.block.kind is Kind.HEAD:
+        if self.block.kind is BlockKind.HEAD:
             # Its logits would be the largest tensor of all, and nothing reads them.
-            read = Taps()
+            read = CapturedActivations()
             read.inputs[self.block.inputs[0].name] = self.runner.normed(hidden)
             self._gather(read, batch.holdout.to(hidden.device))
             return hidden
-        with tapped(self.module, self.block) if self.formats else nullcontext() as taps:
+        with capture_activations(self.module, self.block) if self.formats else nullcontext() as captured:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
-        if taps is not None:
-            self._gather(taps, batch.holdout.to(hidden.device))
+        if captured is not None:
+            self._gather(captured, batch.holdout.to(hidden.device))
         if not all_finite(output):
             raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
         return output
 
-    def _gather(self, taps: Taps, held_out: Tensor) -> None:
+    def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
         for name, sums in self.dense.items():
             # Patches of an image and tokens of a sequence alike: rows that share their sequence's fate.
-            x = taps.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
+            x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
             sums.add(x, held_out)
         for fused in self.block.groups:
             if fused.name in self.routed:
-                rows, inner = (taps.inputs[matrix.input] for matrix in fused.matrices)
-                routing = taps.routing[fused.matrices[0].input]
+                rows, inner = (captured.inputs[matrix.input] for matrix in fused.matrices)
+                routing = captured.routing[fused.matrices[0].input]
                 tokens = len(routing.chosen) // len(held_out)
                 self.routed[fused.name].add(rows, inner, routing, held_out.repeat_interleave(tokens))
 

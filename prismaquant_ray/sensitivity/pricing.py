@@ -22,8 +22,8 @@ from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
+from prismaquant_ray.models.capture import CapturedActivations
 from prismaquant_ray.models.experts import Routing
-from prismaquant_ray.models.taps import Taps
 from prismaquant_ray.sensitivity.cost import fisher_trace, half_squares, price
 
 
@@ -97,12 +97,12 @@ class Pricing:
             for group in block.groups
         }
 
-    def add(self, taps: Taps, passed: Mapping[str, Passed], sequences: int) -> bool:
+    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
         """One microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
         found: dict[tuple[str, FormatName], _Parts] = {}
         for entry in self.block.inputs:
-            x = taps.inputs[entry.name].detach().flatten(0, -2).float()
-            routing = taps.routing.get(entry.name)
+            x = captured.inputs[entry.name].detach().flatten(0, -2).float()
+            routing = captured.routing.get(entry.name)
             changes: dict[FormatName, Tensor] = {}
             for group, matrix in self._reading(entry.name):
                 flat = {name: Passed(*(g.flatten(0, -2) for g in passed[name])) for name in matrix.parameters}

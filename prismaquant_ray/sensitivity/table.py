@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Kind, Layout
+from prismaquant_ray.layout import BlockKind, Layout
 
 Objective = Literal["token_fisher", "fisher_trace"]
 
@@ -51,7 +51,7 @@ def from_figures(
     for row, group in enumerate(layout.groups):
         block = layout.block_of[group.name]
         linears, prices = forward[block.index]["linears"], backward[block.index]
-        weight = draft_weight if block.kind is Kind.DRAFT else 1.0
+        weight = draft_weight if block.kind is BlockKind.DRAFT else 1.0
         for column, name in enumerate(formats):
             codec = FORMATS[name].codec
             if codec is None:

@@ -13,13 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from safetensors.torch import load, save
-from torch import Tensor
-
 from prismaquant_ray.errors import DamagedError, StoreError
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Buffer
 
 SCHEMA = 2
@@ -37,10 +35,10 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """A finished unit of work: its artifacts by name, and figures small enough for JSON."""
+    """A finished unit of work: its artifacts by name, and metrics small enough for JSON (stored as `facts`)."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def new_attempt() -> str:
@@ -58,6 +56,8 @@ def write_artifact(store: Store, key: str, data: Buffer) -> Artifact:
 
 def write_tensors(store: Store, key: str, tensors: Mapping[str, Tensor]) -> Artifact:
     """Store tensors as one safetensors object."""
+    from safetensors.torch import save
+
     return write_artifact(store, key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
 
@@ -81,12 +81,15 @@ def damaged(store: Store, artifact: Artifact, what: str) -> DamagedError:
 
 def read_tensors(store: Store, artifact: Artifact) -> dict[str, Tensor]:
     """The tensors of a safetensors artifact, verified."""
+    from safetensors.torch import load
+
     return load(read_artifact(store, artifact))
 
 
 def write_record(store: Store, key: str, record: Record) -> bool:
     """Create the record unless one exists; False when another attempt was first."""
-    body = {"schema": SCHEMA, **asdict(record)}
+    artifacts = {name: asdict(artifact) for name, artifact in record.artifacts.items()}
+    body = {"schema": SCHEMA, "artifacts": artifacts, "facts": record.metrics}
     return store.create(key, json.dumps({**body, _DIGEST: _digest(body)}, indent=1, allow_nan=False).encode())
 
 
@@ -105,7 +108,7 @@ def read_record(store: Store, key: str) -> Record | None:
         raise StoreError(f"{store.uri}: {key} has schema {body['schema']!r}; this version reads {SCHEMA}")
     try:
         artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
-        return Record(artifacts=artifacts, facts=body["facts"])
+        return Record(artifacts=artifacts, metrics=body["facts"])
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{store.uri}: {key} is malformed; run the same command again to repair it", key) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prismaquant_ray.layout import View
+from prismaquant_ray.layout import NameAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +39,9 @@ class Family:
     """An architecture family.
 
     `blocks` is the module path of the decoder's layer list. `fused` are the Linears that become one matrix in the
-    runtime, `siblings` names of such matrices (or Linears) that read one input without being fused. `kept` maps the
+    runtime, `siblings` names of such matrices (or Linears) that read one input without being fused. `ignored` maps the
     last part of a module name, or a whole path inside a block, to the reason it is never quantized. `renamed` are parts
-    of module names, as (in transformers, in the checkpoint). `views` are the names under which runtimes know the
+    of module names, as (in transformers, in the checkpoint). `aliases` are the names under which runtimes know the
     modules; `draft` is the prefix of a multi-token-prediction head that transformers does not load.
     """
 
@@ -50,10 +50,10 @@ class Family:
     blocks: str
     fused: tuple[FusedRule, ...]
     siblings: tuple[tuple[str, ...], ...] = ()
-    kept: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[tuple[str, str], ...] = ()
     experts: ExpertNames = field(default_factory=ExpertNames)
     renamed: tuple[tuple[str, str], ...] = ()
-    views: tuple[View, ...] = ()
+    aliases: tuple[NameAlias, ...] = ()
     vision: Vision | None = None
     draft: str | None = None
 

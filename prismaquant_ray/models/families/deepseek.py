@@ -7,7 +7,7 @@ FAMILY = Family(
     architectures=("DeepseekV3ForCausalLM",),
     blocks="model.layers",
     fused=(FusedRule(name="fused_qkv_a_proj", members=("q_a_proj", "kv_a_proj_with_mqa")), GATED_MLP),
-    kept=(
+    ignored=(
         ("gate", ROUTER),
         ("kv_b_proj", "the runtime absorbs it into latent attention, which multiplies in 16 bits"),
     ),

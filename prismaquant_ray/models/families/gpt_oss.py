@@ -1,6 +1,6 @@
 """GPT-OSS in BF16: its attention is quantized; its experts have biases and a layout of their own and stay."""
 
-from prismaquant_ray.layout import View
+from prismaquant_ray.layout import NameAlias
 from prismaquant_ray.models.families.base import ATTENTION, ROUTER, Family
 
 FAMILY = Family(
@@ -8,6 +8,6 @@ FAMILY = Family(
     architectures=("GptOssForCausalLM",),
     blocks="model.layers",
     fused=(ATTENTION,),
-    kept=(("router", ROUTER), ("lm_head", "vLLM loads this model's head in BF16 only")),
-    views=(View(part="self_attn", names=("self_attn", "attn")),),
+    ignored=(("router", ROUTER), ("lm_head", "vLLM loads this model's head in BF16 only")),
+    aliases=(NameAlias(part="self_attn", names=("self_attn", "attn")),),
 )

@@ -7,7 +7,7 @@ FAMILY = Family(
     architectures=("MixtralForCausalLM",),
     blocks="model.layers",
     fused=(ATTENTION,),
-    kept=(("gate", ROUTER),),
+    ignored=(("gate", ROUTER),),
     experts=ExpertNames(gate="w1", up="w3", down="w2"),
     renamed=((".mlp.", ".block_sparse_moe."),),
 )

@@ -6,7 +6,7 @@ experts are stored packed.
 
 from dataclasses import replace
 
-from prismaquant_ray.layout import View
+from prismaquant_ray.layout import NameAlias
 from prismaquant_ray.models.families.base import ATTENTION, GATED_MLP, ROUTER, Family, FusedRule, Vision
 
 _FUSED = (
@@ -16,7 +16,7 @@ _FUSED = (
     FusedRule(name="in_proj_ba", members=("in_proj_b", "in_proj_a")),
 )
 _SIBLINGS = (("in_proj_qkvz", "in_proj_ba"),)
-_KEPT = (
+_IGNORED = (
     ("gate", ROUTER),
     ("shared_expert_gate", "gate of the shared expert: one row, read by no quantized kernel"),
     ("conv1d", "short convolution, not a Linear"),
@@ -31,12 +31,12 @@ VISION_LANGUAGE = Family(
     blocks="model.language_model.layers",
     fused=_FUSED,
     siblings=_SIBLINGS,
-    kept=_KEPT,
+    ignored=_IGNORED,
     # The checkpoint's names, vLLM's, and those of the same weights loaded as a text-only model.
-    views=(
-        View(part="model.language_model", names=("model.language_model", "language_model.model", "model")),
-        View(part="model.visual", names=("model.visual", "visual")),
-        View(part="lm_head", names=("lm_head", "language_model.lm_head")),
+    aliases=(
+        NameAlias(part="model.language_model", names=("model.language_model", "language_model.model", "model")),
+        NameAlias(part="model.visual", names=("model.visual", "visual")),
+        NameAlias(part="lm_head", names=("lm_head", "language_model.lm_head")),
     ),
     vision=Vision(tower="model.visual", blocks="blocks", merger="merger", entry=("patch_embed", "pos_embed")),
     draft="mtp",
@@ -47,6 +47,6 @@ TEXT = replace(
     name="qwen3.5-text",
     architectures=("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
     blocks="model.layers",
-    views=(),
+    aliases=(),
     vision=None,
 )

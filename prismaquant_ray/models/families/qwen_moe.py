@@ -7,5 +7,5 @@ FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
     blocks="model.layers",
     fused=(ATTENTION, GATED_MLP),
-    kept=(("gate", ROUTER),),
+    ignored=(("gate", ROUTER),),
 )

@@ -10,28 +10,28 @@ _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
 
 
-class Ahead(Generic[_Key, _Value]):
+class Prefetcher(Generic[_Key, _Value]):
     """Values that take long to read, read by a thread before they are asked for.
 
     A thread is enough: reading waits for storage, and copies outside Python's lock. What reading raises is raised where
-    the value is taken.
+    the value is asked for.
     """
 
     def __init__(self, read: Callable[[_Key], _Value]) -> None:
         self._read = read
         self._thread: ThreadPoolExecutor | None = None
-        self._expected: dict[_Key, Future[_Value]] = {}
+        self._pending: dict[_Key, Future[_Value]] = {}
 
-    def expect(self, keys: Iterable[_Key]) -> None:
+    def prefetch(self, keys: Iterable[_Key]) -> None:
         """Begin to read these, in order, and let go of any others."""
-        before, self._expected = self._expected, {}
+        before, self._pending = self._pending, {}
         for key in keys:
-            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="ahead")
-            self._expected[key] = before.pop(key) if key in before else self._thread.submit(self._read, key)
+            self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            self._pending[key] = before.pop(key) if key in before else self._thread.submit(self._read, key)
         for unwanted in before.values():
             unwanted.cancel()
 
-    def take(self, key: _Key) -> _Value:
-        """The value, which is then no longer held here; read now when it was not expected."""
-        future = self._expected.pop(key, None)
+    def get(self, key: _Key) -> _Value:
+        """The value, which is then no longer held here; read now when it was not prefetched."""
+        future = self._pending.pop(key, None)
         return self._read(key) if future is None else future.result()

@@ -1,4 +1,4 @@
-"""The actor that holds shards while they are visited. It calls the core, commits to the store, returns receipts.
+"""The actor that holds shards while they are run. It calls the core, commits to the store, returns receipts.
 
 A plain class: the driver wraps it with `ray.remote`, tests call it directly.
 """
@@ -11,28 +11,33 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
-from actors.block_visits import BackwardLeaf, BackwardShard, ForwardLeaf, ForwardShard
+from actors.block_tasks import BackwardTask, ForwardTask, HeadBackwardTask, HeadTask
+from actors.boundary_tasks import EntryTask, ExitTask, PixelsTask
 from actors.calibration import read_calibration
-from actors.evaluation_visits import (
-    BlocksSideBySide,
-    DraftSideBySide,
-    EntrySideBySide,
-    ExitSideBySide,
-    PixelsSideBySide,
+from actors.context import WorkerContext
+from actors.evaluation_tasks import (
+    BlocksEvaluation,
+    DraftEvaluation,
+    EntryEvaluation,
+    ExitEvaluation,
+    PixelsEvaluation,
 )
-from actors.gates import EntryVisit, ExitVisit, PixelsVisit
-from actors.ledger import Ledger
 from actors.memory import free_memory
-from actors.messages import Activation, Exit, Failure, Receipt, Shard, Stage, WorkerSpec
-from actors.visit import Visit, Workshop
+from actors.messages import Failure, Receipt, WorkerSpec
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import Exit, Shard, Stage
+from actors.shard_task import Attempt, ShardTask, UnitTask
+from actors.transfer import Activation
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
@@ -40,7 +45,7 @@ from prismaquant_ray.errors import PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.repository import RepositoryView
 from prismaquant_ray.evaluation.variants import Repository, Variants
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.models.inspect import scope_of
+from prismaquant_ray.models.layout_builder import scope_of
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.models.source import resolve
 from prismaquant_ray.rounding.encode import Rounding
@@ -50,69 +55,103 @@ from prismaquant_ray.storage.record import Artifact, read_tensors
 from prismaquant_ray.storage.store import Store
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call while it is answered: what it puts out, its metrics, and in the end its receipt."""
+
+    output: Activation | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    receipt: Receipt = field(init=False)
+
+
 class ShardWorker:
-    """Runs visits. The constructor does nothing that can fail; `setup` loads."""
+    """Runs shard tasks. The constructor does nothing that can fail; `setup` loads."""
 
     def __init__(self) -> None:
         self.name = ""
-        self.visit: Visit | None = None
+        self.task: ShardTask | None = None
         self.limit: int | None = None
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def hello(self) -> Receipt:
-        """What this process is and has; takes no argument that another version could misread."""
-        return self._guard(lambda: (None, self._facts()))[1]
+        """This process and its machine; takes no argument that another version could misread."""
+        with self._answering() as call:
+            call.metrics = self._machine()
+        return call.receipt
 
     def setup(self, spec: WorkerSpec) -> Receipt:
-        """Open the checkpoint and the run store, build the skeleton, read the calibration tokens."""
+        """Open the checkpoint and the run store, build the meta model, read the calibration tokens."""
         self.name = spec.name
-        return self._guard(lambda: (None, self._setup(spec)))[1]
+        with self._answering() as call:
+            self._setup(spec)
+            call.metrics = self._machine()
+        return call.receipt
 
     def run(
         self, shard: Shard, microbatch: int, arriving: Activation | Artifact | None
     ) -> tuple[Activation | None, Receipt]:
         """One microbatch of a shard; its first one loads the shard.
 
-        `arriving` is what the shard's origin put out, or where that is stored; None when its record says where.
+        `arriving` is the output of the shard's origin, or where that is stored; None when its record says where.
         """
-        return self._guard(lambda: self._run(shard, microbatch, arriving))
+        with self._answering() as call:
+            if self.task is None or self.task.shard != shard:
+                self._close()
+                self.task = open_task(self.context, shard)
+                self.context.prefetch(None)
+            call.output, call.metrics = self.task.run(microbatch, arriving)
+        return call.output, call.receipt
 
     def finish(self, shard: Shard, following: Shard | None = None) -> Receipt:
         """Encode or price, commit the records, let go of the shard; `following` is read meanwhile."""
-        return self._guard(lambda: (None, self._finish(shard, following)))[1]
+        with self._answering() as call:
+            self.context.prefetch(following)
+            assert self.task is not None
+            assert self.task.shard == shard
+            self.task.finish()
+            attempt = self.task.attempt
+            call.metrics = {"read_bytes": attempt.read_bytes, "written_bytes": attempt.written_bytes}
+            self._close()
+        return call.receipt
 
-    def ahead(self, shard: Shard) -> Receipt:
+    def prefetch(self, shard: Shard) -> Receipt:
         """Begin to read a shard that may be the next one."""
-        return self._guard(lambda: (None, self._ahead(shard)))[1]
+        with self._answering() as call:
+            self.context.prefetch(shard)
+        return call.receipt
 
     def drop(self) -> Receipt:
         """Let go of the shard without a result: another worker will run it."""
-        return self._guard(lambda: (None, self._drop()))[1]
+        with self._answering() as call:
+            self.context.prefetch(None)
+            self._close()
+        return call.receipt
 
-    def _guard(self, call: Callable[[], tuple[Any, dict[str, Any]]]) -> tuple[Any, Receipt]:
+    @contextmanager
+    def _answering(self) -> Iterator[_Call]:
+        """Time the with-block and make a receipt of it; an error of this project goes into the receipt."""
         started, clock = time.time(), time.perf_counter()
-        result: Any = None
-        facts: dict[str, Any] = {}
+        call = _Call()
         failure = None
         stored: Mapping[int, Artifact] = {}
         try:
-            result, facts = call()
-            if self.visit is not None:
-                stored = self.visit.stored()
+            yield call
+            if self.task is not None:
+                stored = self.task.stored()
             self._check_memory()
         except PrismaquantError as error:
-            result, failure = None, Failure.of(error)
-        return result, Receipt(
+            call.output, failure = None, Failure.of(error)
+        call.receipt = Receipt(
             worker=self.name,
             started=started,
             seconds=time.perf_counter() - clock,
             peak_bytes=peak_bytes(),
-            facts=facts,
+            metrics=call.metrics,
             stored=stored,
             failure=failure,
         )
 
-    def _facts(self) -> dict[str, Any]:
+    def _machine(self) -> dict[str, Any]:
         cuda = self.device.type == "cuda"
         return {
             "version": __version__,
@@ -123,7 +162,7 @@ class ShardWorker:
             "host_bytes": int(psutil.virtual_memory().total),
         }
 
-    def _setup(self, spec: WorkerSpec) -> dict[str, Any]:
+    def _setup(self, spec: WorkerSpec) -> None:
         config = spec.config
         torch.set_num_threads(config.cluster.threads)
         if config.cluster.device == "cpu":
@@ -138,9 +177,9 @@ class ShardWorker:
         checkpoint = Checkpoint(resolve(spec.source, config.model.revision))
         gptq, search = config.rounding.gptq, config.rounding.scale_search
         runner = self._runner(checkpoint, config)
-        self.shop = Workshop(
+        self.context = WorkerContext(
             config=config,
-            ledger=Ledger(store),
+            run_store=RunStore(store),
             runner=runner,
             variants=self._variants(runner, spec),
             calibration=read_calibration(store),
@@ -150,7 +189,6 @@ class ShardWorker:
             ),
             thread=ThreadPoolExecutor(1, thread_name_prefix="store"),
         )
-        return self._facts()
 
     def _runner(self, checkpoint: Checkpoint, config: Config) -> ModelRunner:
         dtype = getattr(torch, config.model.dtype)
@@ -160,7 +198,7 @@ class ShardWorker:
         if spec.evaluation is None:
             return None
         evaluation = spec.evaluation
-        measured = Ledger(Store(evaluation.candidates, create=False)) if evaluation.candidates is not None else None
+        measured = RunStore(Store(evaluation.candidates, create=False)) if evaluation.candidates is not None else None
 
         def candidates(index: int, name: FormatName) -> Mapping[str, Tensor]:
             assert measured is not None
@@ -173,39 +211,10 @@ class ShardWorker:
             repository = Repository(runner=self._runner(view, spec.config), roundings=view.roundings())
         return Variants(source, evaluation.variants, candidates=candidates, repository=repository)
 
-    def _run(
-        self, shard: Shard, microbatch: int, arriving: Activation | Artifact | None
-    ) -> tuple[Activation, dict[str, Any]]:
-        if self.visit is None or self.visit.shard != shard:
-            self._close()
-            self.visit = _open(self.shop, shard)
-            self.shop.expect(None)
-        return self.visit.run(microbatch, arriving)
-
-    def _ahead(self, shard: Shard) -> dict[str, Any]:
-        self.shop.expect(shard)
-        return {}
-
-    def _finish(self, shard: Shard, following: Shard | None) -> dict[str, Any]:
-        self.shop.expect(following)
-        visit = self.visit
-        assert visit is not None
-        assert visit.shard == shard
-        visit.finish()
-        facts = {"read_bytes": visit.moved["read"], "written_bytes": visit.moved["written"]}
-        del visit
-        self._close()
-        return facts
-
-    def _drop(self) -> dict[str, Any]:
-        self.shop.expect(None)
-        self._close()
-        return {}
-
     def _close(self) -> None:
-        if self.visit is not None:
-            self.visit.close()
-            self.visit = None
+        if self.task is not None:
+            self.task.close()
+            self.task = None
             release_memory()
 
     def _check_memory(self) -> None:
@@ -217,33 +226,36 @@ class ShardWorker:
             )
 
 
-def _open(shop: Workshop, shard: Shard) -> Visit:
-    """Load a shard; the head, which only exits need, makes room for anything else."""
-    if shard.stage is Stage.EVALUATION:
-        return _open_side_by_side(shop, shard)
-    first, forward = shard.units[0], shard.stage is Stage.FORWARD
-    if first == "pixels":
-        return PixelsVisit(shop, shard)
-    if first == "entry":
-        return EntryVisit(shop, shard)
-    if isinstance(first, Exit):
-        return ExitVisit(shop, shard)
-    shop.unload_head()
-    if first in shop.course.leaves:
-        return ForwardLeaf(shop, shard) if forward else BackwardLeaf(shop, shard)
-    return ForwardShard(shop, shard) if forward else BackwardShard(shop, shard)
+def open_task(context: WorkerContext, shard: Shard) -> ShardTask:
+    """Load a shard; the head, which only exits need, makes room for blocks."""
+    if isinstance(shard.units[0], int):
+        context.unload_head()
+    attempt = Attempt(context, shard)
+    return ShardTask(attempt, _evaluation(attempt) if shard.stage is Stage.EVALUATION else _measurement(attempt))
 
 
-def _open_side_by_side(shop: Workshop, shard: Shard) -> Visit:
-    first = shard.units[0]
+def _measurement(attempt: Attempt) -> UnitTask:
+    first, forward = attempt.shard.units[0], attempt.shard.stage is Stage.FORWARD
     if first == "pixels":
-        return PixelsSideBySide(shop, shard)
+        return PixelsTask(attempt)
     if first == "entry":
-        return EntrySideBySide(shop, shard)
+        return EntryTask(attempt)
     if isinstance(first, Exit):
-        return ExitSideBySide(shop, shard)
-    shop.unload_head()
-    return DraftSideBySide(shop, shard) if first in shop.course.leaves else BlocksSideBySide(shop, shard)
+        return ExitTask(attempt)
+    if first in attempt.context.graph.heads:
+        return HeadTask(attempt, ForwardTask(attempt) if forward else HeadBackwardTask(attempt))
+    return ForwardTask(attempt) if forward else BackwardTask(attempt)
+
+
+def _evaluation(attempt: Attempt) -> UnitTask:
+    first = attempt.shard.units[0]
+    if first == "pixels":
+        return PixelsEvaluation(attempt)
+    if first == "entry":
+        return EntryEvaluation(attempt)
+    if isinstance(first, Exit):
+        return ExitEvaluation(attempt)
+    return DraftEvaluation(attempt) if first in attempt.context.graph.heads else BlocksEvaluation(attempt)
 
 
 def peak_bytes() -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.skeleton import Inputs, Skeleton
+from prismaquant_ray.models.meta_model import Inputs, MetaModel
 
 
 def is_draft(tensors: Container[str], prefix: str) -> bool:
@@ -27,38 +27,40 @@ def is_draft(tensors: Container[str], prefix: str) -> bool:
 class DraftHead(nn.Module):
     """On the meta device, with the checkpoint's names; weights are the caller's to load."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, meta_model: MetaModel) -> None:
         super().__init__()
-        self.place = attention_layer(skeleton)
-        norm = skeleton.final_norm
-        width = skeleton.model.get_input_embeddings().weight.shape[1]
+        self.place = attention_layer(meta_model)
+        norm = meta_model.final_norm
+        width = meta_model.model.get_input_embeddings().weight.shape[1]
         with torch.device("meta"):
             self.fc = nn.Linear(2 * width, width, bias=False)
-        self.layers = nn.ModuleList([skeleton.new_layer(self.place)])
+        self.layers = nn.ModuleList([meta_model.new_layer(self.place)])
         self.norm = copy.deepcopy(norm)
         self.pre_fc_norm_embedding = copy.deepcopy(norm)
         self.pre_fc_norm_hidden = copy.deepcopy(norm)
 
-    def run(self, skeleton: Skeleton, hidden: Tensor, inputs: Inputs) -> Tensor:
+    def run(self, meta_model: MetaModel, hidden: Tensor, inputs: Inputs) -> Tensor:
         """What the head reads, (sequences, tokens - 1, H), for what left the last decoder layer.
 
         The embedding and the final norm must be loaded. The last token has no successor and is left out.
         """
         tokens = inputs["input_ids"]
         following = {"input_ids": tokens[:, :-1]}
-        embedded = skeleton.model.get_input_embeddings()(tokens[:, 1:])
-        state = skeleton.normed(hidden)[:, :-1]
+        embedded = meta_model.model.get_input_embeddings()(tokens[:, 1:])
+        state = meta_model.normed(hidden)[:, :-1]
         entering = self.fc(torch.cat([self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(state)], dim=-1))
-        output: Tensor = self.norm(skeleton.run_layer(self.place, self.layers[0], entering, following))
+        output: Tensor = self.norm(meta_model.run_layer(self.place, self.layers[0], entering, following))
         return output
 
 
-def attention_layer(skeleton: Skeleton) -> int:
+def attention_layer(meta_model: MetaModel) -> int:
     """The first decoder layer with full attention, which is what a draft layer is."""
-    config: Any = skeleton.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(skeleton.layers)
+    config: Any = meta_model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(meta_model.layers)
     if "full_attention" not in kinds:
-        raise InputError(f"{type(skeleton.model).__name__} has no layer with full attention to build its draft head of")
+        raise InputError(
+            f"{type(meta_model.model).__name__} has no layer with full attention to build its draft head of"
+        )
     return int(kinds.index("full_attention"))
 
 

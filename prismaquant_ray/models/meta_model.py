@@ -58,7 +58,7 @@ class _Stub(nn.Module):
         return result
 
 
-class Skeleton:
+class MetaModel:
     """A language model on the meta device, run one block at a time.
 
     `blocks_path` names the layer list (e.g. "model.layers"). Hidden states are (sequences, tokens, hidden_size), those

@@ -21,7 +21,7 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
+class LostWorker:
     """A lost worker. `shard` is what it held, as people read it; None when it held nothing. `message` is Ray's."""
 
     worker: str
@@ -43,7 +43,7 @@ class Recovery:
     starting: int = 5
     nodes: int = 100
 
-    def verdict(self, losses: Sequence[Loss]) -> str | None:
+    def verdict(self, losses: Sequence[LostWorker]) -> str | None:
         """Why the run must stop, given every loss so far, oldest first; None to replace the worker and go on."""
         last = losses[-1]
         same = [loss for loss in losses if loss.shard == last.shard and loss.cause is not Cause.NODE]

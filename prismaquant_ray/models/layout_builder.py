@@ -11,12 +11,12 @@ from torch import nn
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.layout import EXPERT, Block, FusedGroup, Kind, Layout, LinearSpec, Matrix, Parameter
-from prismaquant_ray.models.draft import DraftHead, is_draft
+from prismaquant_ray.layout import EXPERT, Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, Parameter
 from prismaquant_ray.models.experts import is_packed, unquantizable
 from prismaquant_ray.models.families import Family, family_of
 from prismaquant_ray.models.families.base import ATTENTION, GATED_MLP, NOT_A_LINEAR
-from prismaquant_ray.models.skeleton import Skeleton
+from prismaquant_ray.models.meta_model import MetaModel
+from prismaquant_ray.models.mtp_head import DraftHead, is_draft
 
 _WEIGHT = ".weight"
 
@@ -58,39 +58,39 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     return str(names[0])
 
 
-def build(checkpoint: Checkpoint, scope: Scope = Scope()) -> tuple[Skeleton, Layout]:
-    """Skeleton and layout of a checkpoint; InputError when a tensor is missing or has another shape."""
+def build_layout(checkpoint: Checkpoint, scope: Scope = Scope()) -> tuple[MetaModel, Layout]:
+    """Meta model and layout of a checkpoint; InputError when a tensor is missing or has another shape."""
     architecture = architecture_of(checkpoint)
     known = family_of(architecture)
     config = load_config(checkpoint)
     if known is not None:
-        skeleton = Skeleton(config, architecture, blocks_path=known.blocks, vision=known.vision)
-        return skeleton, _Builder(checkpoint, skeleton, known, scope).layout(architecture, ())
-    skeleton = Skeleton(config, architecture)
-    generic = Family(name="generic", architectures=(), blocks=skeleton.blocks_path, fused=(ATTENTION, GATED_MLP))
+        meta_model = MetaModel(config, architecture, blocks_path=known.blocks, vision=known.vision)
+        return meta_model, _Builder(checkpoint, meta_model, known, scope).layout(architecture, ())
+    meta_model = MetaModel(config, architecture)
+    generic = Family(name="generic", architectures=(), blocks=meta_model.blocks_path, fused=(ATTENTION, GATED_MLP))
     guesses = (
-        f"{architecture} has no family; its decoder is assumed to be {skeleton.blocks_path}",
+        f"{architecture} has no family; its decoder is assumed to be {meta_model.blocks_path}",
         "q/k/v and gate/up projections are assumed to be fused by the runtime, everything else to stand alone",
     )
-    return skeleton, _Builder(checkpoint, skeleton, generic, scope).layout(architecture, guesses)
+    return meta_model, _Builder(checkpoint, meta_model, generic, scope).layout(architecture, guesses)
 
 
 class _Builder:
     """Parses every module name once."""
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, family: Family, scope: Scope) -> None:
+    def __init__(self, checkpoint: Checkpoint, meta_model: MetaModel, family: Family, scope: Scope) -> None:
         self.checkpoint = checkpoint
-        self.skeleton = skeleton
+        self.meta_model = meta_model
         self.family = family
         self.scope = scope
-        self.reasons = dict(family.kept)
+        self.reasons = dict(family.ignored)
         self.rule_of = {member: rule for rule in family.fused for member in rule.members}
         self.siblings = {name: names[0] for names in family.siblings for name in names}
-        self.kept: dict[str, str] = {}
+        self.ignored: dict[str, str] = {}
         self.blocks: list[Block] = []
 
     def layout(self, architecture: str, guesses: tuple[str, ...]) -> Layout:
-        model, config = self.skeleton.model, self.skeleton.config
+        model, config = self.meta_model.model, self.meta_model.config
         embedding_module = model.get_input_embeddings()
         embedding = tuple(
             f"{path}.{name}"
@@ -99,8 +99,8 @@ class _Builder:
             for name, _ in module.named_parameters(recurse=False)
         )
         pixels = self._vision()
-        for index, layer in enumerate(self.skeleton.layers):
-            self._add(Kind.DECODER, f"{self.skeleton.blocks_path}.{index}", layer)
+        for index, layer in enumerate(self.meta_model.layers):
+            self._add(BlockKind.DECODER, f"{self.meta_model.blocks_path}.{index}", layer)
         self._draft()
         head = self._head(embedding)
         copied = self._copied({*embedding, *pixels, *head})
@@ -111,16 +111,16 @@ class _Builder:
             embedding=embedding,
             pixels=pixels,
             head=head,
-            kept=self.kept,
+            ignored=self.ignored,
             guesses=(*guesses, *copied),
-            views=self.family.views,
+            aliases=self.family.aliases,
             hidden_size=embedding_module.weight.shape[1],
             vocab_size=embedding_module.weight.shape[0],
             image_token=getattr(config, "image_token_id", None) if pixels else None,
             top_k=getattr(config.get_text_config(), "num_experts_per_tok", 0),
         )
         if not layout.groups:
-            raise InputError(f"{self.skeleton.blocks_path} has no Linear that could be quantized; is it the decoder?")
+            raise InputError(f"{self.meta_model.blocks_path} has no Linear that could be quantized; is it the decoder?")
         return layout
 
     # Parts of a model -----------------------------------------------------------------------------------------
@@ -131,12 +131,14 @@ class _Builder:
         if vision is None:
             return ()
         if not self.scope.images:
-            self._keep_tensors(vision.tower, "vision tower: calibration.images is not given, so it cannot be measured")
+            self._ignore_tensors(
+                vision.tower, "vision tower: calibration.images is not given, so it cannot be measured"
+            )
             return ()
-        tower = self.skeleton.tower
-        for index, layer in enumerate(self.skeleton.vision_layers):
-            self._add(Kind.VISION, f"{vision.tower}.{vision.blocks}.{index}", layer)
-        self._add(Kind.MERGER, f"{vision.tower}.{vision.merger}", tower.get_submodule(vision.merger))
+        tower = self.meta_model.tower
+        for index, layer in enumerate(self.meta_model.vision_layers):
+            self._add(BlockKind.VISION, f"{vision.tower}.{vision.blocks}.{index}", layer)
+        self._add(BlockKind.MERGER, f"{vision.tower}.{vision.merger}", tower.get_submodule(vision.merger))
         found = []
         for entry in vision.entry:
             module = tower.get_submodule(entry)
@@ -151,13 +153,13 @@ class _Builder:
         if prefix is None or not is_draft(self.checkpoint.tensors, prefix):
             return
         if any(name.startswith(f"{prefix}.layers.1.") for name in self.checkpoint.tensors):
-            self._keep_tensors(prefix, "draft head: more than one layer, which is not understood")
+            self._ignore_tensors(prefix, "draft head: more than one layer, which is not understood")
             return
-        self._add(Kind.DRAFT, prefix, DraftHead(self.skeleton))
+        self._add(BlockKind.DRAFT, prefix, DraftHead(self.meta_model))
 
     def _head(self, embedding: Sequence[str]) -> tuple[str, ...]:
         """Tensors of the exit; the output head is a block of its own when it is to be quantized."""
-        model = self.skeleton.model
+        model = self.meta_model.model
         tower = f"{self.family.vision.tower}." if self.family.vision else None
         parameters = {
             name: tuple(parameter.shape)
@@ -178,9 +180,9 @@ class _Builder:
             if module is output and self.scope.head:
                 self._add_head(path, module)
             elif isinstance(module, nn.Linear):
-                self.kept[path] = refused or "output head: model.quantize_lm_head is not set"
+                self.ignored[path] = refused or "output head: model.quantize_lm_head is not set"
             elif isinstance(module, nn.Embedding):
-                self.kept[path] = "embedding: never quantized"
+                self.ignored[path] = "embedding: never quantized"
         return (*head, *embedding) if tied else head
 
     def _add_head(self, path: str, module: nn.Linear) -> None:
@@ -191,12 +193,12 @@ class _Builder:
             sources=(f"{path}{_WEIGHT}",),
         )
         matrix = Matrix(name=path, input=path, linears=(linear,), parameters=(f"{path}{_WEIGHT}",))
-        self._append(Kind.HEAD, "", self._parameters("", nn.ModuleDict({path: module})), (matrix,))
+        self._append(BlockKind.HEAD, "", self._parameters("", nn.ModuleDict({path: module})), (matrix,))
 
     def _copied(self, loaded: set[str]) -> tuple[str, ...]:
         """Keep the tensors that no part of the model loads, and say so."""
         loaded |= {tensor for block in self.blocks for tensor in block.tensors}
-        known = [f"{name}." for name in self.kept]
+        known = [f"{name}." for name in self.ignored]
         left = [
             name
             for name in self.checkpoint.tensors
@@ -204,17 +206,19 @@ class _Builder:
         ]
         for name in left:
             if len(self.checkpoint.tensors[name].shape) > 1:
-                self.kept[name.removesuffix(_WEIGHT)] = "not loaded by transformers; copied as it is"
+                self.ignored[name.removesuffix(_WEIGHT)] = "not loaded by transformers; copied as it is"
         if not left:
             return ()
         return (f"{len(left)} tensors, {left[0]} the first, are not loaded by transformers and are copied as they are",)
 
     # One block ------------------------------------------------------------------------------------------------
 
-    def _add(self, kind: Kind, prefix: str, module: nn.Module) -> None:
+    def _add(self, kind: BlockKind, prefix: str, module: nn.Module) -> None:
         self._append(kind, prefix, self._parameters(prefix, module), self._matrices(prefix, module))
 
-    def _append(self, kind: Kind, prefix: str, parameters: tuple[Parameter, ...], matrices: Sequence[Matrix]) -> None:
+    def _append(
+        self, kind: BlockKind, prefix: str, parameters: tuple[Parameter, ...], matrices: Sequence[Matrix]
+    ) -> None:
         found: dict[str, list[Matrix]] = {}
         for matrix in matrices:
             # All projections of all experts of a layer are one item.
@@ -237,7 +241,7 @@ class _Builder:
         found = []
         for name, tensor in module.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
-            full = self._called(f"{prefix}.{name}" if prefix else name)
+            full = self._renamed(f"{prefix}.{name}" if prefix else name)
             if f"{path}." in packed and full not in self.checkpoint.tensors and tensor.ndim == 3:
                 tensors = self._unpacked(full.rpartition(".")[0], leaf, tuple(tensor.shape))
             else:
@@ -262,7 +266,7 @@ class _Builder:
         experts: list[Matrix] = []
         for path, entry in module.named_modules():
             inside = ".".join(part for part in (relative, path) if part)
-            name = self._called(".".join(part for part in (prefix, path) if part))
+            name = self._renamed(".".join(part for part in (prefix, path) if part))
             shapes = [parameter.ndim for parameter in entry.parameters(recurse=False)]
             if not any(ndim > 1 for ndim in shapes):
                 continue
@@ -273,7 +277,7 @@ class _Builder:
             elif reason is None and not isinstance(entry, nn.Linear):
                 reason = NOT_A_LINEAR
             if reason is not None:
-                self.kept[name] = reason
+                self.ignored[name] = reason
             elif is_packed(entry):
                 experts += self._experts(name, path, entry)
             else:
@@ -323,16 +327,16 @@ class _Builder:
 
     # Names ----------------------------------------------------------------------------------------------------
 
-    def _called(self, name: str) -> str:
+    def _renamed(self, name: str) -> str:
         """The checkpoint's name for a module or tensor of transformers."""
         for ours, theirs in self.family.renamed:
             name = name.replace(ours, theirs)
         return name
 
-    def _keep_tensors(self, prefix: str, reason: str) -> None:
+    def _ignore_tensors(self, prefix: str, reason: str) -> None:
         for name, info in self.checkpoint.tensors.items():
             if name.startswith(f"{prefix}.") and len(info.shape) > 1:
-                self.kept[name.removesuffix(_WEIGHT)] = reason
+                self.ignored[name.removesuffix(_WEIGHT)] = reason
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> str:
         """The name, once it is known to be there in this shape."""

@@ -1,4 +1,4 @@
-"""Which shards a pass still has to visit: pure functions of what is recorded.
+"""The shards that are left of a pass: pure functions of its records.
 
 A pass runs through its units in order. A unit must run when its own product is missing, or when a unit behind it needs
 what it puts out and that is not stored. Runs of such units are cut into shards of at most `limit` blocks. The same
@@ -11,12 +11,12 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from actors.course import Course
-from actors.ledger import Recorded
-from actors.messages import Exit, Shard, Stage, Unit
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import Recorded
+from actors.schedule.units import Exit, Shard, Stage, Unit
 
-#: Shards a worker should visit in a pass: filling and draining the pipeline costs about 1/VISITS of a worker's time.
-VISITS = 4
+#: Shards a worker should get in a pass: filling and draining the pipeline costs about one shard's time of each.
+SHARDS_PER_WORKER = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,92 +31,96 @@ class Work:
         return self.forward if stage is Stage.FORWARD else self.backward
 
 
-def remaining(course: Course, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
+def pending_shards(graph: PassGraph, forward: Recorded, backward: Recorded, *, limit: int) -> Work:
     """The shards of both passes, at most `limit` blocks each.
 
     Backward shards are cut where forward boundaries are stored, if they are: each reads the one it starts from.
     """
-    order = course.order(Stage.BACKWARD)
+    order = graph.order(Stage.BACKWARD)
     missing = [unit for unit in order if unit not in backward.done]
-    needed = _needed(course, Stage.BACKWARD, missing, backward.boundaries)
+    needed = _needed(graph, Stage.BACKWARD, missing, backward.boundaries)
     pieces = []
-    for run in _runs(course, order, needed):
-        pieces += _cut_backward(course, run, limit, forward.boundaries)
-    exits = [unit for unit in course.exits if course.last in needed and unit not in backward.boundaries]
-    read = {course.below(piece[-1]) for piece in pieces} | ({course.last} if exits else set())
+    for run in _runs(graph, order, needed):
+        pieces += _cut_backward(graph, run, limit, forward.boundaries)
+    exits = [unit for unit in graph.exits if graph.last in needed and unit not in backward.boundaries]
+    read = {graph.below(piece[-1]) for piece in pieces} | ({graph.last} if exits else set())
     singles: list[list[Unit]] = [[unit] for unit in exits]
-    backward_shards = [_shard(course, Stage.BACKWARD, piece, missing) for piece in (*singles, *pieces)]
+    backward_shards = [_shard(graph, Stage.BACKWARD, piece, missing) for piece in (*singles, *pieces)]
 
-    order = course.order(Stage.FORWARD)
-    missing = [unit for unit in order if unit in course.products(Stage.FORWARD) - forward.done]
+    order = graph.order(Stage.FORWARD)
+    missing = [unit for unit in order if unit in graph.products(Stage.FORWARD) - forward.done]
     read -= forward.boundaries
     forward_shards = []
-    for run in _runs(course, order, _needed(course, Stage.FORWARD, [*missing, *read], forward.boundaries)):
-        forward_shards += [_shard(course, Stage.FORWARD, piece, missing) for piece in _cut_forward(run, limit, read)]
+    for run in _runs(graph, order, _needed(graph, Stage.FORWARD, [*missing, *read], forward.boundaries)):
+        forward_shards += [_shard(graph, Stage.FORWARD, piece, missing) for piece in _cut_forward(run, limit, read)]
     return Work(forward=tuple(forward_shards), backward=tuple(backward_shards))
 
 
-def unevaluated(course: Course, recorded: Recorded, *, limit: int) -> tuple[Shard, ...]:
+def pending_evaluation_shards(graph: PassGraph, recorded: Recorded, *, limit: int) -> tuple[Shard, ...]:
     """The shards that are left of an evaluation, at most `limit` blocks each."""
-    order = course.order(Stage.EVALUATION)
-    missing = [unit for unit in order if unit in course.products(Stage.EVALUATION) - recorded.done]
-    needed = _needed(course, Stage.EVALUATION, missing, recorded.boundaries)
-    pieces = [piece for run in _runs(course, order, needed) for piece in _cut_forward(run, limit, ())]
-    return tuple(_shard(course, Stage.EVALUATION, piece, missing) for piece in pieces)
+    order = graph.order(Stage.EVALUATION)
+    missing = [unit for unit in order if unit in graph.products(Stage.EVALUATION) - recorded.done]
+    needed = _needed(graph, Stage.EVALUATION, missing, recorded.boundaries)
+    pieces = [piece for run in _runs(graph, order, needed) for piece in _cut_forward(run, limit, ())]
+    return tuple(_shard(graph, Stage.EVALUATION, piece, missing) for piece in pieces)
 
 
-def _shard(course: Course, stage: Stage, piece: list[Unit], missing: Collection[Unit]) -> Shard:
+def _shard(graph: PassGraph, stage: Stage, piece: list[Unit], missing: Collection[Unit]) -> Shard:
     return Shard(
         stage=stage,
         units=tuple(piece),
         produce=frozenset(piece) & frozenset(missing),
-        origins=course.reads(stage, piece[0]),
-        microbatches=course.microbatches(piece[0]),
+        origins=graph.reads(stage, piece[0]),
+        microbatches=graph.microbatches(piece[0]),
     )
 
 
-def spent(course: Course, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+def droppable_boundaries(
+    graph: PassGraph, finished: Collection[Unit], left: Collection[Unit]
+) -> list[tuple[Stage, Unit]]:
     """Boundaries that nobody needs once these units of the backward pass are finished; `left` are those that are not.
 
     A gradient goes when its producer and its consumer are done, in either order: a lost producer is run again and reads
     its own input once more. A forward boundary goes when everything that recomputes from it is done.
     """
     found: list[tuple[Stage, Unit]] = []
-    gradients: list[Unit] = [unit for unit in finished if unit not in course.leaves]
+    gradients: list[Unit] = [unit for unit in finished if unit not in graph.heads]
     for unit in finished:
-        if isinstance(unit, int) and unit not in course.leaves:
-            found.append((Stage.FORWARD, course.below(unit)))
-            if unit == course.first and course.vision:
-                found.append((Stage.FORWARD, course.vision - 1))  # the merger's, which only the entry reads
-            gradients += course.reads(Stage.BACKWARD, unit)
+        if isinstance(unit, int) and unit not in graph.heads:
+            found.append((Stage.FORWARD, graph.below(unit)))
+            if unit == graph.first and graph.vision:
+                found.append((Stage.FORWARD, graph.vision - 1))  # the merger's, which only the entry reads
+            gradients += graph.reads(Stage.BACKWARD, unit)
     found += [
         (Stage.BACKWARD, gradient)
         for gradient in dict.fromkeys(gradients)
-        if gradient not in left and course.reader(gradient) not in left
+        if gradient not in left and graph.reader(gradient) not in left
     ]
-    readers = set(course.readers_of_last())
+    readers = set(graph.readers_of_last())
     if readers & set(finished) and not readers & set(left):
-        found.append((Stage.FORWARD, course.last))
+        found.append((Stage.FORWARD, graph.last))
     return found
 
 
-def consumed(course: Course, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+def droppable_evaluation_boundaries(
+    graph: PassGraph, finished: Collection[Unit], left: Collection[Unit]
+) -> list[tuple[Stage, Unit]]:
     """Boundaries of an evaluation that nobody reads once these units are finished; `left` are those that are not."""
     stage = Stage.EVALUATION
     readers: dict[Unit, list[Unit]] = {}
-    for unit in course.order(stage):
-        for origin in course.reads(stage, unit):
+    for unit in graph.order(stage):
+        for origin in graph.reads(stage, unit):
             readers.setdefault(origin, []).append(unit)
-    origins = dict.fromkeys(origin for unit in finished for origin in course.reads(stage, unit))
+    origins = dict.fromkeys(origin for unit in finished for origin in graph.reads(stage, unit))
     return [(stage, origin) for origin in origins if not any(reader in left for reader in readers[origin])]
 
 
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
     """As many blocks as fit into memory, but not so many that the pipeline stays short of work; at least one."""
-    return max(1, min(fitting, math.ceil(blocks / (VISITS * workers))))
+    return max(1, min(fitting, math.ceil(blocks / (SHARDS_PER_WORKER * workers))))
 
 
-def _needed(course: Course, stage: Stage, targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
+def _needed(graph: PassGraph, stage: Stage, targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
     """The targets, and everything each of them reads, back to a stored output; exits are not read for the asking."""
     needed: set[Unit] = set()
     waiting = list(targets)
@@ -124,17 +128,17 @@ def _needed(course: Course, stage: Stage, targets: Collection[Unit], stored: Col
         unit = waiting.pop()
         if unit not in needed and (stage is Stage.EVALUATION or not isinstance(unit, Exit)):
             needed.add(unit)
-            waiting += [origin for origin in course.reads(stage, unit) if origin not in stored]
+            waiting += [origin for origin in graph.reads(stage, unit) if origin not in stored]
     return needed
 
 
-def _runs(course: Course, order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
-    """Maximal stretches of consecutive needed units that may share a visit."""
+def _runs(graph: PassGraph, order: Sequence[Unit], needed: Collection[Unit]) -> list[list[Unit]]:
+    """Maximal stretches of consecutive needed units that may share a shard."""
     runs: list[list[Unit]] = []
     before: Unit | None = None
     for unit in order:
         if unit in needed:
-            if before in needed and before is not None and course.joined(before, unit):
+            if before in needed and before is not None and graph.joined(before, unit):
                 runs[-1].append(unit)
             else:
                 runs.append([unit])
@@ -152,12 +156,12 @@ def _cut_forward(run: list[Unit], limit: int, ends: Collection[Unit]) -> list[li
     return [part for piece in pieces for part in _even(piece, limit)]
 
 
-def _cut_backward(course: Course, run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
+def _cut_backward(graph: PassGraph, run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
     """Pieces that start from a stored forward boundary where one is near enough, else of about equal length."""
     pieces: list[list[Unit]] = []
     rest = run
     while rest:
-        ends = [size for size in range(1, min(limit, len(rest)) + 1) if course.below(rest[size - 1]) in stored]
+        ends = [size for size in range(1, min(limit, len(rest)) + 1) if graph.below(rest[size - 1]) in stored]
         size = ends[-1] if ends else len(_even(rest, limit)[0])
         pieces.append(rest[:size])
         rest = rest[size:]

@@ -13,8 +13,8 @@ from prismaquant_ray.layout import Block, InputGroup, Matrix
 from prismaquant_ray.models.experts import Routing
 
 
-class Taps:
-    """Filled by running the block once inside `tapped`.
+class CapturedActivations:
+    """Filled by running the block once inside `capture_activations`.
 
     `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
     `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by
@@ -29,13 +29,13 @@ class Taps:
 
 
 @contextmanager
-def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
+def capture_activations(module: nn.Module, block: Block) -> Iterator[CapturedActivations]:
     """Record every input group and the output of every parameter of its matrices.
 
     Raises InputError when Linears that should share an input do not: the family's fused rules are wrong then, and
     every Hessian would be too.
     """
-    taps = Taps()
+    captured = CapturedActivations()
     handles = []
     watched: list[Any] = []
     for group in block.inputs:
@@ -43,14 +43,14 @@ def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
             if matrix.experts is not None:
                 experts = module.get_submodule(matrix.parameters[0].rpartition(".")[0])
                 watched.append(experts)
-                _watch(experts, taps, group, matrix)
+                _watch(experts, captured, group, matrix)
                 continue
             for parameter in matrix.parameters:
                 submodule = module.get_submodule(parameter.rpartition(".")[0])
-                handles.append(submodule.register_forward_pre_hook(_entering(taps, group.name, parameter)))
-                handles.append(submodule.register_forward_hook(_leaving(taps, parameter)))
+                handles.append(submodule.register_forward_pre_hook(_entering(captured, group.name, parameter)))
+                handles.append(submodule.register_forward_hook(_leaving(captured, parameter)))
     try:
-        yield taps
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
@@ -58,28 +58,28 @@ def tapped(module: nn.Module, block: Block) -> Iterator[Taps]:
             experts.watcher = None
 
 
-def _entering(taps: Taps, group: str, parameter: str) -> Any:
+def _entering(captured: CapturedActivations, group: str, parameter: str) -> Any:
     def record(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         (x,) = args
-        seen = taps.inputs.setdefault(group, x)
+        seen = captured.inputs.setdefault(group, x)
         if seen is not x:
             raise InputError(
                 f"{parameter} does not read the tensor that {group} reads; correct the family's fused rules"
             )
-        entry = taps.entries[parameter] = x.view_as(x)
+        entry = captured.entries[parameter] = x.view_as(x)
         return (entry,)
 
     return record
 
 
-def _leaving(taps: Taps, parameter: str) -> Any:
+def _leaving(captured: CapturedActivations, parameter: str) -> Any:
     def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        taps.outputs[parameter] = output
+        captured.outputs[parameter] = output
 
     return record
 
 
-def _watch(experts: Any, taps: Taps, group: InputGroup, matrix: Matrix) -> None:
+def _watch(experts: Any, captured: CapturedActivations, group: InputGroup, matrix: Matrix) -> None:
     """Record one packed parameter; the experts module may be watched for several."""
     before = getattr(experts, "watcher", None)
     parameter = matrix.parameters[0]
@@ -88,7 +88,7 @@ def _watch(experts: Any, taps: Taps, group: InputGroup, matrix: Matrix) -> None:
         if before is not None:
             before(name, rows, output, routing)
         if name == parameter.rpartition(".")[2]:
-            taps.inputs[group.name] = taps.entries[parameter] = rows
-            taps.outputs[parameter], taps.routing[group.name] = output, routing
+            captured.inputs[group.name] = captured.entries[parameter] = rows
+            captured.outputs[parameter], captured.routing[group.name] = output, routing
 
     experts.watcher = watch

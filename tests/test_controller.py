@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.conductor import Conductor, sources_of
-from actors.course import Course
+from actors.controller import Controller, sources_of
 from actors.events import Event, Events
-from actors.ledger import Recorded
-from actors.messages import PASSES, Failure, Receipt, Shard, Stage, Unit
-from actors.recovery import Cause, Loss, Recovery, yielding
-from actors.shards import remaining
-from actors.workers import Call, Kind, Reply
+from actors.messages import Failure, Receipt
+from actors.protocol import Call, CallKind, Reply
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding
+from actors.schedule.run_store import Recorded
+from actors.schedule.shards import pending_shards
+from actors.schedule.units import PASSES, Shard, Stage, Unit
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import DamagedError, InputError, ResourceError
 from prismaquant_ray.storage.record import Artifact
@@ -50,13 +51,13 @@ class Scripted:
         self.room = room
         self.queue: list[tuple[str, Call]] = []
         self.pending: list[str] = []
-        self.log: list[tuple[str, Kind, int | None]] = []
+        self.log: list[tuple[str, CallKind, int | None]] = []
         self.now = 0.0
 
     def start(self, worker: str) -> None:
         if self.room:
             self.room -= 1
-            self.queue.append((worker, Call(kind=Kind.HELLO)))
+            self.queue.append((worker, Call(kind=CallKind.HELLO)))
         else:
             self.pending.append(worker)
 
@@ -91,23 +92,23 @@ def unit(call: Call) -> Any:
 
 
 def receipt_of(worker: str, facts: dict[str, Any], failure: Failure | None = None) -> Receipt:
-    return Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, facts=facts, failure=failure)
+    return Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, metrics=facts, failure=failure)
 
 
-def conductor(workers: Scripted, wanted: int = 2, **options: Any) -> tuple[Conductor, list[Event]]:
+def controller(workers: Scripted, wanted: int = 2, **options: Any) -> tuple[Controller, list[Event]]:
     events: list[Event] = []
     settings = {"timeout": 100.0, "first": 60.0, "clock": lambda: workers.now, **options}
-    return Conductor(workers, Events(events.append), wanted=wanted, **settings), events
+    return Controller(workers, Events(events.append), wanted=wanted, **settings), events
 
 
 #: Two texts and an image; the merger reads images only, the draft texts only, draft and head the same decoder block.
-SEEING = Course(decoder=2, texts=2, vision=2, images=1, draft=True, head=True)
+SEEING = PassGraph(decoder=2, texts=2, vision=2, images=1, draft=True, head=True)
 
 
-def whole_pass(course: Course, stage: Stage, limit: int = 1) -> tuple[Shard, ...]:
-    """What a first run visits."""
+def whole_pass(graph: PassGraph, stage: Stage, limit: int = 1) -> tuple[Shard, ...]:
+    """The shards of a first run."""
     nothing = Recorded(done=frozenset(), boundaries=frozenset())
-    return remaining(course, nothing, nothing, limit=limit).of(stage)
+    return pending_shards(graph, nothing, nothing, limit=limit).of(stage)
 
 
 @dataclass(frozen=True, eq=False, weakref_slot=True, slots=True)
@@ -160,7 +161,7 @@ class Handing(Scripted):
             if cause is Cause.NODE:
                 self.gone.add(worker)
             return [Reply(worker=worker, lost=(cause, "scripted"))]
-        if call.kind is Kind.RUN and not self.arrived(call):
+        if call.kind is CallKind.RUN and not self.arrived(call):
             return [Reply(worker=worker)]
         return [self.answered(worker, call, call.shard)]
 
@@ -184,10 +185,10 @@ class Handing(Scripted):
 
     def answered(self, worker: str, call: Call, shard: Shard) -> Reply:
         last = shard.units[-1]
-        if call.kind is Kind.AHEAD:
+        if call.kind is CallKind.PREFETCH:
             assert worker not in self.waiting, "only a worker that holds nothing reads ahead by itself"
             return Reply(worker=worker, receipt=receipt_of(worker, {}))
-        if call.kind is Kind.FINISH:
+        if call.kind is CallKind.FINISH:
             self.waiting.pop(worker, None)
             self.recorded.add(last)
             return Reply(worker=worker, receipt=receipt_of(worker, {}))
@@ -206,21 +207,21 @@ class Handing(Scripted):
         return Reply(worker=worker, receipt=receipt, output=output)
 
 
-def once(*losses: tuple[Kind, int, Cause]) -> Callable[[str, Call], Cause | None]:
+def once(*losses: tuple[CallKind, int, Cause]) -> Callable[[str, Call], Cause | None]:
     """Each (kind, unit) is lost the first time it is tried."""
     left = {(kind, unit): cause for kind, unit, cause in losses}
     return lambda _, call: left.pop((call.kind, call.shard.units[0]), None) if call.shard else None
 
 
 def test_a_lost_worker_is_replaced_and_only_its_shard_is_run_again() -> None:
-    workers = Scripted(once((Kind.FINISH, 1, Cause.PROCESS)))
-    driver, events = conductor(workers)
+    workers = Scripted(once((CallKind.FINISH, 1, Cause.PROCESS)))
+    driver, events = controller(workers)
     driver.run_pass(shards(3))
-    runs = [unit for _, kind, unit in workers.log if kind is Kind.RUN]
+    runs = [unit for _, kind, unit in workers.log if kind is CallKind.RUN]
     assert [runs.count(unit) for unit in range(4)] == [3, 6, 3, 3]
-    lost = [event.facts for event in events if event.kind == "lost"]
+    lost = [event.payload for event in events if event.kind == "lost"]
     assert [(entry["cause"], entry["shard"]) for entry in lost] == [("its process died", "forward 0001")]
-    assert {name for name, kind, _ in workers.log if kind is Kind.SETUP} == {"worker-0", "worker-1", "worker-2"}
+    assert {name for name, kind, _ in workers.log if kind is CallKind.SETUP} == {"worker-0", "worker-1", "worker-2"}
 
 
 @pytest.mark.parametrize("stage", PASSES)
@@ -252,9 +253,9 @@ def test_every_step_is_handed_what_its_source_put_out_whatever_is_lost(
 ) -> None:
     passed = whole_pass(SEEING, stage, limit)
     cluster = Handing(passed, seed, losses, stored)
-    driver, events = conductor(cluster, workers, recovery=Recovery(per_shard=99, starting=99))
+    driver, events = controller(cluster, workers, recovery=Recovery(per_shard=99, starting=99))
     driver.run_pass(passed)
-    finished = [event.facts["shard"] for event in events if event.kind == "shard"]
+    finished = [event.payload["shard"] for event in events if event.kind == "shard"]
     assert sorted(finished) == sorted(shard.name for shard in passed)
 
 
@@ -275,7 +276,7 @@ def test_an_output_is_let_go_of_once_it_is_stored_and_all_have_read_it(stage: St
             return super().wait(timeout)
 
     cluster = Watching(passed, 0, stored=1.0)
-    driver, _ = conductor(cluster, workers)
+    driver, _ = controller(cluster, workers)
     driver.run_pass(passed)
     assert held[True] > 5
     assert held[False] > 5
@@ -283,7 +284,7 @@ def test_an_output_is_let_go_of_once_it_is_stored_and_all_have_read_it(stage: St
 
 def test_what_a_lost_node_had_put_out_is_read_from_the_store_once_its_shard_is_finished() -> None:
     # Shard 0 was finished on worker-0, whose node takes the output with it before shard 1 has read it.
-    passed = whole_pass(Course(decoder=1, texts=1), Stage.FORWARD)
+    passed = whole_pass(PassGraph(decoder=1, texts=1), Stage.FORWARD)
     handed: list[Any] = []
 
     class Leaving(Handing):
@@ -295,7 +296,7 @@ def test_what_a_lost_node_had_put_out_is_read_from_the_store_once_its_shard_is_f
             return super().arrived(call)
 
     cluster = Leaving(passed, 0, stored=0.0)
-    driver, _ = conductor(cluster, wanted=1)
+    driver, _ = controller(cluster, wanted=1)
     driver.run_pass(passed)
     assert [type(found) for found in handed] == [Output, type(None)]
 
@@ -304,15 +305,15 @@ def test_a_call_that_hangs_costs_the_worker() -> None:
     hung: list[Call] = []
 
     def script(worker: str, call: Call) -> Any:
-        if call.kind is Kind.FINISH and (not hung or call in hung):
+        if call.kind is CallKind.FINISH and (not hung or call in hung):
             hung.append(call)
             return "hang" if worker in ("worker-0", "worker-1") and len(set(map(id, hung))) == 1 else None
         return None
 
     workers = Scripted(script)
-    driver, events = conductor(workers, wanted=1)
+    driver, events = controller(workers, wanted=1)
     driver.run_pass(shards(1)[:1])
-    assert [event.facts["cause"] for event in events if event.kind == "lost"] == ["it did not answer in time"]
+    assert [event.payload["cause"] for event in events if event.kind == "lost"] == ["it did not answer in time"]
 
 
 def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all() -> None:
@@ -320,47 +321,47 @@ def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all
     tried: list[Call] = []
 
     def script(worker: str, call: Call) -> Any:
-        if worker == "worker-0" and call.kind is Kind.RUN and call.microbatch == 1:
+        if worker == "worker-0" and call.kind is CallKind.RUN and call.microbatch == 1:
             tried.append(call)
             return Cause.NODE
         return None
 
     workers = Scripted(script, room=2)
-    driver, events = conductor(workers, patience=30.0)
+    driver, events = controller(workers, patience=30.0)
     driver.run_pass(shards(3))
     assert len(tried) == 1
-    assert [event.facts["worker"] for event in events if event.kind == "yielded"] == ["worker-1"]
-    finished = [event.facts["units"][0] for event in events if event.kind == "shard"]
+    assert [event.payload["worker"] for event in events if event.kind == "yielded"] == ["worker-1"]
+    finished = [event.payload["units"][0] for event in events if event.kind == "shard"]
     assert finished == ["0000", "0001", "0002", "0003"]
 
 
 def test_a_shard_that_kills_three_workers_ends_the_run_by_name() -> None:
-    workers = Scripted(lambda _, call: Cause.MEMORY if unit(call) == 2 and call.kind is Kind.FINISH else None)
-    driver, _ = conductor(workers)
+    workers = Scripted(lambda _, call: Cause.MEMORY if unit(call) == 2 and call.kind is CallKind.FINISH else None)
+    driver, _ = controller(workers)
     with pytest.raises(ResourceError, match=r"forward 0002 lost 3 workers, the last because its node ran out of memor"):
         driver.run_pass(shards(2))
 
 
 def test_lost_nodes_are_not_held_against_a_shard() -> None:
     left = [Cause.NODE] * 6
-    workers = Scripted(lambda _, call: left.pop() if left and call.kind is Kind.FINISH else None)
-    driver, events = conductor(workers)
+    workers = Scripted(lambda _, call: left.pop() if left and call.kind is CallKind.FINISH else None)
+    driver, events = controller(workers)
     driver.run_pass(shards(2))
     assert len([event for event in events if event.kind == "lost"]) == 6
 
 
 def test_a_cluster_where_workers_cannot_start_ends_the_run() -> None:
     workers = Scripted(lambda *_: Cause.PROCESS)
-    driver, _ = conductor(workers, first=1000.0)
+    driver, _ = controller(workers, first=1000.0)
     with pytest.raises(ResourceError, match="5 workers in a row were lost while they started"):
         driver.wait_for_first()
     with pytest.raises(ResourceError, match="no worker could be started in 60 s; the cluster has 0 GPUs and 2 CPUs"):
-        conductor(Scripted(room=0))[0].wait_for_first()
+        controller(Scripted(room=0))[0].wait_for_first()
 
 
 def test_a_cluster_that_is_gone_in_the_middle_ends_the_run() -> None:
     workers = Scripted(lambda _, call: Cause.NODE if unit(call) == 1 else None, room=1)
-    driver, _ = conductor(workers, wanted=1)
+    driver, _ = controller(workers, wanted=1)
     with pytest.raises(ResourceError, match="no worker is left and none could be started in 60 s"):
         driver.run_pass(shards(2))
 
@@ -368,20 +369,20 @@ def test_a_cluster_that_is_gone_in_the_middle_ends_the_run() -> None:
 def test_what_a_worker_reports_rises_as_it_is() -> None:
     failure = Failure.of(DamagedError("forward/0001/x is damaged", "forward/0001/x"))
     workers = Scripted(lambda worker, call: receipt_of(worker, {}, failure) if unit(call) == 1 else None)
-    driver, _ = conductor(workers)
+    driver, _ = controller(workers)
     with pytest.raises(DamagedError, match="is damaged") as caught:
         driver.run_pass(shards(2))
     assert caught.value.key == "forward/0001/x"
     workers.script = lambda *_: None
     driver.abandon()
     driver.run_pass(shards(2))
-    assert ("worker-0", Kind.DROP, None) in workers.log
+    assert ("worker-0", CallKind.DROP, None) in workers.log
 
 
 def test_another_version_on_a_worker_is_refused() -> None:
     workers = Scripted(lambda worker, _: receipt_of(worker, {**FACTS, "version": "0.0.1"}))
     with pytest.raises(ResourceError, match=r"a worker on here has prismaquant-ray 0\.0\.1, the driver "):
-        conductor(workers)[0].wait_for_first()
+        controller(workers)[0].wait_for_first()
 
 
 def test_a_worker_that_may_not_join_ends_the_run() -> None:
@@ -389,12 +390,12 @@ def test_a_worker_that_may_not_join_ends_the_run() -> None:
         raise InputError("another device")
 
     with pytest.raises(InputError, match="another device"):
-        conductor(Scripted(), admit=refuse)[0].wait_for_first()
+        controller(Scripted(), admit=refuse)[0].wait_for_first()
 
 
 def test_the_verdict_counts_each_kind_of_loss_by_itself() -> None:
-    def loss(cause: Cause, shard: str | None = "a", ready: bool = True) -> Loss:
-        return Loss(worker="w", cause=cause, shard=shard, was_ready=ready)
+    def loss(cause: Cause, shard: str | None = "a", ready: bool = True) -> LostWorker:
+        return LostWorker(worker="w", cause=cause, shard=shard, was_ready=ready)
 
     policy = Recovery(per_shard=2, starting=2, nodes=3)
     assert policy.verdict([loss(Cause.PROCESS)]) is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.ahead import Ahead
+from prismaquant_ray.models.prefetch import Prefetcher
 
 
 class Value:
@@ -30,15 +30,15 @@ def reading(log: list[tuple[int, int]]) -> Callable[[int], Value]:
 
 def test_what_is_expected_is_read_by_one_thread_and_only_once() -> None:
     log: list[tuple[int, int]] = []
-    ahead = Ahead(reading(log))
-    ahead.expect([3, 1, 2])
-    ahead.expect([1, 2, 3])
-    assert [ahead.take(key).key for key in (2, 3, 1)] == [2, 3, 1]
+    prefetcher = Prefetcher(reading(log))
+    prefetcher.prefetch([3, 1, 2])
+    prefetcher.prefetch([1, 2, 3])
+    assert [prefetcher.get(key).key for key in (2, 3, 1)] == [2, 3, 1]
     assert sorted(key for key, _ in log) == [1, 2, 3]
     (thread,) = {thread for _, thread in log}
     assert thread != threading.get_ident()
     # What nobody expected is read where it is asked for, also a second time.
-    assert [ahead.take(1).key, ahead.take(1).key] == [1, 1]
+    assert [prefetcher.get(1).key, prefetcher.get(1).key] == [1, 1]
     assert [thread for _, thread in log[3:]] == [threading.get_ident()] * 2
 
 
@@ -50,21 +50,21 @@ def test_reading_goes_on_while_something_else_is_done() -> None:
         assert may_end.wait(10)
         return key
 
-    ahead = Ahead(read)
-    ahead.expect([1])
+    prefetcher = Prefetcher(read)
+    prefetcher.prefetch([1])
     assert begun.wait(10)
     may_end.set()
-    assert ahead.take(1) == 1
+    assert prefetcher.get(1) == 1
 
 
 def test_an_error_rises_where_the_value_is_taken() -> None:
     def read(key: int) -> int:
         raise InputError(f"block {key} is damaged")
 
-    ahead = Ahead(read)
-    ahead.expect([7])
+    prefetcher = Prefetcher(read)
+    prefetcher.prefetch([7])
     with pytest.raises(InputError, match="block 7 is damaged"):
-        ahead.take(7)
+        prefetcher.get(7)
 
 
 def test_what_is_no_longer_expected_is_let_go_of() -> None:
@@ -75,20 +75,20 @@ def test_what_is_no_longer_expected_is_let_go_of() -> None:
         kept.append(weakref.ref(value))
         return value
 
-    ahead = Ahead(read)
-    ahead.expect([1, 2])
-    ahead.expect([2])
-    assert ahead.take(2).key == 2
-    ahead.expect([])
+    prefetcher = Prefetcher(read)
+    prefetcher.prefetch([1, 2])
+    prefetcher.prefetch([2])
+    assert prefetcher.get(2).key == 2
+    prefetcher.prefetch([])
     gc.collect()
     assert all(reference() is None for reference in kept)
 
 
 @given(st.lists(st.one_of(st.lists(st.integers(0, 5), unique=True), st.integers(0, 5)), max_size=12))
 def test_any_order_of_expecting_and_taking_gives_what_reading_gives(calls: list[list[int] | int]) -> None:
-    ahead = Ahead(lambda key: key * key)
+    prefetcher = Prefetcher(lambda key: key * key)
     for call in calls:
         if isinstance(call, int):
-            assert ahead.take(call) == call * call
+            assert prefetcher.get(call) == call * call
         else:
-            ahead.expect(call)
+            prefetcher.prefetch(call)

@@ -1,4 +1,4 @@
-"""What the conductor asks of workers and what comes back: the seam between decisions and Ray."""
+"""What the controller asks of workers, and their replies: the seam between decisions and Ray."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from actors.messages import Receipt, Shard
-from actors.recovery import Cause
+from actors.messages import Receipt
+from actors.schedule.recovery import Cause
+from actors.schedule.units import Shard
 
 
-class Kind(StrEnum):
+class CallKind(StrEnum):
     """What a worker can be asked."""
 
     HELLO = "hello"
     SETUP = "setup"
     RUN = "run"
     FINISH = "finish"
-    AHEAD = "ahead"
+    PREFETCH = "prefetch"
     DROP = "drop"
 
 
@@ -26,10 +27,10 @@ class Kind(StrEnum):
 class Call:
     """One request to a worker. `arriving` is an output as `Workers` handed it out, an artifact, or None.
 
-    `following` of a FINISH is the shard that the worker may begin to read meanwhile, as `shard` is of an AHEAD.
+    `following` of a FINISH is the shard that the worker may begin to read meanwhile, as `shard` is of a PREFETCH.
     """
 
-    kind: Kind
+    kind: CallKind
     shard: Shard | None = None
     microbatch: int = 0
     arriving: Any = None
@@ -50,7 +51,7 @@ class Reply:
 
 
 class Workers(Protocol):
-    """A cluster as the conductor sees it. A worker has at most one call in flight."""
+    """A cluster as the controller sees it. A worker has at most one call in flight."""
 
     def start(self, worker: str) -> None:
         """Ask for a worker of this name and send it HELLO; the reply comes when the cluster has room for it."""

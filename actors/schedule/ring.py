@@ -71,8 +71,8 @@ class Ring:
             self.expected.pop(worker, None)
         return self._at(shard) if self._can_run(shard) else None
 
-    def ahead(self, worker: str) -> int | None:
-        """The shard that the worker should expect next, when that is news to it."""
+    def prefetch(self, worker: str) -> int | None:
+        """The shard that the worker should read ahead, when that is news to it."""
         taken = {shard for other, shard in self.expected.items() if other != worker}
         shard = next((s for s in self._free() if s not in taken), None)
         if shard is None or self.expected.get(worker) == shard:

@@ -1,4 +1,4 @@
-"""What a run will need, from its layout alone: memory of a worker, disk of the run store and the repository."""
+"""The memory plan of a run, from its layout alone: memory of a worker, disk of the run store and the repository."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from actors.shards import blocks_per_shard
+from actors.schedule.shards import blocks_per_shard
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
-from prismaquant_ray.layout import LEAVES, Block, Kind, Layout
+from prismaquant_ray.layout import HEADS, Block, BlockKind, Layout
 from prismaquant_ray.rounding.encode import AT_ONCE
 from prismaquant_ray.rounding.forward_pass import hessian_bytes
 from prismaquant_ray.rounding.routed_inputs import HESSIANS
@@ -31,7 +31,7 @@ _BOUNDARIES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Needs:
+class MemoryPlan:
     """Bytes. `block_*` are taken by each loaded block of the largest kind, the rest of a worker once.
 
     `base` is the process, `working` what encoding one block and moving boundaries take, `exit` final norm, head and
@@ -89,27 +89,27 @@ class ShardSize:
     configured: bool
 
 
-def shard_size(needs: Needs, config: Config, *, workers: int, free: int) -> ShardSize:
+def shard_size(plan: MemoryPlan, config: Config, *, workers: int, free: int) -> ShardSize:
     """`cluster.blocks_per_shard`, or as many blocks as fit into `free` bytes of a worker and keep all workers busy.
 
     `cluster.memory`, when it is set, takes the place of `free`.
     """
     if config.cluster.memory != "auto":
         free = config.cluster.memory
-    fitting = needs.fitting(free)
-    wanted = blocks_per_shard(blocks=needs.blocks, workers=workers, fitting=needs.blocks)
+    fitting = plan.fitting(free)
+    wanted = blocks_per_shard(blocks=plan.blocks, workers=workers, fitting=plan.blocks)
     configured = config.cluster.blocks_per_shard
     if configured != "auto":
         return ShardSize(blocks=configured, free=free, fitting=fitting, wanted=wanted, configured=True)
-    chosen = blocks_per_shard(blocks=needs.blocks, workers=workers, fitting=fitting)
+    chosen = blocks_per_shard(blocks=plan.blocks, workers=workers, fitting=fitting)
     return ShardSize(blocks=chosen, free=free, fitting=fitting, wanted=wanted, configured=False)
 
 
-def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
+def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> MemoryPlan:
     """The plan `inspect` prints and a run is checked against."""
     compute = 4 if config.model.dtype == "float32" else 2
     calibration = config.calibration
-    chain = [block for block in layout.blocks if block.kind not in LEAVES]
+    chain = [block for block in layout.blocks if block.kind not in HEADS]
     held = max((_held(block, layout, config, compute) for block in chain), key=lambda held: held.total)
     dense = [entry.in_features for b in layout.blocks for entry in b.inputs if entry.experts is None]
     widest = max(dense, default=0)
@@ -119,11 +119,11 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
     hop = calibration.microbatch * calibration.length * layout.hidden_size * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
     exit_bytes = vocabulary + _EXIT_COPIES * min(LOGIT_BYTES, 4 * calibration.length * layout.vocab_size)
-    leaves = [
-        _held(block, layout, config, compute).total + exit_bytes + (vocabulary if block.kind is Kind.DRAFT else 0)
-        for block in layout.of(*LEAVES)
+    heads = [
+        _held(block, layout, config, compute).total + exit_bytes + (vocabulary if block.kind is BlockKind.DRAFT else 0)
+        for block in layout.of(*HEADS)
     ]
-    return Needs(
+    return MemoryPlan(
         base=BASE_BYTES,
         working=max(block.source_bytes + candidate_bytes([block], config.formats) for block in chain)
         + 3 * 4 * widest**2
@@ -131,7 +131,7 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
         + _COMPACT_COPIES * largest
         + _BOUNDARIES * hop
         + (_HESSIAN_COPIES * 4 * HESSIANS if has_experts else 0),
-        exit=max([exit_bytes, *leaves]),
+        exit=max([exit_bytes, *heads]),
         block_weights=held.weights,
         block_hessians=held.hessians,
         block_candidates=held.candidates,
@@ -143,20 +143,20 @@ def needs(layout: Layout, config: Config, *, repository_bytes: int) -> Needs:
     )
 
 
-def evaluation_needs(layout: Layout, config: Config, length: int, variants: Sequence[Variant]) -> Needs:
+def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants: Sequence[Variant]) -> MemoryPlan:
     """What a worker of an evaluation takes: weights once as computed with, and once as each format decodes them."""
     compute = 4 if config.model.dtype == "float32" else 2
     formats = {name for variant in variants for name in (variant.choice or {}).values()}
     # A repository's blocks are loaded beside the source's.
     copies = 2 * len(codecs_of([*formats])) + (compute if any(v.choice is None for v in variants) else 0)
     tokens = config.calibration.microbatch * length
-    chain = [block for block in layout.blocks if block.kind not in LEAVES]
+    chain = [block for block in layout.blocks if block.kind not in HEADS]
     largest = max(sum(linear.parameters for linear in block.linears) for block in chain)
     group = max(group.parameters for group in layout.groups)
     hop = (1 + len(variants)) * tokens * layout.hidden_size * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
     heads = 2 if any(variant.choice is None for variant in variants) else 1
-    return Needs(
+    return MemoryPlan(
         base=BASE_BYTES,
         working=max(block.source_bytes for block in chain) + 4 * group + _BOUNDARIES * hop,
         # Logits of one piece in float64, of the source and of one variant.
@@ -202,7 +202,7 @@ def _held(block: Block, layout: Layout, config: Config, compute: int) -> _Held:
     per_token = 4 * layout.hidden_size + sum(
         (layout.top_k if linear.experts else 1) * 2 * (linear.in_features + linear.out_features)
         for linear in block.linears
-        if block.kind is not Kind.HEAD
+        if block.kind is not BlockKind.HEAD
     )
     return _Held(
         weights=parameters * compute,

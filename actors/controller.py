@@ -1,7 +1,7 @@
 """Driving a pass over workers that may be lost: hands out steps, takes receipts, replaces what dies.
 
-It decides by `actors.ring` (who runs what), `actors.recovery` (whether to go on) and acts through `Workers`, which is
-Ray in a run and plain objects in tests. Nothing here imports Ray.
+It decides by `schedule.ring` (who runs what), `schedule.recovery` (whether to go on) and acts through `Workers`, which
+is Ray in a run and plain objects in tests. Nothing here imports Ray.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.events import Events
-from actors.messages import Receipt, Shard, unit_key
-from actors.recovery import Cause, Loss, Recovery, yielding
-from actors.ring import FINISH, Ring, Step
-from actors.workers import Call, Kind, Reply, Workers
+from actors.messages import Receipt
+from actors.protocol import Call, CallKind, Reply, Workers
+from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding
+from actors.schedule.ring import FINISH, Ring, Step
+from actors.schedule.units import Shard, unit_key
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import ResourceError
-from prismaquant_ray.storage.record import Artifact
+
+if TYPE_CHECKING:
+    from prismaquant_ray.storage.record import Artifact
 
 
 @dataclass(slots=True, eq=False)
@@ -58,13 +61,13 @@ class _Flight:
     since: float
 
 
-class Conductor:
+class Controller:
     """Workers of one run, over any number of passes.
 
     `wanted` workers are asked for at once; work begins with the first that is ready. `setup` is the argument of a
     worker's SETUP call by its name. Times are in seconds: a call may take `timeout`, the first worker must be ready
     after `first`, and a stalled pass waits `patience` for a replacement before a worker must give up its shard.
-    `check` is called often, `admit` with the facts of every worker that is ready; either may raise to end the run.
+    `check` is called often, `admit` with the metrics of every worker that is ready; either may raise to end the run.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Conductor:
         self.admit = admit
         self.clock = clock
         self.ready: dict[str, Mapping[str, Any]] = {}
-        self.losses: list[Loss] = []
+        self.losses: list[LostWorker] = []
         self._flying: dict[str, _Flight] = {}
         self._due: list[tuple[float, str]] = []
         self._started = 0
@@ -100,7 +103,7 @@ class Conductor:
             self._start()
 
     def wait_for_first(self) -> Mapping[str, Any]:
-        """Facts of the first worker that is ready; ResourceError when none comes in time."""
+        """Metrics of the first worker that is ready; ResourceError when none comes in time."""
         begun = self.clock()
         while not self.ready:
             if self.clock() - begun > self.first:
@@ -112,7 +115,7 @@ class Conductor:
         return next(iter(self.ready.values()))
 
     def run_pass(self, shards: Sequence[Shard]) -> None:
-        """Visit the shards in order; raises what a worker reports, or ResourceError when workers keep dying."""
+        """Run the shards in order; raises what a worker reports, or ResourceError when workers keep dying."""
         state = _Pass(shards, Ring([shard.microbatches for shard in shards], sources_of(shards)))
         while not state.ring.finished:
             self._turn(state)
@@ -128,7 +131,7 @@ class Conductor:
                 elif flight.step is None and reply.receipt is not None:
                     self._accept(None, reply, reply.receipt, flight)
         for worker in self.ready.keys() - self._flying.keys():
-            self._send(worker, Call(kind=Kind.DROP))
+            self._send(worker, Call(kind=CallKind.DROP))
 
     # One turn -------------------------------------------------------------------------------------------------
 
@@ -148,25 +151,25 @@ class Conductor:
     def _submit(self, state: _Pass) -> None:
         exhausted = False
         for worker in state.ring.order(self.ready.keys() - self._flying.keys()):
-            # What there is nothing of for one free worker there is not for another.
+            # If no shard can run on one idle worker, none can on the others.
             step = None if exhausted and worker not in state.ring.held else state.ring.next(worker)
             if step is None:
                 if worker not in state.ring.held:
                     exhausted = True
                     if (following := self._following(state, worker)) is not None:
-                        self._send(worker, Call(kind=Kind.AHEAD, shard=following))
+                        self._send(worker, Call(kind=CallKind.PREFETCH, shard=following))
                 continue
             shard = state.shards[step.shard]
             if step.microbatch == FINISH:
-                call = Call(kind=Kind.FINISH, shard=shard, following=self._following(state, worker))
+                call = Call(kind=CallKind.FINISH, shard=shard, following=self._following(state, worker))
             else:
                 before = state.ring.source(step)
                 arriving = None if before is None else state.outputs[before].where
-                call = Call(kind=Kind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
+                call = Call(kind=CallKind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
             self._send(worker, call, step)
 
     def _following(self, state: _Pass, worker: str) -> Shard | None:
-        index = state.ring.ahead(worker)
+        index = state.ring.prefetch(worker)
         return None if index is None else state.shards[index]
 
     def _send(self, worker: str, call: Call, step: Step | None = None) -> None:
@@ -182,7 +185,7 @@ class Conductor:
             self._send_start(name)
 
     def _send_start(self, name: str) -> None:
-        self._flying[name] = _Flight(Call(kind=Kind.HELLO), None, self.clock())
+        self._flying[name] = _Flight(Call(kind=CallKind.HELLO), None, self.clock())
         self.workers.start(name)
 
     # What comes back ------------------------------------------------------------------------------------------
@@ -201,13 +204,13 @@ class Conductor:
         worker = reply.worker
         if receipt.failure is not None:
             raise receipt.failure.error()
-        if flight.call.kind is Kind.HELLO:
+        if flight.call.kind is CallKind.HELLO:
             _check_version(receipt)
-            self._send(worker, Call(kind=Kind.SETUP))
-        elif flight.call.kind is Kind.SETUP:
-            self.admit(receipt.facts)
-            self.ready[worker] = receipt.facts
-            self.events("worker", worker=worker, **receipt.facts)
+            self._send(worker, Call(kind=CallKind.SETUP))
+        elif flight.call.kind is CallKind.SETUP:
+            self.admit(receipt.metrics)
+            self.ready[worker] = receipt.metrics
+            self.events("worker", worker=worker, **receipt.metrics)
         elif flight.step is not None:
             assert state is not None
             self._step_done(state, reply, receipt, flight.step)
@@ -235,7 +238,7 @@ class Conductor:
             started=round(receipt.started, 4),
             seconds=round(receipt.seconds, 4),
             peak_bytes=receipt.peak_bytes,
-            **receipt.facts,
+            **receipt.metrics,
         )
         if step.microbatch == FINISH:
             for microbatch in shard.microbatches:
@@ -283,7 +286,7 @@ class Conductor:
         was_ready = self.ready.pop(worker, None) is not None
         self._flying.pop(worker, None)
         shard = self._release(state, worker)
-        self.losses.append(Loss(worker=worker, cause=cause, shard=shard, message=message, was_ready=was_ready))
+        self.losses.append(LostWorker(worker=worker, cause=cause, shard=shard, message=message, was_ready=was_ready))
         self.events("lost", worker=worker, cause=str(cause), shard=shard, message=message)
         reason = self.recovery.verdict(self.losses)
         if reason is not None:
@@ -311,13 +314,13 @@ class Conductor:
     def _stop_hung(self, state: _Pass | None) -> None:
         now = self.clock()
         for worker, flight in list(self._flying.items()):
-            if flight.call.kind is not Kind.HELLO and now - flight.since > self.timeout:
+            if flight.call.kind is not CallKind.HELLO and now - flight.since > self.timeout:
                 self.workers.stop(worker)
                 self._lost(state, worker, Cause.TIMEOUT, f"{flight.call.kind} took more than {self.timeout:.0f} s")
 
     def _unstall(self, state: _Pass) -> None:
         """When every worker waits for a shard that nobody holds, have one give its own up after a while."""
-        working = [flight for flight in self._flying.values() if flight.call.kind is not Kind.HELLO]
+        working = [flight for flight in self._flying.values() if flight.call.kind is not CallKind.HELLO]
         worker = None if working else yielding(state.ring.held, state.ring.blocking())
         if worker is None:
             self._stalled_since = None if working or self.ready else self._nobody()
@@ -329,7 +332,7 @@ class Conductor:
             self._stalled_since = None
             shard = self._release(state, worker)
             self.events("yielded", worker=worker, shard=shard)
-            self._send(worker, Call(kind=Kind.DROP))
+            self._send(worker, Call(kind=CallKind.DROP))
 
     def _nobody(self) -> float:
         """No worker is left: when that began; ResourceError when it has lasted too long."""
@@ -355,9 +358,9 @@ def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
 
 
 def _check_version(receipt: Receipt) -> None:
-    version = receipt.facts["version"]
+    version = receipt.metrics["version"]
     if version != __version__:
         raise ResourceError(
-            f"a worker on {receipt.facts['host']} has prismaquant-ray {version}, the driver {__version__}; "
+            f"a worker on {receipt.metrics['host']} has prismaquant-ray {version}, the driver {__version__}; "
             "use the same image everywhere"
         )

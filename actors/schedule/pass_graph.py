@@ -1,10 +1,10 @@
-"""The units of every pass and what each of them reads: all that planning needs to know of a model.
+"""The units of every pass and which of them reads which: all that planning needs to know of a model.
 
 Forward:    pixels → vision blocks → merger → entry → decoder blocks → draft, head
 Backward:   exits → decoder blocks → merger → vision blocks; draft and head by themselves, each with its own loss
 Evaluation: pixels → vision blocks → merger → entry → decoder blocks → draft, exits
 
-Images run through the whole course, text enters at the entry. What stands in parentheses below may be missing.
+Images run through every unit, text enters at the entry. What stands in parentheses below may be missing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actors.messages import Exit, Stage, Unit
-from prismaquant_ray.layout import Kind, Layout
+from actors.schedule.units import Exit, Stage, Unit
+from prismaquant_ray.layout import BlockKind, Layout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Course:
+class PassGraph:
     """Blocks in order: `vision` ones (the merger is the last), `decoder` ones, (a draft), (a head).
 
     Microbatches in order: `texts` of text, then `images`.
@@ -31,15 +31,15 @@ class Course:
     head: bool = False
 
     @classmethod
-    def of(cls, layout: Layout, *, texts: int, images: int) -> Course:
-        """The course of a model."""
+    def of(cls, layout: Layout, *, texts: int, images: int) -> PassGraph:
+        """The graph of a model."""
         return cls(
-            decoder=len(layout.of(Kind.DECODER)),
+            decoder=len(layout.of(BlockKind.DECODER)),
             texts=texts,
-            vision=len(layout.of(Kind.VISION, Kind.MERGER)),
+            vision=len(layout.of(BlockKind.VISION, BlockKind.MERGER)),
             images=images,
-            draft=bool(layout.of(Kind.DRAFT)),
-            head=bool(layout.of(Kind.HEAD)),
+            draft=bool(layout.of(BlockKind.DRAFT)),
+            head=bool(layout.of(BlockKind.HEAD)),
         )
 
     @property
@@ -58,7 +58,7 @@ class Course:
         return self.vision + self.decoder - 1
 
     @property
-    def leaves(self) -> tuple[int, ...]:
+    def heads(self) -> tuple[int, ...]:
         """Draft and head: they read what the last decoder block puts out, and nothing reads them."""
         return tuple(range(self.last + 1, self.blocks))
 
@@ -75,20 +75,20 @@ class Course:
     def order(self, stage: Stage) -> list[Unit]:
         """The units of a pass, each behind what it reads; the exits that a backward pass begins with are left out."""
         if stage is Stage.BACKWARD:
-            return [*range(self.last, -1, -1), *self.leaves]
+            return [*range(self.last, -1, -1), *self.heads]
         tower: list[Unit] = ["pixels", *range(self.vision)] if self.vision and self._sees(stage) else []
         if stage is Stage.FORWARD:
             return [*tower, "entry", *range(self.first, self.blocks)]
         return [*tower, "entry", *range(self.first, self.last + 1 + self.draft), *self.exits]
 
     def _sees(self, stage: Stage) -> bool:
-        """Whether a pass visits the tower: an evaluation without images has nothing for it."""
+        """Whether a pass runs the tower: an evaluation without images has nothing for it."""
         return self.images > 0 or stage is Stage.FORWARD
 
     def products(self, stage: Stage) -> set[Unit]:
         """The units of a pass that leave a record."""
         if stage is Stage.EVALUATION:
-            return {*self.exits, *self.leaves[: self.draft]}
+            return {*self.exits, *self.heads[: self.draft]}
         return set(range(self.blocks))
 
     def reads(self, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
@@ -101,14 +101,14 @@ class Course:
             return (self.vision - 1,) if self.vision and self._sees(stage) else ()
         if stage is not Stage.BACKWARD:
             return (self.below(unit),)
-        if unit in self.leaves:
+        if unit in self.heads:
             return ()
         return self.exits if unit == self.last else (unit + 1,)
 
     def below(self, unit: Unit) -> Unit:
         """The unit whose forward output a block recomputes from."""
         assert isinstance(unit, int)
-        if unit in self.leaves:
+        if unit in self.heads:
             return self.last
         if unit == self.first:
             return "entry"
@@ -118,7 +118,7 @@ class Course:
         """The block that takes a unit's gradient further down; None when there is none."""
         if isinstance(unit, Exit):
             return self.last
-        return unit - 1 if isinstance(unit, int) and unit > 0 and unit not in self.leaves else None
+        return unit - 1 if isinstance(unit, int) and unit > 0 and unit not in self.heads else None
 
     def microbatches(self, unit: Unit) -> tuple[int, ...]:
         """The microbatches a unit takes: images for the vision tower, text for a draft head, all for the rest."""
@@ -130,12 +130,16 @@ class Course:
             return self.every[: self.texts]
         return self.every
 
+    def has_image(self, microbatch: int) -> bool:
+        """Whether a microbatch is of images."""
+        return microbatch >= self.texts
+
     def joined(self, first: Unit, second: Unit) -> bool:
-        """Whether one worker may hold two neighbours of a pass in one visit."""
-        if not (isinstance(first, int) and isinstance(second, int)) or {first, second} & {*self.leaves}:
+        """Whether two neighbours of a pass may be in one shard."""
+        if not (isinstance(first, int) and isinstance(second, int)) or {first, second} & {*self.heads}:
             return False
         return (first < self.first) == (second < self.first)
 
     def readers_of_last(self) -> Iterable[Unit]:
         """Everything of the backward pass that reads what the last decoder block put out."""
-        return (self.last, *self.exits, *self.leaves)
+        return (self.last, *self.exits, *self.heads)

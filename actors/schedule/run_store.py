@@ -1,7 +1,7 @@
-"""What a run store holds of the two passes, by unit: keys, what is recorded, how it is forgotten.
+"""The run store of a model's passes, by unit: its keys, its records, and how they are forgotten.
 
 Two records a unit: `record.json` for its candidates or prices, `boundary.json` for what left it, which exists only at
-the end of a shard and only until it has been used. Either may be missing; `actors.shards` plans the work that is left.
+the end of a shard and only until it has been used. Either may be missing; `shards` plans the work that is left.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from actors.messages import PASSES, Stage, Unit, unit_key, unit_of
+from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
@@ -29,7 +29,7 @@ class Recorded:
     boundaries: frozenset[Unit]
 
 
-class Ledger:
+class RunStore:
     """The records of one run store."""
 
     def __init__(self, store: Store) -> None:
@@ -108,6 +108,16 @@ class Ledger:
         if record is None:
             raise DamagedError(f"{self.store.uri}: {key} is missing; run the same command again", key)
         return record
+
+
+def tensors_key(stage: Stage, unit: Unit, attempt: str, name: str) -> str:
+    """Where one attempt at a unit stores tensors: a format's candidates, evaluation figures."""
+    return f"{stage}/{unit_key(unit)}/{attempt}/{name}.safetensors"
+
+
+def boundary_key(stage: Stage, unit: Unit, attempt: str, microbatch: int) -> str:
+    """Where one attempt stores the boundary of a microbatch."""
+    return tensors_key(stage, unit, attempt, f"boundary-{microbatch:05d}")
 
 
 def _key(stage: Stage, unit: Unit, name: str) -> str:

@@ -1,0 +1,91 @@
+"""What a worker has for all of its shards: model, calibration set, run store, threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import Shard, Stage
+from prismaquant_ray.calibration.batches import Batch, CalibrationSet
+from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
+from prismaquant_ray.config import Config
+from prismaquant_ray.evaluation.variants import Variants
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.models.prefetch import Prefetcher
+from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.rounding.encode import Rounding
+from prismaquant_ray.sensitivity.fisher import Loss
+from prismaquant_ray.storage.record import read_tensors
+
+
+@dataclass(kw_only=True, eq=False)
+class WorkerContext:
+    """What every shard task of a worker uses. The head stays loaded from one exit to the next."""
+
+    config: Config
+    run_store: RunStore
+    runner: ModelRunner
+    calibration: CalibrationSet
+    rounding: Rounding
+    thread: ThreadPoolExecutor
+    variants: Variants | None = None
+    head: ExitStack | None = None
+
+    def __post_init__(self) -> None:
+        #: Candidates of blocks, as the backward pass takes them.
+        self.candidates: Prefetcher[int, tuple[CandidateTensors, int]] = Prefetcher(self._read_candidates)
+
+    def _read_candidates(self, block: int) -> tuple[CandidateTensors, int]:
+        """With their bytes."""
+        artifacts = self.run_store.record(Stage.FORWARD, block).artifacts
+        tensors = {FormatName(name): read_tensors(self.run_store.store, each) for name, each in artifacts.items()}
+        return tensors, sum(each.size for each in artifacts.values())
+
+    def prefetch(self, shard: Shard | None) -> None:
+        """Read what a shard loads ahead of it, or nothing; what was prefetched for another one is let go of."""
+        blocks = [unit for unit in shard.units if isinstance(unit, int)] if shard is not None else []
+        self.runner.prefetcher.prefetch(blocks)
+        backward = shard is not None and shard.stage is Stage.BACKWARD
+        self.candidates.prefetch([block for block in blocks if backward and shard and block in shard.produce])
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """Every microbatch: texts, then images."""
+        return self.calibration.batches(self.config.calibration.microbatch)
+
+    @cached_property
+    def graph(self) -> PassGraph:
+        """The units of every pass, and which of them reads which."""
+        images = len(self.calibration.images)
+        return PassGraph.of(self.runner.layout, texts=len(self.batches) - images, images=images)
+
+    @property
+    def loss(self) -> Loss:
+        """The loss of the model and of its draft head."""
+        config, layout = self.config.calibration, self.runner.layout
+        return Loss(
+            labels=config.labels, seed=config.seed, vocab_size=layout.vocab_size, image_token=layout.image_token
+        )
+
+    @property
+    def models(self) -> Variants:
+        """The models of an evaluation, the source first."""
+        assert self.variants is not None
+        return self.variants
+
+    def load_head(self) -> None:
+        """Final norm and head, unless they are loaded."""
+        if self.head is None:
+            self.head = ExitStack()
+            models = self.variants
+            self.head.enter_context(self.runner.exit() if models is None else models.resident(ModelRunner.exit))
+
+    def unload_head(self) -> None:
+        """Make room for blocks."""
+        if self.head is not None:
+            self.head.close()
+            self.head = None

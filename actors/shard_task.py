@@ -1,0 +1,152 @@
+"""A shard while a worker holds it: its loaded units, microbatch by microbatch, then what they leave behind.
+
+`ShardTask` moves and commits; a `UnitTask` computes: one class for each kind of unit in each pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from actors.context import WorkerContext
+from actors.schedule.run_store import boundary_key, tensors_key
+from actors.schedule.units import Shard, Stage, Unit
+from actors.transfer import Activation, Inbox, Outbox, from_wire, read_boundary, to_wire
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_tensors
+
+
+class Attempt:
+    """One attempt at a shard, as its unit task sees it: inputs from the run store, keys that no other attempt uses.
+
+    `resident` holds parts of the model that are loaded until the end. `metrics` go with the receipt of a microbatch.
+    """
+
+    def __init__(self, context: WorkerContext, shard: Shard) -> None:
+        self.context = context
+        self.shard = shard
+        self.name = new_attempt()
+        self.resident = ExitStack()
+        self.metrics: dict[str, float] = {}
+        self.read_bytes = 0
+        self.written_bytes = 0
+
+    def formats(self, unit: Unit) -> tuple[FormatName, ...]:
+        """The formats a block is encoded or priced in; none for one that is only run."""
+        return self.context.config.formats if unit in self.shard.produce else ()
+
+    @property
+    def producing(self) -> list[Unit]:
+        """The units that must produce something, in order."""
+        return [unit for unit in self.shard.units if unit in self.shard.produce]
+
+    def inbox(self, stage: Stage, *units: Unit) -> Inbox:
+        """The stored boundaries of some units of a pass, for the microbatches of this shard."""
+        run_store = self.context.run_store
+        find = partial(run_store.boundary, stage, *units)
+        return Inbox(run_store.store, self.context.thread, find, self.shard.microbatches)
+
+    def receive(self, inbox: Inbox, microbatch: int) -> Tensor:
+        """A stored boundary on the worker's device."""
+        return self.received(*inbox.get(microbatch))
+
+    def received(self, boundary: Tensor, size: int) -> Tensor:
+        """A boundary that was read, on the worker's device."""
+        self.read_bytes += size
+        return boundary.to(self.context.runner.device)
+
+    def write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
+        """Store what a unit produces."""
+        key = tensors_key(self.shard.stage, unit, self.name, name)
+        return write_tensors(self.context.run_store.store, key, tensors)
+
+
+class UnitTask(ABC):
+    """What the units of one kind do in one pass. Microbatches come in order, then `products`, then `close`."""
+
+    #: Whether anything reads what the last unit puts out.
+    is_read: ClassVar[bool] = True
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.context = attempt.context
+
+    @abstractmethod
+    def load(self) -> None:
+        """Load the units."""
+
+    @abstractmethod
+    def step(self, microbatch: int, arriving: Tensor) -> Tensor:
+        """The output of the last unit; empty where nothing reads it."""
+
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        """The record of each unit that must produce something; its data is stored, and its weights are let go."""
+        return iter(())
+
+    def close(self) -> None:  # noqa: B027 - what is loaded through `attempt.resident` needs no more
+        """Let go of what is loaded, beside the attempt's residents."""
+
+
+class ShardTask:
+    """A loaded shard. Microbatches must come in order, then `finish`; `close` gives the weights up."""
+
+    def __init__(self, attempt: Attempt, task: UnitTask) -> None:
+        self.attempt = attempt
+        self.task = task
+        self.context = attempt.context
+        self.shard = attempt.shard
+        self.outbox = Outbox(self.context.run_store.store, self.context.thread)
+        self.reported: set[int] = set()
+        self.arrivals = attempt.inbox(self.shard.stage, *self.shard.origins)
+        task.load()
+
+    def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, dict[str, Any]]:
+        """One microbatch, with its metrics; the boundary goes to the store behind what follows."""
+        leaving = self.task.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
+        if self.task.is_read:
+            key = boundary_key(self.shard.stage, self.shard.units[-1], self.attempt.name, microbatch)
+            self.outbox.put(microbatch, key, leaving)
+        wire = to_wire(leaving)
+        hop = arriving[1].nbytes if isinstance(arriving, tuple) else 0
+        tokens = self.context.batches[microbatch].tokens.numel()
+        return wire, {"tokens": tokens, "hop_bytes": hop, **self.attempt.metrics}
+
+    def stored(self) -> dict[int, Artifact]:
+        """Boundaries that have reached the store since the last call."""
+        fresh = {m: artifact for m, artifact in self.outbox.completed().items() if m not in self.reported}
+        self.reported |= fresh.keys()
+        return fresh
+
+    def finish(self) -> None:
+        """Commit the boundary, then each unit's record: whatever is interrupted, what is recorded can be built on."""
+        attempt, run_store = self.attempt, self.context.run_store
+        if self.task.is_read:
+            boundary = self.outbox.flush()
+            run_store.write_boundary(self.shard.stage, self.shard.units[-1], boundary)
+            attempt.written_bytes += sum(artifact.size for artifact in boundary.values())
+        for unit, record in self.task.products():
+            attempt.written_bytes += sum(artifact.size for artifact in record.artifacts.values())
+            run_store.write_record(self.shard.stage, unit, record)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of what is loaded."""
+        self.task.close()
+        self.attempt.resident.close()
+
+    def _arriving(self, microbatch: int, arriving: Activation | Artifact | None) -> Tensor:
+        # The entry reads the merger's features for images, and nothing but tokens for text.
+        is_text = self.shard.units[0] == "entry" and not self.context.graph.has_image(microbatch)
+        if is_text or not self.shard.origins:
+            return torch.empty(0)
+        if isinstance(arriving, tuple):
+            return from_wire(arriving).to(self.context.runner.device)
+        if isinstance(arriving, Artifact):
+            return self.attempt.received(*read_boundary(self.context.run_store.store, arriving))
+        return self.attempt.receive(self.arrivals, microbatch)
