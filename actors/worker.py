@@ -40,10 +40,11 @@ from actors.shard_task import Attempt, ShardTask, UnitTask
 from actors.transfer import Activation
 from prismaquant_ray import __version__
 from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
+from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError, ResourceError
-from prismaquant_ray.evaluation.repository import RepositoryView
-from prismaquant_ray.evaluation.variants import Repository, Variants
+from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.models.layout_builder import scope_of
 from prismaquant_ray.models.runner import ModelRunner
@@ -190,7 +191,7 @@ class ShardWorker:
             thread=ThreadPoolExecutor(1, thread_name_prefix="store"),
         )
 
-    def _runner(self, checkpoint: Checkpoint, config: Config) -> ModelRunner:
+    def _runner(self, checkpoint: TensorSource, config: Config) -> ModelRunner:
         dtype = getattr(torch, config.model.dtype)
         return ModelRunner(checkpoint, dtype=dtype, device=self.device, scope=scope_of(config))
 
@@ -208,7 +209,7 @@ class ShardWorker:
         repository = None
         if evaluation.repository is not None:
             view = RepositoryView(Store(evaluation.repository, create=False))
-            repository = Repository(runner=self._runner(view, spec.config), roundings=view.roundings())
+            repository = QuantizedModel(runner=self._runner(view, spec.config), roundings=view.roundings())
         return Variants(source, evaluation.variants, candidates=candidates, repository=repository)
 
     def _close(self) -> None:

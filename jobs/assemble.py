@@ -13,15 +13,15 @@ from jobs import planning
 from jobs.card import card_of
 from jobs.run import Run
 from prismaquant_ray import __version__
-from prismaquant_ray.checkpoint.publish import check_output, published
 from prismaquant_ray.checkpoint.reader import INDEX
+from prismaquant_ray.checkpoint.staging import check_output, staged_output
 from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.storage.connection import absolute
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Prefix
 
 
 def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
         "predicted_loss": plan["predicted_loss"],
         "bpp": plan["bpp"],
     }
-    with published(output) as store:
+    with staged_output(output) as store:
         repository = write_repository(
             current.source,
             current.layout,
@@ -84,7 +84,7 @@ def build(current: Run, plan: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_budget(current: Run, store: Store, total_bytes: int) -> None:
+def _check_budget(current: Run, store: Prefix, total_bytes: int) -> None:
     """What was written keeps the budget: every byte of the repository, or every tensor as a server loads it."""
     budget, serving = current.config.budget, current.sizes.serving
     exceeded = budget.bytes is not None and total_bytes > budget.bytes

@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from prismaquant_ray.checkpoint.dequantize import QuantizedRepository, check_place
-from prismaquant_ray.checkpoint.publish import published
+from prismaquant_ray.checkpoint.staging import staged_output
+from prismaquant_ray.compressed.dequantize import QuantizedRepository, check_place
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.store import Store, check_directory, existing
@@ -19,7 +19,7 @@ def run(repository: str, output: str) -> dict[str, Any]:
     quantized = QuantizedRepository(existing(repository))
     check_place(repository, output)
     _check_room(output, quantized.bytes_after)
-    with published(output) as staging:
+    with staged_output(output) as staging:
         written = quantized.write(staging)
     return {
         "source": repository,
@@ -30,7 +30,7 @@ def run(repository: str, output: str) -> dict[str, Any]:
         "bytes_after": quantized.bytes_after,
         "files": written.files,
         "sha256": written.sha256,
-        "notes": list(written.notes),
+        "notes": list(written.caveats),
     }
 
 

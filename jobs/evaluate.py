@@ -20,10 +20,10 @@ from jobs import inputs
 from jobs.evaluation import Bench
 from jobs.measure import OpenWorkers, ray_crew
 from prismaquant_ray.calibration.files import read_text
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
+from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, checked
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.repository import RepositoryView
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.models.layout_builder import build_layout, scope_of
@@ -69,9 +69,9 @@ def run(
             seed=config.calibration.seed,
             holdout=0.0,
         )
-        notes = [*view.notes, *_check_tokenizer(original, view, text)]
+        caveats = [*view.caveats, *_check_tokenizer(original, view, text)]
         if layout.of(BlockKind.DRAFT) and BlockKind.DRAFT not in kinds:
-            notes.append("the repository has no draft head; the source's was not measured")
+            caveats.append("the repository has no draft head; the source's was not measured")
         kept = Store(place)
         with held(kept) as lease, progress() as shown:
             log = EventLog(kept)
@@ -104,7 +104,7 @@ def run(
         },
         "weights": weights,
         "activations": activations,
-        "notes": notes,
+        "notes": caveats,
     }
 
 
@@ -169,7 +169,7 @@ def _config(source: str, text: Path, images: Path | None, place: str, overrides:
     return checked(body, overrides, name="evaluate")
 
 
-def _check_same_model(source: Checkpoint, layout: Layout, view: RepositoryView) -> set[BlockKind]:
+def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView) -> set[BlockKind]:
     """The kinds of blocks that the repository has; InputError unless what it has is what the source has.
 
     It may do without a draft head, which transformers does not save.
@@ -194,7 +194,7 @@ def _check_same_model(source: Checkpoint, layout: Layout, view: RepositoryView) 
     return found
 
 
-def _check_tokenizer(source: Checkpoint, view: RepositoryView, text: Path) -> list[str]:
+def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> list[str]:
     """InputError unless both tokenizers read the text alike; a note when the repository has none."""
     if not any(name.startswith(("tokenizer", "vocab")) for name in view.other_files()):
         return ["the repository has no tokenizer of its own; the source's was used"]

@@ -30,7 +30,7 @@ from jobs import inputs
 from jobs.measure import OpenWorkers, Passes
 from prismaquant_ray import __version__
 from prismaquant_ray.calibration.batches import CalibrationSet
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summarize
@@ -78,7 +78,7 @@ class Bench:
     """
 
     config: Config
-    source: Checkpoint
+    source: TensorSource
     layout: Layout
     tokens: CalibrationSet
     store: Store
@@ -86,7 +86,7 @@ class Bench:
     check: Callable[[], None]
     open_workers: OpenWorkers
     candidates: str | None = None
-    repository: Checkpoint | None = None
+    repository: TensorSource | None = None
     drafts: bool = True
 
     def measure(self, variants: Sequence[Variant]) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config, ModelConfig
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.layout import Layout
@@ -29,7 +30,7 @@ from prismaquant_ray.storage.store import Store, check_directory
 _PREPARING = ("tokenizer", "processor", "preprocessor", "chat_template")
 
 
-def open_source(model: ModelConfig, *, weights: bool = True) -> Checkpoint:
+def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
     """The checkpoint: as given, from the hub's cache, or written from the package that embeds it.
 
     Where `weights` are not needed, a directory with nothing but a configuration will do.
@@ -42,10 +43,10 @@ def open_source(model: ModelConfig, *, weights: bool = True) -> Checkpoint:
     if store.path is None:
         store.check_readable()
     if not weights:
-        from prismaquant_ray.models.outline import Outline
+        from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
 
-        if Outline.fits(store):
-            return Outline(store)
+        if ConfigOnlyCheckpoint.fits(store):
+            return ConfigOnlyCheckpoint(store)
     return Checkpoint(store)
 
 
@@ -54,7 +55,7 @@ def absolute_source(model: ModelConfig) -> str:
     return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
 
 
-def load_tokenizer(source: Checkpoint, directory: str | Path) -> Any:
+def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
     """The model's tokenizer, from a directory that has its files; InputError when there is none."""
     from transformers import AutoTokenizer
 
@@ -64,7 +65,7 @@ def load_tokenizer(source: Checkpoint, directory: str | Path) -> Any:
 
 
 def load_tokens(
-    source: Checkpoint,
+    source: TensorSource,
     layout: Layout,
     text: Path,
     images: Path | None,
@@ -107,7 +108,7 @@ def check_stores(config: Config) -> None:
         Store(location, create=False).check_writable() if isinstance(location, str) else check_directory(location)
 
 
-def check_weights(source: Checkpoint, layout: Layout) -> None:
+def check_weights(source: TensorSource, layout: Layout) -> None:
     """InputError naming the first tensor with a NaN or an infinity; one block in memory at a time."""
     for names in (layout.embedding, layout.head, *(block.tensors for block in layout.blocks)):
         for name in names:
@@ -168,7 +169,7 @@ def free_device_memory(config: Config) -> int:
     return free_memory()
 
 
-def fingerprint(config: Config, source: Checkpoint) -> dict[str, Any]:
+def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
     """Everything the measurements and candidates depend on, by the name a refusal shows."""
     calibration = config.calibration
     text = calibration.text

@@ -18,7 +18,7 @@ from jobs.allocate import memory
 from jobs.run import Run
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config, parse_bytes
 from prismaquant_ray.errors import InputError
 
@@ -45,7 +45,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "architecture": layout.architecture,
         "family": layout.family,
-        "guesses": [*layout.guesses, *_outlined(current.source)],
+        "guesses": [*layout.guesses, *_without_weights(current.source)],
         "blocks": len(layout.blocks),
         "quantizable_parameters": layout.parameters,
         "source_bytes": sum(info.nbytes for info in current.source.stored.values()),
@@ -99,11 +99,11 @@ def _plan(config: Config, required: MemoryPlan, machine: str, workers: int, memo
     }
 
 
-def _outlined(source: Checkpoint) -> Iterator[str]:
+def _without_weights(source: TensorSource) -> Iterator[str]:
     """What was taken for granted because there are no weights."""
-    from prismaquant_ray.models.outline import Outline
+    from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
 
-    if isinstance(source, Outline):
+    if isinstance(source, ConfigOnlyCheckpoint):
         yield "no weights are there: names and shapes are those of the configuration, in BF16"
         names = source.unexplained()
         if names:

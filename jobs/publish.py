@@ -12,8 +12,7 @@ from rich.console import Console
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.publishing.bucket import check_bucket, publish_to_bucket
-from prismaquant_ray.publishing.published import Published
-from prismaquant_ray.publishing.source import Listener, Source, open_source
+from prismaquant_ray.publishing.finished import FinishedRepository, Listener, Published, open_finished
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def run(repository: str, target: str, *, public: bool = False) -> dict[str, Any]:
     """Send what is not at the target yet. Nothing is sent before repository and target are checked."""
     _check_target(target, public=public)
-    source = open_source(repository)
+    source = open_finished(repository)
     with _progress() as listener:
         if target.startswith("hf://"):
             published = _to_hub(source, target, listener, public=public)
@@ -51,7 +50,7 @@ def _check_target(target: str, *, public: bool) -> None:
         raise InputError(f"--public is for hf://; who reads {target} is the bucket's policy to say")
 
 
-def _to_hub(source: Source, target: str, listener: Listener, *, public: bool) -> Published:
+def _to_hub(source: FinishedRepository, target: str, listener: Listener, *, public: bool) -> Published:
     # Not needed for buckets, and not quick to import.
     from huggingface_hub import HfApi
 

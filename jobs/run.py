@@ -28,8 +28,8 @@ from prismaquant_ray.allocation.constraints import constrained
 from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
 from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.publish import check_output
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
+from prismaquant_ray.checkpoint.staging import check_output
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 from prismaquant_ray.formats import FormatName
@@ -61,7 +61,7 @@ class Run:
         self.fresh = fresh
         self.lease: Lease | None = None
         self.peak_bytes = 0
-        self.source: Checkpoint = inputs.open_source(config.model, weights=weights)
+        self.source: TensorSource = inputs.open_source(config.model, weights=weights)
 
     @cached_property
     def store(self) -> Store:

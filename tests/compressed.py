@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from prismaquant_ray.evaluation.repository import RepositoryView
+from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.storage.store import Store
 from tests.tiny import read_config
 

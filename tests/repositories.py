@@ -17,7 +17,7 @@ from prismaquant_ray.checkpoint.candidates import Candidates
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.shards import MANIFEST
 from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
-from prismaquant_ray.checkpoint.writer import Repository, write_repository
+from prismaquant_ray.checkpoint.writer import WrittenRepository, write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import experts_of
 from prismaquant_ray.formats.fitting import formats_of
@@ -43,7 +43,7 @@ class Model:
     layout: Layout
     candidates: Candidates
 
-    def write(self, output: Path, choice: Choice, *, shard: int = 5_000_000_000) -> Repository:
+    def write(self, output: Path, choice: Choice, *, shard: int = 5_000_000_000) -> WrittenRepository:
         return write_repository(
             self.source,
             self.layout,

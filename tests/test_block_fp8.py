@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.block_fp8 import Decoder
+from prismaquant_ray.checkpoint.block_fp8 import BlockFp8Decoder
 from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor
 from prismaquant_ray.errors import InputError, StoreError
@@ -216,7 +216,7 @@ def test_scales_are_no_tensors_and_only_weights_can_be_asked_of_the_decoder(tmp_
         with pytest.raises(InputError, match=r"tensor a\.weight_scale_inv is missing"):
             ask("a.weight_scale_inv")
     with pytest.raises(KeyError):
-        Decoder(checkpoint.store, {}).get_ranges("a.weight", [(0, 1)])
+        BlockFp8Decoder(checkpoint.store, {}).get_ranges("a.weight", [(0, 1)])
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

@@ -22,7 +22,7 @@ from jobs.run import Run
 from prismaquant_ray.allocation.budget import CARD_BYTES
 from prismaquant_ray.checkpoint.shards import MANIFEST
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import README, Repository, Written, write_repository
+from prismaquant_ray.checkpoint.writer import README, Written, WrittenRepository, write_repository
 from prismaquant_ray.config import Config, load
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -382,7 +382,7 @@ def found(run: Run, plan: Mapping[str, Any], output: Path) -> CardFacts:
     return facts[0]
 
 
-def write(run: Run, plan: Mapping[str, Any], output: Path, card: Callable[[Written], bytes]) -> Repository:
+def write(run: Run, plan: Mapping[str, Any], output: Path, card: Callable[[Written], bytes]) -> WrittenRepository:
     choice = {group: FormatName(name) for group, name in plan["choice"].items()}
     return write_repository(run.source, run.layout, choice, run.candidates, Store(output), manifest={}, card=card)
 

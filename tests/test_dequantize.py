@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from jobs import verify
 from jobs.__main__ import cli
-from prismaquant_ray.checkpoint.dequantize import QuantizedRepository
-from prismaquant_ray.checkpoint.publish import check_output, published
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.routing import transformers_route
 from prismaquant_ray.checkpoint.shards import DEQUANTIZED, MANIFEST
+from prismaquant_ray.checkpoint.staging import check_output, staged_output
+from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
@@ -436,7 +436,7 @@ def test_from_store_to_store_it_is_the_same_and_a_failure_leaves_no_model(
             assert output.list() == sorted(file.name for file in (tmp_path / "out").iterdir())
             for file in (tmp_path / "out").iterdir():
                 assert output.get(file.name) == file.read_bytes(), file.name
-        with pytest.raises(ZeroDivisionError), published(output.uri) as store:
+        with pytest.raises(ZeroDivisionError), staged_output(output.uri) as store:
             QuantizedRepository(source).write(store)
             raise ZeroDivisionError
         assert not {"config.json", INDEX} & set(output.list())

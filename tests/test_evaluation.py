@@ -20,8 +20,8 @@ from actors.schedule.units import Stage
 from jobs import evaluate
 from jobs.measure import OpenWorkers
 from prismaquant_ray.calibration.images import load_images
-from prismaquant_ray.checkpoint.dequantize import QuantizedRepository
 from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.storage.store import Store

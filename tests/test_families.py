@@ -18,10 +18,10 @@ from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import BlockKind, Layout
+from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.models.experts import Routing
 from prismaquant_ray.models.families import FAMILIES as KNOWN
 from prismaquant_ray.models.layout_builder import Scope, build_layout
-from prismaquant_ray.models.outline import Outline
 from prismaquant_ray.models.runner import ModelRunner
 from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens
@@ -439,20 +439,20 @@ def test_a_scheme_inside_the_text_configuration_is_refused_at_once(
         build_layout(Checkpoint(Store(copy)))
 
 
-def test_an_outline_answers_for_shapes_and_reads_nothing(families: Mapping[str, Path], tmp_path: Path) -> None:
+def test_a_configuration_alone_answers_for_shapes(families: Mapping[str, Path], tmp_path: Path) -> None:
     for family in ("mixtral", "qwen3_5_moe"):
         place = tmp_path / family
         place.mkdir()
         shutil.copy(families[family] / "config.json", place)
-        assert Outline.fits(Store(place))
-        outline, whole = Outline(Store(place)), Checkpoint(Store(families[family]))
+        assert ConfigOnlyCheckpoint.fits(Store(place))
+        shapes, whole = ConfigOnlyCheckpoint(Store(place)), Checkpoint(Store(families[family]))
         scope = Scope(images=family in VISION_FAMILIES, head=True)
-        ours, theirs = build_layout(outline, scope)[1], build_layout(whole, scope)[1]
+        ours, theirs = build_layout(shapes, scope)[1], build_layout(whole, scope)[1]
         assert [group.name for group in ours.groups] == [group.name for group in theirs.groups]
         assert [group.parameters for group in ours.groups] == [group.parameters for group in theirs.groups]
         assert [block.source_bytes for block in ours.blocks if block.kind is not BlockKind.DECODER] == [
             block.source_bytes for block in theirs.blocks if block.kind is not BlockKind.DECODER
         ]
         with pytest.raises(InputError, match="a configuration and no weights"):
-            outline.read(["lm_head.weight"])
-    assert not Outline.fits(Store(families["mixtral"]))
+            shapes.read(["lm_head.weight"])
+    assert not ConfigOnlyCheckpoint.fits(Store(families["mixtral"]))

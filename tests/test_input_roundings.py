@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from prismaquant_ray.evaluation.roundings import input_rounding
+from prismaquant_ray.compressed.activations import input_rounding
 from prismaquant_ray.formats import FORMATS, FormatName
 from tests.compressed import INT8, change, make_compressed, scheme, stored, view_of
 from tests.reference.codecs import E4M3, nearest

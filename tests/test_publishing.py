@@ -27,11 +27,10 @@ from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.publishing import hub as publishing_hub
 from prismaquant_ray.publishing.bucket import check_bucket, publish_to_bucket
+from prismaquant_ray.publishing.finished import Published, open_finished
 from prismaquant_ray.publishing.hub import check_hub, publish_to_hub
 from prismaquant_ray.publishing.hub_client import HubRepository
 from prismaquant_ray.publishing.hub_failures import tidy
-from prismaquant_ray.publishing.published import Published
-from prismaquant_ray.publishing.source import open_source
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import CUT, FINE, LOST, ORGANIZATION, READER, STRANGER, TOKEN, USER, HubServer
@@ -147,7 +146,7 @@ def publish(
     token: str | None = None,
 ) -> Published:
     """As the command does; whatever comes of it, nobody ever saw half a repository."""
-    source, listener = open_source(str(repository)), Recorder()
+    source, listener = open_finished(str(repository)), Recorder()
     remote = HubRepository(target, HfApi(endpoint=hub.endpoint, token=token), seconds=seconds)
     try:
         check_hub(source, remote, public=public)
@@ -175,13 +174,12 @@ def refused(call: Callable[[], object], message: str, kind: type[PrismaquantErro
     assert "X-Signature" not in str(caught.value)
 
 
-def test_everything_arrives_privately_and_config_comes_last(first: Path, any_hub: HubServer, tmp_path: Path) -> None:
+def test_everything_arrives_privately_in_one_commit(first: Path, any_hub: HubServer, tmp_path: Path) -> None:
     result = publish(first, any_hub)
     assert any_hub.content(NAME) == content(first)
     state = any_hub.repositories[NAME]
     assert state.private
-    assert [commit.changed for commit in state.commits[2:]] == [shards(first), sorted([MANIFEST, INDEX, CONFIG])]
-    assert not {CONFIG, INDEX, *shards(first)} & set(state.commits[1].files)
+    assert [commit.changed for commit in state.commits[1:]] == [sorted(content(first))]
     assert set(result.sent) == set(content(first))
     assert (result.public, result.present, result.removed) == (False, (), ())
     # Another client gets the same.
@@ -212,7 +210,7 @@ def test_faults_that_pass_are_not_noticed(first: Path, any_hub: HubServer, kind:
     publish(first, any_hub)
     assert any_hub.content(NAME) == content(first)
     titles = [commit.title for commit in any_hub.repositories[NAME].commits]
-    assert len(titles) == len(set(titles)) == 4  # no commit was made twice
+    assert len(titles) == 2  # no commit was made twice
 
 
 def test_after_an_interruption_only_missing_blobs_are_sent(first: Path, any_hub: HubServer) -> None:
@@ -225,7 +223,7 @@ def test_after_an_interruption_only_missing_blobs_are_sent(first: Path, any_hub:
     any_hub.fault = out_of_order
     refused(lambda: publish(first, any_hub, seconds=0), "run the same command again to continue", StoreError)
     assert any_hub.blobs_received == arrived
-    assert CONFIG not in any_hub.content(NAME)
+    assert any_hub.content(NAME) == {}
     any_hub.fault = lambda *_: None
     any_hub.requests.clear()
     publish(first, any_hub)
@@ -273,7 +271,7 @@ def test_a_killed_process_is_continued_by_the_same_command(first: Path, hub: Hub
 
 
 @pytest.mark.slow
-def test_the_native_uploader_stores_chunks_and_the_same_commits_follow(
+def test_the_native_uploader_stores_chunks_and_the_same_commit_follows(
     first: Path, online: None, tmp_path: Path
 ) -> None:
     pytest.importorskip("hf_xet")
@@ -298,35 +296,20 @@ def test_bytes_that_change_on_their_way_are_noticed(first: Path, any_hub: HubSer
     assert any_hub.content(NAME) == content(first)
 
 
-def test_weights_that_the_hub_lists_otherwise_never_become_a_model(first: Path, hub: HubServer) -> None:
-    wrong = shards(first)[1]
-
-    def rot(state: HubRepositoryState) -> None:
-        if state.commits[-1].title == "Add the weights":
-            hub.rot(NAME, wrong)
-
-    hub.after_commit = rot
-    refused(lambda: publish(first, hub), f"{wrong}: the hub does not list what was sent", StoreError)
-    assert CONFIG not in hub.content(NAME)
-    hub.after_commit = lambda _: None
-    assert wrong in publish(first, hub).sent
-    assert hub.content(NAME) == content(first)
-
-
-@pytest.mark.parametrize("title", ["Make it a model", "Replace the model"])
-def test_what_the_hub_lists_in_the_end_is_compared(first: Path, second: Path, hub: HubServer, title: str) -> None:
-    def rot(state: HubRepositoryState) -> None:
-        if state.commits[-1].title == title:
-            hub.rot(NAME, "tokenizer.json")
-
-    hub.after_commit = rot
-    repository = first
-    if title == "Replace the model":
+@pytest.mark.parametrize("name", ["tokenizer.json", "model-00002"])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_what_the_hub_lists_in_the_end_is_compared(
+    first: Path, second: Path, hub: HubServer, replacing: bool, name: str
+) -> None:
+    if replacing:
         publish(first, hub)
-        repository = second
-    refused(lambda: publish(repository, hub), "tokenizer.json: the hub does not list what was sent", StoreError)
+    repository = second if replacing else first
+    (wrong,) = (path.name for path in repository.glob(f"{name}*"))
+    hub.after_commit = lambda _: hub.rot(NAME, wrong)
+    refused(lambda: publish(repository, hub, public=True), f"{wrong}: the hub does not list what was sent", StoreError)
+    assert hub.repositories[NAME].private
     hub.after_commit = lambda _: None
-    assert publish(repository, hub).sent == ("tokenizer.json",)
+    assert publish(repository, hub).sent == (wrong,)
     assert hub.content(NAME) == content(repository)
 
 
@@ -342,7 +325,7 @@ def test_a_repository_whose_config_was_removed_becomes_a_model_again(first: Path
     publish(first, hub)
     state = hub.repositories[NAME]
     hub._commit(state, "files", {name: entry for name, entry in state.files.items() if name != CONFIG})
-    assert publish(first, hub).sent == (MANIFEST, INDEX, CONFIG)
+    assert publish(first, hub).sent == (CONFIG,)
     assert hub.content(NAME) == content(first)
 
 
@@ -361,9 +344,9 @@ def test_an_earlier_version_is_replaced_in_one_commit(first: Path, second: Path,
 
 
 def test_an_interrupted_upload_gives_way_to_another_version(first: Path, second: Path, hub: HubServer) -> None:
-    hub.fault = lambda _, path: 501 if path.endswith("/commit/main") and hub.blobs_received else None
+    hub.fault = lambda _, path: 501 if path.endswith("/commit/main") else None
     refused(lambda: publish(first, hub), "HTTP 501", StoreError)
-    assert set(hub.content(NAME)) > {"README.md", MANIFEST}
+    assert hub.content(NAME) == {}
     hub.fault = lambda *_: None
     publish(second, hub)
     assert hub.content(NAME) == content(second)
@@ -390,19 +373,20 @@ def test_decoded_weights_do_not_replace_a_quantized_repository(first: Path, hub:
     refused(lambda: publish(first, hub), "holds a quantized repository")
 
 
-def test_somebody_elses_commit_meanwhile_is_not_overwritten(first: Path, hub: HubServer) -> None:
+def test_somebody_elses_commit_meanwhile_is_not_overwritten(first: Path, second: Path, hub: HubServer) -> None:
+    publish(first, hub)
+
     def meddle(method: str, path: str) -> int | None:
-        state = hub.repositories.get(NAME)
-        if state is not None and method == "PUT" and len(state.commits) == 2:
+        state = hub.repositories[NAME]
+        if method == "PUT" and len(state.commits) == 2:
             hub._commit(state, "theirs", state.files | {"theirs": state.files[".gitattributes"]})
         return None
 
     hub.fault = meddle
-    refused(lambda: publish(first, hub), "was changed meanwhile", StoreError)
-    assert "theirs" in hub.content(NAME)
-    assert CONFIG not in hub.content(NAME)
-    publish(first, hub)
+    refused(lambda: publish(second, hub), "was changed meanwhile", StoreError)
     assert hub.content(NAME).keys() - {"theirs"} == content(first).keys()
+    publish(second, hub)
+    assert hub.content(NAME).keys() - {"theirs"} == content(second).keys()
 
 
 def test_it_is_public_only_when_asked_and_complete(first: Path, hub: HubServer) -> None:
@@ -546,11 +530,11 @@ def test_a_manifest_that_does_not_describe_it_all_is_refused(
     first: Path, changes: dict[str, object], message: str
 ) -> None:
     change_manifest(first, **changes)
-    refused(lambda: open_source(str(first)), message)
+    refused(lambda: open_finished(str(first)), message)
 
 
 def test_a_file_that_changes_between_checking_and_sending_is_noticed(first: Path) -> None:
-    source = open_source(str(first))
+    source = open_finished(str(first))
     file = next(file for file in source.digest(Recorder()) if file.name == shards(first)[0])
     taken, advanced = bytearray(), [0]
     source.copy(file, taken.extend, advanced.append)
@@ -566,7 +550,7 @@ def test_a_manifest_cannot_name_files_elsewhere(first: Path) -> None:
     files = json.loads((first / MANIFEST).read_text())["files"]
     (first.parent / "secret").write_text("x")
     change_manifest(first, files=files | {"../secret": 1})
-    refused(lambda: open_source(str(first)), "names a file '../secret'")
+    refused(lambda: open_finished(str(first)), "names a file '../secret'")
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -662,7 +646,7 @@ class Watch:
 
 
 def copy(repository: Path | str, target: str) -> Published:
-    source, listener = open_source(str(repository)), Recorder()
+    source, listener = open_finished(str(repository)), Recorder()
     check_bucket(source, target)
     return publish_to_bucket(source, source.digest(listener), target, listener)
 
@@ -747,8 +731,8 @@ def test_in_a_bucket_other_content_is_left_alone(first: Path, prefix: str, proxy
     Store(prefix).put("other.bin", b"x")
     watch = Watch(proxy)
     # Before the weights are read, and again before they are sent.
-    refused(lambda: check_bucket(open_source(str(first)), prefix), f"{prefix} holds something else (other.bin)")
-    refused(lambda: publish_to_bucket(open_source(str(first)), (), prefix, Recorder()), "holds something else")
+    refused(lambda: check_bucket(open_finished(str(first)), prefix), f"{prefix} holds something else (other.bin)")
+    refused(lambda: publish_to_bucket(open_finished(str(first)), (), prefix, Recorder()), "holds something else")
     assert (stored(prefix), watch.written) == ({"other.bin": b"x"}, [])
     refused(lambda: copy(first, "s3://absent/x"), "the bucket does not exist")
 

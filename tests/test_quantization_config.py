@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prismaquant_ray.checkpoint.quantization_config import build, scheme_of, targets
+from prismaquant_ray.checkpoint.quantization_config import build_quantization_config, config_group, targets
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.routing import (
     config_problems,
@@ -115,7 +115,7 @@ def choices(layout: Layout) -> st.SearchStrategy[Choice]:
 
 
 def built(layout: Layout, choice: Choice) -> dict[str, Any]:
-    config = build(layout, choice)
+    config = build_quantization_config(layout, choice)
     assert config is not None
     return json.loads(json.dumps(config))  # type: ignore[no-any-return]
 
@@ -164,7 +164,7 @@ def test_so_is_every_choice_for_experts_under_other_names(choice: Choice) -> Non
 
 
 def are_routed_as_meant(layout: Layout, choice: Choice) -> None:
-    config = build(layout, choice)
+    config = build_quantization_config(layout, choice)
     if config is None:
         assert set(choice.values()) == {FormatName.BF16}
         return
@@ -179,7 +179,7 @@ def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) 
     schemes = {group: without_targets(entry) for group, entry in config["config_groups"].items()}
     seen: dict[str, str] = {}
     for group in layout.groups:
-        chosen = {linear: scheme_of(choice[group.name], linear) for linear in group.linears}
+        chosen = {linear: config_group(choice[group.name], linear) for linear in group.linears}
         for linear, scheme in chosen.items():
             for module in linear.names:
                 for called in layout.aliases_of(module):
@@ -273,7 +273,7 @@ def test_nvfp4_with_and_without_activations_is_one_format_in_two_groups() -> Non
 
 
 def test_nothing_quantized_needs_no_configuration() -> None:
-    assert build(LAYOUT, uniform(LAYOUT, FormatName.BF16)) is None
+    assert build_quantization_config(LAYOUT, uniform(LAYOUT, FormatName.BF16)) is None
 
 
 def test_everything_unquantized_is_ignored_by_name() -> None:
@@ -329,7 +329,9 @@ def test_a_target_does_not_reach_its_neighbours(near: str) -> None:
 def test_equal_choices_give_equal_text_in_any_order() -> None:
     choice = mixed(LAYOUT)
     backwards = dict(reversed(choice.items()))
-    assert json.dumps(build(LAYOUT, choice)) == json.dumps(build(LAYOUT, backwards))
+    assert json.dumps(build_quantization_config(LAYOUT, choice)) == json.dumps(
+        build_quantization_config(LAYOUT, backwards)
+    )
 
 
 def _missing(choice: Choice) -> Choice:
@@ -349,19 +351,19 @@ def _unknown(choice: Choice) -> Choice:
 )
 def test_a_plan_for_another_model_is_refused(change: Callable[[Choice], Choice], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
-        build(LAYOUT, change(uniform(LAYOUT, FormatName.FP8)))
+        build_quantization_config(LAYOUT, change(uniform(LAYOUT, FormatName.FP8)))
 
 
 def test_a_format_the_shape_cannot_take_is_refused() -> None:
     layout = layout_of(1, width=40)
     with pytest.raises(InputError, match=r"self_attn\.qkv_proj cannot be NVFP4: in_features 40"):
-        build(layout, uniform(layout, FormatName.NVFP4))
+        build_quantization_config(layout, uniform(layout, FormatName.NVFP4))
 
 
 def test_a_format_the_runtime_cannot_load_for_experts_is_refused() -> None:
     choice = uniform(MIXTURE, FormatName.BF16) | {"model.layers.3.mlp.experts": FormatName.NVFP4A16}
     with pytest.raises(InputError, match=r"model\.layers\.3\.mlp\.experts cannot be NVFP4A16: vLLM 0\.32 waits"):
-        build(MIXTURE, choice)
+        build_quantization_config(MIXTURE, choice)
 
 
 # Families -----------------------------------------------------------------------------------------------------
@@ -671,7 +673,7 @@ def test_a_configuration_that_would_be_misread_is_a_problem(
 def test_schemes_are_the_formats_own() -> None:
     linear = linear_of("a")
     for name, spec in FORMATS.items():
-        scheme = scheme_of(name, linear)
+        scheme = config_group(name, linear)
         assert (scheme is None) == (spec.codec is None)
         if scheme is not None:
             assert spec.scheme is not None

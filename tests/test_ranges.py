@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from prismaquant_ray.checkpoint.header import TensorInfo
-from prismaquant_ray.checkpoint.ranges import BATCH_BYTES, Piece, parts, read_pieces
+from prismaquant_ray.checkpoint.ranges import BATCH_BYTES, parts, read_pieces
+from prismaquant_ray.checkpoint.source import Piece
 from prismaquant_ray.checkpoint.verify import _is_finite
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.storage.store import Store
@@ -81,6 +82,7 @@ def test_a_file_that_is_shorter_than_it_says_is_an_error(data: bytes, tmp_path: 
 def test_large_tensors_of_a_store_are_cut_and_decoded_ones_are_not(tmp_path: Path) -> None:
     class Decoder:
         uri = "decoder"
+        divisible = False
 
         def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]], /) -> list[Any]:
             raise AssertionError

@@ -15,10 +15,11 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prismaquant_ray.checkpoint.dequantize import QuantizedRepository
+from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.compressed.dequantize import QuantizedRepository
+from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.repository import RepositoryView
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.layout_builder import Scope, build_layout
@@ -115,7 +116,7 @@ def test_it_is_the_model_that_compressed_tensors_loads(name: str, source: Path, 
     entry, label = SCHEMES[name]
     view = view_of(make_compressed(source, tmp_path / "repository", entry))
     assert view.formats == {label: 14}
-    assert not [note for note in view.notes if "_scale is not" not in note]
+    assert not [note for note in view.caveats if "_scale is not" not in note]
     plain = Checkpoint(Store(source))
     assert {key: (info.dtype, info.shape) for key, info in view.tensors.items()} == {
         key: (info.dtype, info.shape) for key, info in plain.tensors.items()
@@ -211,15 +212,20 @@ def test_what_is_not_quantized_is_the_repositorys_own(source: Path, tmp_path: Pa
     assert "model.layers.0.mlp.down_proj" in view.modules
 
 
+def piece_bytes(view: RepositoryView, name: str) -> bytes:
+    ((_, data),) = read_pieces([view.piece(name)])
+    return bytes(memoryview(data))
+
+
 def test_a_repository_that_is_not_quantized_is_itself(source: Path) -> None:
     view, plain = view_of(source), Checkpoint(Store(source))
     assert (view.tensors, view.config, view.fingerprint()) == (plain.tensors, plain.config, plain.fingerprint())
-    assert (view.modules, view.formats, view.roundings(), view.notes) == ({}, {}, {}, ())
+    assert (view.modules, view.formats, view.roundings(), view.caveats) == ({}, {}, {}, ())
     tokens = random_tokens(2, 8)
     assert torch.equal(logits(view, tokens, {}), logits(plain, tokens, {}))
     for name, tensor in view.read(view.tensors).items():
         assert raw(tensor) == raw(plain.read([name])[name])
-        assert bytes(view.raw(name)) == raw(tensor)
+        assert piece_bytes(view, name) == raw(tensor)
     sizes = view.sizes()
     assert (sizes.linear_bytes, sizes.linear_parameters) == (0, 0)
     assert 2 * sizes.parameters == sizes.tensor_bytes
@@ -255,7 +261,7 @@ def test_repositories_of_ours_decode_as_dequantize_decodes_them(family: str, tmp
         assert view.modules.keys() == expected.keys()
         rounding = {name for name, label in expected.items() if FORMATS[FormatName(label)].round_activation}
         assert view.roundings().keys() == rounding
-        assert not view.notes
+        assert not view.caveats
         counted = sum(view.linear_bytes(linear) for linear in model.layout.linears())
         assert 8 * counted / model.layout.parameters == pytest.approx(report.bpp, rel=1e-12)
         sizes = view.sizes()
@@ -274,7 +280,7 @@ def test_experts_are_read_in_any_number_and_order(tmp_path: Path) -> None:
         assert {name: raw(tensor) for name, tensor in view.read(some).items()} == {
             name: raw(whole[name]) for name in some
         }
-    assert {name: bytes(view.raw(name)) for name in view.tensors} == {name: raw(whole[name]) for name in whole}
+    assert {name: piece_bytes(view, name) for name in view.tensors} == {name: raw(whole[name]) for name in whole}
     with pytest.raises(InputError, match="tensor nothing is missing"):
         view.read(["nothing"])
 
@@ -330,7 +336,7 @@ def test_a_cache_in_eight_bits_is_noted_and_its_scales_are_no_tensors(source: Pa
     change(repository, extra)
     configure(repository, lambda own: own.update(kv_cache_scheme={"num_bits": 8, "type": "float"}))
     view = view_of(repository)
-    assert view.notes[0] == "the keys and values of the cache are not rounded (kv_cache_scheme)"
+    assert view.caveats[0] == "the keys and values of the cache are not rounded (kv_cache_scheme)"
     assert view.tensors.keys() == Checkpoint(Store(source)).tensors.keys()
     assert not build_layout(view)[1].guesses
     with pytest.raises(InputError, match="kv_cache_scheme, which BF16 weights cannot express"):
@@ -348,7 +354,7 @@ def test_what_is_not_followed_is_noted(source: Path, tmp_path: Path) -> None:
 
     configure(repository, edit)
     view = view_of(repository)
-    assert [note.split(";")[0] for note in view.notes] == [
+    assert [note.split(";")[0] for note in view.caveats] == [
         "outputs are not rounded (group_0 has output_activations)",
         "group_0 has one activation scale for all tokens that run together, here those of a microbatch",
         "group_1 (LlamaAttention) quantizes no weights and is not applied",
@@ -361,16 +367,16 @@ def test_scales_that_vllm_does_not_apply_as_they_are_stored_are_noted(source: Pa
     nvfp4 = make_compressed(source, tmp_path / "nvfp4", scheme("NVFP4"))
     names = [name for name in load_file(nvfp4 / "model.safetensors") if name.endswith(".weight_global_scale")]
     change(nvfp4, {name: torch.tensor([512.0]) for name in names})
-    assert view_of(nvfp4).notes == ()
+    assert view_of(nvfp4).caveats == ()
     change(nvfp4, {f"{k_proj}.input_global_scale": torch.tensor([7.0])})
-    assert view_of(nvfp4).notes == (
+    assert view_of(nvfp4).caveats == (
         f"{q_proj}: input_global_scale is not that of what vLLM fuses with it; vLLM applies the largest to all",
     )
     change(nvfp4, {f"{v_proj}.weight_global_scale": torch.tensor([1000.1])})
-    rough, apart, _ = view_of(nvfp4).notes
+    rough, apart, _ = view_of(nvfp4).caveats
     assert rough.startswith(f"{v_proj}: weight_global_scale is not a BF16 value")
     assert apart.startswith(f"{q_proj}: weight_global_scale is not that of what vLLM fuses with it")
-    (note,) = view_of(make_compressed(source, tmp_path / "fp8", scheme("FP8"))).notes
+    (note,) = view_of(make_compressed(source, tmp_path / "fp8", scheme("FP8"))).caveats
     assert note.endswith("vLLM rounds these weights again, under the largest")
     assert ": weight_scale is not that of what vLLM fuses with it" in note
 
@@ -406,7 +412,7 @@ def test_the_dialects_of_older_writers_are_read(source: Path, tmp_path: Path) ->
     for formats in ("int-quantized", "naive-quantized", "mixed-precision"):
         configure(repository, lambda own, formats=formats: own.update(format=formats))
         old = view_of(repository)
-        assert (old.formats, old.notes) == (view.formats, view.notes)
+        assert (old.formats, old.caveats) == (view.formats, view.caveats)
         assert all(raw(tensor) == raw(weights[name]) for name, tensor in old.read(old.tensors).items())
 
 

@@ -19,11 +19,11 @@ from uuid import uuid4
 
 import pytest
 
-from prismaquant_ray.checkpoint.publish import HeldBack, check_output, published
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
+from prismaquant_ray.checkpoint.staging import StagedPrefix, check_output, staged_output
 from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import Repository, write_repository
+from prismaquant_ray.checkpoint.writer import WrittenRepository, write_repository
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.storage import store as storage
@@ -649,7 +649,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return make_model(tmp_path_factory.mktemp("model"), "llama", layers=2)
 
 
-def write(model: Model, store: Store, choice: Choice, shard: int = 5_000_000_000) -> Repository:
+def write(model: Model, store: Store, choice: Choice, shard: int = 5_000_000_000) -> WrittenRepository:
     return write_repository(
         model.source, model.layout, choice, model.candidates, store, max_shard_bytes=shard, manifest={}
     )
@@ -665,7 +665,7 @@ def contents(store: Store) -> dict[str, bytes]:
 
 def test_a_repository_is_seen_when_it_was_verified_and_not_before(model: Model, place: str) -> None:
     choice = mixed(model.layout)
-    with published(place) as store:
+    with staged_output(place) as store:
         repository = write(model, store, choice, shard=20_000)
         assert verify(model, store, choice) == ()
         assert {key: store.size(key) for key in store.list()} == repository.files
@@ -681,7 +681,7 @@ def test_a_repository_is_seen_when_it_was_verified_and_not_before(model: Model, 
 @pytest.mark.s3
 def test_both_kinds_of_place_hold_the_same_bytes(model: Model, s3: str, tmp_path: Path) -> None:
     for place in (s3, str(tmp_path / "out")):
-        with published(place) as store:
+        with staged_output(place) as store:
             write(model, store, mixed(model.layout), shard=20_000)
     assert contents(Store(s3)) == contents(Store(tmp_path / "out"))
 
@@ -696,7 +696,7 @@ def test_config_is_written_last(model: Model, s3: str, monkeypatch: pytest.Monke
         put(store, key, data)
 
     monkeypatch.setattr(Store, "put", noted)
-    with published(s3) as store:
+    with staged_output(s3) as store:
         write(model, store, uniform(model.layout, FormatName.FP8))
         order.clear()
     assert order == [MANIFEST, INDEX, CONFIG]
@@ -704,7 +704,7 @@ def test_config_is_written_last(model: Model, s3: str, monkeypatch: pytest.Monke
 
 def test_a_block_that_raises_publishes_nothing_and_can_be_repeated(model: Model, place: str) -> None:
     choice = uniform(model.layout, FormatName.FP8)
-    with pytest.raises(ValueError, match="wrong"), published(place) as store:
+    with pytest.raises(ValueError, match="wrong"), staged_output(place) as store:
         write(model, store, choice)
         raise ValueError("wrong")
     if not place.startswith("s3"):
@@ -713,13 +713,13 @@ def test_a_block_that_raises_publishes_nothing_and_can_be_repeated(model: Model,
         assert not {CONFIG, INDEX} & set(Store(place).list())
         assert b'"complete": false' in Store(place).get(MANIFEST)
     check_output(place)
-    with published(place) as store:
+    with staged_output(place) as store:
         write(model, store, choice)
     assert verify(model, Store(place), choice) == ()
 
 
 def test_a_repository_is_replaced_and_leaves_nothing(model: Model, place: str) -> None:
-    with published(place) as store:
+    with staged_output(place) as store:
         write(model, store, uniform(model.layout, FormatName.BF16), shard=20_000)
     # As if the model before had a file that this one has not; it would change how the tokenizer reads.
     old = Store(place)
@@ -729,7 +729,7 @@ def test_a_repository_is_replaced_and_leaves_nothing(model: Model, place: str) -
     choice = uniform(model.layout, FormatName.NVFP4)
     # A first attempt that stops early must not forget what has to go.
     for stop in (True, False):
-        with suppress(ValueError), published(place) as store:
+        with suppress(ValueError), staged_output(place) as store:
             repository = write(model, store, choice)
             if stop:
                 raise ValueError("stop")
@@ -760,7 +760,7 @@ def test_readers_of_a_prefix_never_see_a_mixture(model: Model, s3: str, monkeypa
     monkeypatch.setattr(Store, "put", watched(Store.put))
     monkeypatch.setattr(Store, "upload", watched(Store.upload))
     for choice in choices:
-        with published(s3) as store:
+        with staged_output(s3) as store:
             write(model, store, choice)
     assert not any(seen)
     look()
@@ -769,7 +769,7 @@ def test_readers_of_a_prefix_never_see_a_mixture(model: Model, s3: str, monkeypa
 
 def test_a_place_that_holds_something_else_is_refused(place: str) -> None:
     Store(place).put("thesis.txt", b"x")
-    for attempt in (lambda: check_output(place), lambda: published(place).__enter__()):
+    for attempt in (lambda: check_output(place), lambda: staged_output(place).__enter__()):
         with pytest.raises(InputError, match=r"holds something else \(thesis.txt\); choose another output or empty it"):
             attempt()
     assert Store(place).list() == ["thesis.txt"]
@@ -777,7 +777,7 @@ def test_a_place_that_holds_something_else_is_refused(place: str) -> None:
 
 @pytest.mark.s3
 def test_held_back_files_are_read_from_here(s3: str) -> None:
-    held = HeldBack(s3)
+    held = StagedPrefix(Store(s3))
     held.put(MANIFEST, b'{"complete": false}')
     assert Store(s3).list() == [MANIFEST]
     held.put(MANIFEST, b'{"complete": true}')

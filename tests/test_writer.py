@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shipped
-from prismaquant_ray.checkpoint.publish import check_output, publish_directory
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.routing import transformers_route
 from prismaquant_ray.checkpoint.shards import MANIFEST
+from prismaquant_ray.checkpoint.staging import check_output, staged_directory
 from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -458,7 +458,7 @@ def test_a_failure_inside_a_shard_leaves_no_part_of_it(
 
     choice = mixed(model.layout)
     model.stored(choice)
-    with pytest.raises(StoreError, match="connection lost"), publish_directory(tmp_path / "out") as staging:
+    with pytest.raises(StoreError, match="connection lost"), staged_directory(tmp_path / "out") as staging:
         monkeypatch.setattr(Store, "get_ranges", failing)
         try:
             model.write(staging, choice)
@@ -498,7 +498,7 @@ def ours(path: Path, content: str) -> Path:
 
 def test_a_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out"
-    with publish_directory(output) as staging:
+    with staged_directory(output) as staging:
         assert staging.parent == output.parent
         (staging / MANIFEST).write_text("new")
         assert not output.exists()
@@ -513,7 +513,7 @@ def test_ours_is_replaced_as_a_whole(link: bool, tmp_path: Path) -> None:
     target = tmp_path / "link" if link else output
     if link:
         target.symlink_to(output)
-    with publish_directory(target) as staging:
+    with staged_directory(target) as staging:
         (staging / MANIFEST).write_text("new")
         assert names(output) == {MANIFEST, "model-00001-of-00009.safetensors"}
     assert names(output) == {MANIFEST}
@@ -526,7 +526,7 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(exists: bool, tmp_path
     output = tmp_path / "out"
     if exists:
         ours(output, "old")
-    with pytest.raises(ValueError, match="stop"), publish_directory(output) as staging:
+    with pytest.raises(ValueError, match="stop"), staged_directory(output) as staging:
         (staging / MANIFEST).write_text("new")
         raise ValueError("stop")
     assert names(tmp_path) == ({"out"} if exists else set())
@@ -542,7 +542,7 @@ def test_foreign_places_are_refused_at_entry(tmp_path: Path) -> None:
     for name, message in (("thesis", "holds something else"), ("file", "not a dir"), ("dangling", "not a dir")):
         with pytest.raises(InputError, match=message):
             check_output(tmp_path / name)
-        with pytest.raises(InputError, match=message), publish_directory(tmp_path / name):
+        with pytest.raises(InputError, match=message), staged_directory(tmp_path / name):
             raise AssertionError("entered")
     assert names(tmp_path) == {"thesis", "file", "dangling"}
     with pytest.raises(InputError, match="mount point"):
@@ -554,7 +554,7 @@ def test_foreign_places_are_refused_at_entry(tmp_path: Path) -> None:
 
 def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(InputError, match="holds something else"), publish_directory(output) as staging:
+    with pytest.raises(InputError, match="holds something else"), staged_directory(output) as staging:
         (staging / MANIFEST).write_text("new")
         output.mkdir()
         (output / "thesis.txt").write_text("x")
@@ -564,7 +564,7 @@ def test_what_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_an_empty_directory_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with publish_directory(tmp_path / "out") as staging:
+    with staged_directory(tmp_path / "out") as staging:
         (staging / MANIFEST).write_text("new")
     assert names(tmp_path) == {"out"}
     assert names(tmp_path / "out") == {MANIFEST}
@@ -577,16 +577,16 @@ def test_leftovers_of_killed_runs_are_removed_and_only_those(tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     ours(tmp_path / "out", "old")
-    with publish_directory(tmp_path / "out") as staging:
+    with staged_directory(tmp_path / "out") as staging:
         (staging / MANIFEST).write_text("new")
         assert names(tmp_path) == kept | {"out", staging.name}
     assert names(tmp_path) == kept | {"out"}
 
 
 def test_the_staging_directory_of_a_living_run_is_left_alone(tmp_path: Path) -> None:
-    with publish_directory(tmp_path / "out") as first:
+    with staged_directory(tmp_path / "out") as first:
         (first / MANIFEST).write_text("first")
-        with publish_directory(tmp_path / "out") as second:
+        with staged_directory(tmp_path / "out") as second:
             (second / MANIFEST).write_text("second")
         assert first.is_dir()
     assert (tmp_path / "out" / MANIFEST).read_text() == "first"
@@ -595,7 +595,7 @@ def test_the_staging_directory_of_a_living_run_is_left_alone(tmp_path: Path) -> 
 
 def test_a_run_killed_between_its_renames_has_its_old_output_put_back(tmp_path: Path) -> None:
     ours(tmp_path / ".out.replaced-0123456789ab", "old")
-    with pytest.raises(ValueError, match="stop"), publish_directory(tmp_path / "out"):
+    with pytest.raises(ValueError, match="stop"), staged_directory(tmp_path / "out"):
         raise ValueError("stop")
     assert (tmp_path / "out" / MANIFEST).read_text() == "old"
     assert names(tmp_path) == {"out"}
@@ -611,7 +611,7 @@ def test_a_rename_that_fails_puts_the_old_output_back(tmp_path: Path, monkeypatc
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="disk"), publish_directory(output) as staging:
+    with pytest.raises(OSError, match="disk"), staged_directory(output) as staging:
         (staging / MANIFEST).write_text("new")
     assert (output / MANIFEST).read_text() == "old"
     assert names(tmp_path) == {"out"}

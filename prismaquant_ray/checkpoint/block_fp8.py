@@ -64,7 +64,7 @@ def block_of(config: Mapping[str, Any], uri: str) -> Block | None:
     return block[0], block[1]
 
 
-def without_scheme(config: dict[str, Any]) -> dict[str, Any]:
+def without_block_fp8(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the decoded model; a scheme that is not FP8 stays in it."""
     kept = {key: value for key, value in config.items() if key != KEY or not _is_fp8(value)}
     text = kept.get("text_config")
@@ -186,8 +186,10 @@ def pair(infos: Mapping[str, TensorInfo], block: Block, uri: str) -> dict[str, S
     return found
 
 
-class Decoder:
+class BlockFp8Decoder:
     """The decoded bytes of block-scaled weights; a `file` is a weight's name. Reads and decodes the rows asked for."""
+
+    divisible = False
 
     def __init__(self, store: Store, weights: Mapping[str, ScaledWeight]) -> None:
         self._store = store

@@ -17,11 +17,11 @@ from prismaquant_ray.checkpoint.reader import as_tensor, read_header
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Rounded
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.record import Artifact, damaged
 from prismaquant_ray.storage.store import Store
-
-INPUT_SCALE = "input_global_scale"
 
 
 def shipped(name: FormatName, linear: LinearSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -45,7 +45,7 @@ def _shipped(name: FormatName, out_features: int, in_features: int) -> dict[str,
     scale = spec.codec.nearest_scale(amax, divisor)
     tensors = spec.codec.pack(Rounded(values=values, scale=scale, global_scale=divisor))
     found = {suffix: (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for suffix, tensor in tensors.items()}
-    return {**found, INPUT_SCALE: ("F32", (1,))} if spec.static_input_scale else found
+    return {**found, INPUT_GLOBAL_SCALE: ("F32", (1,))} if spec.static_input_scale else found
 
 
 class CandidateFile:
@@ -124,7 +124,7 @@ class Candidates:
                 pass
 
 
-def stored_digest(store: Store, key: str, size: int) -> str:
+def stored_digest(store: Prefix, key: str, size: int) -> str:
     """SHA-256 of an object, read a piece at a time."""
     digest = hashlib.sha256()
     for start, stop in pairwise([*range(0, size, BATCH_BYTES), size]):

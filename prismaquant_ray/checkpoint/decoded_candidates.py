@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import stack
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
 from prismaquant_ray.layout import FusedGroup, LinearSpec, Matrix
 
 #: Shipped tensors of a block by name, in each format.
@@ -39,7 +40,7 @@ class CandidateDecoder:
         tensors = self.candidates[name]
         found = Decoded(weights={}, input_scales={})
         for matrix in group.matrices:
-            scale = tensors.get(f"{matrix.linears[0].names[0]}.input_global_scale")
+            scale = tensors.get(f"{matrix.linears[0].names[0]}.{INPUT_GLOBAL_SCALE}")
             for parameter, linears in members(matrix).items():
                 key = (parameter, codec.name)
                 if key not in self._weights:

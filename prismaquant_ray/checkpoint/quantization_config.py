@@ -20,7 +20,7 @@ from prismaquant_ray.layout import EXPERT, Layout, LinearSpec
 Choice = Mapping[str, FormatName]
 
 
-def build(layout: Layout, choice: Choice) -> dict[str, Any] | None:
+def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] | None:
     """The configuration for a choice, or None when nothing is quantized; InputError when they do not fit."""
     check_choice(layout, choice)
     members: dict[str, list[str]] = {}
@@ -28,7 +28,7 @@ def build(layout: Layout, choice: Choice) -> dict[str, Any] | None:
     ignored = list(layout.ignored)
     for name, linears in linears_by_format(layout, choice).items():
         for linear in linears:
-            scheme = scheme_of(name, linear)
+            scheme = config_group(name, linear)
             if scheme is None:
                 ignored.append(linear.name)
                 continue
@@ -76,7 +76,7 @@ def linears_by_format(layout: Layout, choice: Choice) -> dict[FormatName, list[L
     return found
 
 
-def scheme_of(name: FormatName, linear: LinearSpec) -> dict[str, Any] | None:
+def config_group(name: FormatName, linear: LinearSpec) -> dict[str, Any] | None:
     """A config group without its targets, or None for BF16."""
     spec = FORMATS[name]
     if spec.scheme is None:

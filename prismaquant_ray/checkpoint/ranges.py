@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prismaquant_ray.checkpoint.header import TensorInfo
+from prismaquant_ray.checkpoint.source import Piece
 from prismaquant_ray.errors import StoreError
-from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-
-class Ranged(Protocol):
-    """What gives bytes of named things: a store, or something that decodes what one holds."""
-
-    @property
-    def uri(self) -> str:
-        """Where it is, for errors."""
-
-    def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]], /) -> list[Buffer]:
-        """Bytes [start, stop) of each range."""
-
-
-#: A tensor and what holds its file.
-Piece = tuple[Ranged, TensorInfo]
 #: What is read at once: allocators keep buffers of this size for the next one, and fault in larger ones page by page.
 BATCH_BYTES = 1 << 24
 # Batches in memory, with the one that is used.
@@ -60,7 +46,7 @@ def read_pieces(pieces: Iterable[Piece], *, batch_bytes: int = BATCH_BYTES) -> I
 def parts(piece: Piece) -> Iterator[Piece]:
     """A piece in pieces of at most `BATCH_BYTES`, for who needs no whole tensor; what is decoded stays whole."""
     holder, info = piece
-    if not isinstance(holder, Store):
+    if not holder.divisible:
         yield piece
         return
     for start, stop in pairwise([*range(info.start, info.stop, BATCH_BYTES), info.stop]):

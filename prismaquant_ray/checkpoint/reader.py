@@ -13,8 +13,9 @@ from torch import Tensor
 
 from prismaquant_ray.checkpoint import block_fp8
 from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo, header_length, parse_header
-from prismaquant_ray.checkpoint.ranges import Piece
+from prismaquant_ray.checkpoint.source import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _SAMPLE = 4096
-# A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
-_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_WEIGHTS = tuple(suffix + end for suffix in _FORMATS for end in ("", ".index.json"))
 
 
-def read_header(store: Store, file: str) -> list[TensorInfo]:
+def read_header(store: Prefix, file: str) -> list[TensorInfo]:
     """Every tensor of a safetensors file, in data order; KeyError when it is absent, InputError when it is damaged."""
     size = store.size(file)
     if size is None:
@@ -38,6 +36,19 @@ def read_header(store: Store, file: str) -> list[TensorInfo]:
     infos = parse_header(bytes(store.get_ranges(file, [(8, 8 + length)])[0]), path, size)
     # Errors name the whole path; the entries hold the key.
     return [replace(info, file=file) for info in infos]
+
+
+def read_json(store: Store, name: str) -> dict[str, Any]:
+    """A JSON object of a model's directory; InputError when it is absent or is something else."""
+    try:
+        body = json.loads(store.get(name))
+    except KeyError as error:
+        raise InputError(f"{store.uri}: no {name}; is this a Hugging Face model directory?") from error
+    except ValueError as error:
+        raise InputError(f"{store.uri}: {name} is not JSON; fetch it again") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{store.uri}: {name} is not a JSON object; fetch it again")
+    return body
 
 
 class Checkpoint:
@@ -53,7 +64,7 @@ class Checkpoint:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.source_config = self._json("config.json")
+        self.source_config = read_json(store, "config.json")
         self.files = self._files()
         self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -65,9 +76,9 @@ class Checkpoint:
         block = block_fp8.block_of(self.source_config, store.uri)
         if block is None:
             block_fp8.check_unquantized(self.source_config, self.stored.values(), store.uri)
-        self.config = self.source_config if block is None else block_fp8.without_scheme(self.source_config)
+        self.config = self.source_config if block is None else block_fp8.without_block_fp8(self.source_config)
         self._scaled = block_fp8.pair(self.stored, block, store.uri) if block else {}
-        self._decoder = block_fp8.Decoder(store, self._scaled)
+        self._decoder = block_fp8.BlockFp8Decoder(store, self._scaled)
         scales = {scaled.scale.name for scaled in self._scaled.values()}
         self.tensors: dict[str, TensorInfo] = {
             name: self._scaled[name].info if name in self._scaled else info
@@ -75,21 +86,10 @@ class Checkpoint:
             if name not in scales
         }
 
-    def _json(self, name: str) -> dict[str, Any]:
-        try:
-            body = json.loads(self.store.get(name))
-        except KeyError as error:
-            raise InputError(f"{self.store.uri}: no {name}; is this a Hugging Face model directory?") from error
-        except ValueError as error:
-            raise InputError(f"{self.store.uri}: {name} is not JSON; fetch it again") from error
-        if not isinstance(body, dict):
-            raise InputError(f"{self.store.uri}: {name} is not a JSON object; fetch it again")
-        return body
-
     def _files(self) -> tuple[str, ...]:
         self._index: dict[str, str] | None = None
         if self.store.size(INDEX) is not None:
-            weight_map = self._json(INDEX).get("weight_map")
+            weight_map = read_json(self.store, INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise InputError(f"{self.store.uri}: {INDEX} has no weight_map; fetch it again")
             unsafe = next(
@@ -120,7 +120,7 @@ class Checkpoint:
 
     def piece(self, name: str) -> Piece:
         """A tensor's bytes, as read_pieces takes them."""
-        info = self._info(name)
+        info = tensor_info(self, name)
         return self._decoder if name in self._scaled else self.store, info
 
     def raw(self, name: str) -> memoryview:
@@ -148,7 +148,7 @@ class Checkpoint:
 
     def _parts(self, name: str) -> list[TensorInfo]:
         """What of the files makes a tensor."""
-        info = self._info(name)
+        info = tensor_info(self, name)
         return [self._scaled[name].weight, self._scaled[name].scale] if name in self._scaled else [info]
 
     def _tensor(self, name: str, buffers: Sequence[Buffer]) -> Tensor:
@@ -158,14 +158,9 @@ class Checkpoint:
         scaled = self._scaled[name]
         return scaled.decode(0, scaled.rows, buffers[0], buffers[1], self.store.uri).reshape(info.shape)
 
-    def _info(self, name: str) -> TensorInfo:
-        if name not in self.tensors:
-            raise InputError(f"{self.store.uri}: tensor {name} is missing; the checkpoint is incomplete")
-        return self.tensors[name]
-
     def other_files(self) -> list[str]:
         """Top-level files that are not weights of any kind: tokenizer, configuration, licence, …"""
-        return [key for key in self.store.list() if "/" not in key and not key.endswith(_WEIGHTS)]
+        return files_beside_weights(self.store)
 
     def fingerprint(self) -> str:
         """SHA-256 over config, every header entry and the first and last 4 KiB of every tensor.

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
-from prismaquant_ray.checkpoint.quantization_config import Choice, scheme_of
+from prismaquant_ray.checkpoint.quantization_config import Choice, config_group
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import FusedGroup, Layout
@@ -133,7 +133,7 @@ def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, mo
     """Every module that does not get the scheme of its choice from both runtimes; `modules` are all of the model's."""
     fused = fused_mapping(layout)
     for group in layout.groups:
-        schemes = {linear.name: scheme_of(choice[group.name], linear) for linear in group.linears}
+        schemes = {linear.name: config_group(choice[group.name], linear) for linear in group.linears}
         for route, name in _vllm_routes(config, layout, group, fused):
             if isinstance(route, InputError):
                 yield str(route)

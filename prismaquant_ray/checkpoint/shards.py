@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismaquant_ray.checkpoint.header import build_header
-from prismaquant_ray.checkpoint.ranges import Piece, parts, read_pieces
+from prismaquant_ray.checkpoint.ranges import parts, read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX
+from prismaquant_ray.checkpoint.source import Piece
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.storage.store import ByteWriter, Store
+from prismaquant_ray.storage.prefix import ByteWriter, Prefix
 
 CONFIG = "config.json"
 MANIFEST = "prismaquant.json"
@@ -70,7 +71,7 @@ def cut(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
     return shards
 
 
-def write_shards(store: Store, outputs: Sequence[Output], *, limit: int) -> Shards:
+def write_shards(store: Prefix, outputs: Sequence[Output], *, limit: int) -> Shards:
     """Stream tensors, in this order, into shards of at most `limit` bytes of data."""
     shards = cut(outputs, limit)
     written = Shards(files={}, sha256={}, weight_map={})
@@ -81,7 +82,7 @@ def write_shards(store: Store, outputs: Sequence[Output], *, limit: int) -> Shar
     return written
 
 
-def _write_shard(store: Store, file: str, shard: Sequence[Output]) -> tuple[int, str]:
+def _write_shard(store: Prefix, file: str, shard: Sequence[Output]) -> tuple[int, str]:
     """Bytes and digest of the shard."""
     header = build_header({output.name: (output.dtype, output.shape, output.nbytes) for output in shard})
 
@@ -102,7 +103,7 @@ def _write_shard(store: Store, file: str, shard: Sequence[Output]) -> tuple[int,
 # The prefix ---------------------------------------------------------------------------------------------------------
 
 
-def claim(output: Store, body: Mapping[str, Any]) -> list[str]:
+def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
     """Mark a prefix as ours and as incomplete, by a manifest with `body`; what a former repository may leave behind.
 
     InputError when something else is there, or a dequantized repository where `body` is of a quantized one.

@@ -16,23 +16,24 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.checkpoint import routing
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, CandidateFile, Candidates, shipped, stored_digest
+from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.quantization_config import Choice, check_choice, linears_by_format
-from prismaquant_ray.checkpoint.ranges import Piece, parts, read_pieces, threads
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor, read_header
+from prismaquant_ray.checkpoint.ranges import parts, read_pieces, threads
+from prismaquant_ray.checkpoint.reader import INDEX, as_tensor, read_header
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
+from prismaquant_ray.checkpoint.source import Piece, TensorSource
 from prismaquant_ray.checkpoint.writer import REWRITTEN, bits
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Prefix
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-WEIGHT_SCALE = "weight_global_scale"
 # What later stages add to or rewrite in a repository.
 _MUTABLE = ("README.md",)
 # What one thread compares at a time; a larger module is alone.
@@ -62,7 +63,7 @@ class VerifyReport:
 
 
 def verify_repository(
-    repository: Store, source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates | None
+    repository: Prefix, source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates | None
 ) -> VerifyReport:
     """Re-read a repository, by threads; each holds some modules, or some batches of tensors, at a time.
 
@@ -95,7 +96,7 @@ def verify_repository(
 class _Check:
     """One repository under verification; each method yields the problems it finds."""
 
-    def __init__(self, repository: Store, source: Checkpoint, layout: Layout, choice: Choice) -> None:
+    def __init__(self, repository: Prefix, source: TensorSource, layout: Layout, choice: Choice) -> None:
         self.repository = repository
         self.source = source
         self.layout = layout
@@ -264,7 +265,10 @@ class _Check:
             )
             for module, linear, _ in batch:
                 found = {key: as_tensor(data, info.dtype, info.shape) for key, (info, data) in ours[module].items()}
-                shared |= {f"{module}.{suffix}": found[suffix] for suffix in found.keys() & {WEIGHT_SCALE, INPUT_SCALE}}
+                shared |= {
+                    f"{module}.{suffix}": found[suffix]
+                    for suffix in found.keys() & {WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE}
+                }
                 yield from _scale_problems(linear, module, found)
                 yield from _weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
         for matrix in group.matrices:
@@ -313,7 +317,7 @@ class _Check:
         for name in names:
             ours, theirs = (self.repository, self.tensors[name]), self.source.piece(name)
             # What the source has in another form is decoded as a whole.
-            cut = isinstance(theirs[0], Store)
+            cut = theirs[0].divisible
             pairs += zip(parts(ours), parts(theirs), strict=True) if cut else [(ours, theirs)]
         left, right = read_pieces(ours for ours, _ in pairs), read_pieces(theirs for _, theirs in pairs)
         changed = (info.name for (info, data), (_, other) in zip(left, right, strict=True) if not _same(data, other))
@@ -338,8 +342,8 @@ def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[
     """Global scales that the runtime takes from one module for others, and that are not the same."""
     experts = list(zip(*(linear.names for linear in matrix.linears), strict=True))
     together = {
-        WEIGHT_SCALE: experts,
-        INPUT_SCALE: [tuple(name for names in experts for name in names)],
+        WEIGHT_GLOBAL_SCALE: experts,
+        INPUT_GLOBAL_SCALE: [tuple(name for names in experts for name in names)],
     }
     for suffix, sharing in together.items():
         for modules in sharing:
@@ -356,13 +360,13 @@ def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tenso
     low, high = torch.aminmax(scale.to(torch.float32))  # NaN if anything is
     if not 0 < low.item() <= high.item() <= highest:
         yield f"{module}.weight_scale has zero, negative, infinite or NaN scales"
-    for suffix in (WEIGHT_SCALE, INPUT_SCALE):
+    for suffix in (WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE):
         divisor = tensors.get(suffix)
         if divisor is None:
             continue
         if not (bool(torch.isfinite(divisor).all()) and bool((divisor > 0).all())):
             yield f"{module}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
-        elif suffix == WEIGHT_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
+        elif suffix == WEIGHT_GLOBAL_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
             yield f"{module}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
     if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
         yield f"{module}.weight_shape is {tensors['weight_shape'].tolist()}"

@@ -1,6 +1,6 @@
 """Writing a model repository: bytes copied from the source and from the stored candidates, no arithmetic.
 
-Readers of a prefix that is being written never see a model: config.json is written last. `publish.published` adds
+Readers of a prefix that is being written never see a model: config.json is written last. `staging.staged_output` adds
 that nothing is seen that was not verified, and leaves an old local repository in place until the new one is complete.
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.quantization_config import Choice, build
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
+from prismaquant_ray.checkpoint.quantization_config import Choice, build_quantization_config
+from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.shards import (
     CONFIG,
     MANIFEST,
@@ -24,10 +24,11 @@ from prismaquant_ray.checkpoint.shards import (
     claim,
     write_shards,
 )
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import Layout, LinearSpec
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Prefix
 
 README = "README.md"
 #: files of the source that are written anew
@@ -38,7 +39,7 @@ _COUNTED = ("weight", "weight_packed", "weight_scale")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What a repository's card can know of it: bytes of its shards, and bits as `Repository` has them."""
+    """What a repository's card can know of it: bytes of its shards, and bits as `WrittenRepository` has them."""
 
     weight_bytes: int
     bpp: float
@@ -46,7 +47,7 @@ class Written:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Repository:
+class WrittenRepository:
     """What was written.
 
     `files` maps every file to its bytes, `sha256` every shard to its digest. `bpp` is bits of codes and group
@@ -61,16 +62,16 @@ class Repository:
 
 
 def write_repository(
-    source: Checkpoint,
+    source: TensorSource,
     layout: Layout,
     choice: Choice,
     candidates: Candidates,
-    output: Store,
+    output: Prefix,
     *,
     max_shard_bytes: int = 5_000_000_000,
     manifest: Mapping[str, Any],
     card: Callable[[Written], bytes] | None = None,
-) -> Repository:
+) -> WrittenRepository:
     """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
 
     `card` makes README.md of what was written; without it the source's stays.
@@ -79,7 +80,7 @@ def write_repository(
     """
     if any("quantization_config" in part for part in (source.config, source.config.get("text_config") or {})):
         raise InputError(f"{source.store.uri} is already quantized (config.json); start from the BF16 model")
-    config = build(layout, choice)
+    config = build_quantization_config(layout, choice)
     copies = _copies(source, layout, choice, candidates)
     stale = claim(output, {"schema": MANIFEST_SCHEMA})
     shards = write_shards(output, copies, limit=max_shard_bytes)
@@ -107,7 +108,7 @@ def write_repository(
     _put(output, INDEX, index)
     _put(output, CONFIG, config_json)
     output.delete(file for file in stale if file not in files)
-    return Repository(
+    return WrittenRepository(
         files=files,
         sha256=shards.sha256,
         total_bytes=sum(files.values()),
@@ -116,7 +117,7 @@ def write_repository(
     )
 
 
-def bits(source: Checkpoint, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, float]:
+def bits(source: TensorSource, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, float]:
     """Bits per quantizable parameter and per parameter of the model, from the bytes of every written tensor."""
     counted = sum(sizes.get(tensor, 0) for tensor in _counted(layout))
     parameters = sum(math.prod(info.shape) for info in source.tensors.values())
@@ -129,7 +130,7 @@ def _counted(layout: Layout) -> set[str]:
     return shipped | {source for linear in layout.linears() for source in linear.sources}
 
 
-def _copies(source: Checkpoint, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
+def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
     """Every tensor of the output: the source's, each quantized weight replaced by its candidate's tensors."""
     replaced: dict[str, list[Output]] = {}
     for block in layout.blocks:
@@ -167,6 +168,6 @@ def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
     return {"schema": MANIFEST_SCHEMA, "complete": False, "run": dict(run), "choice": names}
 
 
-def _put(output: Store, file: str, data: bytes) -> int:
+def _put(output: Prefix, file: str, data: bytes) -> int:
     output.put(file, data)
     return len(data)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.calibration.batches import Batch
 from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder
-from prismaquant_ray.evaluation.roundings import InputRounding
+from prismaquant_ray.compressed.activations import InputRounding
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.models.runner import ModelRunner
@@ -48,8 +48,8 @@ Replacements = Mapping[str, Replacement]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Repository:
-    """A quantized repository: what runs its decoded weights, and what rounds the input of a module, by name."""
+class QuantizedModel:
+    """A repository as it runs: a runner of its decoded weights, and what rounds the input of a module, by name."""
 
     runner: ModelRunner
     roundings: Mapping[str, InputRounding]
@@ -64,7 +64,7 @@ class Variants:
         variants: Sequence[Variant],
         *,
         candidates: ReadCandidates,
-        repository: Repository | None = None,
+        repository: QuantizedModel | None = None,
     ) -> None:
         self.source = source
         self.variants = tuple(variants)

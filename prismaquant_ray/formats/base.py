@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.grids import e4m3_value
+from prismaquant_ray.formats.tensor_names import WEIGHT_GLOBAL_SCALE
 
 Tensors = dict[str, Tensor]
 
@@ -111,11 +112,11 @@ class Codec(ABC):
             self.codes: torch.cat([self.packed(piece) for piece in pieces]).view(*values.shape[:-1], -1),
             "weight_scale": rounded.scale.contiguous(),
         }
-        return tensors if g is None else {**tensors, "weight_global_scale": g.clone().view(*g.shape[:-2], 1)}
+        return tensors if g is None else {**tensors, WEIGHT_GLOBAL_SCALE: g.clone().view(*g.shape[:-2], 1)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """BF16 weight that the runtime computes from the shipped tensors; of a stack (see `stack`) (E, O, I)."""
-        codes, g = tensors[self.codes], tensors.get("weight_global_scale")
+        codes, g = tensors[self.codes], tensors.get(WEIGHT_GLOBAL_SCALE)
         # A stack has a divisor an expert, (E, 1).
         factor = self.scale_value(tensors["weight_scale"], g if g is None or codes.dim() == 2 else g.unsqueeze(-1))
         return _scaled(codes, self.unpacked, factor, codes.shape[-1] * 8 * codes.itemsize // self.code_bits)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource, tensor_info
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import EXPERT, Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, Parameter
@@ -34,7 +34,7 @@ def scope_of(config: Config) -> Scope:
     return Scope(images=config.calibration.images is not None, head=config.model.quantize_lm_head)
 
 
-def load_config(checkpoint: Checkpoint) -> Any:
+def load_config(checkpoint: TensorSource) -> Any:
     """The transformers configuration object of a checkpoint; InputError when transformers does not know it."""
     from transformers import CONFIG_MAPPING
 
@@ -50,7 +50,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
     return CONFIG_MAPPING[model_type].from_dict(dict(checkpoint.config))
 
 
-def architecture_of(checkpoint: Checkpoint) -> str:
+def architecture_of(checkpoint: TensorSource) -> str:
     """The first entry of `architectures`."""
     names = checkpoint.config.get("architectures") or []
     if not names:
@@ -58,8 +58,8 @@ def architecture_of(checkpoint: Checkpoint) -> str:
     return str(names[0])
 
 
-def build_layout(checkpoint: Checkpoint, scope: Scope = Scope()) -> tuple[MetaModel, Layout]:
-    """Meta model and layout of a checkpoint; InputError when a tensor is missing or has another shape."""
+def build_layout(checkpoint: TensorSource, scope: Scope = Scope()) -> tuple[MetaModel, Layout]:
+    """MetaModel and layout of a checkpoint; InputError when a tensor is missing or has another shape."""
     architecture = architecture_of(checkpoint)
     known = family_of(architecture)
     config = load_config(checkpoint)
@@ -78,7 +78,7 @@ def build_layout(checkpoint: Checkpoint, scope: Scope = Scope()) -> tuple[MetaMo
 class _Builder:
     """Parses every module name once."""
 
-    def __init__(self, checkpoint: Checkpoint, meta_model: MetaModel, family: Family, scope: Scope) -> None:
+    def __init__(self, checkpoint: TensorSource, meta_model: MetaModel, family: Family, scope: Scope) -> None:
         self.checkpoint = checkpoint
         self.meta_model = meta_model
         self.family = family
@@ -340,9 +340,7 @@ class _Builder:
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> str:
         """The name, once it is known to be there in this shape."""
-        info = self.checkpoint.tensors.get(name)
-        if info is None:
-            raise InputError(f"{self.checkpoint.store.uri}: tensor {name} is missing; the checkpoint is incomplete")
+        info = tensor_info(self.checkpoint, name)
         if info.shape != shape:
             raise InputError(
                 f"{self.checkpoint.store.uri}: {name} has shape {info.shape}, the configuration says {shape}; "

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
 from prismaquant_ray.layout import Block, BlockKind
@@ -28,7 +28,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: TensorSource,
         *,
         dtype: torch.dtype,
         device: torch.device,

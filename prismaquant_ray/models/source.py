@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.store import Store
 
@@ -40,7 +40,7 @@ def resolve(source: str, revision: str) -> Store:
 
 
 @contextmanager
-def local_files(checkpoint: Checkpoint) -> Iterator[Path]:
+def local_files(checkpoint: TensorSource) -> Iterator[Path]:
     """A directory with the model's small files (tokenizer, configuration), for libraries that want a path."""
     if checkpoint.store.path is not None:
         yield checkpoint.store.path

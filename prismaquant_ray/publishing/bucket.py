@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import partial
 
-from prismaquant_ray.checkpoint.publish import check_output, published
 from prismaquant_ray.checkpoint.shards import MANIFEST, claim
+from prismaquant_ray.checkpoint.staging import LAST, check_output, staged_output
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.publishing.published import Published
-from prismaquant_ray.publishing.source import LAST, Digests, File, Listener, Source, pieces
+from prismaquant_ray.publishing.finished import Digests, File, FinishedRepository, Listener, Published, pieces
 from prismaquant_ray.storage.connection import absolute
-from prismaquant_ray.storage.store import ByteWriter, Store
+from prismaquant_ray.storage.prefix import ByteWriter
+from prismaquant_ray.storage.store import Store
 
 
-def check_bucket(source: Source, target: str) -> None:
+def check_bucket(source: FinishedRepository, target: str) -> None:
     """Within seconds: InputError or StoreError unless the repository may be put there."""
     if source.store.path is None:
         places = absolute(source.store.uri).split("/"), absolute(target).split("/")
@@ -31,7 +31,7 @@ def check_bucket(source: Source, target: str) -> None:
     Store(target).check_writable()
 
 
-def publish_to_bucket(source: Source, files: Sequence[File], target: str, listener: Listener) -> Published:
+def publish_to_bucket(source: FinishedRepository, files: Sequence[File], target: str, listener: Listener) -> Published:
     """Copy what is not there yet. InputError when the target holds something else, StoreError after the retries."""
     check_output(target, dequantized=source.dequantized)
     remote = Store(target)
@@ -45,7 +45,7 @@ def publish_to_bucket(source: Source, files: Sequence[File], target: str, listen
 
     sent = [file for file in files if file not in present or file.name in LAST]
     listener.begin("sending and reading back", len(sent), 2 * sum(file.size for file in sent))
-    with published(target) as staging:
+    with staged_output(target) as staging:
         stale = claim(staging, json.loads(source.claim(())))
         staging.put(MANIFEST, source.claim(stale))
         for file in sent:
@@ -69,7 +69,7 @@ def publish_to_bucket(source: Source, files: Sequence[File], target: str, listen
     )
 
 
-def _copy(source: Source, file: File, listener: Listener, writer: ByteWriter) -> None:
+def _copy(source: FinishedRepository, file: File, listener: Listener, writer: ByteWriter) -> None:
     source.copy(file, writer.write, listener.advance)
 
 

@@ -1,10 +1,8 @@
 """Publishing to the Hugging Face hub: private unless asked otherwise, and never half a repository for readers.
 
-A new repository takes three commits: a claim with the small files, the weights, and then what makes them a model
-(manifest, index, config.json), after what the hub says of the weights was compared. A repository that is a model
-already is replaced in one commit. The bytes of weights are stored before the commit that names them, so an interrupted
-upload goes on where it stopped. What the hub lists, sizes and digests, is what is compared: it checks bytes against
-digests when they arrive, and nothing is downloaded again.
+The bytes of weights are stored first, shard by shard, and then one commit adds and removes everything: readers see the
+repository as it was or as it is to be, and an interrupted upload goes on where it stopped. What the hub lists, sizes
+and digests, is compared in the end: it checks bytes against digests when they arrive, and nothing is downloaded again.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
-from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, is_dequantized
+from prismaquant_ray.checkpoint.shards import MANIFEST, is_dequantized
+from prismaquant_ray.checkpoint.writer import README
 from prismaquant_ray.errors import InputError, ResourceError, StoreError
+from prismaquant_ray.publishing.finished import PIECE, File, FinishedRepository, Listener, Published
 from prismaquant_ray.publishing.hub_client import HubRepository, Snapshot, quiet
-from prismaquant_ray.publishing.published import Published
-from prismaquant_ray.publishing.source import LAST, PIECE, File, Listener, Source
 
 # The hub puts it into every new repository.
 _OF_THE_HUB = ".gitattributes"
 
 
-def check_hub(source: Source, repository: HubRepository, *, public: bool) -> None:
+def check_hub(source: FinishedRepository, repository: HubRepository, *, public: bool) -> None:
     """Within seconds: InputError or StoreError unless the repository may be put there. Nothing is made."""
     repository = repository.hasty()
     with quiet():
@@ -46,7 +44,7 @@ def check_hub(source: Source, repository: HubRepository, *, public: bool) -> Non
 
 
 def publish_to_hub(
-    source: Source, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
+    source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
 ) -> Published:
     """Bring the repository to exactly these files, beside those that others put there.
 
@@ -58,44 +56,27 @@ def publish_to_hub(
 
 
 def _publish(
-    source: Source, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
+    source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
 ) -> Published:
     before = repository.look()
     if before is None:
         repository.create()
         before = _look(repository)
     listed = _check_free(source, repository, before, public=public)
-    is_model = CONFIG in before.files
-    missing = [file for file in files if not _has(before, file) or (file.name in LAST and not is_model)]
+    missing = [file for file in files if not _has(before, file)]
     names = {file.name for file in files}
     removed = [name for name in before.files if name in listed and name not in names]
-
-    small = [file for file in missing if not source.is_weights(file.name) and file.name not in LAST]
-    weights = [file for file in missing if source.is_weights(file.name)]
-    if missing:
+    if missing or removed:
         listener.begin("sending", len(missing), sum(file.size for file in missing))
-    if is_model:
-        if missing or removed:
-            operations = _uploaded(source, weights, repository, listener)
-            others = [file for file in missing if file not in weights]
-            operations += _operations(source, others)
-            repository.commit("Replace the model", operations, removed, before.commit)
-            _tell(listener, others)
-    else:
-        claim = source.claim(listed)
-        if small or not _has(before, File.of(MANIFEST, claim)):
-            operations = [*_operations(source, small), CommitOperationAdd(MANIFEST, claim)]
-            repository.commit("Begin to publish", operations, (), before.commit)
-            before = _look(repository)
-            _tell(listener, small)
-        if weights:
-            repository.commit("Add the weights", _uploaded(source, weights, repository, listener), (), before.commit)
-            before = _look(repository)
-        # Not before they are right do they become a model.
-        _check_all(repository, before, [file for file in files if file.name not in LAST])
-        last = [file for file in missing if file.name in LAST]
-        repository.commit("Make it a model", _operations(source, last), removed, before.commit)
-        _tell(listener, last)
+        small = [file for file in missing if not source.is_weights(file.name)]
+        weights = [file for file in missing if source.is_weights(file.name)]
+        card = next((file for file in small if file.name == README), None)
+        if card is not None:  # refused front matter is said before hours of sending
+            repository.check_card(source.get(card).decode("utf-8", "replace"))
+        additions = _uploaded(source, weights, repository, listener)
+        additions += [CommitOperationAdd(file.name, source.get(file)) for file in small]
+        repository.commit("Publish the model", additions, removed, before.commit)
+        _tell(listener, small)
     after = _look(repository)
     _check_all(repository, after, files)
     if public and after.private:
@@ -114,7 +95,9 @@ def _publish(
 # The target -----------------------------------------------------------------------------------------------------
 
 
-def _check_free(source: Source, repository: HubRepository, snapshot: Snapshot, *, public: bool) -> Mapping[str, int]:
+def _check_free(
+    source: FinishedRepository, repository: HubRepository, snapshot: Snapshot, *, public: bool
+) -> Mapping[str, int]:
     """The files that a manifest of ours there names; InputError when something else is there, or all can see it."""
     if not snapshot.private and not public:
         raise InputError(
@@ -164,13 +147,8 @@ def _check_all(repository: HubRepository, snapshot: Snapshot, files: Sequence[Fi
 # Sending --------------------------------------------------------------------------------------------------------
 
 
-def _operations(source: Source, files: Sequence[File]) -> list[CommitOperationAdd]:
-    """Small files as they are to be committed."""
-    return [CommitOperationAdd(file.name, source.get(file)) for file in files]
-
-
 def _uploaded(
-    source: Source, files: Sequence[File], repository: HubRepository, listener: Listener
+    source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener
 ) -> list[CommitOperationAdd]:
     """Files that are at the hub, one after the other, but in no commit yet."""
     operations = []
@@ -184,7 +162,7 @@ def _uploaded(
 
 
 @contextmanager
-def _content(source: Source, file: File) -> Iterator[Path | bytes]:
+def _content(source: FinishedRepository, file: File) -> Iterator[Path | bytes]:
     """What the client uploads: bytes, or a path. A large file of an object store is copied to this machine's disk."""
     if file.size <= PIECE:  # the hub may take it into git itself, when it is committed
         yield source.get(file)
@@ -204,7 +182,7 @@ def _tell(listener: Listener, files: Sequence[File]) -> None:
         listener.done(file.name, "sent", file.size)
 
 
-def _check_room(source: Source) -> None:
+def _check_room(source: FinishedRepository) -> None:
     largest = max(source.sizes.values())
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if largest > free:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +16,15 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented,
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
+    hf_raise_for_status,
     validate_repo_id,
 )
 from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.publishing.hub_failures import HUB_FAILURES, diagnose, tidy
-from prismaquant_ray.publishing.source import File
-from prismaquant_ray.storage.failures import pauses, to_error
+from prismaquant_ray.publishing.finished import File
+from prismaquant_ray.publishing.hub_failures import HUB_FAILURES, diagnose_hub, tidy
+from prismaquant_ray.storage.retry import retried
 from prismaquant_ray.storage.store import CHECK_SECONDS, RETRY_SECONDS
 
 # Seconds of silence after which a server is taken for gone. A commit of many files may take a minute.
@@ -144,6 +144,15 @@ class HubRepository:
 
         self._ask(f"{operation.path_in_repo} cannot be sent", send, (*HUB_FAILURES, RuntimeError))
 
+    def check_card(self, readme: str) -> None:
+        """InputError when the hub refuses the front matter of this README.md."""
+
+        def ask() -> None:
+            body = {"content": readme, "repoType": "model"}
+            hf_raise_for_status(get_session().post(f"{self.api.endpoint}/api/validate-yaml", json=body))
+
+        self._ask("README.md cannot be checked", ask)
+
     def commit(
         self, message: str, additions: Iterable[CommitOperationAdd], removed: Iterable[str], parent: str | None
     ) -> None:
@@ -175,20 +184,15 @@ class HubRepository:
         self._ask("cannot be committed to", attempt, (*HUB_FAILURES, RuntimeError))
 
     def _ask(self, what: str, call: Callable[[], _T], failures: tuple[type[Exception], ...] = HUB_FAILURES) -> _T:
-        give_up = time.monotonic() + self._seconds
-        for pause in pauses():
+        def attempt() -> _T:
             # The client waits for ever unless told otherwise, and may have been made anew.
             session = get_session()
             session.timeout = type(session.timeout)(self._silence, connect=_CONNECT)
-            try:
-                return call()
-            except failures as error:
-                problem = diagnose(error)
-                if not problem.passing or time.monotonic() + pause > give_up:
-                    # Not chained: the client's text may repeat signed addresses.
-                    raise to_error(self.uri, what, problem) from None
-            time.sleep(pause)
-        raise AssertionError
+            return call()
+
+        return retried(
+            attempt, uri=self.uri, what=what, failures=failures, diagnose=diagnose_hub, seconds=self._seconds
+        )
 
 
 def repository_id(uri: str) -> str:

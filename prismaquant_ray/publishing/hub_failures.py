@@ -21,7 +21,7 @@ _AGAIN = "run the same command again to continue"
 _LIMIT = 120
 
 
-def diagnose(error: BaseException) -> Problem:
+def diagnose_hub(error: BaseException) -> Problem:
     """Whose fault it is, and whether waiting may help."""
     cause = _cause(error)
     if isinstance(cause, OfflineModeIsEnabled):

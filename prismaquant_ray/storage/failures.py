@@ -1,4 +1,4 @@
-"""What a backend's errors mean, said in one line without credentials, and how long to wait before asking again.
+"""What a backend's errors mean, said in one line without credentials.
 
 Status and code are read from the text of obstore's errors, which have no other place for them.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from random import SystemRandom
 
 from obstore.exceptions import BaseError
 
@@ -64,7 +62,7 @@ class UploadInterruptedError(StoreError):
     """An upload that stopped for a reason that may have passed."""
 
 
-def diagnose(error: BaseException) -> Problem:
+def diagnose_store(error: BaseException) -> Problem:
     """Reads obstore's text: it has no other place for status and code."""
     text = str(error)
     code = _found(r"<Code>(\w+)</Code>", text) or _found(r"\(code: (\w+)\)", text)
@@ -137,11 +135,3 @@ def to_error(uri: str, what: str, problem: Problem, kind: type[PrismaquantError]
 def is_missing(error: BaseException) -> bool:
     """Whether an object does not exist; that its bucket does not is another matter."""
     return isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
-
-
-def pauses(at_most: float = 8.0) -> Iterator[float]:
-    """Exponential back-off with jitter, in seconds; without jitter many workers would come back at once."""
-    longest, random = min(0.5, at_most), SystemRandom()
-    while True:
-        yield random.uniform(longest / 2, longest)
-        longest = min(2 * longest, at_most)

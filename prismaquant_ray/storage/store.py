@@ -11,11 +11,10 @@ import builtins
 import logging
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
 import obstore
@@ -29,12 +28,13 @@ from prismaquant_ray.storage.failures import (
     Problem,
     UploadInterruptedError,
     clean,
-    diagnose,
+    diagnose_store,
     is_missing,
-    pauses,
     short,
     to_error,
 )
+from prismaquant_ray.storage.prefix import ByteWriter
+from prismaquant_ray.storage.retry import retried
 
 if TYPE_CHECKING:
     from obstore import WritableFile
@@ -57,20 +57,15 @@ _T = TypeVar("_T")
 _PROBE = ".prismaquant-probe-"
 
 
-class ByteWriter(Protocol):
-    """What `Store.open_writer` yields."""
-
-    def write(self, buffer: Buffer, /) -> int:
-        """Append bytes."""
-        ...
-
-
 class Store:
     """Keys below one prefix. Instances hold no credentials: each process reads its own environment.
 
     Pickles hold the URI only. A missing object is KeyError (or None, or nothing, as documented). InputError means that
     credentials, bucket or permissions are wrong, StoreError everything else, after the retries.
     """
+
+    #: As in `prefix.Prefix`.
+    divisible = True
 
     def __init__(self, uri: str | Path, create: bool = True, *, seconds: float | None = None) -> None:
         """Open a prefix. A missing local directory is made when `create`; else it raises StoreError.
@@ -245,22 +240,27 @@ class Store:
 
     def _repeat(self, what: str, action: Callable[[], _T], absent: str | None = None) -> _T:
         """The action's result, once the backend gives one; `absent` makes a missing object KeyError."""
-        give_up = time.monotonic() + self._seconds
-        # Who has little time asks more often, or a busy server's few refusals in a row would be taken for its answer.
-        for pause in pauses(self._seconds / 15):
+
+        def attempt() -> _T:
             try:
                 return action()
             except FAILURES as error:
                 if absent is not None and is_missing(error):
                     raise KeyError(absent) from None
-                problem = diagnose(error)
                 if self.path is not None:
-                    raise to_error(self.uri, what, problem) from error
-                if not problem.passing or time.monotonic() + pause > give_up:
-                    # Not chained: the backend's text may repeat an access key or what was signed with it.
-                    raise to_error(self.uri, what, problem) from None
-            time.sleep(pause)
-        raise AssertionError
+                    raise to_error(self.uri, what, diagnose_store(error)) from error
+                raise
+
+        return retried(
+            attempt,
+            uri=self.uri,
+            what=what,
+            failures=FAILURES,
+            diagnose=diagnose_store,
+            seconds=self._seconds,
+            # Who has little time asks more often, or a busy server's few refusals in a row would be its answer.
+            longest_pause=self._seconds / 15,
+        )
 
     def _ask(self) -> Problem:
         """Why an upload that failed without saying so may have failed: what a small one meets now."""
@@ -269,7 +269,7 @@ class Store:
             obstore.put(self._once, probe, b"probe", use_multipart=False)
             obstore.delete(self._once, probe)
         except FAILURES as error:
-            return diagnose(error)
+            return diagnose_store(error)
         return Problem("the upload failed, and so did dropping its parts", "run the same command again", passing=True)
 
 
@@ -305,11 +305,11 @@ class _Stream:
         try:
             self.writer.__exit__(type(cause), cause, cause.__traceback__)
         except FAILURES as error:
-            _LOG.debug("%s: parts of an upload were left (%s)", self.store.uri, clean(diagnose(error).reason))
+            _LOG.debug("%s: parts of an upload were left (%s)", self.store.uri, clean(diagnose_store(error).reason))
 
     def failure(self, error: BaseException) -> PrismaquantError:
         # When the last parts fail, obstore drops the upload and reports how *that* failed.
-        problem = self.store._ask() if "performing DELETE" in str(error) else diagnose(error)
+        problem = self.store._ask() if "performing DELETE" in str(error) else diagnose_store(error)
         return to_error(self.store.uri, self.what, problem, UploadInterruptedError if problem.passing else StoreError)
 
 

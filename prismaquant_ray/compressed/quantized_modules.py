@@ -15,22 +15,22 @@ from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
 from prismaquant_ray.checkpoint.block_fp8 import KEY
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE, shipped
+from prismaquant_ray.checkpoint.candidates import shipped
 from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.routing import is_ignored, unreadable_because, vllm_route
-from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.int4 import WIDTHS
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec, NameAlias, aliases_of
 from prismaquant_ray.models.families import family_of
 
 # A tensor of such a name makes its module a quantized one.
 _MARKS = frozenset(
-    ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
-) | {WEIGHT_SCALE, INPUT_SCALE}
+    ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", INPUT_SCALE)
+) | {WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE}
 # A weight of such a dtype is no weight.
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
@@ -100,7 +100,9 @@ def is_quantized(source: Checkpoint) -> bool:
     return any(part.get(KEY) for part in _parts(source.config))
 
 
-def scheme_of(source: Checkpoint, *, beyond_weights: tuple[str, ...] = _BEYOND_WEIGHTS) -> dict[str, Any]:
+def read_quantization_config(
+    source: Checkpoint, *, beyond_weights: tuple[str, ...] = _BEYOND_WEIGHTS
+) -> dict[str, Any]:
     """The quantization_config, each group with its storage format, without `actorder`.
 
     InputError when there is none, or it alone shows that it cannot be decoded: it has something of `beyond_weights`.
@@ -149,7 +151,7 @@ def _stated(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if value is not None}
 
 
-def without_scheme(config: Mapping[str, Any]) -> dict[str, Any]:
+def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of the same model, not quantized."""
     kept = {key: value for key, value in config.items() if key != KEY}
     if isinstance(kept.get("text_config"), dict):
@@ -179,7 +181,7 @@ def _stored_as(args: QuantizationArgs) -> tuple[Any, ...]:
     return args.num_bits, args.type, args.strategy, args.group_size, args.symmetric, args.dynamic
 
 
-def described(group: Mapping[str, Any]) -> str:
+def describe_weights(group: Mapping[str, Any]) -> str:
     """How a group stores weights, for errors."""
     weights = group.get("weights", {})
     facts = [group["format"], *(weights.get(key) for key in ("num_bits", "type", "strategy", "group_size"))]
@@ -201,7 +203,7 @@ class Coded:
     def misfit(self, uri: str, what: str) -> InputError:
         """The error when the tensors are not those of the group."""
         return InputError(
-            f"{uri}: {self.name} has the scheme {self.route} ({described(self.group)}), but holds "
+            f"{uri}: {self.name} has the scheme {self.route} ({describe_weights(self.group)}), but holds "
             f"{_listed(self.tensors)}, which is not {what}; config.json and the weights do not belong together"
         )
 
@@ -235,7 +237,7 @@ def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Colle
 
 def modules_of(source: Checkpoint) -> tuple[Module, ...]:
     """Every quantized module, in the repository's order. InputError for one that is not of a format of ours."""
-    uri, scheme = source.store.uri, scheme_of(source)
+    uri, scheme = source.store.uri, read_quantization_config(source)
     formats = {name: format_of(group) for name, group in scheme["config_groups"].items()}
     found = []
     for coded in coded_modules(source, scheme):
@@ -243,8 +245,8 @@ def modules_of(source: Checkpoint) -> tuple[Module, ...]:
         if format_name is None:
             known = ", ".join(known for known, spec in FORMATS.items() if spec.codec is not None)
             raise InputError(
-                f"{uri}: {coded.name} has the scheme {coded.route} ({described(coded.group)}), which is not decoded; "
-                f"known are {known}"
+                f"{uri}: {coded.name} has the scheme {coded.route} ({describe_weights(coded.group)}), which is not "
+                f"decoded; known are {known}"
             )
         module = module_of(coded, format_name)
         if module is None:

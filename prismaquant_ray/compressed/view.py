@@ -18,33 +18,35 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.decoded_repository import Decoder, decoded_outputs
 from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
-from prismaquant_ray.checkpoint.quantized_modules import (
-    Coded,
-    QuantizedModule,
-    coded_modules,
-    described,
-    format_of,
-    is_quantized,
-    module_of,
-    scheme_of,
-    without_scheme,
-)
-from prismaquant_ray.checkpoint.ranges import Piece, read_pieces
+from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.shards import Output
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.foreign_modules import foreign_module, needs_shape, scheme_with_format
-from prismaquant_ray.evaluation.notes import cache_tensors, fused_notes, scheme_notes
-from prismaquant_ray.evaluation.roundings import (
+from prismaquant_ray.checkpoint.source import Piece, tensor_info
+from prismaquant_ray.compressed.activations import (
     InputRounding,
     StoredRoundings,
     format_of_inputs,
     format_of_weights,
-    refusal,
+    unroundable_because,
 )
+from prismaquant_ray.compressed.caveats import cache_tensors, fused_caveats, scheme_caveats
+from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded_outputs
+from prismaquant_ray.compressed.foreign_modules import foreign_module, needs_shape, scheme_with_format
+from prismaquant_ray.compressed.quantized_modules import (
+    Coded,
+    QuantizedModule,
+    coded_modules,
+    describe_weights,
+    format_of,
+    is_quantized,
+    module_of,
+    read_quantization_config,
+    unquantized_config,
+)
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.storage.store import Store
 
@@ -52,11 +54,11 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 # Bits per parameter count what grows with a matrix; what there is one of beside it are some bytes.
-_SCALARS = ("weight_shape", "weight_global_scale", "input_global_scale", "input_scale", "input_zero_point")
+_SCALARS = ("weight_shape", WEIGHT_GLOBAL_SCALE, *OF_INPUTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sizes:
+class RepositorySizes:
     """Bytes of a repository and what they are of.
 
     `linear_bytes` are those of quantized Linears, codes and scales, without scalars and biases, and
@@ -71,49 +73,60 @@ class Sizes:
     file_bytes: int
 
 
-class RepositoryView(Checkpoint):
+class RepositoryView:
     """A repository as the BF16 model it computes with; one that is not quantized is itself.
 
     `modules` are the quantized Linears by their name in the repository. `tensors` are those of the model, decoded, and
-    `config` is its own; `stored` and `source_config` are what the files say. Opening reads headers, and of integers
-    packed without groups their shapes. InputError for a module that cannot be decoded, or whose inputs cannot be
-    rounded, naming it and its scheme.
+    `config` is its own; `stored` is what the files say. Opening reads headers, and of integers packed without groups
+    their shapes. InputError for a module that cannot be decoded, or whose inputs cannot be rounded, naming it and its
+    scheme.
     """
 
+    #: Decoded tensors are asked for whole.
+    divisible = False
+
     def __init__(self, store: Store) -> None:
-        source = Checkpoint(store)
-        # The headers are read once: what the files say, they say to both.
-        self.__dict__.update(vars(source))
-        self._source = source
-        self._quantized = is_quantized(source)
-        self._notes: tuple[str, ...] = ()
+        self.store = store
+        self._source = source = Checkpoint(store)
+        self.stored = source.stored
         self.modules: Mapping[str, QuantizedModule] = {}
         self._schemes: dict[str, QuantizationScheme] = {}
-        if not self._quantized:
+        self._caveats: tuple[str, ...] = ()
+        self._outputs: dict[str, Output] | None = None
+        self.tensors = source.tensors
+        self.config = source.config
+        if not is_quantized(source):
             if source.config is not source.source_config:
-                self._notes = ("FP8 in blocks without compressed-tensors' scheme: its activations are not rounded",)
+                self._caveats = ("FP8 in blocks without compressed-tensors' scheme: its activations are not rounded",)
             return
-        scheme = scheme_of(source, beyond_weights=("transform_config", "sparsity_config"))
+        scheme = read_quantization_config(source, beyond_weights=("transform_config", "sparsity_config"))
         schemes = {route: scheme_with_format(group) for route, group in scheme["config_groups"].items()}
-        self._notes = tuple(scheme_notes(scheme, schemes))
+        self._caveats = tuple(scheme_caveats(scheme, schemes))
         cache = cache_tensors(source, scheme, schemes)
         coded = list(coded_modules(source, scheme, cache))
         self.modules = {module.name: module for module in _modules(source, coded, schemes)}
         self._schemes = {module.name: schemes[module.route] for module in coded}
-        decoder = Decoder(source, self.modules.values())
-        self._outputs = {
-            output.name: output for output in decoded_outputs(source, self.modules.values(), decoder, left_out=cache)
-        }
+        decoder = ModuleDecoder(source, self.modules.values())
+        outputs = decoded_outputs(source, self.modules.values(), decoder, left_out=cache)
+        self._outputs = {output.name: output for output in outputs}
         self.tensors = {name: _info(output) for name, output in self._outputs.items()}
-        self.config = without_scheme(source.config)
+        self.config = unquantized_config(source.config)
+
+    def other_files(self) -> list[str]:
+        """Top-level files that are not weights of any kind."""
+        return self._source.other_files()
+
+    def fingerprint(self) -> str:
+        """SHA-256 over what the files say and samples of what they hold."""
+        return self._source.fingerprint()
 
     # Weights ----------------------------------------------------------------------------------------------------
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the model, decoded; InputError for one that is missing or decodes to no numbers."""
-        if not self._quantized:
-            return super().read(names)
-        outputs = [self._output(name) for name in names]
+        if self._outputs is None:
+            return self._source.read(names)
+        outputs = [self._outputs[tensor_info(self, name).name] for name in names]
         stream = read_pieces(piece for output in outputs for piece in output.pieces)
         found: dict[str, Tensor] = {}
         for output in outputs:
@@ -128,7 +141,7 @@ class RepositoryView(Checkpoint):
 
     def piece(self, name: str) -> Piece:
         """A tensor's decoded bytes, as read_pieces takes them."""
-        return (self, self._info(name)) if self._quantized else super().piece(name)
+        return self._source.piece(name) if self._outputs is None else (self, tensor_info(self, name))
 
     @property
     def uri(self) -> str:
@@ -139,10 +152,6 @@ class RepositoryView(Checkpoint):
         """Bytes [start, stop) of each range of a decoded tensor; its file is its name."""
         data = self.read([file])[file].contiguous().view(-1).view(torch.uint8).numpy().data
         return [data[start:stop] for start, stop in ranges]
-
-    def _output(self, name: str) -> Output:
-        self._info(name)
-        return self._outputs[name]
 
     # Activations ------------------------------------------------------------------------------------------------
 
@@ -162,17 +171,17 @@ class RepositoryView(Checkpoint):
         return dict(labels.most_common())
 
     @cached_property
-    def notes(self) -> tuple[str, ...]:
+    def caveats(self) -> tuple[str, ...]:
         """One line each about what is not measured, and about scales that vLLM does not apply as they are stored.
 
         For the latter every module's scalars are read; of a layer's experts only those of the first.
         """
-        return (*self._notes, *fused_notes(self._source, self.modules))
+        return (*self._caveats, *fused_caveats(self._source, self.modules))
 
-    def sizes(self) -> Sizes:
+    def sizes(self) -> RepositorySizes:
         """What the repository takes; asks the store for the size of every file."""
-        files = [*self.files, *self.other_files(), *([INDEX] if self._index is not None else [])]
-        return Sizes(
+        files = [*self._source.files, *self.other_files(), INDEX]
+        return RepositorySizes(
             linear_bytes=sum(_module_bytes(module) for module in self.modules.values()),
             linear_parameters=sum(module.rows * module.columns for module in self.modules.values()),
             tensor_bytes=sum(info.nbytes for info in self.stored.values()),
@@ -186,7 +195,7 @@ class RepositoryView(Checkpoint):
         kept = len(linear.names) - len(quantized)
         if not kept:
             return sum(map(_module_bytes, quantized))
-        first = self._info(linear.sources[0])
+        first = tensor_info(self, linear.sources[0])
         width = DTYPES[first.dtype].itemsize
         return sum(map(_module_bytes, quantized)) + kept * linear.out_features * linear.in_features * width
 
@@ -213,11 +222,11 @@ def _modules(
             columns = stated[shapes[module.name]].tolist()[-1] if module.name in shapes else None
             found = foreign_module(module, scheme, uri, columns)
         inputs = scheme.input_activations
-        refused = refusal(found, inputs) if inputs is not None else None
+        refused = unroundable_because(found, inputs) if inputs is not None else None
         if refused is not None:
             raise InputError(
-                f"{uri}: {module.name} has the scheme {module.route} ({described(module.group)}), whose inputs cannot "
-                f"be rounded: {refused}"
+                f"{uri}: {module.name} has the scheme {module.route} ({describe_weights(module.group)}), whose inputs "
+                f"cannot be rounded: {refused}"
             )
         yield found
 

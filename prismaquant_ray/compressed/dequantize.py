@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismaquant_ray.checkpoint.decoded_repository import Decoder, decoded_outputs, divisor_notes
-from prismaquant_ray.checkpoint.publish import check_output
-from prismaquant_ray.checkpoint.quantized_modules import modules_of, without_scheme
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.checkpoint.shards import (
     CONFIG,
@@ -24,10 +21,14 @@ from prismaquant_ray.checkpoint.shards import (
     claim,
     write_shards,
 )
+from prismaquant_ray.checkpoint.staging import check_output
 from prismaquant_ray.checkpoint.writer import README, REWRITTEN
+from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded_outputs, divisor_caveats
+from prismaquant_ray.compressed.quantized_modules import modules_of, unquantized_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.storage.connection import absolute, local_path
+from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.store import Store
 
 SCHEMA = 1
@@ -35,11 +36,11 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dequantized:
-    """What was written; `notes` are one line each about weights on which runtimes do not agree."""
+    """What was written; `caveats` are one line each about weights on which runtimes do not agree."""
 
     files: dict[str, int]
     sha256: dict[str, str]
-    notes: tuple[str, ...]
+    caveats: tuple[str, ...]
 
 
 class QuantizedRepository:
@@ -51,7 +52,7 @@ class QuantizedRepository:
     def __init__(self, store: Store) -> None:
         self.source = Checkpoint(store)
         self.modules = modules_of(self.source)
-        self._decoder = Decoder(self.source, self.modules)
+        self._decoder = ModuleDecoder(self.source, self.modules)
         self.outputs = decoded_outputs(self.source, self.modules, self._decoder)
 
     @property
@@ -70,7 +71,7 @@ class QuantizedRepository:
         """Bytes of all tensors as they will be."""
         return sum(output.nbytes for output in self.outputs)
 
-    def write(self, output: Store, *, max_shard_bytes: int = 5_000_000_000) -> Dequantized:
+    def write(self, output: Prefix, *, max_shard_bytes: int = 5_000_000_000) -> Dequantized:
         """Write the BF16 repository where nothing or an earlier result is (`check_place`), config.json last.
 
         InputError, with the repository incomplete, for weights that only decoding shows to be wrong.
@@ -85,7 +86,7 @@ class QuantizedRepository:
                 output.put(file, data)
                 files[file] = len(data)
         index = as_json({"metadata": {"total_size": self.bytes_after}, "weight_map": shards.weight_map})
-        config = as_json(without_scheme(self.source.source_config))
+        config = as_json(unquantized_config(self.source.source_config))
         files |= {INDEX: len(index), CONFIG: len(config)}
         formats = {str(name): count for name, count in self.formats.items()}
         body = head | {"complete": True, "formats": formats, "sha256": shards.sha256, "files": files}
@@ -95,7 +96,7 @@ class QuantizedRepository:
         output.delete(file for file in stale if file not in files)
         found = self._decoder.divisors  # as threads came upon them
         divisors = {module.name: found[module.name] for module in self.modules if module.name in found}
-        return Dequantized(files=files, sha256=shards.sha256, notes=tuple(divisor_notes(divisors)))
+        return Dequantized(files=files, sha256=shards.sha256, caveats=tuple(divisor_caveats(divisors)))
 
 
 # Output -------------------------------------------------------------------------------------------------------------

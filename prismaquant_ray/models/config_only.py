@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
 
 from prismaquant_ray.checkpoint.header import TensorInfo
-from prismaquant_ray.checkpoint.reader import INDEX, SINGLE, Checkpoint
+from prismaquant_ray.checkpoint.reader import INDEX, SINGLE, read_json
+from prismaquant_ray.checkpoint.source import Piece, files_beside_weights
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.models.families import Family, family_of
 from prismaquant_ray.models.layout_builder import architecture_of, load_config
@@ -15,21 +18,17 @@ from prismaquant_ray.models.mtp_head import DraftHead
 from prismaquant_ray.storage.store import Store
 
 
-class Outline(Checkpoint):
+class ConfigOnlyCheckpoint:
     """A directory with config.json and perhaps the index, but no weights: every tensor is taken to be BF16.
 
-    It answers questions about tensors and cannot read any. Experts are taken to be packed.
+    It answers questions about tensors and cannot read any: that is InputError. Experts are taken to be packed.
     """
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.source_config = self.config = self._json("config.json")
-        self.files = ()
-        self.tensors = {name: _info(name, shape) for name, shape in _shapes(self)}
-        self.stored = self.tensors
-
-    def _info(self, name: str) -> TensorInfo:
-        raise InputError(f"{self.store.uri} has a configuration and no weights; fetch {name} and the rest first")
+        self.config = read_json(store, "config.json")
+        self.tensors: dict[str, TensorInfo] = {}
+        self.tensors = {name: _bf16(name, shape) for name, shape in _shapes(self)}
 
     @classmethod
     def fits(cls, store: Store) -> bool:
@@ -38,17 +37,41 @@ class Outline(Checkpoint):
             return False
         return not any(key.endswith(".safetensors") for key in store.list())
 
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """As the files would have them."""
+        return self.tensors
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """InputError."""
+        raise self._no_weights(next(iter(names), INDEX))
+
+    def piece(self, name: str) -> Piece:
+        """InputError."""
+        raise self._no_weights(name)
+
+    def fingerprint(self) -> str:
+        """InputError."""
+        raise self._no_weights(INDEX)
+
+    def other_files(self) -> list[str]:
+        """Top-level files that are not weights of any kind."""
+        return files_beside_weights(self.store)
+
     def unexplained(self) -> list[str]:
         """Names in the index that the configuration does not lead to; experts stored one by one are left out."""
         if self.store.size(INDEX) is None:
             return []
-        names = self._json(INDEX).get("weight_map") or {}
+        names = read_json(self.store, INDEX).get("weight_map") or {}
         return [name for name in names if name not in self.tensors and ".experts." not in name]
 
+    def _no_weights(self, wanted: str) -> InputError:
+        return InputError(f"{self.store.uri} has a configuration and no weights; fetch {wanted} and the rest first")
 
-def _shapes(outline: Outline) -> Iterator[tuple[str, tuple[int, ...]]]:
-    architecture = architecture_of(outline)
-    config = load_config(outline)
+
+def _shapes(checkpoint: ConfigOnlyCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
+    architecture = architecture_of(checkpoint)
+    config = load_config(checkpoint)
     family = family_of(architecture)
     model = build_on_meta(config, architecture)
     persistent = (
@@ -59,7 +82,7 @@ def _shapes(outline: Outline) -> Iterator[tuple[str, tuple[int, ...]]]:
     )
     for name, tensor in (*model.named_parameters(), *persistent):
         yield _renamed(family, name), tuple(tensor.shape)
-    text = outline.config.get("text_config") or outline.config
+    text = checkpoint.config.get("text_config") or checkpoint.config
     if family is not None and family.draft is not None and text.get("mtp_num_hidden_layers"):
         meta_model = MetaModel(config, architecture, blocks_path=family.blocks, vision=family.vision)
         for name, tensor in DraftHead(meta_model).state_dict().items():
@@ -72,5 +95,5 @@ def _renamed(family: Family | None, name: str) -> str:
     return name
 
 
-def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
+def _bf16(name: str, shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(name=name, file="", dtype="BF16", shape=shape, start=0, stop=2 * math.prod(shape))

@@ -9,16 +9,29 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prismaquant_ray.checkpoint.publish import HeldBack
 from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
+from prismaquant_ray.checkpoint.staging import LAST
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.storage.store import Store, existing
 
-#: The files that make weights a model, in the order in which they must appear.
-LAST = HeldBack.LAST
 #: Files are read in pieces of so many bytes.
 PIECE = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """Files that were sent, that were there already, and that an earlier version left and were removed.
+
+    `place` is where people find it; `public` is None where that is not this project's to say.
+    """
+
+    place: str
+    sent: tuple[str, ...]
+    present: tuple[str, ...]
+    removed: tuple[str, ...]
+    bytes_sent: int
+    public: bool | None = None
 
 
 class Listener(Protocol):
@@ -70,7 +83,7 @@ class Digests:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
+class FinishedRepository:
     """A complete repository by its manifest.
 
     `sizes` has every file to publish, in that order: small files, weights, `LAST`; `unlisted` are files beside them.
@@ -150,7 +163,7 @@ def pieces(store: Store, name: str, size: int) -> Iterator[bytes]:
         yield bytes(store.get_ranges(name, [(start, min(size, start + PIECE))])[0])
 
 
-def open_source(uri: str) -> Source:
+def open_finished(uri: str) -> FinishedRepository:
     """The repository at `uri`; only its manifest is read. InputError when it is not complete or a size is another."""
     store = existing(uri)
     manifest = _manifest(store)
@@ -168,7 +181,7 @@ def open_source(uri: str) -> Source:
     weights = manifest["sha256"]
     names = [name for name in sorted(listed, key=lambda name: (name in weights, name)) if name not in LAST]
     sizes = listed | {MANIFEST: store.size(MANIFEST) or 0}
-    return Source(
+    return FinishedRepository(
         store=store,
         manifest=manifest,
         sizes={name: sizes[name] for name in (*names, *LAST)},

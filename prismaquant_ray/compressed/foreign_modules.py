@@ -19,11 +19,10 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
 from prismaquant_ray.checkpoint.header import TensorInfo
-from prismaquant_ray.checkpoint.quantized_modules import Coded, QuantizedModule, described
-from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
+from prismaquant_ray.compressed.quantized_modules import Coded, QuantizedModule, describe_weights
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 
 PACKED = CompressionFormat.pack_quantized.value
 _MX = tuple(
@@ -51,8 +50,6 @@ _PLAIN = tuple(
 _FLOATS = ("BF16", "F16", "F32")
 _G_IDX = "weight_g_idx"
 _ZERO = "weight_zero_point"
-# Scales of activations are looked at where activations are rounded.
-_OF_ACTIVATIONS = (INPUT_SCALE, "input_scale", "input_zero_point")
 
 Expected = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
 
@@ -66,7 +63,7 @@ class ForeignModule(QuantizedModule):
     @property
     def kind(self) -> str:
         """Its config group."""
-        return described(self.group)
+        return describe_weights(self.group)
 
     @property
     def dtype(self) -> str:
@@ -75,7 +72,7 @@ class ForeignModule(QuantizedModule):
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """By the format's compressor; InputError for a g_idx that is no grouping of the columns."""
-        own = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in _OF_ACTIVATIONS}
+        own = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in OF_INPUTS}
         if self.args.symmetric:
             own.pop(_ZERO, None)  # older writers left zeros there; loading leaves them out
         order = self._order(own.pop(_G_IDX, None))
@@ -127,8 +124,8 @@ def foreign_module(coded: Coded, scheme: QuantizationScheme, uri: str, columns: 
     refused = _refusal(scheme)
     if refused is not None:
         raise InputError(
-            f"{uri}: {coded.name} has the scheme {coded.route} ({described(coded.group)}), which is not decoded: "
-            f"{refused}"
+            f"{uri}: {coded.name} has the scheme {coded.route} ({describe_weights(coded.group)}), which is not "
+            f"decoded: {refused}"
         )
     codes = coded.tensors.get(_codes(scheme))
     if codes is None or len(codes.shape) != 2 or codes.nbytes == 0:
@@ -206,7 +203,7 @@ def _misfits(module: ForeignModule) -> Iterator[str]:
         order = module.tensors.get(_G_IDX)
         if order is not None and (order.dtype not in ("I32", "I64") or order.shape != (module.columns,)):
             yield _G_IDX
-    yield from module.tensors.keys() - expected.keys() - optional - set(_OF_ACTIVATIONS)
+    yield from module.tensors.keys() - expected.keys() - optional - set(OF_INPUTS)
     width = module.args.group_size
     if width is not None and module.columns % width:
         yield "weight_scale"
@@ -227,7 +224,7 @@ def _expected(module: ForeignModule) -> Expected:
     else:
         expected["weight"] = (("F8_E4M3",) if args.type == "float" else ("I8",), ((rows, columns),))
     if args.strategy == "tensor_group":
-        expected[WEIGHT_SCALE] = (("F32",), ((1,),))
+        expected[WEIGHT_GLOBAL_SCALE] = (("F32",), ((1,),))
     if not args.symmetric:
         packed = kind == PACKED and args.strategy in ("group", "channel")
         zeros = ((math.ceil(rows * bits / 32), grid[0][1]),) if packed else grid

@@ -9,23 +9,22 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
 
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
-from prismaquant_ray.checkpoint.decoded_repository import divisor_notes, fused_apart
-from prismaquant_ray.checkpoint.quantized_modules import QuantizedModule
 from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
+from prismaquant_ray.compressed.decoded_repository import divisor_caveats, fused_apart
+from prismaquant_ray.compressed.quantized_modules import QuantizedModule
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
 
 # Scalars of which vLLM has one for several fused matrices, and what becomes of the others.
 _FUSED = {
+    INPUT_GLOBAL_SCALE: "applies the largest to all",
     INPUT_SCALE: "applies the largest to all",
-    "input_scale": "applies the largest to all",
     "weight_scale": "rounds these weights again, under the largest",
 }
 _LATER_EXPERT = re.compile(r"\.experts\.(?!0\.)\d+\.")
 _CACHE = tuple(f"{part}_{what}" for part in ("q", "k", "v", "output") for what in ("scale", "zero_point"))
 
 
-def scheme_notes(scheme: Mapping[str, Any], schemes: Mapping[str, QuantizationScheme]) -> Iterator[str]:
+def scheme_caveats(scheme: Mapping[str, Any], schemes: Mapping[str, QuantizationScheme]) -> Iterator[str]:
     """One line each about what of a quantization_config is not followed."""
     if scheme.get("kv_cache_scheme"):
         yield "the keys and values of the cache are not rounded (kv_cache_scheme)"
@@ -50,12 +49,12 @@ def cache_tensors(
     return frozenset(name for name in source.stored if name.rpartition(".")[2] in _CACHE)
 
 
-def fused_notes(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -> Iterator[str]:
+def fused_caveats(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -> Iterator[str]:
     """One line each about scales that vLLM, which fuses matrices, does not apply as they are stored.
 
     Scalars of all modules are read, in one request a file; of a layer's experts those of the first.
     """
-    names: dict[str, dict[str, str]] = {suffix: {} for suffix in (WEIGHT_SCALE, *_FUSED)}
+    names: dict[str, dict[str, str]] = {suffix: {} for suffix in (WEIGHT_GLOBAL_SCALE, *_FUSED)}
     for module in modules.values():
         if not _LATER_EXPERT.search(module.name):
             for suffix in names.keys() & module.tensors.keys():
@@ -64,7 +63,7 @@ def fused_notes(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -> I
                     names[suffix][module.name] = info.name
     read = source.read(tensor for found in names.values() for tensor in found.values())
     values = {suffix: {name: read[tensor].item() for name, tensor in found.items()} for suffix, found in names.items()}
-    yield from divisor_notes(values[WEIGHT_SCALE])
+    yield from divisor_caveats(values[WEIGHT_GLOBAL_SCALE])
     for suffix, consequence in _FUSED.items():
         if apart := fused_apart(values[suffix]):
             yield f"{apart}: {suffix} is not that of what vLLM fuses with it; vLLM {consequence}"

@@ -15,17 +15,16 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
-from prismaquant_ray.checkpoint.quantized_modules import Module, QuantizedModule
 from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.compressed.quantized_modules import Module, QuantizedModule
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import ActivationRounding, Format
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, INPUT_ZERO_POINT
 
 #: Inputs (…, I), every row a token, → the same as the runtime rounds them, in their dtype.
 InputRounding = Callable[[Tensor], Tensor]
 
-_SCALE, _ZERO = "input_scale", "input_zero_point"
 # Where the stored weights are MX, so are activations of the same width: not every writer says it of both.
 _MX = {FormatName.MXFP4: 4, FormatName.MXFP8: 8}
 
@@ -33,13 +32,13 @@ _MX = {FormatName.MXFP4: 4, FormatName.MXFP8: 8}
 def static_tensors(args: QuantizationArgs) -> tuple[str, ...]:
     """Suffixes of what the rounding needs from the repository."""
     if args.strategy == "tensor_group":
-        return (INPUT_SCALE,)
+        return (INPUT_GLOBAL_SCALE,)
     if args.dynamic:
         return ()
-    return (_SCALE,) if args.symmetric else (_SCALE, _ZERO)
+    return (INPUT_SCALE,) if args.symmetric else (INPUT_SCALE, INPUT_ZERO_POINT)
 
 
-def refusal(module: QuantizedModule, args: QuantizationArgs) -> str | None:
+def unroundable_because(module: QuantizedModule, args: QuantizationArgs) -> str | None:
     """Why inputs cannot be rounded, or None."""
     if args.strategy not in ("tensor", "token", "group", "tensor_group"):
         return f"activation scales by {args.strategy}"
@@ -72,15 +71,17 @@ def format_of_inputs(args: QuantizationArgs, weights: FormatName | None) -> Form
 def input_rounding(args: QuantizationArgs, weights: FormatName | None, static: Mapping[str, Tensor]) -> InputRounding:
     """The rounding; `static` holds what `static_tensors` names."""
     ours = format_of_inputs(args, weights)
-    scales = {suffix: tensor.to(torch.float32).reshape(1) for suffix, tensor in static.items() if suffix != _ZERO}
-    zero = static[_ZERO].reshape(1) if _ZERO in static else None
+    scales = {
+        suffix: tensor.to(torch.float32).reshape(1) for suffix, tensor in static.items() if suffix != INPUT_ZERO_POINT
+    }
+    zero = static[INPUT_ZERO_POINT].reshape(1) if INPUT_ZERO_POINT in static else None
     if ours is not None:
         assert ours.round_activation is not None
-        rows = functools.partial(_by_format, ours.round_activation, scales.get(INPUT_SCALE))
+        rows = functools.partial(_by_format, ours.round_activation, scales.get(INPUT_GLOBAL_SCALE))
     elif args.dynamic or args.strategy == "tensor_group":
-        rows = functools.partial(_dynamic, args, scales.get(INPUT_SCALE))
+        rows = functools.partial(_dynamic, args, scales.get(INPUT_GLOBAL_SCALE))
     else:
-        rows = functools.partial(_static, args, scales[_SCALE], zero)
+        rows = functools.partial(_static, args, scales[INPUT_SCALE], zero)
 
     def rounding(x: Tensor) -> Tensor:
         return rows(x.flatten(0, -2).to(torch.float32)).view(x.shape).to(x.dtype)

@@ -13,38 +13,43 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST, check_ours, is_dequantized
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.connection import local_path
+from prismaquant_ray.storage.prefix import ByteWriter, Prefix
 from prismaquant_ray.storage.record import new_attempt
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_T = TypeVar("_T")
+#: The files that make shards a model, in the order in which they must appear.
+LAST = (MANIFEST, INDEX, CONFIG)
+
 
 @contextmanager
-def published(output: str | Path) -> Iterator[Store]:
-    """A store to write and verify a repository in; it is at `output`, complete, when the block ends.
+def staged_output(output: str | Path) -> Iterator[Prefix]:
+    """A place to write and verify a repository in; it is at `output`, complete, when the block ends.
 
     When the block raises, a local `output` is as it was; at a URI there is no config.json, and the same command may
     run again. InputError when something else is there.
     """
     directory = local_path(str(output))
     if directory is not None:
-        with publish_directory(directory) as staging:
+        with staged_directory(directory) as staging:
             yield Store(staging)
         return
     _check_place(output)
-    held = HeldBack(str(output))
-    yield held
-    held.publish()
+    staged = StagedPrefix(Store(str(output)))
+    yield staged
+    staged.publish()
 
 
 def check_output(output: str | Path, *, dequantized: bool = False) -> None:
@@ -74,55 +79,63 @@ def _check_place(output: str | Path) -> None:
 # Object stores --------------------------------------------------------------------------------------------------
 
 
-class HeldBack(Store):
-    """A prefix whose config.json, index and complete manifest are kept here, and read from here, until `publish`."""
+class StagedPrefix:
+    """A prefix of which `LAST` are kept here, and read from here, until `publish`: config.json, index, and a manifest
+    that says `complete`. All else goes to the store at once."""
 
-    #: What turns shards into a model, in the order of writing.
-    LAST = (MANIFEST, INDEX, CONFIG)
+    divisible = True
 
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self._held: dict[str, bytes] = {}
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._kept: dict[str, bytes] = {}
+
+    @property
+    def uri(self) -> str:
+        """Where it is."""
+        return self._store.uri
 
     def publish(self) -> None:
-        """Write what is held back, config.json last."""
-        for key in self.LAST:
-            if key in self._held:
-                super().put(key, self._held[key])
-        self._held.clear()
+        """Write what is kept, config.json last."""
+        for key in LAST:
+            if key in self._kept:
+                self._store.put(key, self._kept.pop(key))
 
     def put(self, key: str, data: Buffer) -> None:
         """Write an object, or keep it."""
         if key in (INDEX, CONFIG) or (key == MANIFEST and _is_complete(bytes(data))):
-            self._held[key] = bytes(data)
+            self._kept[key] = bytes(data)
         else:
-            self._held.pop(key, None)
-            super().put(key, data)
+            self._kept.pop(key, None)
+            self._store.put(key, data)
+
+    def upload(self, key: str, write: Callable[[ByteWriter], _T]) -> _T:
+        """Stream a shard to the store."""
+        return self._store.upload(key, write)
 
     def get(self, key: str) -> bytes:
         """The object as it will be."""
-        return self._held[key] if key in self._held else super().get(key)
+        return self._kept[key] if key in self._kept else self._store.get(key)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> builtins.list[Buffer]:
         """Ranges of the object as it will be."""
-        if key in self._held:
-            return [self._held[key][start:stop] for start, stop in ranges]
-        return super().get_ranges(key, ranges)
+        if key in self._kept:
+            return [self._kept[key][start:stop] for start, stop in ranges]
+        return self._store.get_ranges(key, ranges)
 
     def size(self, key: str) -> int | None:
         """Bytes of the object as it will be."""
-        return len(self._held[key]) if key in self._held else super().size(key)
+        return len(self._kept[key]) if key in self._kept else self._store.size(key)
 
-    def list(self, prefix: str = "") -> builtins.list[str]:
+    def list(self) -> builtins.list[str]:
         """Every key as it will be."""
-        return sorted({*super().list(prefix), *(() if prefix else self._held)})
+        return sorted({*self._store.list(), *self._kept})
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects, kept ones as well."""
         keys = [*keys]
         for key in keys:
-            self._held.pop(key, None)
-        super().delete(keys)
+            self._kept.pop(key, None)
+        self._store.delete(keys)
 
 
 def _is_complete(manifest: bytes) -> bool:
@@ -146,7 +159,7 @@ def _check_directory(path: Path) -> None:
 
 
 @contextmanager
-def publish_directory(output: Path) -> Iterator[Path]:
+def staged_directory(output: Path) -> Iterator[Path]:
     """A fresh directory beside `output`, put in its place by renaming when the block ends.
 
     When the block raises, the fresh directory is removed and `output` is as it was. What killed runs left beside

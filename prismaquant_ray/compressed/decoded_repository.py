@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.candidates import INPUT_SCALE
 from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
-from prismaquant_ray.checkpoint.quantized_modules import QuantizedModule
-from prismaquant_ray.checkpoint.ranges import Piece
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.checkpoint.shards import Output
-from prismaquant_ray.checkpoint.verify import WEIGHT_SCALE
+from prismaquant_ray.checkpoint.source import Piece
+from prismaquant_ray.compressed.quantized_modules import QuantizedModule
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.models.families import FAMILIES, qwen_hybrid
 
 if TYPE_CHECKING:
@@ -31,12 +30,10 @@ if TYPE_CHECKING:
 _PACKED = frozenset((*qwen_hybrid.VISION_LANGUAGE.architectures, *qwen_hybrid.TEXT.architectures))
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FLOATS = ("BF16", "F16")
-# Of no use to a weight.
-_INPUT = (INPUT_SCALE, "input_scale", "input_zero_point")
 
 
 def decoded_outputs(
-    source: Checkpoint, modules: Iterable[QuantizedModule], decoder: Decoder, left_out: Collection[str] = ()
+    source: Checkpoint, modules: Iterable[QuantizedModule], decoder: ModuleDecoder, left_out: Collection[str] = ()
 ) -> tuple[Output, ...]:
     """Every tensor, each weight at the place of the first of those that it is decoded from."""
     modules = tuple(modules)
@@ -53,8 +50,10 @@ def decoded_outputs(
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-class Decoder:
+class ModuleDecoder:
     """The decoded bytes of all modules, as one file: what is asked for together is read together."""
+
+    divisible = False
 
     def __init__(self, source: Checkpoint, modules: Iterable[QuantizedModule]) -> None:
         self._source = source
@@ -84,11 +83,11 @@ class Decoder:
     def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:  # noqa: ARG002
         """Bytes of whole weights. InputError for one that is not finite or not of the shape it says."""
         modules = [self._at[start] for start, _ in ranges]
-        wanted = [info.name for module in modules for key, info in module.tensors.items() if key not in _INPUT]
+        wanted = [info.name for module in modules for key, info in module.tensors.items() if key not in OF_INPUTS]
         tensors = self._source.read(wanted)
         found: list[Buffer] = []
         for module in modules:
-            own = {key: tensors.pop(info.name) for key, info in module.tensors.items() if key not in _INPUT}
+            own = {key: tensors.pop(info.name) for key, info in module.tensors.items() if key not in OF_INPUTS}
             found.append(self._decoded(module, own).view(-1).view(torch.uint8).numpy().data)
         return found
 
@@ -99,8 +98,8 @@ class Decoder:
                 f"{self.uri}: {module.name}.weight_shape is {shape.tolist()}, but the codes are "
                 f"{module.rows} × {module.columns}"
             )
-        if WEIGHT_SCALE in tensors:
-            self.divisors[module.name] = tensors[WEIGHT_SCALE].item()
+        if WEIGHT_GLOBAL_SCALE in tensors:
+            self.divisors[module.name] = tensors[WEIGHT_GLOBAL_SCALE].item()
         decoded = module.decode(tensors)
         sound = bool(decoded.isfinite().all())
         if scale.dtype == torch.uint8 and bool((scale == 0).any()):
@@ -115,16 +114,16 @@ class Decoder:
         return decoded
 
 
-def divisor_notes(divisors: Mapping[str, float]) -> Iterator[str]:
+def divisor_caveats(divisors: Mapping[str, float]) -> Iterator[str]:
     """One line each on NVFP4 weights whose global scale runtimes do not apply alike."""
     rough = [name for name, value in divisors.items() if torch.tensor(value).bfloat16().item() != value]
     if rough:
         yield (
-            f"{_some(rough)}: {WEIGHT_SCALE} is not a BF16 value; vLLM multiplies by its reciprocal, which may round a "
-            "weight to the neighbouring BF16 value"
+            f"{_some(rough)}: {WEIGHT_GLOBAL_SCALE} is not a BF16 value; vLLM multiplies by its reciprocal, which may "
+            "round a weight to the neighbouring BF16 value"
         )
     if apart := fused_apart(divisors):
-        yield f"{apart}: {WEIGHT_SCALE} is not that of what vLLM fuses with it; vLLM applies one of them to all"
+        yield f"{apart}: {WEIGHT_GLOBAL_SCALE} is not that of what vLLM fuses with it; vLLM applies one of them to all"
 
 
 def fused_apart(values: Mapping[str, float]) -> str | None:

@@ -1,0 +1,1 @@
+"""Reading a compressed-tensors repository of any maker: its modules, their weights and how they round inputs."""

@@ -1,0 +1,52 @@
+"""Keys below one prefix: what a repository is written to and read from."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_T = TypeVar("_T")
+
+
+class ByteWriter(Protocol):
+    """An object on its way."""
+
+    def write(self, buffer: Buffer, /) -> int:
+        """Append bytes."""
+        ...
+
+
+class Prefix(Protocol):
+    """A `Store`, or something that defers part of what is written to one. Errors are those of `Store`."""
+
+    #: Part of an object can be read alone.
+    divisible: bool
+
+    @property
+    def uri(self) -> str:
+        """Where it is, for errors."""
+
+    def get(self, key: str, /) -> bytes:
+        """The whole object; KeyError when it does not exist."""
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]], /) -> builtins.list[Buffer]:
+        """Bytes [start, stop) of each range."""
+
+    def size(self, key: str, /) -> int | None:
+        """Bytes of an object, or None when it does not exist."""
+
+    def list(self) -> builtins.list[str]:
+        """Every key, sorted."""
+
+    def put(self, key: str, data: Buffer, /) -> None:
+        """Write or replace an object."""
+
+    def upload(self, key: str, write: Callable[[ByteWriter], _T], /) -> _T:
+        """Stream what `write` writes; returns what it returns."""
+
+    def delete(self, keys: Iterable[str], /) -> None:
+        """Delete objects; absent ones are fine."""
