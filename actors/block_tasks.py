@@ -74,7 +74,7 @@ class BackwardTask(UnitTask):
     @override
     def products(self) -> Iterator[tuple[Unit, Record]]:
         for unit in self.attempt.producing:
-            yield unit, record_of(self.attempt, unit, self.blocks.pop(unit))
+            yield unit, record_of(self.attempt, self.blocks.pop(unit))
 
     @override
     def close(self) -> None:
@@ -103,7 +103,7 @@ class HeadBackwardTask(UnitTask):
     @override
     def products(self) -> Iterator[tuple[Unit, Record]]:
         for unit in self.attempt.producing:
-            yield unit, record_of(self.attempt, unit, self.heads.pop(unit))
+            yield unit, record_of(self.attempt, self.heads.pop(unit))
 
     @override
     def close(self) -> None:
@@ -148,11 +148,10 @@ def candidates_of(attempt: Attempt, unit: Unit) -> CandidateTensors:
     return tensors
 
 
-def record_of(attempt: Attempt, unit: Unit, block: BlockBackward | HeadBackward) -> Record:
+def record_of(attempt: Attempt, block: BlockBackward | HeadBackward) -> Record:
     """The prices of a block, stored."""
     sensitivity = block.finish(attempt.context.calibration.positions)
-    vectors = attempt.write(unit, "vectors", sensitivity.vectors)
-    return Record(artifacts={"vectors": vectors}, metrics=sensitivity.figures)
+    return Record(metrics=sensitivity.figures)
 
 
 def index_of(unit: Unit) -> int:

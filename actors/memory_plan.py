@@ -107,7 +107,7 @@ def shard_size(plan: MemoryPlan, config: Config, *, workers: int, free: int) -> 
 
 def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> MemoryPlan:
     """The plan `inspect` prints and a run is checked against."""
-    compute = 4 if config.model.dtype == "float32" else 2
+    compute = config.model.bytes_per_value
     calibration = config.calibration
     chain = [block for block in layout.blocks if block.kind not in HEADS]
     held = max((_held(block, layout, config, compute) for block in chain), key=lambda held: held.total)
@@ -145,7 +145,7 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
 
 def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants: Sequence[Variant]) -> MemoryPlan:
     """What a worker of an evaluation takes: weights once as computed with, and once as each format decodes them."""
-    compute = 4 if config.model.dtype == "float32" else 2
+    compute = config.model.bytes_per_value
     formats = {name for variant in variants for name in (variant.choice or {}).values()}
     # A repository's blocks are loaded beside the source's.
     copies = 2 * len(codecs_of([*formats])) + (compute if any(v.choice is None for v in variants) else 0)

@@ -34,7 +34,7 @@ from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, load
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.divergence import token_kl
+from prismaquant_ray.evaluation.divergence import SourceLogits
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
 from prismaquant_ray.models.runner import ModelRunner
@@ -87,8 +87,9 @@ class Measured:
             for clean, rounded in zip(source, quantized, strict=True):
                 for row in range(clean.shape[0]):
                     p, q = (self.runner.logits(hidden[row : row + 1])[0] for hidden in (clean, rounded))
-                    kls.append(token_kl(p, q))
-                    agrees.append(p.argmax(-1) == q.argmax(-1))
+                    figures = SourceLogits(p, torch.full((len(p),), -1)).against(q)
+                    kls.append(figures.kl)
+                    agrees.append(figures.agrees)
         return torch.cat(kls), torch.cat(agrees)
 
     @contextmanager

@@ -51,7 +51,7 @@ from prismaquant_ray.calibration.batches import TOKENS
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, Config
-from prismaquant_ray.evaluation.divergence import token_kl
+from prismaquant_ray.evaluation.divergence import SourceLogits
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import FusedGroup
 from prismaquant_ray.models import experts
@@ -157,8 +157,9 @@ class Measured:
         kls, agrees = [], []
         with self._quantized(quantized, activations=activations):
             for p, q in zip(source, self.logits(), strict=True):
-                kls.append(token_kl(p, q))
-                agrees.append(p.argmax(-1) == q.argmax(-1))
+                figures = SourceLogits(p, torch.full((len(p),), -1)).against(q)
+                kls.append(figures.kl)
+                agrees.append(figures.agrees)
         kl = torch.cat(kls)
         return {
             "kl": float(kl.mean()),

@@ -30,8 +30,6 @@ def render(result: dict[str, Any], console: Console) -> None:
     )
     if result["vram"] is not None:
         console.print(f"  vram: {memory(result['vram'])}")
-    if "refinement" in result:
-        console.print(f"  interactions: {refinement(result['refinement'])}")
 
 
 def memory(vram: dict[str, Any]) -> str:
@@ -42,13 +40,4 @@ def memory(vram: dict[str, Any]) -> str:
         f"{vram['total'] / unit:.2f} {name} = weights {vram['weights'] / unit:.2f} + KV cache "
         f"{vram['kv_cache'] / unit:.2f} ({kinds}; {vram['sequences']} × {vram['context']} tokens) + margin "
         f"{vram['margin'] / unit:.2f}"
-    )
-
-
-def refinement(found: dict[str, Any]) -> str:
-    """What interactions gained, in one line."""
-    return (
-        f"{found['changed']} groups changed, {found['before']:.5f} -> {found['after']:.5f} nats/token on the tokens it "
-        f"was chosen on; on others {found['crossfit_gain']:+.5f} ± {found['crossfit_standard_error']:.5f} gained "
-        f"({found['shrinkage']:.1%} of the terms between groups is no noise)"
     )

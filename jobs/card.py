@@ -76,7 +76,6 @@ def facts_of(run: Run, plan: Mapping[str, Any], written: Written) -> CardFacts:
         weight_bytes=written.weight_bytes,
         predicted=predicted_loss(run, plan["choice"]),
         standard_error=plan["standard_error"],
-        predicted_with_interactions=plan.get("predicted_with_interactions"),
         predicted_weights=weights,
         predicted_activations=activations,
         gap=plan["gap"] if plan["objective"] == "token_fisher" else 0.0,

@@ -182,7 +182,7 @@ class Bench:
 
     def _at_once(self) -> int:
         """Variants of one pass: what travels between workers grows with them."""
-        compute = 4 if self.config.model.dtype == "float32" else 2
+        compute = self.config.model.bytes_per_value
         one = self.config.calibration.microbatch * self.tokens.tokens.shape[1] * self.layout.hidden_size * compute
         return max(1, _HOP_BYTES // one - 1)
 

@@ -25,11 +25,10 @@ from jobs.evaluation import Bench
 from jobs.run import Run
 from prismaquant_ray import __version__
 from prismaquant_ray.allocation.frontier import sweep
-from prismaquant_ray.allocation.interactions import Interactions
 from prismaquant_ray.calibration.batches import CalibrationSet
 from prismaquant_ray.config import BudgetConfig, EvaluationConfig
-from prismaquant_ray.errors import InputError, ResourceError
-from prismaquant_ray.evaluation.comparison import fit_gains, knee_of
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.evaluation.comparison import knee_of
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind
@@ -56,13 +55,7 @@ class Candidate:
 def measured_sweep(run: Run, swept: Mapping[str, Any]) -> dict[str, Any]:
     """Measure every target of a sweep and its controls; the result is also stored under plans/."""
     plans = [_plan(plan) for plan in swept["targets"]]
-    refined = [
-        Candidate(
-            "interactions", f"{plan['target']}, with interactions", plan["target"], plan["objective"], plan["choice"]
-        )
-        for plan in swept.get("refined", ())
-    ]
-    result = _measured(run, [*plans, *refined, *_controls(run, swept["targets"])])
+    result = _measured(run, [*plans, *_controls(run, swept["targets"])])
     run.store.put(MEASURED, json.dumps(result, indent=1).encode())
     return result
 
@@ -191,9 +184,6 @@ def render(result: Mapping[str, Any], console: Console) -> None:
             f"{knee['from_bpp']:.3f} to {knee['to_bpp']:.3f}; {others})",
             soft_wrap=True,
         )
-    if result["fit"] is not None:
-        gains = ", ".join(f"{name} × {gain:.3f}" for name, gain in result["fit"]["gain"].items())
-        console.print(f"gains that would fit these measurements, used nowhere: {gains}", soft_wrap=True)
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -223,10 +213,9 @@ def _measured(run: Run, candidates: Sequence[Candidate]) -> dict[str, Any]:
             if entry.kind != "plan" and (plan := plans_by_target.get(entry.target)) is not None
         }
     figures = {(id(entry), activations): each for (entry, activations), each in zip(wanted, found, strict=True)}
-    interacting, reason = _interactions(run)
     entries = [
         {
-            **_described(run, entry, interacting),
+            **_described(run, entry),
             "weights": figures.get((id(entry), False)),
             "activations": figures[id(entry), True],
             "behind_plan": _behind(behind.get(id(entry))),
@@ -247,12 +236,6 @@ def _measured(run: Run, candidates: Sequence[Candidate]) -> dict[str, Any]:
         "source": {key: reference[key] for key in ("loss", "perplexity", "draft_agreement") if key in reference},
         "plans": entries,
         "knee": knee_of([(entry["bpp"], entry["activations"]["kl_mean"]) for entry in plans]),
-        "fit": fit_gains(
-            [entry["label"] for entry in entries],
-            [entry["cost_by_format"] for entry in entries],
-            [entry["activations"]["kl_mean"] for entry in entries],
-        ),
-        "interactions": reason,
     }
 
 
@@ -290,15 +273,7 @@ def _variant(choice: Choice, activations: bool) -> Variant:
     return Variant(choice={group: FormatName(name) for group, name in choice.items()}, activations=activations)
 
 
-def _interactions(run: Run) -> tuple[Interactions | None, str | None]:
-    """What prices interactions, or why there is nothing that does."""
-    try:
-        return planning.interactions(run), None
-    except ResourceError as error:
-        return None, str(error)
-
-
-def _described(run: Run, entry: Candidate, interacting: Interactions | None) -> dict[str, Any]:
+def _described(run: Run, entry: Candidate) -> dict[str, Any]:
     """A candidate as people and programs read it; predictions are of what is measured, so no draft head is in them."""
     sizes, table = run.sizes, run.table
     column_of = {str(name): column for column, name in enumerate(sizes.formats)}
@@ -307,7 +282,6 @@ def _described(run: Run, entry: Candidate, interacting: Interactions | None) -> 
     weights = int(sizes.weights[rows, columns].sum())
     body = np.array([run.layout.block_of[group.name].kind is not BlockKind.DRAFT for group in run.layout.groups])
     costs = np.where(body, table.token_fisher[rows, columns], 0.0)
-    draft = float(np.where(body, 0.0, table.token_fisher[rows, columns]).sum())
     errors = np.where(body, table.standard_error[rows, columns], 0.0)
     counts = Counter(entry.choice.values())
     return {
@@ -320,11 +294,5 @@ def _described(run: Run, entry: Candidate, interacting: Interactions | None) -> 
         "groups": {str(name): counts.get(str(name), 0) for name in sizes.formats},
         "predicted_loss": float(costs.sum()),
         "standard_error": float(np.sqrt(np.square(errors).sum())),
-        "predicted_with_interactions": None if interacting is None else interacting.quadratic(entry.choice) - draft,
-        "cost_by_format": {
-            str(name): float(costs[np.array(columns) == column].sum())
-            for column, name in enumerate(sizes.formats)
-            if FORMATS[name].codec is not None
-        },
         "choice": dict(entry.choice),
     }

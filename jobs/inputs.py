@@ -23,6 +23,7 @@ from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.models.runner import check_finite
 from prismaquant_ray.models.source import local_files, resolve
+from prismaquant_ray.report.shown import gigabytes
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.store import Store, check_directory
 
@@ -125,10 +126,11 @@ def check_room(config: Config, required: MemoryPlan) -> ShardSize:
     size = shard_size(required, config, workers=workers, free=free_device_memory(config) // workers)
     if required.worker(1) > size.free and (not joins(config.cluster) or config.cluster.memory != "auto"):
         raise InputError(
-            f"not enough memory: {workers} workers need {_gb(required.worker(1))} each (weights "
-            f"{_gb(required.block_weights)}, Hessians {_gb(required.block_hessians)}, candidates "
-            f"{_gb(required.block_candidates)}, activations {_gb(required.block_activations)}, head "
-            f"{_gb(required.exit)}, working {_gb(required.working)}, process {_gb(required.base)}), {_gb(size.free)} "
+            f"not enough memory: {workers} workers need {gigabytes(required.worker(1))} each (weights "
+            f"{gigabytes(required.block_weights)}, Hessians {gigabytes(required.block_hessians)}, candidates "
+            f"{gigabytes(required.block_candidates)}, activations {gigabytes(required.block_activations)}, head "
+            f"{gigabytes(required.exit)}, working {gigabytes(required.working)}, process "
+            f"{gigabytes(required.base)}), {gigabytes(size.free)} "
             "are there for each; lower cluster.workers or calibration.microbatch"
         )
     sizes = {config.store.run: required.run_store(size.blocks), config.store.output: required.repository}
@@ -143,9 +145,9 @@ def check_room(config: Config, required: MemoryPlan) -> ShardSize:
         free = shutil.disk_usage(place).free
         if bytes_ > free:
             raise InputError(
-                f"not enough disk at {place}: run store {_gb(required.run_store(size.blocks))} and repository "
-                f"{_gb(required.repository)} are planned, {_gb(free)} are free; choose another store.run or fewer "
-                "calibration sequences"
+                f"not enough disk at {place}: run store {gigabytes(required.run_store(size.blocks))} and repository "
+                f"{gigabytes(required.repository)} are planned, {gigabytes(free)} are free; choose another store.run "
+                "or fewer calibration sequences"
             )
     return size
 
@@ -214,7 +216,3 @@ def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
                 f"{store.uri} holds a run with another {key} ({shown}); choose another store.run, or start this one "
                 "over with --fresh"
             )
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

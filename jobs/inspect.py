@@ -12,7 +12,6 @@ from rich.console import Console
 
 from actors.connect import joins
 from actors.memory_plan import MemoryPlan, shard_size
-from actors.schedule.shards import SHARDS_PER_WORKER
 from jobs import inputs
 from jobs.allocate import memory
 from jobs.run import Run
@@ -21,6 +20,7 @@ from prismaquant_ray.allocation.constraints import restricted
 from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config, parse_bytes
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.report.shown import gigabytes
 
 _MACHINE = re.compile(r"(\d+)x(.+)")
 
@@ -133,9 +133,9 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"  vram, of the largest plan in the budget: {memory(result['vram'])}")
     needs, size = result["needs"], result["blocks_per_shard"]
     console.print(
-        f"  a block: {_gb(needs['block'])} = weights {_gb(needs['block_weights'])} + the larger of Hessians "
-        f"{_gb(needs['block_hessians'])} and candidates {_gb(needs['block_candidates'])} with activations "
-        f"{_gb(needs['block_activations'])}"
+        f"  a block: {gigabytes(needs['block'])} = weights {gigabytes(needs['block_weights'])} + the larger of "
+        f"Hessians {gigabytes(needs['block_hessians'])} and candidates {gigabytes(needs['block_candidates'])} with "
+        f"activations {gigabytes(needs['block_activations'])}"
     )
     if result["machines"]:
         _render_machines(result, console)
@@ -143,37 +143,35 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"  blocks per shard: {size['blocks']}"
         + (" as configured; " if size["configured"] else "; ")
-        + f"{max(0, size['fitting'])} fit into {_gb(size['free'])} ((free - process {_gb(needs['base'])} - working "
-        f"{_gb(needs['working'])}) / block), {size['wanted']} give every worker {SHARDS_PER_WORKER} visits"
+        + f"{max(0, size['fitting'])} fit into {gigabytes(size['free'])} ((free - process {gigabytes(needs['base'])} - "
+        f"working {gigabytes(needs['working'])}) / block), {size['wanted']} give every worker {SHARDS_PER_WORKER} visits"
     )
     if not result["on_this_machine"]:
         console.print("  (memory of this machine; on the cluster the first worker says what it has)")
     console.print(
-        f"  memory: {result['workers']} workers of {_gb(result['worker_bytes'])} (process + working + the larger of "
-        f"{size['blocks']} blocks and head {_gb(needs['exit'])})"
+        f"  memory: {result['workers']} workers of {gigabytes(result['worker_bytes'])} (process + working + the larger "
+        f"of {size['blocks']} blocks and head {gigabytes(needs['exit'])})"
     )
-    console.print(f"  disk: run store {_gb(result['run_store_bytes'])} at most, repository {_gb(needs['repository'])}")
+    console.print(
+        f"  disk: run store {gigabytes(result['run_store_bytes'])} at most, repository {gigabytes(needs['repository'])}"
+    )
 
 
 def _render_machines(result: dict[str, Any], console: Console) -> None:
     needs = result["needs"]
     console.print(
-        f"  a worker: process {_gb(needs['base'])} + working {_gb(needs['working'])} + the larger of its blocks and "
-        f"head {_gb(needs['exit'])}; repository {_gb(needs['repository'])}"
+        f"  a worker: process {gigabytes(needs['base'])} + working {gigabytes(needs['working'])} + the larger of its "
+        f"blocks and head {gigabytes(needs['exit'])}; repository {gigabytes(needs['repository'])}"
     )
     for plan in result["machines"]:
         if not plan["fits"]:
             console.print(
-                f"  {plan['machine']}: does not fit, a worker needs {_gb(plan['worker_bytes'])}; lower "
+                f"  {plan['machine']}: does not fit, a worker needs {gigabytes(plan['worker_bytes'])}; lower "
                 "calibration.microbatch, name fewer formats, or set model.dtype to bfloat16 if it is not"
             )
             continue
         console.print(
-            f"  {plan['machine']}: {plan['workers']} workers of {_gb(plan['worker_bytes'])}, "
+            f"  {plan['machine']}: {plan['workers']} workers of {gigabytes(plan['worker_bytes'])}, "
             f"{plan['blocks_per_shard']} blocks a shard ({plan['fitting']} fit, {plan['wanted']} give every worker "
-            f"{SHARDS_PER_WORKER} visits), run store {_gb(plan['run_store_bytes'])} at most"
+            f"{SHARDS_PER_WORKER} visits), run store {gigabytes(plan['run_store_bytes'])} at most"
         )
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

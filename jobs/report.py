@@ -84,12 +84,10 @@ def gather(current: Run) -> dict[str, Any]:
         objective=config.allocation.objective,
         draft_weight=weight,
     )
-    # What `assemble` would write: with `allocation.interactions` that is the refined plan.
-    found = {plan["target"]: plan for plan in (*sweep.get("refined", sweep["targets"]), planned)}
-    additive = {plan["target"]: plan for plan in (planned, *sweep["targets"])}
+    found = {plan["target"]: plan for plan in (*sweep["targets"], planned)}
     plans = [_plan(plan, config, groups) for plan in sorted(found.values(), key=lambda plan: plan["weight_bytes"])]
     uniform = facts.uniform_of(groups, formats, current.sizes)
-    choices = {target: (plan["choice"], additive[target]["choice"]) for target, plan in found.items()}
+    choices = {target: plan["choice"] for target, plan in found.items()}
     known = measured.join(plans, uniform, current.stored("plans/measured.json", made_by="sweep --measure"), choices)
     place = next(index for index, plan in enumerate(plans) if plan["target"] == config.budget.target)
     return {
@@ -123,10 +121,9 @@ def gather(current: Run) -> dict[str, Any]:
 
 def _plan(plan: Mapping[str, Any], config: Config, groups: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("target", "bpp", "predicted_loss", "gap", "weight_bytes", "repository_bytes_at_most", "groups")
-    with_interactions = ("predicted_with_interactions", "standard_error_with_interactions")
     return {
         **{key: plan[key] for key in kept},
-        **{key: plan.get(key) for key in (*with_interactions, "refinement", "loaded_bytes", "vram")},
+        **{key: plan.get(key) for key in ("loaded_bytes", "vram")},
         "standard_error": plan["standard_error"] if config.allocation.objective == "token_fisher" else None,
         "choice": facts.encoded(plan["choice"], dict(groups)),
     }

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs import frontier, planning
-from jobs.allocate import refinement
 from jobs.run import Run
 from prismaquant_ray.config import Config
 
@@ -51,8 +50,6 @@ def render(result: dict[str, Any], console: Console) -> None:
             f"knee: {knee['bpp']:.3f} bits per parameter at {knee['predicted_loss']:.5f} nats/token "
             f"(frontier from {knee['from_bpp']:.3f} to {knee['to_bpp']:.3f})"
         )
-    for plan in result.get("refined", ()):
-        console.print(f"{plan['target']} with interactions: {refinement(plan['refinement'])}", soft_wrap=True)
     if "measured" in result:
         console.print()
         frontier.render(result["measured"], console)

@@ -90,6 +90,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     quantize_lm_head: bool = False
 
+    @property
+    def bytes_per_value(self) -> int:
+        """Bytes of a value in `dtype`."""
+        return 4 if self.dtype == "float32" else 2
+
 
 class CalibrationConfig(Section):
     """Which text is run through the model, and how.
@@ -195,24 +200,16 @@ class AllocationConfig(Section):
     """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods.
 
     `mtp_weight` is what a nat of a draft head's loss is worth in nats of the model's. A worse draft costs speed, not
-    quality: fewer of its tokens are accepted. `interactions` refines a plan with what the errors of different groups
-    have to do with each other. `force` sets formats, `floor` formats with at least as many bits, and
+    quality: fewer of its tokens are accepted. `force` sets formats, `floor` formats with at least as many bits, and
     `max_bf16_fraction` bounds the share of the quantizable parameters that may stay in BF16. None of these changes what
     is measured.
     """
 
     objective: Literal["token_fisher", "fisher_trace"] = "token_fisher"
     mtp_weight: float = Field(default=0.1, ge=0.0)
-    interactions: bool = False
     force: tuple[FormatRule, ...] = ()
     floor: tuple[FormatRule, ...] = ()
     max_bf16_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
-
-    @model_validator(mode="after")
-    def _priced(self) -> AllocationConfig:
-        if self.interactions and self.objective != "token_fisher":
-            raise ValueError("interactions are known for the objective token_fisher only")
-        return self
 
 
 class EvaluationConfig(Section):

@@ -44,7 +44,7 @@ def add_measurements(run: Run, draft: bool = False) -> dict[str, Any]:
     for plan in planning.sweep_targets(run)["targets"]:
         loss = plan["predicted_loss"] + 1e-3
         kept = ("target", "objective", "bpp", "weight_bytes", "groups", "predicted_loss", "standard_error", "choice")
-        entry = {key: plan[key] for key in kept} | {"predicted_with_interactions": None}
+        entry = {key: plan[key] for key in kept}
         plans.append(entry | {"kind": "plan", "label": plan["target"], "activations": figures(loss)})
         plans[-1]["weights"] = figures(loss / 3)
         mixed = dict.fromkeys(plan["choice"], "BF16")
@@ -59,7 +59,6 @@ def add_measurements(run: Run, draft: bool = False) -> dict[str, Any]:
         "source": {"loss": 2.8, "perplexity": 17.2} | ({"draft_agreement": 0.8} if draft else {}),
         "plans": plans,
         "knee": {"bpp": 5.25, "kl": 0.13, "from_bpp": 4.5, "to_bpp": 8.25, "stability": []},
-        "fit": {"gain": {"NVFP4": 1.03, "MXFP8": 1.2}, "plans": 8, "fitted": {}},
     }
     run.store.put("plans/measured.json", json.dumps(body).encode())
     return body

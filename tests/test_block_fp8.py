@@ -21,6 +21,7 @@ from prismaquant_ray.checkpoint.ranges import read_pieces
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.storage.store import Store
+from tests.pieces import bytes_of
 from tests.tiny_families import dequantize_blocks, make_family
 
 Scheme = dict[str, Any]
@@ -95,7 +96,7 @@ def test_a_weight_and_every_range_of_it_are_what_a_loop_over_its_blocks_gives(
         found = checkpoint.read(["a.weight"])["a.weight"]
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, expected)
-        raw = bytes(checkpoint.raw("a.weight"))
+        raw = bytes_of(checkpoint, "a.weight")
         assert raw == expected.view(torch.uint8).numpy().tobytes()
         size = len(raw)
         spans = data.draw(st.lists(st.tuples(st.integers(0, size), st.integers(0, size + 3)), max_size=4))
@@ -174,7 +175,7 @@ def test_a_weight_may_lie_in_another_file_than_its_scales(tmp_path: Path) -> Non
     assert found.keys() == {"a.weight", "b.weight", "c"}
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor)
-        assert bytes(checkpoint.raw(name)) == tensor.view(torch.uint8).numpy().tobytes()
+        assert bytes_of(checkpoint, name) == tensor.view(torch.uint8).numpy().tobytes()
 
 
 def test_the_view_is_a_bf16_checkpoint(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def _stored(checkpoint: Checkpoint, name: str) -> tuple[object, str, tuple[int, 
 
 def test_scales_are_no_tensors_and_only_weights_can_be_asked_of_the_decoder(tmp_path: Path) -> None:
     checkpoint = open_weight(tmp_path, codes(4, 4), scales(1, 1), (128, 128))
-    for ask in (checkpoint.raw, checkpoint.piece, lambda name: checkpoint.read([name])):
+    for ask in (checkpoint.piece, lambda name: checkpoint.read([name])):
         with pytest.raises(InputError, match=r"tensor a\.weight_scale_inv is missing"):
             ask("a.weight_scale_inv")
     with pytest.raises(KeyError):
@@ -223,7 +224,7 @@ def test_scales_are_no_tensors_and_only_weights_can_be_asked_of_the_decoder(tmp_
 def test_an_empty_weight_stays_empty(shape: tuple[int, int], tmp_path: Path) -> None:
     checkpoint = open_weight(tmp_path, torch.empty(shape).to(FP8), torch.empty(grid(shape, (2, 2))), (2, 2))
     assert checkpoint.read(["a.weight"])["a.weight"].shape == shape
-    assert checkpoint.raw("a.weight").nbytes == 0
+    assert bytes_of(checkpoint, "a.weight") == b""
 
 
 def test_a_text_models_scheme_is_taken_out_of_its_part_of_the_configuration(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_what_cannot_be_decoded_is_refused_when_opened(case: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("read", [lambda c: c.read(["a.weight"]), lambda c: c.raw("a.weight")])
+@pytest.mark.parametrize("read", [lambda c: c.read(["a.weight"]), lambda c: bytes_of(c, "a.weight")])
 def test_scales_that_are_not_finite_are_refused_when_read(
     value: float, read: Callable[[Checkpoint], Any], tmp_path: Path
 ) -> None:

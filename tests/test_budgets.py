@@ -30,7 +30,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
 from tests.inprocess import in_process, unopened
-from tests.test_allocation import NAN, make, transformer
+from tests.test_allocation import NAN, inside, largest, make, transformer
 from tests.test_pipeline import configuration
 from tests.tiny import make_checkpoint
 
@@ -402,7 +402,7 @@ def test_a_second_limit_is_kept_and_the_bound_holds(
     case: tuple[AllocationProblem, SecondLimit], fraction: float
 ) -> None:
     problem, second = case
-    budget = int(problem.smallest_bytes + fraction * (problem.maximum_bytes - problem.smallest_bytes))
+    budget = inside(problem, fraction)
     plan = LimitedSolver(problem, second).plan(budget)
     best = best_within(problem, second, budget)
     assert plan.size <= budget
@@ -426,7 +426,7 @@ def test_on_a_model_the_gap_of_a_second_limit_is_small(seed: int, share: float) 
     problem = transformer(30, seed)
     problem = problem.with_cost(np.where(np.arange(4) == 3, 0.0, problem.cost))
     second = shares(problem, share)
-    budgets = [int(b * problem.maximum_bytes / 16) for b in (6.0, 9.0, 12.0)]
+    budgets = [int(b * largest(problem) / 16) for b in (6.0, 9.0, 12.0)]
     plans = sweep(problem, budgets, second)
     assert [plan.budget for plan in plans] == budgets
     assert plans[0].cost >= plans[1].cost >= plans[2].cost
@@ -486,7 +486,6 @@ def test_nothing_about_budgets_and_rules_changes_what_was_measured(tmp_path: Pat
         measured,
         tmp_path / "out",
         budget={"vram": 10**8, "context": 64},
-        interactions=True,
         force=rule("model.layers.0.self_attn.qkv_proj", "BF16"),
         floor=rule("*.down_proj", "MXFP8"),
         max_bf16_fraction=0.2,

@@ -98,7 +98,6 @@ def made_up(name: str = "a", formats: tuple[FormatName, ...] = (FormatName.NVFP4
         weight_bytes=10**11,
         predicted=0.11223,
         standard_error=0.00072,
-        predicted_with_interactions=0.115,
         predicted_weights=0.03,
         predicted_activations=0.07,
         gap=1e-5,

@@ -17,6 +17,7 @@ from prismaquant_ray.checkpoint.header import MAX_HEADER, build_header, header_l
 from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.storage.store import Store
+from tests.pieces import bytes_of
 
 Body = dict[str, Any]
 TENSORS = {
@@ -59,7 +60,7 @@ def test_tensors_come_back_bit_for_bit_including_empty_ones(tmp_path: Path) -> N
     for name, tensor in TENSORS.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].float(), tensor.float())
-        assert checkpoint.raw(name).nbytes == tensor.nbytes
+        assert len(bytes_of(checkpoint, name)) == tensor.nbytes
 
 
 ATTACKS: dict[str, tuple[bytes, str]] = {

@@ -31,8 +31,8 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (config.rounding.scale_search.grid, config.rounding.scale_search.span) == (32, (0.5, 1.5))
     assert (config.model.quantize_lm_head, config.calibration.images) == (False, None)
     assert (config.allocation.objective, config.allocation.mtp_weight) == ("token_fisher", 0.1)
-    assert (config.allocation.interactions, config.allocation.max_bf16_fraction) == (False, None)
     assert (config.allocation.force, config.allocation.floor) == ((), ())
+    assert config.allocation.max_bf16_fraction is None
     assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
 
 
@@ -108,7 +108,6 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("allocation.floor=[{mach: a, format: BF16}]", "unknown key allocation.floor.0.mach; did you mean match?"),
         ("allocation.floor=[{match: a}]", "allocation.floor.0.format is missing"),
         ("allocation.max_bf16_fraction=1.5", "allocation.max_bf16_fraction: "),
-        ("allocation={interactions: true, objective: fisher_trace}", "interactions are known for the objective"),
         ("rounding.scale_search.span=[0.5, 2]", "head-room"),
         ("store.run=ftp://bucket/run", "store.run: ftp:// is not supported; give a directory or one of s3, gs://"),
         ("store.run=a/out/run", "must be separate directories"),

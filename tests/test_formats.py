@@ -131,7 +131,7 @@ def test_every_code_under_every_power_of_two_decodes_as_in_compressed_tensors(na
     else:
         row = torch.arange(256, dtype=torch.uint8).repeat(len(scale), 1)
         tensors = {"weight_packed": row, "weight_scale": scale.unsqueeze(1).repeat(1, 16)}
-    format_ = FORMATS[name]
+    format_ = FORMATS[FormatName(name)]
     assert torch.equal(bits(decompressed(format_, tensors, 256)), bits(format_.codec.decode(tensors)))
 
 
@@ -139,7 +139,7 @@ def test_every_code_under_every_power_of_two_decodes_as_in_compressed_tensors(na
 def test_every_code_under_every_bf16_mantissa_decodes_as_in_compressed_tensors(name: str) -> None:
     mantissas = (torch.arange(128, 256).unsqueeze(1) * 2.0 ** torch.arange(-140, 120, 20)).flatten()
     scale = mantissas.to(torch.bfloat16).unsqueeze(1)
-    format_ = FORMATS[name]
+    format_ = FORMATS[FormatName(name)]
     if name == "FP8":
         tensors = {"weight": E4M3_CODES.repeat(len(scale), 1), "weight_scale": scale}
     else:
@@ -150,7 +150,7 @@ def test_every_code_under_every_bf16_mantissa_decodes_as_in_compressed_tensors(n
 
 
 def test_every_nvfp4_code_scale_and_divisor_decodes_alike_in_compressed_tensors_and_in_vllm() -> None:
-    format_ = FORMATS["NVFP4"]
+    format_ = FORMATS[FormatName.NVFP4]
     scale = E4M3_CODES[1:127].unsqueeze(1)
     codes = torch.arange(8, dtype=torch.uint8).repeat(len(scale), 1) * 0x11 ^ 0x80
     for mantissa, exponent in product(range(128, 256), (-20, 0, 7)):
@@ -186,7 +186,7 @@ def test_packing_equals_compressed_tensors_byte_for_byte(format_: Format) -> Non
 
 @pytest.mark.parametrize("name", ["NVFP4", "MXFP4", "MXFP8", "FP8"])
 def test_negative_zero_survives_packing(name: str) -> None:
-    codec = FORMATS[name].codec
+    codec = FORMATS[FormatName(name)].codec
     weight = torch.tensor([1.0, -0.0, 0.0, -1e-9]).repeat(2, 8)
     decoded = codec.decode(codec.pack(nearest_rounding(codec, weight)))
     assert torch.equal(decoded.signbit(), weight.signbit())
@@ -308,14 +308,14 @@ def test_searched_scales_are_storable_and_positive_and_begin_with_the_nearest(co
 @given(weight=BF16_WEIGHTS)
 @settings(deadline=None)
 def test_mxfp8_never_clips(weight: Tensor) -> None:
-    codec = FORMATS["MXFP8"].codec
+    codec = FORMATS[FormatName.MXFP8].codec
     amax = grouped(weight, 2).abs().amax(-1)
     assert (amax <= 448 * codec.scale_value(codec.nearest_scale(amax, None), None)).all()
 
 
 @pytest.mark.parametrize("k", [-100, -9, 0, 1, 100])
 def test_mxfp8_keeps_a_group_that_ends_exactly_at_the_end_of_the_grid(k: int) -> None:
-    codec = FORMATS["MXFP8"].codec
+    codec = FORMATS[FormatName.MXFP8].codec
     weight = E4M3_CODES.float().repeat(1, 16).view(-1, 254)[:, :224].contiguous() * 2.0**k
     weight[:, ::32] = 448 * 2.0**k
     rounded = nearest_rounding(codec, weight)
@@ -343,7 +343,7 @@ def test_the_divisor_of_zeros_is_one() -> None:
 @given(amax=st.floats(2.0**-100, 2.0**127, width=32))
 @settings(deadline=None)
 def test_the_largest_group_of_nvfp4_may_be_searched_upward_without_saturating(amax: float) -> None:
-    codec = FORMATS["NVFP4"].codec
+    codec = FORMATS[FormatName.NVFP4].codec
     g = codec.global_scale(amax)
     wanted = 1.5 * amax / 6 * g.item()
     (scale,) = codec.scale_candidates(torch.tensor([[amax]]), g, torch.tensor([1.5]))
@@ -354,7 +354,7 @@ def test_the_largest_group_of_nvfp4_may_be_searched_upward_without_saturating(am
 @pytest.mark.parametrize("name", ["NVFP4", "FP8", "INT4"])
 def test_nearest_scales_are_those_of_compressed_tensors(name: str) -> None:
     # Not the power-of-two ones: ours are the smallest that do not clip, which theirs are not.
-    format_ = FORMATS[name]
+    format_ = FORMATS[FormatName(name)]
     for case, weight in accepted(format_.codec):
         g = format_.codec.global_scale(weight.abs().max().item())
         groups = grouped(weight, weight.shape[1] // format_.codec.width(weight.shape[1]))
@@ -370,7 +370,7 @@ def test_nearest_scales_are_those_of_compressed_tensors(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["FP8", "INT4"])
 def test_channel_scales_are_bf16_and_groups_of_zeros_get_one(name: str) -> None:
-    codec = FORMATS[name].codec
+    codec = FORMATS[FormatName(name)].codec
     scale = codec.nearest_scale(torch.tensor([[0.0, 3.0]]), None)
     assert scale.dtype == torch.bfloat16
     assert scale[0, 0].item() == 1
@@ -419,7 +419,7 @@ def test_activation_rounding_is_that_of_compressed_tensors(format_: Format, dtyp
 
 def test_scales_of_nvfp4_are_computed_in_the_order_of_compressed_tensors() -> None:
     # Here amax · (g / 6) is a float32 ulp from (amax / 6) · g, on the other side of a tie between two E4M3 scales.
-    format_ = FORMATS["NVFP4"]
+    format_ = FORMATS[FormatName.NVFP4]
     x = torch.linspace(0, float.fromhex("0x1.c7fffep-1"), 16).unsqueeze(0)
     g = torch.tensor([1024.0])
     assert torch.equal(format_.round_activation(x, g), runtime_rounding(format_, x, g))
@@ -443,12 +443,12 @@ def test_formats_with_sixteen_bit_activations_round_none() -> None:
     [("BF16", 16), ("FP8", 8 + 16 / 512), ("INT4", 4.125), ("MXFP4", 4.25), ("MXFP8", 8.25), ("NVFP4", 4.5)],
 )
 def test_bits_per_weight(name: str, bits_per_weight: float) -> None:
-    assert FORMATS[name].bits(64, 512) == bits_per_weight
-    assert FORMATS[name].refusal(64, 512) is None
+    assert FORMATS[FormatName(name)].bits(64, 512) == bits_per_weight
+    assert FORMATS[FormatName(name)].refusal(64, 512) is None
 
 
 def test_narrower_groups_of_int4_cost_more() -> None:
-    assert [FORMATS["INT4"].bits(8, width) for width in (128, 192, 160)] == [4.125, 4.25, 4.5]
+    assert [FORMATS[FormatName.INT4].bits(8, width) for width in (128, 192, 160)] == [4.125, 4.25, 4.5]
 
 
 @EACH_FORMAT

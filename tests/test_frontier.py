@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from actors.events import read_events
 from jobs import assemble, evaluate, frontier, planning, quantize, sweep
 from jobs.run import Run
 from prismaquant_ray.config import BudgetConfig, Config, load
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.comparison import fit_gains, knee_of
+from prismaquant_ray.evaluation.comparison import knee_of
 from prismaquant_ray.layout import BlockKind
 from tests.inprocess import in_process, unopened
 from tests.tiny import make_checkpoint, make_text
@@ -129,13 +125,11 @@ def test_a_quantized_output_head_is_measured_from_candidates_as_from_the_reposit
 
 
 def test_predictions_are_the_prices_of_the_choice(measured: Measured) -> None:
-    table, interactions = measured.run.table, planning.interactions(measured.run)
+    table = measured.run.table
     for entry in measured.result["plans"]:
         columns = [table.formats.index(entry["choice"][group]) for group in table.groups]
         prices = table.token_fisher[range(len(columns)), columns]
         assert entry["predicted_loss"] == pytest.approx(prices.sum())
-        assert sum(entry["cost_by_format"].values()) == pytest.approx(entry["predicted_loss"])
-        assert entry["predicted_with_interactions"] == pytest.approx(interactions.quadratic(entry["choice"]))
     swept = planning.sweep_targets(measured.run)
     for entry, plan in zip(measured.of("plan"), swept["targets"], strict=True):
         for key in ("predicted_loss", "standard_error", "bpp", "weight_bytes", "groups", "choice"):
@@ -201,8 +195,6 @@ def test_a_draft_head_is_in_no_prediction_of_the_body(tmp_path: Path) -> None:
     assert drafts
     assert own > 0
     assert entry["predicted_loss"] == pytest.approx(plan["predicted_loss"] - own)
-    quadratic = planning.interactions(run).quadratic(plan["choice"])
-    assert entry["predicted_with_interactions"] == pytest.approx(quadratic - own)
     assert 0 <= entry["activations"]["draft_agreement"] <= 1
     assert 0 <= result["source"]["draft_agreement"] <= 1
 
@@ -265,29 +257,3 @@ def test_the_knee_says_how_much_it_depends_on_the_range() -> None:
     assert [(each["from_bpp"], each["to_bpp"]) for each in found["stability"]] == [(4.0, 7.0), (5.0, 7.0), (5.0, 8.0)]
     assert found["stability"][1]["bpp"] in (5.0, 6.0)
     assert knee_of(points[:3]) is None
-
-
-@given(
-    gains=st.lists(st.floats(0.3, 3.0), min_size=2, max_size=2),
-    costs=st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)), min_size=6, max_size=10, unique=True),
-)
-def test_gains_are_found_where_prices_are_off_by_them(gains: list[float], costs: list[tuple[float, float]]) -> None:
-    rows: list[Mapping[str, float]] = [{"A": a, "B": b} for a, b in costs]
-    ratios = np.array([a / b for a, b in costs])
-    if ratios.std() / ratios.mean() < 0.05:
-        return  # plans of one mixture cannot tell two gains apart
-    measured = [gains[0] * a + gains[1] * b for a, b in costs]
-    found = fit_gains([str(index) for index in range(len(rows))], rows, measured)
-    assert found is not None
-    assert found["gain"]["A"] == pytest.approx(gains[0], rel=1e-3, abs=1e-3)
-    assert found["gain"]["B"] == pytest.approx(gains[1], rel=1e-3, abs=1e-3)
-
-
-def test_no_plan_explains_itself() -> None:
-    """A plan that was measured twice as bad as priced is not predicted by its own excess."""
-    rows: list[Mapping[str, float]] = [{"A": float(value)} for value in (1, 2, 3, 4, 5)]
-    found = fit_gains(list("vwxyz"), rows, [1.0, 2.0, 3.0, 4.0, 10.0])
-    assert found is not None
-    assert found["fitted"]["z"] == pytest.approx(5.0)
-    assert found["fitted"]["v"] > 0.8
-    assert fit_gains(["x", "y"], rows[:2], [1.0, 2.0]) is None

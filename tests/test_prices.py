@@ -36,6 +36,7 @@ from prismaquant_ray.sensitivity.fisher import IGNORED, Loss, sample
 from prismaquant_ray.sensitivity.pricing import BlockSensitivity
 from prismaquant_ray.sensitivity.table import from_figures
 from prismaquant_ray.storage.store import Store
+from tests.projections import Recorded
 from tests.tiny import random_tokens
 from tests.tiny_families import VISION_FAMILIES
 
@@ -55,6 +56,7 @@ class Probed:
     tensors: dict[int, dict[FormatName, dict[str, Tensor]]] = field(default_factory=dict)
     forward: dict[int, dict[str, Any]] = field(default_factory=dict)
     found: dict[int, BlockSensitivity] = field(default_factory=dict)
+    projected: dict[int, Recorded] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Path, family: str) -> Probed:
@@ -114,6 +116,7 @@ class Probed:
                 gradient[m], _ = loss.gradient(runner.logits, hidden[m], batch)
         for block in reversed(layout.of(BlockKind.VISION, BlockKind.MERGER, BlockKind.DECODER)):
             block_pass = BlockBackward(runner, block.index, USED, self.tensors[block.index])
+            self.projected[block.index] = Recorded(block_pass)
             for m, x in entering[block.index].items():
                 block_pass.forward(x, self.batches[m])
                 gradient[m] = block_pass.backward(gradient[m], self.batches[m])
@@ -121,6 +124,7 @@ class Probed:
         for block in layout.of(*HEADS):
             with runner.beside(block.index):
                 head = HeadBackward(runner, block.index, USED, self.tensors[block.index], loss)
+                self.projected[block.index] = Recorded(head)
                 for m, x in entering[block.index].items():
                     head.run(x, self.batches[m])
                 self.found[block.index] = head.finish(self.calibration.positions)
@@ -251,11 +255,11 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
         block = probed.runner.layout.block_of[group.name]
         sees = [b for b in probed.batches if "pixel_values" in b.inputs]
         batches = sees if block.kind in (BlockKind.VISION, BlockKind.MERGER) else list(probed.batches)
-        if f"{group.name}|{name}" not in probed.found[block.index].vectors:
+        if (group.name, str(name)) not in probed.projected[block.index]:
             continue  # the shape does not allow the format
         tensors = probed.tensors[block.index][name]
         expected = torch.cat([reference.p(group, name, tensors, batch) for batch in batches])
-        found = probed.found[block.index].vectors[f"{group.name}|{name}"]
+        found = probed.projected[block.index].of(group.name, str(name))
         scale = float(expected.abs().max())
         assert scale > 0
         torch.testing.assert_close(
@@ -299,8 +303,9 @@ def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probe
             for linear, weight, gradient in zip(matrix.linears, weights, gradients, strict=True):
                 decoded = codec.decode(own(tensors, linear)).float()
                 total += float((gradient * (decoded - weight.requires_grad_(False))).sum())
-        figures = probed.found[block.index].figures["groups"][name][FormatName.INT4]
-        assert figures["first_order"] * seen == pytest.approx(total, rel=2e-3, abs=1e-4)
+        p = probed.projected[block.index].of(name, "INT4")
+        assert len(p) == seen
+        assert float(p.double().sum()) == pytest.approx(total, rel=2e-3, abs=1e-4)
 
 
 def hidden_of(probed: Probed, batch: Batch) -> Tensor:

@@ -282,22 +282,22 @@ def test_measurements_belong_to_exactly_the_plans_that_were_measured(dense: Run)
         dense.store.delete(["plans/measured.json"])
 
 
-def test_a_refined_plan_takes_its_own_measurement() -> None:
+def test_a_plan_takes_a_measurement_of_its_own_choice_only() -> None:
     def plans() -> list[dict[str, Any]]:
         return [{"target": "5bpp"}]
 
-    choices = {"5bpp": ({"a": "NVFP4"}, {"a": "MXFP8"})}
+    choices = {"5bpp": {"a": "NVFP4"}}
     entries = [
-        {"target": "5bpp", "kind": "plan", "label": "additive", "choice": {"a": "MXFP8"}, "weights": {"kl_mean": 1}},
-        {"target": "5bpp", "kind": "interactions", "label": "refined", "choice": {"a": "NVFP4"}, "weights": None},
+        {"target": "5bpp", "kind": "plan", "label": "ours", "choice": {"a": "NVFP4"}, "weights": None},
+        {"target": "5bpp", "kind": "mixture", "label": "mixed", "choice": {"a": "MXFP8"}, "weights": {"kl_mean": 1}},
         {"target": "5bpp", "kind": "plan", "label": "another", "choice": {"a": "BF16"}, "weights": None},
         {"target": "9bpp", "kind": "plan", "label": "gone", "choice": {"a": "BF16"}, "weights": None},
     ]
     ours = plans()
     found = measured.join(ours, [], {"text": {}, "source": {}, "plans": entries}, choices)
     assert found is not None
-    assert ours[0]["measured"] == {"weights": None, "activations": None, "predicted_with_interactions": None}
-    assert [entry["label"] for entry in found["others"]] == ["additive"]
+    assert ours[0]["measured"] == {"weights": None, "activations": None}
+    assert [entry["label"] for entry in found["others"]] == ["mixed"]
     assert found["stale"] == ["another", "gone"]
 
 
@@ -388,7 +388,6 @@ def test_a_large_model_has_a_page_below_a_megabyte(dense: Run, layers: int) -> N
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("allocation.interactions=true",), "With interactions between groups its predicted loss is"),
         (("allocation.max_bf16_fraction=0.05",), "The knee of the predicted frontier"),
         (("budget={vram: 1MB, context: 64}",), "Memory of a server with 1 × 64 tokens"),
         (("budget.bytes=280kB",), "280.0\u00a0kB"),

@@ -36,12 +36,13 @@ from tests.compressed import (
     stored,
     view_of,
 )
+from tests.pieces import bytes_of
 from tests.reference.integers import dequantized
 from tests.repositories import everything, make_model, mixed
 from tests.s3_server import S3Server
 from tests.tiny import make_checkpoint, random_tokens
 
-#: how a repository is made, and what it is called
+#: how a repository is made, and what it is aliases_of
 SCHEMES: dict[str, tuple[QuantizationScheme, str]] = {
     "nvfp4": (scheme("NVFP4"), "NVFP4"),
     "nvfp4a16": (scheme("NVFP4A16"), "NVFP4A16"),
@@ -225,7 +226,7 @@ def test_a_repository_that_is_not_quantized_is_itself(source: Path) -> None:
     assert torch.equal(logits(view, tokens, {}), logits(plain, tokens, {}))
     for name, tensor in view.read(view.tensors).items():
         assert raw(tensor) == raw(plain.read([name])[name])
-        assert piece_bytes(view, name) == raw(tensor)
+        assert bytes_of(view, name) == raw(tensor)
     sizes = view.sizes()
     assert (sizes.linear_bytes, sizes.linear_parameters) == (0, 0)
     assert 2 * sizes.parameters == sizes.tensor_bytes
@@ -280,7 +281,7 @@ def test_experts_are_read_in_any_number_and_order(tmp_path: Path) -> None:
         assert {name: raw(tensor) for name, tensor in view.read(some).items()} == {
             name: raw(whole[name]) for name in some
         }
-    assert {name: piece_bytes(view, name) for name in view.tensors} == {name: raw(whole[name]) for name in whole}
+    assert {name: bytes_of(view, name) for name in view.tensors} == {name: raw(whole[name]) for name in whole}
     with pytest.raises(InputError, match="tensor nothing is missing"):
         view.read(["nothing"])
 

@@ -21,6 +21,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.layout import Layout
+from prismaquant_ray.report.shown import memory
 
 # Tensors of one Linear in the format that has most of them.
 _TENSORS = 4
@@ -87,9 +88,9 @@ class Sizes:
         remedy = "" if budget.kv_cache == "fp8" else ", or set kv_cache: fp8"
         beside = "not even the KV cache fits" if self.serving.room(vram) < 0 else "the smallest plan does not fit"
         raise InputError(
-            f"budget.vram {_gb(vram)}: {beside}; the smallest plan needs {_gb(needed)} (weights "
-            f"{_gb(self.loaded(smallest))}, KV cache {_gb(cache)} for {tokens}, margin "
-            f"{_gb(needed - self.loaded(smallest) - cache)}); lower context, sequences or margin{remedy}"
+            f"budget.vram {memory(vram)}: {beside}; the smallest plan needs {memory(needed)} (weights "
+            f"{memory(self.loaded(smallest))}, KV cache {memory(cache)} for {tokens}, margin "
+            f"{memory(needed - self.loaded(smallest) - cache)}); lower context, sequences or margin{remedy}"
         )
 
     def loaded(self, choice_stored: int) -> int:
@@ -150,7 +151,3 @@ def measure(
 def entry_bytes(name: str) -> int:
     """Bound on what a tensor's name costs: its entries in a shard's header, the index, the manifest and the config."""
     return 3 * len(name) + 200
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 10**9 else f"{size / 1e6:.1f} MB"

@@ -23,13 +23,11 @@ class Resource:
     limit: int
 
 
-def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource], pairs: Floats | None = None) -> Ints:
+def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource]) -> Ints:
     """Columns (groups,) of a plan that no change of one group, or of two at once, makes cheaper within the resources.
 
-    A plan costs Σ cost[g, f(g)], NaN where a format is not allowed, and, with `pairs`
-    (groups · formats, groups · formats), symmetric and zero within a group, Σ pairs over ordered pairs of its choices.
-    Every step takes the change that saves most, the first among equals, so the result is a function of the input. The
-    plan given must keep the resources.
+    A plan costs Σ cost[g, f(g)], NaN where a format is not allowed. Every step takes the change that saves most, the
+    first among equals, so the result is a function of the input. The plan given must keep the resources.
     """
     groups, formats = cost.shape
     group_of = np.repeat(np.arange(groups), formats)
@@ -38,15 +36,8 @@ def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource], pair
     while True:
         now = np.arange(groups) * formats + columns
         change = cost - cost.ravel()[now][:, None]
-        if pairs is not None:
-            field = 2 * pairs[:, now].sum(axis=1).reshape(groups, formats)
-            change = change + field - field.ravel()[now][:, None]
         single = np.where(np.isnan(change), np.inf, change).ravel()
         double = single[:, None] + single
-        if pairs is not None:
-            at = now[group_of]
-            cross = pairs - pairs[:, at]
-            double += 2 * (cross - cross[at])
         # The current format stands for no change: pairs with it are changes of one group.
         is_now = np.zeros(groups * formats, dtype=bool)
         is_now[now] = True

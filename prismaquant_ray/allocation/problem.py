@@ -104,11 +104,6 @@ class AllocationProblem:
         return ~np.isnan(self.cost)
 
     @property
-    def smallest_bytes(self) -> int:
-        """Bytes of the smallest plan there is."""
-        return int(np.where(self.allowed, self.size, _MAX_TOTAL_BYTES).min(axis=1).sum())
-
-    @property
     def largest_bytes(self) -> int:
         """Bytes of the largest useful plan: every group in its cheapest format, the smaller one of equals.
 
@@ -116,11 +111,6 @@ class AllocationProblem:
         """
         lowest = np.nanmin(self.cost, axis=1, keepdims=True)
         return int(np.where(self.cost == lowest, self.size, _MAX_TOTAL_BYTES).min(axis=1).sum())
-
-    @property
-    def maximum_bytes(self) -> int:
-        """Bytes of the largest plan of any kind: every group in its largest format, also where that costs more."""
-        return int(self.size.max(axis=1).sum())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

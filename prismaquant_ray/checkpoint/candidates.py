@@ -62,11 +62,6 @@ class CandidateFile:
         except InputError as error:
             raise self._damaged(f"cannot be parsed: {error}") from error
 
-    def raw(self, name: str) -> memoryview:
-        """A tensor's bytes."""
-        info = self.tensors[name]
-        return memoryview(self.store.get_ranges(info.file, [(info.start, info.stop)])[0])
-
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors in their own dtype, by one ranged request."""
         infos = [self.tensors[name] for name in names]

@@ -123,11 +123,6 @@ class Checkpoint:
         info = tensor_info(self, name)
         return self._decoder if name in self._scaled else self.store, info
 
-    def raw(self, name: str) -> memoryview:
-        """A tensor's bytes."""
-        holder, info = self.piece(name)
-        return memoryview(holder.get_ranges(info.file, [(info.start, info.stop)])[0])
-
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors in their own dtype, one ranged request a file."""
         waiting = {name: self._parts(name) for name in names}

@@ -1,12 +1,9 @@
-"""What a measured frontier says: where its knee is, how much that depends on the range, and how far prices are off."""
+"""What a measured frontier says: where its knee is, and how much that depends on the range."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.frontier import knee
 
@@ -36,35 +33,3 @@ def _knee(points: Sequence[tuple[float, float]]) -> dict[str, Any]:
     bits, kl = zip(*points, strict=True)
     index = knee(bits, kl)
     return {"bpp": bits[index], "kl": kl[index], "from_bpp": bits[0], "to_bpp": bits[-1]}
-
-
-def fit_gains(
-    labels: Sequence[str], costs: Sequence[Mapping[str, float]], measured: Sequence[float]
-) -> dict[str, Any] | None:
-    """By what a format's prices would have to be multiplied to give what was measured.
-
-    Plan i has the predicted cost costs[i][format] of its groups in each format, and measured[i] nats per token. Gains
-    minimise the squared relative error, Σ (Σ_f gain_f cost_if / measured_i − 1)². `fitted` predicts each plan by the
-    gains of all others, so that no plan explains itself. None unless there are two plans more than formats.
-    """
-    formats = sorted({name for cost in costs for name, value in cost.items() if value > 0})
-    used = [index for index, value in enumerate(measured) if value > 0]
-    if not formats or len(used) < len(formats) + 2:
-        return None
-    rows = np.array([[costs[index].get(name, 0.0) / measured[index] for name in formats] for index in used])
-
-    def gains(chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.linalg.lstsq(rows[chosen], np.ones(int(chosen.sum())), rcond=None)[0]
-        return found
-
-    everyone = np.ones(len(used), dtype=np.bool_)
-    fitted = {}
-    for place, index in enumerate(used):
-        others = everyone.copy()
-        others[place] = False
-        fitted[labels[index]] = float(rows[place] @ gains(others)) * measured[index]
-    return {
-        "gain": dict(zip(formats, gains(everyone).tolist(), strict=True)),
-        "plans": len(used),
-        "fitted": fitted,
-    }

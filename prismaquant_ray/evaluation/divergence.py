@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prismaquant_ray.jackknife import standard_error
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
@@ -35,13 +37,6 @@ class TokenFigures(NamedTuple):
     kl: Tensor
     agrees: Tensor
     loss: Tensor
-
-
-def token_kl(source: Tensor, quantized: Tensor) -> Tensor:
-    """KL(source ‖ quantized) per token (tokens,) in nats, from logits (tokens, V), in float64."""
-    log_p = torch.log_softmax(source.double(), dim=-1)
-    log_q = torch.log_softmax(quantized.double(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class SourceLogits:
@@ -95,20 +90,12 @@ class Mean(NamedTuple):
 def mean_of(values: Tensor, sequence: Tensor) -> Mean:
     """Of a figure of every token, and the sequence each of them is in, both (tokens,)."""
     totals, counts = _sums(values, sequence), _sums(torch.ones_like(values), sequence)
-    return Mean(float(values.mean()), _standard_error(totals, counts))
+    left_out = (totals.sum() - totals) / (counts.sum() - counts)
+    return Mean(float(values.mean()), standard_error(left_out))
 
 
 def _sums(values: Tensor, index: Tensor) -> Tensor:
     return torch.zeros(int(index.max()) + 1, dtype=values.dtype).index_add_(0, index, values)
-
-
-def _standard_error(totals: Tensor, counts: Tensor) -> float:
-    """Of the ratio Σ totals / Σ counts, by jackknife over the entries; 0 for a single one."""
-    n = len(totals)
-    if n < 2:
-        return 0.0
-    left_out = (totals.sum() - totals) / (counts.sum() - counts)
-    return float(((n - 1) / n * (left_out - left_out.mean()).square().sum()).sqrt())
 
 
 def _quantile(values: Tensor, share: float) -> float:

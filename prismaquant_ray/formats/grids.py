@@ -10,7 +10,6 @@ from torch import Tensor
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
-E8M0_BIAS = 127
 _EXPONENT_BITS = 0x7F800000
 # 1.5 · 2²³: adding and subtracting step · this leaves a multiple of `step`, rounded to even by the FPU.
 _ROUND_TO_INTEGER = 12582912.0

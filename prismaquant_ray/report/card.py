@@ -17,15 +17,13 @@ import yaml
 from prismaquant_ray.report.card_facts import CardFacts, Divergence
 from prismaquant_ray.report.markdown import Markdown, code, escaped, fenced, line, table
 
-#: What a budget in bytes has to reserve for the card; tests hold the largest one against it.
-LARGEST_BYTES = 1 << 15
 # Rows of a table, and names after one reason: a card is read, the whole plan is in prismaquant.json.
 _ROWS = 24
 _NAMES = 6
 
 
 def card(facts: CardFacts) -> str:
-    """README.md: metadata as the hub reads it, then the text. At most `LARGEST_BYTES` as UTF-8."""
+    """README.md: metadata as the hub reads it, then the text. At most `budget.CARD_BYTES` as UTF-8."""
     return f"---\n{_front_matter(facts)}---\n\n{_template().render(facts=facts, tables=_Tables(facts))}"
 
 
@@ -84,8 +82,6 @@ class _Tables:
         )
         yield "Formats", ", ".join(f"{share.groups} groups {share.name}" for share in facts.formats)
         yield "Predicted loss", f"{facts.predicted:.5f} ± {facts.standard_error:.5f} nats per token above the source's"
-        if facts.predicted_with_interactions is not None:
-            yield "", f"{facts.predicted_with_interactions:.5f} with interactions between groups"
         if facts.predicted_weights is not None and facts.predicted_activations is not None:
             parts = (
                 f"rounded weights alone {facts.predicted_weights:.5f}, activations {facts.predicted_activations:.5f}"

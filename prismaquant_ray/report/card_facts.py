@@ -177,8 +177,7 @@ class Calibration:
 class CardFacts:
     """Everything a card says. Sizes in bytes, losses in nats per token, `bpp` in bits per quantizable parameter.
 
-    `ruled` says that settings other than the budget limited the choice. `predicted` adds up the groups;
-    `predicted_with_interactions` also has what their errors have to do with each other, None when that was not asked.
+    `ruled` says that settings other than the budget limited the choice. `predicted` adds up the groups.
     `predicted_weights` and `predicted_activations` are what rounded weights and rounded activations cost by
     themselves, None when that was not recorded. `sweep` has this plan among its rows and leaves `more_targets` out;
     where no target of the sweep is within reach (`swept` is False) it has no other. `agreement` is by format how often
@@ -197,7 +196,6 @@ class CardFacts:
     weight_bytes: int
     predicted: float
     standard_error: float
-    predicted_with_interactions: float | None
     predicted_weights: float | None
     predicted_activations: float | None
     gap: float

@@ -66,7 +66,6 @@ SERIES = {
     "measured-uniform": "one format everywhere, measured KL",
     "mixture": "formats mixed evenly, same bytes, measured KL",
     "fisher_trace": "plan by diagonal Fisher, measured KL",
-    "interactions": "plan refined with interactions, measured KL",
 }
 
 

@@ -78,9 +78,6 @@ def reasons(report: Facts) -> list[str]:
     """Why this budget, in short sentences; only what the figures say."""
     plan = report["plans"][report["budget"]]
     found = [f"The plan for {shown.target(plan['target'])} takes {plan['bpp']:.4f} bits per parameter."]
-    if plan["predicted_with_interactions"] is not None:
-        price = shown.with_error(plan["predicted_with_interactions"], plan["standard_error_with_interactions"])
-        found.append(f"With interactions between groups its predicted loss is {price} nats per token.")
     knee = report["knee"]
     if knee is None:
         found.append("The frontier has no knee: fewer than three of its points lie between the targets.")

@@ -30,7 +30,6 @@ _MARKS = {
     "measured-uniform": ("s", "#b3480a", False),
     "mixture": ("x", "#7a3f9c", True),
     "fisher_trace": ("+", "#7a3f9c", True),
-    "interactions": ("*", "#7a3f9c", True),
 }
 _MOST = 20
 

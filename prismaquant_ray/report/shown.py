@@ -57,6 +57,16 @@ def size(count: float | None) -> str:
     return f"{count:,.0f}{_GAP}B"
 
 
+def gigabytes(count: int) -> str:
+    """Bytes as 0.14 GB: for amounts that are added up or compared with each other."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def memory(count: int) -> str:
+    """Bytes as 19.00 GB, and 133.5 MB below one."""
+    return gigabytes(count) if count >= 10**9 else f"{count / 1e6:.1f} MB"
+
+
 def amount(count: float | None) -> str:
     """A count of parameters or tokens: 106.2 M."""
     if count is None:

@@ -12,43 +12,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prismaquant_ray.jackknife import standard_error
+
 
 def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
     """Per output channel Σ_t g_ti² |x_t|² (O,), for g (tokens, O) and x (tokens, I); its sum is the trace."""
     return grad_output.square().T @ x.square().sum(-1)
 
 
+def weight_difference(grad_output: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
+    """D_t = g_t (Ŵ − W) (tokens, I) in float32, for g (tokens, O) and both weights (O, I); the product in W's type."""
+    return (grad_output @ (rounded.to(weight.dtype) - weight)).float()
+
+
+def weight_projection(x: Tensor, difference: Tensor) -> Tensor:
+    """g_t · x_t (Ŵ − W)ᵀ = x_t · D_t (tokens,): p of rounded weights at exact inputs, for x and D (tokens, I)."""
+    return (x * difference).sum(-1)
+
+
+def activation_projection(input_error: Tensor, difference: Tensor, grad_input: Tensor) -> Tensor:
+    """g_t · (Q(x_t) − x_t) Ŵᵀ = (Q(x_t) − x_t) · (D_t + g_t W) (tokens,): what rounded inputs add to p.
+
+    All are (tokens, I): `input_error` Q(x) − x, `difference` D, which is overwritten, and `grad_input` g W. With
+    `weight_projection` it adds up to p_t = g_t · (Q(x_t) Ŵᵀ − x_t Wᵀ).
+    """
+    return difference.add_(grad_input).mul_(input_error).sum(-1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """One candidate's price.
-
-    `cost` ½ Σ p² / N, `first_order` Σ p / N, `standard_error` of the cost by jackknife over sequences.
-    """
+    """One candidate's price: `cost` ½ Σ p² / N, and its `standard_error` by jackknife over sequences."""
 
     cost: float
-    first_order: float
     standard_error: float
 
 
-def price(p: Tensor, squares: Tensor, tokens: int) -> Cost:
-    """From p of every token, float32, summed over the members of the fused group, and ½ Σ p² of each sequence.
+def price(squares: Tensor, tokens: int) -> Cost:
+    """From ½ Σ p² of each sequence (sequences,), p summed over the members of the fused group.
 
     `tokens` is N: every token of the calibration set, also where p is of few (routed) or of other things (patches).
     """
     squares = squares.to(torch.float64)
     sequences = len(squares)
     total = float(squares.sum())
-    if sequences > 1:
-        left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
-        spread = (sequences - 1) / sequences * (left_out - left_out.mean()).square().sum()
-        standard_error = float(spread.sqrt())
-    else:
-        standard_error = 0.0
-    return Cost(
-        cost=total / tokens,
-        first_order=float(p.to(torch.float64).sum()) / tokens,
-        standard_error=standard_error,
-    )
+    left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
+    return Cost(cost=total / tokens, standard_error=standard_error(left_out))
 
 
 def half_squares(p: Tensor) -> Tensor:

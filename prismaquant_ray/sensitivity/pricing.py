@@ -1,9 +1,9 @@
 """Pricing every candidate of a block while its gradients go by.
 
-One matrix product per parameter and format is all a format adds, and it tells both parts of the error: with
-D = g (Ŵ − W), that of the rounded weights is x · D, that of the rounded activations (Q(x) − x) · (g W + D), where
-g W has been computed already: it is the gradient that goes on to x. No large numbers are subtracted, so the product
-may be in the model's own type. Nothing is differentiated with respect to weights.
+One matrix product per parameter and format, D = g (Ŵ − W), is all a format adds: `cost.weight_projection` and
+`cost.activation_projection` take both parts of the error from it, because g W has been computed already: it is the
+gradient that goes on to x. No large numbers are subtracted, so the product may be in the model's own type. Nothing is
+differentiated with respect to weights.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
 from prismaquant_ray.models.capture import CapturedActivations
 from prismaquant_ray.models.experts import Routing
-from prismaquant_ray.sensitivity.cost import fisher_trace, half_squares, price
+from prismaquant_ray.sensitivity.cost import (
+    activation_projection,
+    fisher_trace,
+    half_squares,
+    price,
+    weight_difference,
+    weight_projection,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockSensitivity:
-    """What the backward pass learned of a block.
+    """What the backward pass learned of a block: prices and traces, for the record."""
 
-    `vectors` holds p (tokens of all sequences,) float32 under "group|format" and the channel traces (O,) or (E, O)
-    under "linear|trace"; `figures` holds prices and traces for the record.
-    """
-
-    vectors: dict[str, Tensor]
     figures: dict[str, Any]
 
 
@@ -48,7 +50,6 @@ class _Priced:
     """
 
     decoded: Decoded
-    p: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     parts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
 
@@ -60,7 +61,7 @@ class Passed(NamedTuple):
     at_output: Tensor
 
 
-class _Parts(NamedTuple):
+class Projections(NamedTuple):
     """p of every token (tokens,) by cause: the rounded weights at exact inputs, and what rounded inputs add."""
 
     weights: Tensor
@@ -99,59 +100,72 @@ class Pricing:
 
     def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
         """One microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
-        found: dict[tuple[str, FormatName], _Parts] = {}
-        for entry in self.block.inputs:
-            x = captured.inputs[entry.name].detach().flatten(0, -2).float()
-            routing = captured.routing.get(entry.name)
-            changes: dict[FormatName, Tensor] = {}
-            for group, matrix in self._reading(entry.name):
-                flat = {name: Passed(*(g.flatten(0, -2) for g in passed[name])) for name in matrix.parameters}
-                for parameter, (_, at_output) in flat.items():
-                    self._trace(parameter, at_output.float(), x, routing)
-                arriving = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
-                for name, priced in self.priced[group.name].items():
-                    rounding = FORMATS[name].round_activation
-                    if rounding is not None and name not in changes:
-                        changes[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
-                    through = functools.reduce(
-                        torch.add,
-                        (
-                            self._through(parameter, g, priced.decoded.weights[parameter], routing)
-                            for parameter, (_, g) in flat.items()
-                        ),
-                    )
-                    weights = (x * through).sum(-1)
-                    activations = (
-                        (through.add_(arriving).mul_(changes[name])).sum(-1)
-                        if name in changes
-                        else torch.zeros_like(weights)
-                    )
-                    parts = _Parts(weights, activations)
-                    parts = parts if routing is None else _Parts(*(routing.to_tokens(part) for part in parts))
-                    before = found.get((group.name, name))
-                    found[group.name, name] = parts if before is None else _Parts(*map(torch.add, before, parts))
+        self._add_traces(captured, passed)
         sound = True
-        for (group_name, name), parts in found.items():
-            priced = self.priced[group_name][name]
+        for (group, name), parts in self.projections(captured, passed).items():
+            priced = self.priced[group][name]
             p = parts.weights + parts.activations
-            priced.p.append(p)
             priced.squares.append(half_squares(p.view(sequences, -1)))
             priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
             sound = sound and all_finite(p)
         return sound
 
-    def _through(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
-        """g (Ŵ − W) (rows, I) in float32, for g (rows, O): the product in g's type."""
+    def projections(
+        self, captured: CapturedActivations, passed: Mapping[str, Passed]
+    ) -> dict[tuple[str, FormatName], Projections]:
+        """p of every token of a microbatch, float32, by group and format, summed over the group's members.
+
+        Tokens are in the microbatch's order, patches in a vision tower; rows of experts are summed by token.
+        """
+        found: dict[tuple[str, FormatName], Projections] = {}
+        for entry in self.block.inputs:
+            x, routing = _input(captured, entry.name)
+            input_errors: dict[FormatName, Tensor] = {}
+            for group, matrix in self._reading(entry.name):
+                flat = {name: _flat(passed[name]) for name in matrix.parameters}
+                grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
+                for name, priced in self.priced[group.name].items():
+                    rounding = FORMATS[name].round_activation
+                    if rounding is not None and name not in input_errors:
+                        input_errors[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
+                    difference = functools.reduce(
+                        torch.add,
+                        (
+                            self._difference(parameter, g, priced.decoded.weights[parameter], routing)
+                            for parameter, (_, g) in flat.items()
+                        ),
+                    )
+                    weights = weight_projection(x, difference)
+                    activations = (
+                        activation_projection(input_errors[name], difference, grad_input)
+                        if name in input_errors
+                        else torch.zeros_like(weights)
+                    )
+                    parts = Projections(weights, activations)
+                    parts = parts if routing is None else Projections(*(routing.to_tokens(part) for part in parts))
+                    before = found.get((group.name, name))
+                    found[group.name, name] = parts if before is None else Projections(*map(torch.add, before, parts))
+        return found
+
+    def _difference(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
+        """D of a parameter (rows, I) float32, for g (rows, O); rows of experts one expert after the other."""
         weight = self.module.get_parameter(parameter)
         if routing is None:
-            return _times_difference(gradient, rounded, weight)
+            return weight_difference(gradient, rounded, weight)
         pieces = enumerate(gradient.split(routing.counts.tolist()))
-        return torch.cat([_times_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
+        return torch.cat([weight_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
 
     def _reading(self, name: str) -> list[tuple[FusedGroup, Matrix]]:
         return [(group, matrix) for group in self.block.groups for matrix in group.matrices if matrix.input == name]
 
-    def _trace(self, parameter: str, gradient: Tensor, x: Tensor, routing: Routing | None) -> None:
+    def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
+        for entry in self.block.inputs:
+            x, routing = _input(captured, entry.name)
+            for _, matrix in self._reading(entry.name):
+                for parameter in matrix.parameters:
+                    self._add_trace(parameter, _flat(passed[parameter]).at_output.float(), x, routing)
+
+    def _add_trace(self, parameter: str, gradient: Tensor, x: Tensor, routing: Routing | None) -> None:
         if routing is None:
             self.traces[parameter] += fisher_trace(gradient, x)
             return
@@ -160,18 +174,14 @@ class Pricing:
             self.traces[parameter][expert] += fisher_trace(g, rows)
 
     def finish(self, tokens: int) -> BlockSensitivity:
-        """Prices per token of `tokens`, traces and p vectors; InputError when no gradient reached the block."""
-        vectors: dict[str, Tensor] = {}
+        """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
         groups: dict[str, Any] = {}
         for group in self.block.groups:
             groups[group.name] = {}
             for name, priced in self.priced[group.name].items():
-                p = torch.cat(priced.p)
-                vectors[f"{group.name}|{name}"] = p
-                cost = price(p, torch.cat(priced.squares), tokens)
+                cost = price(torch.cat(priced.squares), tokens)
                 groups[group.name][name] = {
                     "cost": cost.cost,
-                    "first_order": cost.first_order,
                     "standard_error": cost.standard_error,
                     "weight_cost": float(priced.parts[0]) / tokens,
                     "activation_cost": float(priced.parts[1]) / tokens,
@@ -185,9 +195,7 @@ class Pricing:
                             f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
                         )
                     traces[linear.name] = (trace.sum(-1) / tokens).tolist()
-                    vectors[f"{linear.name}|trace"] = trace
-        figures = {"groups": groups, "fisher_trace": traces, "tokens": tokens}
-        return BlockSensitivity(vectors=vectors, figures=figures)
+        return BlockSensitivity(figures={"groups": groups, "fisher_trace": traces, "tokens": tokens})
 
     def _by_linear(self, matrix: Matrix) -> list[tuple[LinearSpec, Tensor]]:
         if matrix.experts is None:
@@ -203,5 +211,10 @@ def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
     return (matrix.linears[matrix.parameters.index(parameter)].out_features,)
 
 
-def _times_difference(gradient: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
-    return (gradient @ (rounded.to(weight.dtype) - weight)).float()
+def _input(captured: CapturedActivations, name: str) -> tuple[Tensor, Routing | None]:
+    """An input (rows, I) in float32, and which tokens its rows are of."""
+    return captured.inputs[name].detach().flatten(0, -2).float(), captured.routing.get(name)
+
+
+def _flat(gradients: Passed) -> Passed:
+    return Passed(*(g.flatten(0, -2) for g in gradients))
