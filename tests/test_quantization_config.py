@@ -55,9 +55,9 @@ def layout_of(
     layers: int,
     *,
     width: int = 256,
-    kept: Mapping[str, str] | None = None,
+    ignored: Mapping[str, str] | None = None,
     experts: int = 0,
-    views: tuple[NameAlias, ...] = (),
+    aliases: tuple[NameAlias, ...] = (),
 ) -> Layout:
     """Attention fused, an MLP pair fused, and o_proj and down_proj alone; down_proj is 160 wide.
 
@@ -98,9 +98,9 @@ def layout_of(
         embedding=("model.embed_tokens.weight",),
         pixels=(),
         head=(),
-        kept=dict(kept if kept is not None else {"lm_head": "output head"}),
+        ignored=dict(ignored if ignored is not None else {"lm_head": "output head"}),
         guesses=(),
-        aliases=views,
+        aliases=aliases,
         hidden_size=width,
         vocab_size=64,
         image_token=None,
@@ -195,8 +195,8 @@ def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) 
             names = zip(*(layout.aliases_of(linear.names[0]) for linear in group.linears), strict=True)
             routes = [experts_route(config, called) for called in names]
         assert [schemes[route] if route else None for route in routes] == [scheme] * len(routes)
-    for kept in layout.ignored:
-        for called in layout.aliases_of(kept):
+    for ignored in layout.ignored:
+        for called in layout.aliases_of(ignored):
             assert named_groups(config, called) == set()
             assert is_ignored(config, called)
             assert transformers_route(config, called) is vllm_route(config, called) is None
@@ -277,8 +277,8 @@ def test_nothing_quantized_needs_no_configuration() -> None:
 
 
 def test_everything_unquantized_is_ignored_by_name() -> None:
-    kept = {"lm_head": "head", "model.layers.3.mlp.gate": "router", "model.layers.11.mlp.gate": "router"}
-    layout = layout_of(12, kept=kept)
+    ignored = {"lm_head": "head", "model.layers.3.mlp.gate": "router", "model.layers.11.mlp.gate": "router"}
+    layout = layout_of(12, ignored=ignored)
     choice = uniform(layout, FormatName.FP8) | {"model.layers.1.self_attn.qkv_proj": FormatName.BF16}
     config = built(layout, choice)
     assert config["ignore"] == [
@@ -288,7 +288,7 @@ def test_everything_unquantized_is_ignored_by_name() -> None:
         r"re:^model\.layers\.1\.self_attn\.v_proj$",
         "lm_head",
     ]
-    for name in [*kept, "model.layers.1.self_attn.k_proj"]:
+    for name in [*ignored, "model.layers.1.self_attn.k_proj"]:
         assert is_ignored(config, name)
         assert transformers_route(config, name) is vllm_route(config, name) is None
     assert not is_ignored(config, "model.layers.11.self_attn.k_proj")
