@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from actors.schedule.units import Stage, Unit
 from actors.shard_task import Attempt, UnitTask
-from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
-from prismaquant_ray.rounding.forward_pass import BlockForward
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward, HeadBackward
+from prismaquant_ray.backward.block import BlockBackward, HeadBackward
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.storage.record import Record
 
 

@@ -10,15 +10,15 @@ from functools import cached_property
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Shard, Stage
-from prismaquant_ray.calibration.batches import Batch, CalibrationSet
-from prismaquant_ray.checkpoint.decoded_candidates import CandidateTensors
+from prismaquant_ray.backward.loss import Loss
+from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variants
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.models.prefetch import Prefetcher
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.sensitivity.fisher import Loss
+from prismaquant_ray.forward.decoded_candidates import CandidateTensors
+from prismaquant_ray.forward.encode import Rounding
+from prismaquant_ray.model.prefetch import Prefetcher
+from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.storage.record import read_tensors
 
 

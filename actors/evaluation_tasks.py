@@ -14,11 +14,11 @@ from typing_extensions import override
 from actors.block_tasks import index_of
 from actors.schedule.units import Unit
 from actors.shard_task import UnitTask
+from prismaquant_ray.backward.loss import IGNORED
 from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock
-from prismaquant_ray.models.mtp_head import most_likely
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.sensitivity.fisher import IGNORED
+from prismaquant_ray.model.mtp_head import most_likely
+from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.storage.record import Record
 
 

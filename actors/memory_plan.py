@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from actors.schedule.shards import blocks_per_shard
+from prismaquant_ray.backward.loss import LOGIT_BYTES
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.forward.block import hessian_bytes
+from prismaquant_ray.forward.encode import AT_ONCE
+from prismaquant_ray.forward.routed_inputs import HESSIANS
 from prismaquant_ray.layout import HEADS, Block, BlockKind, Layout
-from prismaquant_ray.rounding.encode import AT_ONCE
-from prismaquant_ray.rounding.forward_pass import hessian_bytes
-from prismaquant_ray.rounding.routed_inputs import HESSIANS
-from prismaquant_ray.sensitivity.fisher import LOGIT_BYTES
 
 # torch, transformers, Ray's worker and the calibration tokens of one process.
 BASE_BYTES = 700_000_000

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from actors.block_tasks import BackwardTask, ForwardTask, HeadBackwardTask, HeadTask
 from actors.boundary_tasks import EntryTask, ExitTask, PixelsTask
-from actors.calibration import read_calibration
 from actors.context import WorkerContext
 from actors.evaluation_tasks import (
     BlocksEvaluation,
@@ -39,19 +38,20 @@ from actors.schedule.units import Exit, Shard, Stage
 from actors.shard_task import Attempt, ShardTask, UnitTask
 from actors.transfer import Activation
 from prismaquant_ray import __version__
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.source import TensorSource
+from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.models.layout_builder import scope_of
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.models.source import resolve
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.gptq import Gptq
-from prismaquant_ray.rounding.scale_search import ScaleSearch
+from prismaquant_ray.forward.encode import Rounding
+from prismaquant_ray.forward.gptq import Gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch
+from prismaquant_ray.model.layout_builder import scope_of
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import resolve
 from prismaquant_ray.storage.record import Artifact, read_tensors
 from prismaquant_ray.storage.store import Store
 

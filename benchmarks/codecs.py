@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.results import save
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Format, grouped
-from prismaquant_ray.rounding.scale_search import round_with
+from prismaquant_ray.forward.scale_search import round_with
 
 SHAPE = (2048, 4096)
 ROWS = 64

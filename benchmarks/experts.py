@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.results import save
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
-from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
-from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, Prior
+from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums, Prior
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS, TOP = 64, 256, 128, 4096, 4
 FORMATS_TRIED = (FormatName.NVFP4, FormatName.INT4, FormatName.FP8)

@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import results
-from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.backward.block import BlockBackward
+from prismaquant_ray.backward.loss import Loss
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import BlockForward
-from prismaquant_ray.rounding.scale_search import ScaleSearch
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward
-from prismaquant_ray.sensitivity.fisher import Loss
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.encode import Rounding
+from prismaquant_ray.forward.scale_search import ScaleSearch
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 
 SOURCE = Path("runs/demo/source")

@@ -31,14 +31,14 @@ from transformers import AutoTokenizer
 from jobs import assemble, planning
 from jobs.run import Run
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, load
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.divergence import SourceLogits
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.models.source import local_files
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.resolve import local_files
 from prismaquant_ray.storage.record import read_tensors
 from prismaquant_ray.storage.store import Store
 

@@ -27,17 +27,17 @@ from transformers import AutoTokenizer
 
 from benchmarks import results
 from benchmarks.probe import FORMATS, LENGTH, SOURCE, TEXT, Candidates, Probe
+from prismaquant_ray.backward.block import BlockBackward
+from prismaquant_ray.backward.loss import Loss
+from prismaquant_ray.backward.pricing import Pricing
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.forward import encode, forward_pass
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.encode import Rounding
+from prismaquant_ray.forward.statistics import InputSums
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding import encode, forward_pass
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import BlockForward
-from prismaquant_ray.rounding.hessian import InputSums
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward
-from prismaquant_ray.sensitivity.fisher import Loss
-from prismaquant_ray.sensitivity.pricing import Pricing
+from prismaquant_ray.model.runner import ModelRunner
 
 # A stage, and the functions whose time is its own. What remains is "rest".
 STAGES: dict[str, tuple[tuple[Any, str], ...]] = {

@@ -33,9 +33,9 @@ from torch import Tensor
 from benchmarks.results import save
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec, Rounded, grouped
-from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
-from prismaquant_ray.rounding.hessian import InputStatistics, InputSums, output_error
-from prismaquant_ray.rounding.scale_search import ScaleSearch, round_with, searched
+from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch, round_with, searched
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums, output_error
 
 SIZE, ROWS, BATCHES, HELD_OUT = 4096, 8192, 8, 2048
 REPEATS = 3

@@ -33,14 +33,14 @@ from actors.events import read_events
 from benchmarks.results import save
 from benchmarks.usage import Usage, measured
 from prismaquant_ray import __version__
-from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.forward.candidates import Candidates
+from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.layout_builder import build_layout
-from prismaquant_ray.rounding.scale_search import nearest
+from prismaquant_ray.model.layout_builder import build_layout
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import write_repository
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.record import Artifact, write_tensors
 from prismaquant_ray.storage.store import Store
 

@@ -47,18 +47,18 @@ from benchmarks.scaling import machine
 from benchmarks.training import EVALUATED, HELD_OUT_TEXT, ROOT, TRAINING_TEXT, Training, trained, windows
 from jobs import assemble, planning
 from jobs.run import Run
-from prismaquant_ray.calibration.batches import TOKENS
+from prismaquant_ray.calibration.dataset import TOKENS
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.config import BudgetConfig, Config
 from prismaquant_ray.evaluation.divergence import SourceLogits
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.forward import hessian
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.layout import FusedGroup
-from prismaquant_ray.models import experts
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding import hessian
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import BlockForward
+from prismaquant_ray.model import experts
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 
 RESULT = ROOT / "benchmarks" / "results" / "trained.json"

@@ -13,13 +13,13 @@ from jobs import planning
 from jobs.card import card_of
 from jobs.run import Run
 from prismaquant_ray import __version__
-from prismaquant_ray.checkpoint.reader import INDEX
-from prismaquant_ray.checkpoint.staging import check_output, staged_output
-from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.repository.staging import check_output, staged_output
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import write_repository
+from prismaquant_ray.source.checkpoint import INDEX
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.prefix import Prefix
 

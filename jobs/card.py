@@ -13,18 +13,17 @@ from typing import Any
 
 import yaml
 
-from actors.calibration import read_calibration
 from actors.schedule.units import Stage
+from benchmarks.bundled_model import EMBEDDED_MODELS
 from jobs.card_plans import knee, measured, named, predicted_loss, sweep_rows
 from jobs.run import Run
 from prismaquant_ray import __version__
-from prismaquant_ray.checkpoint.quantization_config import Choice, linears_by_format
-from prismaquant_ray.checkpoint.writer import README, Written
+from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.servability import NOT_IN_TRANSFORMERS, SERVABILITY, VLLM
+from prismaquant_ray.forward.encode import by_matrix
 from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.models.embedded import EMBEDDED_MODELS
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.card_facts import (
     Calibration,
@@ -37,7 +36,8 @@ from prismaquant_ray.report.card_facts import (
     Source,
     stated,
 )
-from prismaquant_ray.rounding.encode import by_matrix
+from prismaquant_ray.repository.quantization_config import Choice, linears_by_format
+from prismaquant_ray.repository.writer import README, Written
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "ray")
 _PARTS = {

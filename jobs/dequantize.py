@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from prismaquant_ray.checkpoint.staging import staged_output
 from prismaquant_ray.compressed.dequantize import QuantizedRepository, check_place
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.repository.staging import staged_output
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.store import Store, check_directory, existing
 

@@ -20,14 +20,14 @@ from jobs import inputs
 from jobs.evaluation import Bench
 from jobs.measure import OpenWorkers, ray_crew
 from prismaquant_ray.calibration.files import read_text
-from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.models.layout_builder import build_layout, scope_of
-from prismaquant_ray.models.source import local_files
+from prismaquant_ray.model.layout_builder import build_layout, scope_of
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import local_files
 from prismaquant_ray.storage.lease import held
 from prismaquant_ray.storage.store import Store, existing
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actors.calibration import store_calibration
 from actors.events import Events
 from actors.memory_plan import evaluation_memory_plan
 from actors.messages import Evaluation, WorkerSpec
@@ -29,13 +28,14 @@ from actors.schedule.units import Shard, Stage, Unit
 from jobs import inputs
 from jobs.measure import OpenWorkers, Passes
 from prismaquant_ray import __version__
-from prismaquant_ray.calibration.batches import CalibrationSet
-from prismaquant_ray.checkpoint.source import TensorSource
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError
 from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summarize
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import Layout
+from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
 from prismaquant_ray.storage.store import Store

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from actors.calibration import read_calibration
 from jobs import inputs, planning
 from jobs.evaluation import Bench
 from jobs.run import Run
 from prismaquant_ray import __version__
 from prismaquant_ray.allocation.frontier import sweep
-from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.config import BudgetConfig, EvaluationConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import knee_of

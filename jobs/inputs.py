@@ -13,17 +13,17 @@ from actors.connect import joins
 from actors.memory import free_memory
 from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from prismaquant_ray import __version__
-from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config, ModelConfig
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.runner import check_finite
-from prismaquant_ray.models.source import local_files, resolve
-from prismaquant_ray.report.shown import gigabytes
+from prismaquant_ray.model.runner import check_finite
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import local_files, resolve
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.store import Store, check_directory
 
@@ -37,14 +37,14 @@ def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
     Where `weights` are not needed, a directory with nothing but a configuration will do.
     """
     if model.embedded is not None:
-        from prismaquant_ray.models.embedded import materialise
+        from benchmarks.bundled_model import materialise
 
         return Checkpoint(Store(materialise(model.embedded, Path(model.source)), create=False))
     store = resolve(model.source, model.revision)
     if store.path is None:
         store.check_readable()
     if not weights:
-        from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
+        from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 
         if ConfigOnlyCheckpoint.fits(store):
             return ConfigOnlyCheckpoint(store)

@@ -12,15 +12,16 @@ from rich.console import Console
 
 from actors.connect import joins
 from actors.memory_plan import MemoryPlan, shard_size
+from actors.schedule.shards import SHARDS_PER_WORKER
 from jobs import inputs
 from jobs.allocate import memory
 from jobs.run import Run
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
-from prismaquant_ray.checkpoint.source import TensorSource
 from prismaquant_ray.config import Config, parse_bytes
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.report.shown import gigabytes
+from prismaquant_ray.formatting import gigabytes
+from prismaquant_ray.source.protocol import TensorSource
 
 _MACHINE = re.compile(r"(\d+)x(.+)")
 
@@ -101,7 +102,7 @@ def _plan(config: Config, required: MemoryPlan, machine: str, workers: int, memo
 
 def _without_weights(source: TensorSource) -> Iterator[str]:
     """What was taken for granted because there are no weights."""
-    from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
+    from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 
     if isinstance(source, ConfigOnlyCheckpoint):
         yield "no weights are there: names and shapes are those of the configuration, in BF16"
@@ -144,7 +145,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"  blocks per shard: {size['blocks']}"
         + (" as configured; " if size["configured"] else "; ")
         + f"{max(0, size['fitting'])} fit into {gigabytes(size['free'])} ((free - process {gigabytes(needs['base'])} - "
-        f"working {gigabytes(needs['working'])}) / block), {size['wanted']} give every worker {SHARDS_PER_WORKER} visits"
+        f"working {gigabytes(needs['working'])}) / block), "
+        f"{size['wanted']} give every worker {SHARDS_PER_WORKER} visits"
     )
     if not result["on_this_machine"]:
         console.print("  (memory of this machine; on the cluster the first worker says what it has)")

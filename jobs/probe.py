@@ -11,8 +11,8 @@ from rich.console import Console
 from actors.schedule.units import Stage
 from jobs.run import Run
 from prismaquant_ray.config import Config
+from prismaquant_ray.forward.encode import by_matrix
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.rounding.encode import by_matrix
 
 
 def run(config: Config, *, fresh: bool = False) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from typing import Any, TypeVar
 import click
 from pydantic import TypeAdapter, ValidationError
 
-from actors.calibration import PLACE as CALIBRATION
-from actors.calibration import store_calibration
 from actors.events import EventLog, Events
 from actors.memory_plan import MemoryPlan, memory_plan
 from actors.messages import WorkerSpec
@@ -26,15 +24,17 @@ from jobs.measure import REPAIRS, Measurement, OpenWorkers, ray_crew
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
 from prismaquant_ray.allocation.constraints import constrained
 from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
-from prismaquant_ray.calibration.batches import CalibrationSet
-from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.source import TensorSource
-from prismaquant_ray.checkpoint.staging import check_output
+from prismaquant_ray.backward.cost_table import CostTable, from_figures
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.stored import PLACE as CALIBRATION
+from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.sensitivity.table import CostTable, from_figures
+from prismaquant_ray.repository.staging import check_output
+from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
 from prismaquant_ray.storage.record import Artifact, Record
@@ -94,7 +94,7 @@ class Run:
         return self._build_layout()
 
     def _build_layout(self) -> Layout:
-        from prismaquant_ray.models.layout_builder import build_layout, scope_of
+        from prismaquant_ray.model.layout_builder import build_layout, scope_of
 
         return build_layout(self.source, scope_of(self.config))[1]
 
@@ -116,7 +116,7 @@ class Run:
     @property
     def _serving(self) -> Serving | None:
         """What a server holds beside the weights, when the budget says for how long a context."""
-        from prismaquant_ray.models.layout_builder import load_config
+        from prismaquant_ray.model.layout_builder import load_config
 
         budget = self.config.budget
         if budget.context is None:

@@ -9,11 +9,11 @@ from rich.console import Console
 
 from jobs import inputs
 from jobs.run import Run
-from prismaquant_ray.checkpoint.shards import MANIFEST, is_dequantized
-from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.repository.shards import MANIFEST, is_dequantized
+from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.storage.store import Store
 
 

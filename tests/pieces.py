@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
 
 
 def bytes_of(checkpoint: Checkpoint, name: str) -> bytes:

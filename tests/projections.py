@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
-from prismaquant_ray.models.captured import CapturedActivations
 from torch import Tensor
 
+from prismaquant_ray.backward.block import BlockBackward
+from prismaquant_ray.backward.pricing import Passed, Projections
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward
-from prismaquant_ray.sensitivity.pricing import Passed, Projections
+from prismaquant_ray.model.capture import CapturedActivations
 
 
 class Recorded:

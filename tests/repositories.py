@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.shards import MANIFEST
-from prismaquant_ray.checkpoint.verify import VerifyReport, verify_repository
-from prismaquant_ray.checkpoint.writer import WrittenRepository, write_repository
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import experts_of
 from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.forward.candidates import Candidates
+from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import Layout, LinearSpec, Matrix
-from prismaquant_ray.models.layout_builder import Scope, build_layout
-from prismaquant_ray.rounding.scale_search import nearest
+from prismaquant_ray.model.layout_builder import Scope, build_layout
+from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.verify import VerifyReport, verify_repository
+from prismaquant_ray.repository.writer import WrittenRepository, write_repository
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
 from prismaquant_ray.storage.record import write_tensors
 from prismaquant_ray.storage.store import Store
 from tests.tiny import make_checkpoint

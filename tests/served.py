@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from jobs.run import Run
-from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process
 from tests.repositories import mixed_choice

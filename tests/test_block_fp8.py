@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.block_fp8 import BlockFp8Decoder
-from prismaquant_ray.checkpoint.ranges import read_pieces
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint, as_tensor
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.source.block_fp8 import BlockFp8Decoder
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint, as_tensor
+from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
 from tests.pieces import bytes_of
 from tests.tiny_families import dequantize_blocks, make_family

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.errors import InputError
 from tests.tiny import make_checkpoint, make_text

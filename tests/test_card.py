@@ -20,9 +20,6 @@ from jobs import planning
 from jobs.card import card_of, facts_of
 from jobs.run import Run
 from prismaquant_ray.allocation.budget import CARD_BYTES
-from prismaquant_ray.checkpoint.shards import MANIFEST
-from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import README, Written, WrittenRepository, write_repository
 from prismaquant_ray.config import Config, load
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -45,6 +42,9 @@ from prismaquant_ray.report.card_facts import (
     stated,
 )
 from prismaquant_ray.report.markdown import Markdown, code, escaped, fenced, line
+from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import README, Written, WrittenRepository, write_repository
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process
 from tests.tiny import make_checkpoint, make_text

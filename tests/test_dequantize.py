@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from jobs import verify
 from jobs.__main__ import cli
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.routing import transformers_route
-from prismaquant_ray.checkpoint.shards import DEQUANTIZED, MANIFEST
-from prismaquant_ray.checkpoint.staging import check_output, staged_output
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
-from prismaquant_ray.rounding.scale_search import nearest
+from prismaquant_ray.forward.scale_search import nearest
+from prismaquant_ray.repository.routing import transformers_route
+from prismaquant_ray.repository.shards import DEQUANTIZED, MANIFEST
+from prismaquant_ray.repository.staging import check_output, staged_output
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Choice, Model, make_model, mixed, rewrite, tensors_of
 from tests.s3_server import S3Server

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.bundled_model import materialise
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models import embedded
-from prismaquant_ray.models.embedded import materialise
+from prismaquant_ray.model import embedded
 
 NAME = "smollm2-135m-instruct"
 EVALUATION = Path(__file__).parent.parent / "configs/data/evaluation.txt"

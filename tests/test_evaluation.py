@@ -20,10 +20,10 @@ from actors.schedule.units import Stage
 from jobs import evaluate
 from jobs.measure import OpenWorkers
 from prismaquant_ray.calibration.images import load_images
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import InProcessWorkers, after, in_process, unopened
 from tests.repositories import Model, make_model, mixed_choice, rewrite, tensors_of
@@ -180,8 +180,8 @@ def test_the_draft_is_judged_by_what_its_own_model_says(quantized: Callable[[str
     assert all(abs(share * positions - round(share * positions)) < 1e-6 for share in shares)
     # The source's figure is the one that the probe reports for a draft that is not quantized.
     from prismaquant_ray.layout import BlockKind
-    from prismaquant_ray.models.layout_builder import Scope
-    from prismaquant_ray.models.runner import ModelRunner
+    from prismaquant_ray.model.layout_builder import Scope
+    from prismaquant_ray.model.runner import ModelRunner
 
     runner = ModelRunner(
         Checkpoint(Store(case.source)), dtype=torch.float32, device=torch.device("cpu"), scope=Scope(images=False)

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from prismaquant_ray.calibration.images import load_images
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.families import FAMILIES as KNOWN
 from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.models.config_only import ConfigOnlyCheckpoint
-from prismaquant_ray.models.experts import Routing
-from prismaquant_ray.models.families import FAMILIES as KNOWN
-from prismaquant_ray.models.layout_builder import Scope, build_layout
-from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.model.experts import Routing
+from prismaquant_ray.model.layout_builder import Scope, build_layout
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens
 from tests.tiny_families import FAMILIES, VISION_FAMILIES, dequantize_blocks, make_family

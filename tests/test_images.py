@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from benchmarks.make_images import IMAGES
 from benchmarks.make_images import main as make_images
 from prismaquant_ray.calibration import images
-from prismaquant_ray.calibration.batches import CalibrationSet
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.images import ImageSequence, load_images
 from prismaquant_ray.errors import InputError
 from tests.tiny_families import IMAGE_PAD, VIDEO_PAD, VISION_START, make_family

@@ -11,10 +11,10 @@ from torch import Tensor
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, grouped
 from prismaquant_ray.formats.grids import e4m3_value, pack_nibbles, unpack_nibbles
-from prismaquant_ray.rounding import gptq as gptq_module
-from prismaquant_ray.rounding import scale_search
-from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
-from prismaquant_ray.rounding.scale_search import ScaleSearch, nearest, round_with, searched
+from prismaquant_ray.forward import gptq as gptq_module
+from prismaquant_ray.forward import scale_search
+from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_with, searched
 from tests.reference.codecs import with_scale
 from tests.reference.gptq import textbook
 

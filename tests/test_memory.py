@@ -13,9 +13,9 @@ from torch import Tensor
 from actors.events import read_events
 from jobs import assemble
 from jobs.run import Run
-from prismaquant_ray.checkpoint.reader import INDEX
 from prismaquant_ray.config import load
 from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.source.checkpoint import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.test_pipeline import configuration
 from tests.tiny import make_checkpoint

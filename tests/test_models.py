@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.capture import capture_activations
-from prismaquant_ray.models.families import FusedRule, family_of
-from prismaquant_ray.models.layout_builder import build_layout, load_config
-from prismaquant_ray.models.meta_model import longest_layer_list
-from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.families import FusedRule, family_of
+from prismaquant_ray.model.capture import capture_activations
+from prismaquant_ray.model.layout_builder import build_layout, load_config
+from prismaquant_ray.model.meta_model import longest_layer_list
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.tiny import ARCHITECTURES, make_checkpoint, random_tokens, read_config
 
@@ -112,7 +112,7 @@ def test_a_wrong_fused_rule_is_found_by_running(tmp_path: Path, monkeypatch: pyt
     family = family_of("LlamaForCausalLM")
     assert family is not None
     wrong = replace(family, fused=(FusedRule(name="qo_proj", members=("q_proj", "o_proj")),))
-    monkeypatch.setattr("prismaquant_ray.models.layout_builder.family_of", lambda _: wrong)
+    monkeypatch.setattr("prismaquant_ray.model.layout_builder.family_of", lambda _: wrong)
     runner = runner_of(make_checkpoint(tmp_path / "m", "llama"))
     block = runner.layout.blocks[0]
     assert [linear.name.rpartition(".")[2] for linear in block.groups[0].linears] == ["q_proj", "o_proj"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.models.prefetch import Prefetcher
+from prismaquant_ray.model.prefetch import Prefetcher
 
 
 class Value:

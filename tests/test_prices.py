@@ -20,21 +20,21 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from prismaquant_ray.calibration.batches import Batch, CalibrationSet
+from prismaquant_ray.backward.block import BlockBackward, HeadBackward
+from prismaquant_ray.backward.cost_table import from_figures
+from prismaquant_ray.backward.loss import IGNORED, Loss, sample
+from prismaquant_ray.backward.pricing import BlockSensitivity
+from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
-from prismaquant_ray.checkpoint.decoded_candidates import own
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.decoded_candidates import own
+from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.layout import HEADS, Block, BlockKind, FusedGroup
-from prismaquant_ray.models.layout_builder import Scope
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import BlockForward
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward, HeadBackward
-from prismaquant_ray.sensitivity.fisher import IGNORED, Loss, sample
-from prismaquant_ray.sensitivity.pricing import BlockSensitivity
-from prismaquant_ray.sensitivity.table import from_figures
+from prismaquant_ray.model.layout_builder import Scope
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
 from tests.tiny import random_tokens

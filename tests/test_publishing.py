@@ -21,8 +21,6 @@ from click.testing import CliRunner, Result
 from huggingface_hub import HfApi, constants
 
 from jobs.__main__ import cli
-from prismaquant_ray.checkpoint.reader import INDEX
-from prismaquant_ray.checkpoint.shards import CONFIG, DEQUANTIZED, MANIFEST
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.publishing import hub as publishing_hub
@@ -31,6 +29,8 @@ from prismaquant_ray.publishing.finished import Published, open_finished
 from prismaquant_ray.publishing.hub import check_hub, publish_to_hub
 from prismaquant_ray.publishing.hub_client import HubRepository
 from prismaquant_ray.publishing.hub_failures import tidy
+from prismaquant_ray.repository.shards import CONFIG, DEQUANTIZED, MANIFEST
+from prismaquant_ray.source.checkpoint import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import CUT, FINE, LOST, ORGANIZATION, READER, STRANGER, TOKEN, USER, HubServer

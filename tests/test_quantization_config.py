@@ -16,9 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prismaquant_ray.checkpoint.quantization_config import build_quantization_config, config_group, targets
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.routing import (
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, NameAlias
+from prismaquant_ray.model import layout_builder
+from prismaquant_ray.repository.quantization_config import build_quantization_config, config_group, targets
+from prismaquant_ray.repository.routing import (
     config_problems,
     experts_route,
     fused_mapping,
@@ -28,11 +32,7 @@ from prismaquant_ray.checkpoint.routing import (
     transformers_route,
     vllm_route,
 )
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.fitting import formats_of
-from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, NameAlias
-from prismaquant_ray.models import layout_builder
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Choice, everything, mixed, mixed_choice, uniform
 from tests.tiny_families import FAMILIES, make_family

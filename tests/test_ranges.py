@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from prismaquant_ray.checkpoint.header import TensorInfo
-from prismaquant_ray.checkpoint.ranges import BATCH_BYTES, parts, read_pieces
-from prismaquant_ray.checkpoint.source import Piece
-from prismaquant_ray.checkpoint.verify import _is_finite
 from prismaquant_ray.errors import StoreError
+from prismaquant_ray.repository.verify import _is_finite
+from prismaquant_ray.source.header import TensorInfo
+from prismaquant_ray.source.protocol import Piece
+from prismaquant_ray.source.ranges import BATCH_BYTES, parts, read_pieces
 from prismaquant_ray.storage.store import Store
 
 

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from pydantic import Field
 
+from docs.configuration import Key, render, sections
 from prismaquant_ray.config import Config, Section, load
 from prismaquant_ray.errors import ConfigError
-from prismaquant_ray.reference import Key, render, sections
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 MINIMAL = {
@@ -29,7 +29,7 @@ BOUNDED = [(path, key, bound) for path, key in KEYS for bound in key.bounds]
 
 def test_the_page_is_what_the_schema_gives() -> None:
     assert PAGE.read_text() == render(), (
-        "the schema changed: .venv/bin/python -m prismaquant_ray.reference > docs/configuration.md"
+        "the schema changed: .venv/bin/python -m docs.configuration > docs/configuration.md"
     )
 
 

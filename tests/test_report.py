@@ -22,10 +22,11 @@ from actors.schedule.units import Stage
 from jobs import planning, report
 from jobs.__main__ import cli
 from jobs.run import Run
+from prismaquant_ray import formatting
 from prismaquant_ray.config import load
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.report import facts, measured, shown
+from prismaquant_ray.report import facts, measured
 from prismaquant_ray.report.chart import Axis, chart
 from prismaquant_ray.report.page import page
 from prismaquant_ray.report.plots import plots
@@ -270,7 +271,7 @@ def test_measurements_belong_to_exactly_the_plans_that_were_measured(dense: Run)
         assert uniform["NVFP4"]["activations"]["kl_mean"] == 0.2
         assert uniform["BF16"] is None
         text = _text(page(found))
-        assert shown.with_error(0.2, 0.004) in text
+        assert formatting.with_error(0.2, 0.004) in text
 
         changed = reopened(dense.config.model_copy(update={"sweep": (4.6, 5.0, 6.1)}))
         again = report.gather(changed)
@@ -417,13 +418,13 @@ def test_another_objective_has_no_standard_errors_and_no_split(dense: Run) -> No
 
 @given(st.floats(1e-4, 1e6), st.integers(2, 6))
 def test_a_figure_is_what_it_shows(value: float, digits: int) -> None:
-    text = shown.figure(value, digits)
+    text = formatting.figure(value, digits)
     assert float(text.replace(",", "")) == pytest.approx(value, rel=0.5001 * 10.0 ** (1 - digits))
 
 
 @given(st.floats(-1e3, 1e3), st.floats(1e-6, 10.0))
 def test_an_error_says_how_many_digits_count(value: float, error: float) -> None:
-    text, _, spread = shown.with_error(value, error).replace(",", "").replace("−", "-").partition(" ± ")
+    text, _, spread = formatting.with_error(value, error).replace(",", "").replace("−", "-").partition(" ± ")
     assert float(spread) == pytest.approx(error, rel=0.15)
     assert abs(float(text) - value) <= 0.16 * error
     assert len(text.partition(".")[2]) == len(spread.partition(".")[2])
@@ -432,24 +433,24 @@ def test_an_error_says_how_many_digits_count(value: float, error: float) -> None
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (shown.with_error(0.11223, 0.00072), "0.1122 ± 0.0007"),
-        (shown.with_error(0.2246, 0.0016), "0.2246 ± 0.0016"),
-        (shown.with_error(0.25, None), "0.2500"),
-        (shown.with_error(None, None), "–"),
-        (shown.figure(-0.00071, 2), "−0.00071"),
-        (shown.size(133_487_639), "133.5\u00a0MB"),
-        (shown.size(1_340_000_000), "1.34\u00a0GB"),
-        (shown.size(0), "0\u00a0B"),
-        (shown.shrunk(269.0e6, 133.5e6), "269.0 → 133.5\u00a0MB"),
-        (shown.shrunk(16.4e9, 880e6), "16.4\u00a0GB → 880.0\u00a0MB"),
-        (shown.amount(106_168_320), "106.2\u00a0M"),
-        (shown.seconds(226), "3 min 46 s"),
-        (shown.seconds(7384), "2 h 03 min"),
-        (shown.seconds(0.065), "65 ms"),
-        (shown.target("5.5bpp"), "5.5\u00a0bpp"),
-        (shown.target("19000000000B"), "19.0\u00a0GB"),
-        (shown.target("24000000000B-vram-2x32768-auto"), "24.0\u00a0GB of VRAM (2 x 32768 tokens)"),
-        (shown.change(-0.5), "−50.0\u00a0%"),
+        (formatting.with_error(0.11223, 0.00072), "0.1122 ± 0.0007"),
+        (formatting.with_error(0.2246, 0.0016), "0.2246 ± 0.0016"),
+        (formatting.with_error(0.25, None), "0.2500"),
+        (formatting.with_error(None, None), "–"),
+        (formatting.figure(-0.00071, 2), "−0.00071"),
+        (formatting.size(133_487_639), "133.5\u00a0MB"),
+        (formatting.size(1_340_000_000), "1.34\u00a0GB"),
+        (formatting.size(0), "0\u00a0B"),
+        (formatting.shrunk(269.0e6, 133.5e6), "269.0 → 133.5\u00a0MB"),
+        (formatting.shrunk(16.4e9, 880e6), "16.4\u00a0GB → 880.0\u00a0MB"),
+        (formatting.amount(106_168_320), "106.2\u00a0M"),
+        (formatting.seconds(226), "3 min 46 s"),
+        (formatting.seconds(7384), "2 h 03 min"),
+        (formatting.seconds(0.065), "65 ms"),
+        (formatting.target("5.5bpp"), "5.5\u00a0bpp"),
+        (formatting.target("19000000000B"), "19.0\u00a0GB"),
+        (formatting.target("24000000000B-vram-2x32768-auto"), "24.0\u00a0GB of VRAM (2 x 32768 tokens)"),
+        (formatting.change(-0.5), "−50.0\u00a0%"),
     ],
 )
 def test_figures_read_as_people_write_them(text: str, expected: str) -> None:

@@ -17,8 +17,8 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
 from jobs import report
+from prismaquant_ray.formatting import with_error
 from prismaquant_ray.report.page import page as page_of
-from prismaquant_ray.report.shown import with_error
 from tests.reported import add_measurements, enlarged, measured_run
 from tests.tiny import make_checkpoint
 

@@ -15,15 +15,15 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prismaquant_ray.checkpoint.ranges import read_pieces
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.models.layout_builder import Scope, build_layout
-from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.model.layout_builder import Scope, build_layout
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
 from tests.compressed import (
     INT8,

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Rounded, experts_of
-from prismaquant_ray.rounding import encode, hessian, scale_search
-from prismaquant_ray.rounding import gptq as gptq_module
-from prismaquant_ray.rounding.encode import EncodedLinear, Rounding, encode_group
-from prismaquant_ray.rounding.gptq import Gptq, factorize, gptq
-from prismaquant_ray.rounding.hessian import PRIOR_SHARE, InputStatistics, InputSums, Prior, output_error
-from prismaquant_ray.rounding.scale_search import ScaleSearch, nearest, searched
+from prismaquant_ray.forward import encode, hessian, scale_search
+from prismaquant_ray.forward import gptq as gptq_module
+from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
+from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
+from prismaquant_ray.forward.statistics import PRIOR_SHARE, InputStatistics, InputSums, Prior, output_error
 from tests.reference.gptq import textbook
 
 EVERY_CODEC = pytest.mark.parametrize("codec", codecs_of(FORMATS).values(), ids=lambda codec: codec.name)

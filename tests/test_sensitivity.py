@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prismaquant_ray.calibration.batches import Batch, CalibrationSet
-from prismaquant_ray.checkpoint.reader import Checkpoint
+from prismaquant_ray.backward.block import BlockBackward, BlockSensitivity
+from prismaquant_ray.backward.loss import Labels, Loss, sample
+from prismaquant_ray.backward.price import half_squares, price
+from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.models.runner import ModelRunner
-from prismaquant_ray.rounding.encode import Rounding
-from prismaquant_ray.rounding.forward_pass import BlockForward
-from prismaquant_ray.sensitivity.backward_pass import BlockBackward, BlockSensitivity
-from prismaquant_ray.sensitivity.cost import half_squares, price
-from prismaquant_ray.sensitivity.fisher import Labels, Loss, sample
+from prismaquant_ray.forward.block import BlockForward
+from prismaquant_ray.forward.encode import Rounding
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
 from tests.tiny import make_checkpoint, random_tokens

@@ -19,13 +19,13 @@ from uuid import uuid4
 
 import pytest
 
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.shards import CONFIG, MANIFEST
-from prismaquant_ray.checkpoint.staging import StagedPrefix, check_output, staged_output
-from prismaquant_ray.checkpoint.verify import verify_repository
-from prismaquant_ray.checkpoint.writer import WrittenRepository, write_repository
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.repository.shards import CONFIG, MANIFEST
+from prismaquant_ray.repository.staging import StagedPrefix, check_output, staged_output
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import WrittenRepository, write_repository
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
 from prismaquant_ray.storage import store as storage
 from prismaquant_ray.storage.connection import absolute, local_path
 from prismaquant_ray.storage.store import PART_BYTES, Store

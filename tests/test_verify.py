@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.candidates import Candidates
-from prismaquant_ray.checkpoint.reader import INDEX
-from prismaquant_ray.checkpoint.shards import MANIFEST
-from prismaquant_ray.checkpoint.verify import verify_repository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout
+from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.source.checkpoint import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
     Choice,

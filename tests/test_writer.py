@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from prismaquant_ray.checkpoint.candidates import CandidateFile, Candidates, shipped
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.routing import transformers_route
-from prismaquant_ray.checkpoint.shards import MANIFEST
-from prismaquant_ray.checkpoint.staging import check_output, staged_directory
-from prismaquant_ray.checkpoint.writer import write_repository
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped
+from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import LinearSpec
-from prismaquant_ray.models.layout_builder import build_layout
-from prismaquant_ray.rounding.scale_search import nearest
+from prismaquant_ray.model.layout_builder import build_layout
+from prismaquant_ray.repository.routing import transformers_route
+from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.staging import check_output, staged_directory
+from prismaquant_ray.repository.writer import write_repository
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
     DEFAULT_FORMATS,

@@ -20,8 +20,8 @@ from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
+from prismaquant_ray.formatting import memory
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.report.shown import memory
 
 # Tensors of one Linear in the format that has most of them.
 _TENSORS = 4

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from prismaquant_ray.calibration.batches import CalibrationSet, spread_evenly
+from prismaquant_ray.calibration.dataset import CalibrationSet, spread_evenly
 from prismaquant_ray.calibration.files import read_text
 from prismaquant_ray.errors import InputError
 

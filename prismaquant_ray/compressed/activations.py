@@ -15,12 +15,12 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.compressed.quantized_modules import Module, QuantizedModule
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import ActivationRounding, Format
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, INPUT_ZERO_POINT
+from prismaquant_ray.source.checkpoint import Checkpoint
 
 #: Inputs (…, I), every row a token, → the same as the runtime rounds them, in their dtype.
 InputRounding = Callable[[Tensor], Tensor]

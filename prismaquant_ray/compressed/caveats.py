@@ -9,10 +9,10 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
 
-from prismaquant_ray.checkpoint.reader import Checkpoint
 from prismaquant_ray.compressed.decoded_repository import divisor_caveats, fused_apart
 from prismaquant_ray.compressed.quantized_modules import QuantizedModule
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
+from prismaquant_ray.source.checkpoint import Checkpoint
 
 # Scalars of which vLLM has one for several fused matrices, and what becomes of the others.
 _FUSED = {

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.shards import Output
-from prismaquant_ray.checkpoint.source import Piece
 from prismaquant_ray.compressed.quantized_modules import QuantizedModule
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.families import FAMILIES, qwen_hybrid
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
-from prismaquant_ray.models.families import FAMILIES, qwen_hybrid
+from prismaquant_ray.repository.shards import Output
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.header import DTYPES, TensorInfo
+from prismaquant_ray.source.protocol import Piece
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.shards import (
+from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded_outputs, divisor_caveats
+from prismaquant_ray.compressed.quantized_modules import modules_of, unquantized_config
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.repository.shards import (
     CONFIG,
     DEQUANTIZED,
     MANIFEST,
@@ -21,12 +24,9 @@ from prismaquant_ray.checkpoint.shards import (
     claim,
     write_shards,
 )
-from prismaquant_ray.checkpoint.staging import check_output
-from prismaquant_ray.checkpoint.writer import README, REWRITTEN
-from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded_outputs, divisor_caveats
-from prismaquant_ray.compressed.quantized_modules import modules_of, unquantized_config
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.repository.staging import check_output
+from prismaquant_ray.repository.writer import README, REWRITTEN
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
 from prismaquant_ray.storage.connection import absolute, local_path
 from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.store import Store

@@ -19,10 +19,10 @@ from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.header import TensorInfo
 from prismaquant_ray.compressed.quantized_modules import Coded, QuantizedModule, describe_weights
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
+from prismaquant_ray.source.header import TensorInfo
 
 PACKED = CompressionFormat.pack_quantized.value
 _MX = tuple(

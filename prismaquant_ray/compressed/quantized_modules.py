@@ -14,18 +14,18 @@ from typing import Any
 from compressed_tensors.quantization import QuantizationArgs
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.block_fp8 import KEY
-from prismaquant_ray.checkpoint.candidates import shipped
-from prismaquant_ray.checkpoint.header import TensorInfo
-from prismaquant_ray.checkpoint.reader import Checkpoint
-from prismaquant_ray.checkpoint.routing import is_ignored, unreadable_because, vllm_route
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.families import family_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.int4 import WIDTHS
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
+from prismaquant_ray.forward.candidates import shipped
 from prismaquant_ray.layout import LinearSpec, NameAlias, aliases_of
-from prismaquant_ray.models.families import family_of
+from prismaquant_ray.repository.routing import is_ignored, unreadable_because, vllm_route
+from prismaquant_ray.source.block_fp8 import KEY
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.header import TensorInfo
 
 # A tensor of such a name makes its module a quantized one.
 _MARKS = frozenset(

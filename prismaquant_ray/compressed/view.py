@@ -18,11 +18,6 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
-from prismaquant_ray.checkpoint.header import DTYPES, TensorInfo
-from prismaquant_ray.checkpoint.ranges import read_pieces
-from prismaquant_ray.checkpoint.reader import INDEX, Checkpoint
-from prismaquant_ray.checkpoint.shards import Output
-from prismaquant_ray.checkpoint.source import Piece, tensor_info
 from prismaquant_ray.compressed.activations import (
     InputRounding,
     StoredRoundings,
@@ -48,6 +43,11 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.repository.shards import Output
+from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.header import DTYPES, TensorInfo
+from prismaquant_ray.source.protocol import Piece, tensor_info
+from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:

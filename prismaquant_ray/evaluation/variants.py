@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prismaquant_ray.calibration.batches import Batch
-from prismaquant_ray.checkpoint.decoded_candidates import CandidateDecoder
+from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.compressed.activations import InputRounding
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.forward.decoded_candidates import CandidateDecoder
 from prismaquant_ray.layout import Block, BlockKind
-from prismaquant_ray.models.runner import ModelRunner
+from prismaquant_ray.model.runner import ModelRunner
 
 #: The stored candidates of a block in a format, by shipped name.
 ReadCandidates = Callable[[int, FormatName], Mapping[str, Tensor]]

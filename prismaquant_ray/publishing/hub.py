@@ -16,11 +16,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
 
-from prismaquant_ray.checkpoint.shards import MANIFEST, is_dequantized
-from prismaquant_ray.checkpoint.writer import README
 from prismaquant_ray.errors import InputError, ResourceError, StoreError
 from prismaquant_ray.publishing.finished import PIECE, File, FinishedRepository, Listener, Published
 from prismaquant_ray.publishing.hub_client import HubRepository, Snapshot, quiet
+from prismaquant_ray.repository.shards import MANIFEST, is_dequantized
+from prismaquant_ray.repository.writer import README
 
 # The hub puts it into every new repository.
 _OF_THE_HUB = ".gitattributes"

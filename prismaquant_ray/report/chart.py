@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prismaquant_ray.report import shown
+from prismaquant_ray import formatting
 
 Facts = Mapping[str, Any]
 
@@ -91,7 +91,7 @@ def points(report: Facts) -> list[Point]:
 def _plans(report: Facts) -> Iterator[Point]:
     for place, plan in enumerate(report["plans"]):
         series = "budget" if place == report["budget"] else "plan"
-        label = shown.target(plan["target"])
+        label = formatting.target(plan["target"])
         yield _point(series, label, plan["bpp"], plan["predicted_loss"], plan["standard_error"], "predicted loss")
         measured = plan["measured"] or {}
         yield from _kl("measured", label, plan["bpp"], measured.get("activations"))
@@ -104,7 +104,7 @@ def _kl(series: str, label: str, bpp: float, found: Facts | None, what: str = ""
 
 
 def _point(series: str, label: str, bpp: float, loss: float, error: float | None, what: str) -> Point:
-    text = f"{label}: {what} {shown.with_error(loss, error)} nats per token at {bpp:.4f} bits per parameter"
+    text = f"{label}: {what} {formatting.with_error(loss, error)} nats per token at {bpp:.4f} bits per parameter"
     return Point(series=series, label=label, bpp=bpp, loss=loss, error=error, text=text)
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.backward.cost_table import CostTable, Objective
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.servability import SERVABILITY
+from prismaquant_ray.forward.encode import by_matrix
 from prismaquant_ray.layout import Block, BlockKind, Layout
-from prismaquant_ray.rounding.encode import by_matrix
-from prismaquant_ray.sensitivity.table import CostTable, Objective
 
 Facts = dict[str, Any]
 #: Figures of each block's record, by index.

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from prismaquant_ray.report import shown
+from prismaquant_ray import formatting
 from prismaquant_ray.report.chart import chart
 from prismaquant_ray.report.facts import label
 
@@ -43,7 +43,7 @@ def page(report: Facts) -> str:
     return _template().render(
         report=report,
         chart=chart(report),
-        sizes=shown.shrunk(
+        sizes=formatting.shrunk(
             report["model"]["source_bytes"], (written or {}).get("bytes") or repository["at_most_bytes"]
         ),
         made=f"{datetime.fromisoformat(report['made']):%-d %B %Y, %H:%M} UTC",
@@ -77,7 +77,7 @@ COLOURS = {
 def reasons(report: Facts) -> list[str]:
     """Why this budget, in short sentences; only what the figures say."""
     plan = report["plans"][report["budget"]]
-    found = [f"The plan for {shown.target(plan['target'])} takes {plan['bpp']:.4f} bits per parameter."]
+    found = [f"The plan for {formatting.target(plan['target'])} takes {plan['bpp']:.4f} bits per parameter."]
     knee = report["knee"]
     if knee is None:
         found.append("The frontier has no knee: fewer than three of its points lie between the targets.")
@@ -96,10 +96,10 @@ def reasons(report: Facts) -> list[str]:
             continue
         size = plan["weight_bytes"] / entry["weight_bytes"] - 1
         ours, theirs = _kl(plan), _kl(entry)
-        measured = f" (measured: {shown.change(ours / theirs - 1)})" if ours is not None and theirs else ""
+        measured = f" (measured: {formatting.change(ours / theirs - 1)})" if ours is not None and theirs else ""
         found.append(
-            f"Against {entry['format']} everywhere: {shown.change(size)} bytes of Linears, "
-            f"{shown.change(plan['predicted_loss'] / loss - 1)} loss{measured}."
+            f"Against {entry['format']} everywhere: {formatting.change(size)} bytes of Linears, "
+            f"{formatting.change(plan['predicted_loss'] / loss - 1)} loss{measured}."
         )
     return found
 
@@ -226,9 +226,9 @@ def _data(report: Facts) -> dict[str, Any]:
         "plans": [
             {
                 "choice": plan["choice"],
-                "text": f"{shown.target(plan['target'])}: {plan['bpp']:.4f} bits per parameter, "
-                f"{shown.size(plan['weight_bytes'])} of codes and scales, predicted loss "
-                f"{shown.with_error(plan['predicted_loss'], plan['standard_error'])} nats per token; "
+                "text": f"{formatting.target(plan['target'])}: {plan['bpp']:.4f} bits per parameter, "
+                f"{formatting.size(plan['weight_bytes'])} of codes and scales, predicted loss "
+                f"{formatting.with_error(plan['predicted_loss'], plan['standard_error'])} nats per token; "
                 + ", ".join(f"{count} groups {name}" for name, count in plan["groups"].items() if count),
             }
             for plan in report["plans"]
@@ -266,16 +266,16 @@ def _template() -> jinja2.Template:
         loader=jinja2.DictLoader({name: package.joinpath(name).read_text(encoding="utf-8") for name in names}),
     )
     environment.filters |= {
-        "figure": shown.figure,
-        "size": shown.size,
-        "amount": shown.amount,
-        "percent": shown.percent,
-        "seconds": shown.seconds,
-        "target": shown.target,
-        "value": shown.value,
-        "error": lambda error: shown.value(error, error),
-        "with_error": shown.with_error,
+        "figure": formatting.figure,
+        "size": formatting.size,
+        "amount": formatting.amount,
+        "percent": formatting.percent,
+        "seconds": formatting.seconds,
+        "target": formatting.target,
+        "value": formatting.value,
+        "error": lambda error: formatting.value(error, error),
+        "with_error": formatting.with_error,
         "breakable": _breakable,
     }
-    environment.globals["NONE"] = shown.NONE
+    environment.globals["NONE"] = formatting.NONE
     return environment.get_template("report.html.j2")

@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
-from prismaquant_ray.report import chart, shown
+from prismaquant_ray import formatting
+from prismaquant_ray.report import chart
 from prismaquant_ray.report.page import COLOURS, sections, sensitive, strips
 
 Facts = Mapping[str, Any]
@@ -118,7 +119,7 @@ def _format_map(report: Facts) -> Figure:
     letters = [entry["letter"] for entry in report["formats"]]
     colours = ListedColormap([COLOURS[entry["name"]][0] for entry in report["formats"]])
     norm = BoundaryNorm(np.arange(len(letters) + 1) - 0.5, len(letters))
-    title = f"{report['model']['title']}, {shown.target(plan['target'])}: format of every fused group"
+    title = f"{report['model']['title']}, {formatting.target(plan['target'])}: format of every fused group"
 
     def draw(axes: Axes, rows: np.ndarray[Any, Any]) -> None:
         columns = np.array([[math.nan if g < 0 else letters.index(plan["choice"][g]) for g in row] for row in rows])
@@ -185,7 +186,7 @@ def _most_sensitive(report: Facts) -> Figure:
 def _cost_split(report: Facts) -> Figure:
     rows = report["composition"]["modules"]
     plan = report["plans"][report["budget"]]
-    title = f"{report['model']['title']}, {shown.target(plan['target'])}: predicted loss by cause"
+    title = f"{report['model']['title']}, {formatting.target(plan['target'])}: predicted loss by cause"
     figure, axes = _figure(9, 1.4 + 0.35 * len(rows), title)
     weights, activations = ([row[key] for row in rows] for key in ("weight_cost", "activation_cost"))
     axes.barh(range(len(rows)), weights, color="#15569c", label="weights")

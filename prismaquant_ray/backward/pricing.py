@@ -1,0 +1,220 @@
+"""Pricing every candidate of a block while its gradients go by.
+
+One matrix product per parameter and format, D = g (Ŵ − W), is all a format adds: `cost.weight_projection` and
+`cost.activation_projection` take both parts of the error from it, because g W has been computed already: it is the
+gradient that goes on to x. No large numbers are subtracted, so the product may be in the model's own type. Nothing is
+differentiated with respect to weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prismaquant_ray.backward.price import (
+    activation_projection,
+    fisher_trace,
+    half_squares,
+    price,
+    weight_difference,
+    weight_projection,
+)
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
+from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
+from prismaquant_ray.model.capture import CapturedActivations
+from prismaquant_ray.model.experts import Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockSensitivity:
+    """What the backward pass learned of a block: prices and traces, for the record."""
+
+    figures: dict[str, Any]
+
+
+@dataclass(slots=True, eq=False)
+class _Priced:
+    """One format of one fused group while microbatches arrive.
+
+    Weights stay in the BF16 they decode to: float32 copies of every format would be the largest thing in memory.
+    `parts` is ½ Σ p² of either cause of the error alone.
+    """
+
+    decoded: Decoded
+    squares: list[Tensor] = field(default_factory=list)
+    parts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+
+
+class Passed(NamedTuple):
+    """Gradients of the loss at a parameter: ∂L/∂x through it alone (…, I), and ∂L/∂y (…, O)."""
+
+    at_input: Tensor
+    at_output: Tensor
+
+
+class Projections(NamedTuple):
+    """p of every token (tokens,) by cause: the rounded weights at exact inputs, and what rounded inputs add."""
+
+    weights: Tensor
+    activations: Tensor
+
+
+class Pricing:
+    """Prices of a block's candidates, added up microbatch by microbatch."""
+
+    def __init__(
+        self,
+        block: Block,
+        module: nn.Module,
+        formats: Sequence[FormatName],
+        candidates: CandidateTensors,
+        device: torch.device,
+    ) -> None:
+        self.block = block
+        self.module = module
+        self.device = device
+        self.traces: dict[str, Tensor] = {
+            parameter: torch.zeros(*_channels(matrix, parameter), device=device)
+            for group in block.groups
+            for matrix in group.matrices
+            for parameter in matrix.parameters
+        }
+        decoder = CandidateDecoder(candidates, device)
+        self.priced: dict[str, dict[FormatName, _Priced]] = {
+            group.name: {
+                name: _Priced(decoder.decode(group, name))
+                for name in formats_of(group, formats)
+                if FORMATS[name].codec is not None
+            }
+            for group in block.groups
+        }
+
+    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
+        """One microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
+        self._add_traces(captured, passed)
+        sound = True
+        for (group, name), parts in self.projections(captured, passed).items():
+            priced = self.priced[group][name]
+            p = parts.weights + parts.activations
+            priced.squares.append(half_squares(p.view(sequences, -1)))
+            priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
+            sound = sound and all_finite(p)
+        return sound
+
+    def projections(
+        self, captured: CapturedActivations, passed: Mapping[str, Passed]
+    ) -> dict[tuple[str, FormatName], Projections]:
+        """p of every token of a microbatch, float32, by group and format, summed over the group's members.
+
+        Tokens are in the microbatch's order, patches in a vision tower; rows of experts are summed by token.
+        """
+        found: dict[tuple[str, FormatName], Projections] = {}
+        for entry in self.block.inputs:
+            x, routing = _input(captured, entry.name)
+            input_errors: dict[FormatName, Tensor] = {}
+            for group, matrix in self._reading(entry.name):
+                flat = {name: _flat(passed[name]) for name in matrix.parameters}
+                grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
+                for name, priced in self.priced[group.name].items():
+                    rounding = FORMATS[name].round_activation
+                    if rounding is not None and name not in input_errors:
+                        input_errors[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
+                    difference = functools.reduce(
+                        torch.add,
+                        (
+                            self._difference(parameter, g, priced.decoded.weights[parameter], routing)
+                            for parameter, (_, g) in flat.items()
+                        ),
+                    )
+                    weights = weight_projection(x, difference)
+                    activations = (
+                        activation_projection(input_errors[name], difference, grad_input)
+                        if name in input_errors
+                        else torch.zeros_like(weights)
+                    )
+                    parts = Projections(weights, activations)
+                    parts = parts if routing is None else Projections(*(routing.to_tokens(part) for part in parts))
+                    before = found.get((group.name, name))
+                    found[group.name, name] = parts if before is None else Projections(*map(torch.add, before, parts))
+        return found
+
+    def _difference(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
+        """D of a parameter (rows, I) float32, for g (rows, O); rows of experts one expert after the other."""
+        weight = self.module.get_parameter(parameter)
+        if routing is None:
+            return weight_difference(gradient, rounded, weight)
+        pieces = enumerate(gradient.split(routing.counts.tolist()))
+        return torch.cat([weight_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
+
+    def _reading(self, name: str) -> list[tuple[FusedGroup, Matrix]]:
+        return [(group, matrix) for group in self.block.groups for matrix in group.matrices if matrix.input == name]
+
+    def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
+        for entry in self.block.inputs:
+            x, routing = _input(captured, entry.name)
+            for _, matrix in self._reading(entry.name):
+                for parameter in matrix.parameters:
+                    self._add_trace(parameter, _flat(passed[parameter]).at_output.float(), x, routing)
+
+    def _add_trace(self, parameter: str, gradient: Tensor, x: Tensor, routing: Routing | None) -> None:
+        if routing is None:
+            self.traces[parameter] += fisher_trace(gradient, x)
+            return
+        counts = routing.counts.tolist()
+        for expert, (g, rows) in enumerate(zip(gradient.split(counts), x.split(counts), strict=True)):
+            self.traces[parameter][expert] += fisher_trace(g, rows)
+
+    def finish(self, tokens: int) -> BlockSensitivity:
+        """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
+        groups: dict[str, Any] = {}
+        for group in self.block.groups:
+            groups[group.name] = {}
+            for name, priced in self.priced[group.name].items():
+                cost = price(torch.cat(priced.squares), tokens)
+                groups[group.name][name] = {
+                    "cost": cost.cost,
+                    "standard_error": cost.standard_error,
+                    "weight_cost": float(priced.parts[0]) / tokens,
+                    "activation_cost": float(priced.parts[1]) / tokens,
+                }
+        traces: dict[str, float | list[float]] = {}
+        for group in self.block.groups:
+            for matrix in group.matrices:
+                for linear, trace in self._by_linear(matrix):
+                    if not bool(trace.any()):
+                        raise InputError(
+                            f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
+                        )
+                    traces[linear.name] = (trace.sum(-1) / tokens).tolist()
+        return BlockSensitivity(figures={"groups": groups, "fisher_trace": traces, "tokens": tokens})
+
+    def _by_linear(self, matrix: Matrix) -> list[tuple[LinearSpec, Tensor]]:
+        if matrix.experts is None:
+            return [(linear, self.traces[p]) for linear, p in zip(matrix.linears, matrix.parameters, strict=True)]
+        trace = self.traces[matrix.parameters[0]]
+        pairs = zip(matrix.linears, matrix.rows, strict=True)
+        return [(linear, trace[:, rows].contiguous()) for linear, rows in pairs]
+
+
+def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
+    if matrix.experts is not None:
+        return (matrix.experts, matrix.rows[-1].stop)
+    return (matrix.linears[matrix.parameters.index(parameter)].out_features,)
+
+
+def _input(captured: CapturedActivations, name: str) -> tuple[Tensor, Routing | None]:
+    """An input (rows, I) in float32, and which tokens its rows are of."""
+    return captured.inputs[name].detach().flatten(0, -2).float(), captured.routing.get(name)
+
+
+def _flat(gradients: Passed) -> Passed:
+    return Passed(*(g.flatten(0, -2) for g in gradients))

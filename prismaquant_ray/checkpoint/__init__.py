@@ -1,1 +1,0 @@
-"""Reading, writing and verifying model repositories."""

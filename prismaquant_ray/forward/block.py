@@ -1,0 +1,188 @@
+"""One block of the forward pass: run it, gather its inputs' statistics, encode every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prismaquant_ray.calibration.dataset import Batch
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.formats.base import Codec, Tensors, experts_of
+from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.formats.nvfp4 import divisor
+from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
+from prismaquant_ray.forward.gptq import HessianFactor
+from prismaquant_ray.forward.routed_inputs import RoutedInputs
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
+from prismaquant_ray.model.capture import CapturedActivations, capture_activations
+from prismaquant_ray.model.runner import ModelRunner
+
+# The divisor of an NVFP4 input allows activations twice as large as any calibration token showed: too small a
+# divisor costs almost nothing over four octaves, too large a one clips.
+INPUT_MARGIN = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockCandidates:
+    """Every candidate of a block: `tensors[format]` maps shipped names to tensors; `figures` explains them."""
+
+    tensors: dict[FormatName, dict[str, Tensor]]
+    figures: dict[str, Any]
+
+
+class BlockForward:
+    """A block while it is loaded for the forward pass. Microbatches must come in order, then `finish`.
+
+    Without formats it is only run: nothing is gathered, and there is nothing to finish.
+    """
+
+    def __init__(self, runner: ModelRunner, index: int, formats: Sequence[FormatName], rounding: Rounding) -> None:
+        self.runner = runner
+        self.block: Block = runner.layout.blocks[index]
+        self.module = runner.load_block(index)
+        self.formats = tuple(formats)
+        self.rounding = rounding
+        self.dense: dict[str, InputSums] = {}
+        self.routed: dict[str, RoutedInputs] = {}
+        for group in self.block.inputs if formats else ():
+            if group.experts is None:
+                self.dense[group.name] = InputSums(group.in_features, runner.device)
+        for fused in self.block.groups if formats else ():
+            if fused.experts is not None:
+                self.routed[fused.name] = RoutedInputs(_experts(self.module, fused), runner.device)
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """What leaves the block for hidden (sequences, tokens, H), or (patches, width) in the vision tower."""
+        if self.block.kind is BlockKind.HEAD:
+            # Its logits would be the largest tensor of all, and nothing reads them.
+            read = CapturedActivations()
+            read.inputs[self.block.inputs[0].name] = self.runner.normed(hidden)
+            self._gather(read, batch.holdout.to(hidden.device))
+            return hidden
+        with capture_activations(self.module, self.block) if self.formats else nullcontext() as captured:
+            output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
+        if captured is not None:
+            self._gather(captured, batch.holdout.to(hidden.device))
+        if not all_finite(output):
+            raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
+        return output
+
+    def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
+        for name, sums in self.dense.items():
+            # Patches of an image and tokens of a sequence alike: rows that share their sequence's fate.
+            x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
+            sums.add(x, held_out)
+        for fused in self.block.groups:
+            if fused.name in self.routed:
+                rows, inner = (captured.inputs[matrix.input] for matrix in fused.matrices)
+                routing = captured.routing[fused.matrices[0].input]
+                tokens = len(routing.chosen) // len(held_out)
+                self.routed[fused.name].add(rows, inner, routing, held_out.repeat_interleave(tokens))
+
+    @torch.no_grad()
+    def finish(self) -> BlockCandidates:
+        """Encode every fused group in every format it can take."""
+        found = _Encoded(self.formats)
+        for group in self.block.inputs:
+            if group.experts is None:
+                self._finish_dense(group, self.dense.pop(group.name).statistics(), found)
+        experts: dict[str, list[int]] = {}
+        for fused in self.block.groups:
+            if fused.name in self.routed:
+                routed = self.routed.pop(fused.name)
+                experts[fused.name] = routed.tokens_of.tolist()
+                for chunk in routed.chunks():
+                    at = slice(chunk.start, chunk.stop)
+                    for matrix in fused.matrices:
+                        statistics = chunk.statistics[matrix.parameters[0].rpartition(".")[2]]
+                        factor = self.rounding.factor(statistics)
+                        weights = [weight[at] for weight in self._weights(matrix)]
+                        self._encode(fused, matrix, weights, statistics, factor, found, at)
+        return BlockCandidates(tensors=found.tensors, figures={"linears": found.linears, "experts": experts})
+
+    def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
+        factor = self.rounding.factor(statistics)
+        for fused, matrix in _reading(self.block, group):
+            self._encode(fused, matrix, self._weights(matrix), statistics, factor, found, slice(0, 1))
+
+    def _encode(
+        self,
+        fused: FusedGroup,
+        matrix: Matrix,
+        weights: Sequence[Tensor],
+        statistics: InputStatistics,
+        factor: HessianFactor | None,
+        found: _Encoded,
+        at: slice,
+    ) -> None:
+        """Round a matrix, or that of the experts `at`, by every codec that its group can take."""
+        for codec in codecs_of(formats_of(fused, self.formats)).values():
+            results = encode_group(weights, codec, statistics, factor, self.rounding)
+            for linear, result in zip(matrix.linears, results, strict=True):
+                found.add(linear, codec, result, statistics.amax, at)
+
+    def _weights(self, matrix: Matrix) -> list[Tensor]:
+        """Its Linears' weights (O, I), or (E, O, I) of every expert."""
+        if matrix.experts is None:
+            return [self.module.get_parameter(name) for name in matrix.parameters]
+        packed = self.module.get_parameter(matrix.parameters[0])
+        return [packed[:, rows] for rows in matrix.rows]
+
+
+class _Encoded:
+    """Candidates and figures of a block, as they come."""
+
+    def __init__(self, formats: Sequence[FormatName]) -> None:
+        self.tensors: dict[FormatName, Tensors] = {name: {} for name in formats if FORMATS[name].codec is not None}
+        self.linears: dict[str, dict[str, Any]] = {}
+
+    def add(self, linear: LinearSpec, codec: Codec, result: EncodedLinear, amax: float, at: slice) -> None:
+        """A Linear, or the same one of the experts `at`."""
+        packed = codec.pack(result.rounded)
+        each = [packed] if linear.experts is None else experts_of(packed)
+        for name, found in self.tensors.items():
+            if FORMATS[name].codec is not codec:
+                continue
+            for module, tensors in zip(linear.names[at], each, strict=True):
+                # On a device, memory is for what is still to be rounded.
+                found.update({f"{module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()})
+                if FORMATS[name].static_input_scale:
+                    # One value for all experts of a layer: the runtime applies one of theirs to all.
+                    found[f"{module}.input_global_scale"] = divisor(amax, INPUT_MARGIN)
+        figures = {
+            "method": result.method,
+            "holdout_error": result.holdout_error,
+            "weight_mse": result.weight_mse,
+        }
+        of_linear = self.linears.setdefault(linear.name, {})
+        of_linear[codec.name] = _longer(of_linear[codec.name], figures) if codec.name in of_linear else figures
+
+
+def _longer(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures by expert, with those of more experts."""
+    return {
+        key: _longer(value, more[key]) if isinstance(value, Mapping) else [*value, *more[key]]
+        for key, value in before.items()
+    }
+
+
+def _experts(module: nn.Module, fused: FusedGroup) -> nn.Module:
+    return module.get_submodule(fused.matrices[0].parameters[0].rpartition(".")[0])
+
+
+def _reading(block: Block, group: InputGroup) -> Iterator[tuple[FusedGroup, Matrix]]:
+    return ((fused, matrix) for fused in block.groups for matrix in fused.matrices if matrix.input == group.name)
+
+
+def hessian_bytes(group: InputGroup) -> int:
+    """Training and held-out Hessian of one input group, float32; experts share theirs until the block is finished."""
+    return 2 * 4 * group.in_features**2

@@ -1,0 +1,228 @@
+"""From a fused group's weights to what ships: global scale, scale search, GPTQ, acceptance on held-out tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.formats.base import Codec, Rounded
+from prismaquant_ray.forward.gptq import Gptq, HessianFactor, factorize, gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
+from prismaquant_ray.forward.statistics import InputStatistics, output_error
+
+Method = Literal["nearest", "search", "gptq"]
+T = TypeVar("T")
+
+# Methods in order of simplicity, so that a tie goes to the first.
+METHODS: tuple[Method, ...] = ("nearest", "search", "gptq")
+# Weights of a group, or of some experts of one, that are in float32 at a time.
+AT_ONCE = 1 << 26
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rounding:
+    """How weights become codes. `gptq=None` leaves searched rounding as it is."""
+
+    scale_search: ScaleSearch = field(default_factory=ScaleSearch)
+    gptq: Gptq | None = field(default_factory=Gptq)
+
+    def factor(self, statistics: InputStatistics) -> HessianFactor | None:
+        """The Cholesky factor that everything reading this input shares.
+
+        Of an expert that saw no training token it is the unit matrix: no error is pushed on, and GPTQ leaves what the
+        search found.
+        """
+        if self.gptq is None:
+            return None
+        factor = factorize(statistics.train, self.gptq)
+        if isinstance(statistics.train_tokens, Tensor):
+            factor.upper[statistics.train_tokens == 0] = torch.eye(factor.upper.shape[-1], device=factor.upper.device)
+        return factor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class EncodedLinear:
+    """One Linear on a codec's grid, with the figures that explain the choice; or the same Linear of every expert.
+
+    `holdout_error` gives Σ_t |ΔW x_t|² over held-out tokens per output for each method tried, divided by
+    tokens × outputs; the smallest one won. `weight_mse` is mean ΔW². Both from the BF16 weights the runtime
+    decodes.
+    Each figure and `method` is a list by expert where `rounded` is a stack; an expert's prior counts as tokens.
+    """
+
+    rounded: Rounded
+    method: Method | list[Method]
+    holdout_error: dict[str, float | list[float]]
+    weight_mse: float | list[float]
+
+
+def encode_group(
+    weights: Sequence[Tensor],
+    codec: Codec,
+    statistics: InputStatistics,
+    factor: HessianFactor | None,
+    rounding: Rounding,
+) -> list[EncodedLinear]:
+    """Round the members of one fused group, each (O, I) or (E, O, I), under one global scale (one an expert).
+
+    They are stacked along their rows for one search and one GPTQ call; acceptance is decided for each Linear (of each
+    expert). At most a constant number of weights is in float32 at a time: some experts, or some rows.
+    """
+    if weights[0].dim() == 2:
+        return _encode(weights, codec, statistics, factor, rounding)
+    size = sum(weight[0].numel() for weight in weights)
+    at_once = max(1, AT_ONCE // size)
+    parts = [
+        _encode(
+            [weight[start : start + at_once] for weight in weights],
+            codec,
+            statistics.experts(start, start + at_once),
+            factor.experts(start, start + at_once) if factor else None,
+            rounding,
+        )
+        for start in range(0, len(weights[0]), at_once)
+    ]
+    return [_joined(member) for member in zip(*parts, strict=True)]
+
+
+def _encode(
+    weights: Sequence[Tensor],
+    codec: Codec,
+    statistics: InputStatistics,
+    factor: HessianFactor | None,
+    rounding: Rounding,
+) -> list[EncodedLinear]:
+    stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights), dim=-2)
+    amax = torch.maximum(stacked.amax((-2, -1)), -stacked.amin((-2, -1)))
+    global_scale = codec.global_scale(float(amax) if stacked.dim() == 2 else amax.view(-1, 1, 1))
+    held_out = bool((statistics.holdout_weight > 0).any())
+    judge = statistics.holdout if held_out else statistics.train
+    tokens = statistics.holdout_weight if held_out else statistics.train_weight
+    # Every attempt at every row is kept, in a byte a weight, until the rows of a Linear can be judged together.
+    kept: list[Tensor] = []
+    scales: list[list[Tensor]] = []
+    judged: list[Tensor] = []
+    row = 0
+    for piece in _in_rows(stacked):
+        rows = slice(row, row + piece.shape[-2])
+        row = rows.stop
+        found = _attempts(piece.to(torch.float32), codec, global_scale, statistics, factor, rounding)
+        kept = kept or [torch.empty_like(stacked, dtype=torch.float8_e4m3fn) for _ in found]
+        for values, rounded in zip(kept, found, strict=True):
+            values[..., rows, :].copy_(rounded.values)
+        scales.append([rounded.scale for rounded in found])
+        judged.append(_judged(found, codec, piece, judge))
+    tried = [
+        Rounded(values=values, scale=torch.cat(parts, dim=-2), global_scale=global_scale)
+        for values, parts in zip(kept, zip(*scales, strict=True), strict=True)
+    ]
+    output_errors, squares = torch.cat(judged, dim=-1)
+    encoded = []
+    row = 0
+    for weight in weights:
+        rows = slice(row, row + weight.shape[-2])
+        row = rows.stop
+        scores = output_errors[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
+        mean_squares = squares[..., rows].sum(-1) / weight.shape[-2:].numel()
+        choice = scores.argmin(0)
+        encoded.append(
+            EncodedLinear(
+                rounded=_chosen([each.rows(rows.start, rows.stop) for each in tried], choice),
+                method=_names(choice.tolist()),
+                holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
+                weight_mse=mean_squares.gather(0, choice.unsqueeze(0))[0].tolist(),
+            )
+        )
+    return encoded
+
+
+def _attempts(
+    weight: Tensor,
+    codec: Codec,
+    global_scale: Tensor | None,
+    statistics: InputStatistics,
+    factor: HessianFactor | None,
+    rounding: Rounding,
+) -> list[Rounded]:
+    """By each of METHODS, weight in float32; without the last where there is no factor."""
+    near = nearest(weight, codec, global_scale)
+    search = searched(weight, codec, global_scale, statistics.importance, rounding.scale_search)
+    # A codec whose scales leave no choice.
+    found = [near, near if torch.equal(_raw(search.scale), _raw(near.scale)) else search]
+    return [*found, gptq(weight, search, codec, factor)] if factor else found
+
+
+def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tensor) -> Tensor:
+    """Output error and ΔW² of every row, (2, methods, …, O); a rounding that occurs twice is judged once."""
+    errors = {}
+    for rounded in dict.fromkeys(found):
+        delta = _delta(codec, rounded, weight)
+        errors[rounded] = torch.stack([output_error(delta, judge), delta.square().sum(-1)])
+    return torch.stack([errors[rounded] for rounded in found], dim=1)
+
+
+def _delta(codec: Codec, rounded: Rounded, weight: Tensor) -> Tensor:
+    """ΔW in float32, of the BF16 weight the runtime decodes."""
+    return codec.dequantized(rounded).to(torch.float32).sub_(weight)
+
+
+def _chosen(tried: Sequence[Rounded], choice: Tensor) -> Rounded:
+    """tried[choice], or of a stack tried[choice[e]] for each expert e."""
+    if choice.dim() == 0:
+        return tried[int(choice)]
+    values, scale = tried[0].values, tried[0].scale
+    for place, other in enumerate(tried[1:], start=1):
+        chosen = (choice == place).view(-1, 1, 1)
+        values = torch.where(chosen, _raw(other.values), _raw(values)).view(values.dtype)
+        scale = torch.where(chosen, _raw(other.scale), _raw(scale)).view(scale.dtype)
+    return Rounded(values=values, scale=scale, global_scale=tried[0].global_scale)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """Bytes: float8 has no arithmetic."""
+    return tensor.view(torch.uint8)
+
+
+def _in_rows(weight: Tensor) -> tuple[Tensor, ...]:
+    """In pieces of at most a constant number of weights, along the rows."""
+    pieces: tuple[Tensor, ...] = weight.split(max(1, AT_ONCE * weight.shape[-2] // weight.numel()), dim=-2)
+    return pieces
+
+
+def _names(choice: int | list[int]) -> Method | list[Method]:
+    return [METHODS[each] for each in choice] if isinstance(choice, list) else METHODS[choice]
+
+
+def _joined(parts: Sequence[EncodedLinear]) -> EncodedLinear:
+    """One stack of several."""
+    if len(parts) == 1:
+        return parts[0]
+    scales = [part.rounded.global_scale for part in parts if part.rounded.global_scale is not None]
+    return EncodedLinear(
+        rounded=Rounded(
+            values=torch.cat([part.rounded.values for part in parts]),
+            scale=torch.cat([part.rounded.scale for part in parts]),
+            global_scale=torch.cat(scales) if scales else None,
+        ),
+        method=_chained(part.method for part in parts),
+        holdout_error={name: _chained(part.holdout_error[name] for part in parts) for name in parts[0].holdout_error},
+        weight_mse=_chained(part.weight_mse for part in parts),
+    )
+
+
+def _chained(parts: Iterable[T | list[T]]) -> list[T]:
+    return [each for part in parts for each in (part if isinstance(part, list) else [part])]
+
+
+def by_matrix(figures: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The method that won and the held-out error of each, from a record's figures of a Linear, or of every expert's."""
+    methods, errors = figures["method"], figures["holdout_error"]
+    if isinstance(methods, str):
+        yield methods, errors
+        return
+    for expert, method in enumerate(methods):
+        yield method, {name: values[expert] for name, values in errors.items()}

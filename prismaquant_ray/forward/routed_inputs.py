@@ -1,0 +1,88 @@
+"""What the experts of a layer read, kept until every microbatch is in.
+
+A Hessian for each of hundreds of experts would not fit; one row a token and the router's choices do. At the end some
+experts at a time get their rows, their Hessians and their codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums, Prior
+from prismaquant_ray.model.experts import Routing, grouped_product
+
+# Float32 elements of Hessians that are held at a time.
+HESSIANS = 1 << 27
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ExpertsAtOnce:
+    """Experts start..stop with the statistics of both of their inputs, by parameter."""
+
+    start: int
+    stop: int
+    statistics: dict[str, InputStatistics]
+
+
+class RoutedInputs:
+    """Inputs of one experts module: of `gate_up_proj` what was routed, of `down_proj` what comes out between them."""
+
+    def __init__(self, module: Any, device: torch.device) -> None:
+        self.module = module
+        experts, _, width = module.gate_up_proj.shape
+        self.tokens_of = torch.zeros(experts, dtype=torch.int64, device=device)
+        # Every row counts the same in a layer's mean, so it is summed like a dense input.
+        self.pooled = {
+            "gate_up_proj": InputSums(width, device),
+            "down_proj": InputSums(module.down_proj.shape[2], device),
+        }
+        self._hidden: list[Tensor] = []
+        self._chosen: list[Tensor] = []
+        self._held_out: list[Tensor] = []
+
+    def add(self, rows: Tensor, inner: Tensor, routing: Routing, held_out: Tensor) -> None:
+        """A microbatch: rows (R, H) and inner (R, I) sorted by expert, held_out (tokens,) bool."""
+        hidden = rows[routing.first]
+        self.pooled["gate_up_proj"].add(hidden.unsqueeze(1), held_out)
+        self.pooled["down_proj"].add(inner.unsqueeze(1), held_out[routing.token])
+        self.tokens_of += routing.counts
+        self._hidden.append(hidden)
+        self._chosen.append(routing.chosen)
+        self._held_out.append(held_out)
+
+    def chunks(self) -> Iterator[ExpertsAtOnce]:
+        """Experts in order, as many at a time as a constant number of Hessian elements allows."""
+        hidden, chosen, held_out = torch.cat(self._hidden), torch.cat(self._chosen), torch.cat(self._held_out)
+        self._hidden = [hidden]
+        top_k = chosen.shape[1]
+        flat = chosen.flatten()
+        pooled = {name: sums.statistics() for name, sums in self.pooled.items()}
+        priors = {name: Prior.of(statistics) for name, statistics in pooled.items()}
+        experts, _, width = self.module.gate_up_proj.shape
+        at_once = max(1, HESSIANS // max(width, self.module.down_proj.shape[2]) ** 2)
+        for start in range(0, experts, at_once):
+            stop = min(start + at_once, experts)
+            pairs = torch.nonzero((flat >= start) & (flat < stop)).flatten()
+            pairs = pairs[torch.argsort(flat[pairs], stable=True)]
+            counts = torch.bincount(flat[pairs] - start, minlength=stop - start)
+            rows, held = hidden[pairs // top_k], held_out[pairs // top_k]
+            inner = self._inner(rows, counts, start, stop)
+            statistics = {
+                # One amax for all experts of the layer: they share one input scale.
+                name: replace(InputStatistics.routed(x, counts, held, priors[name]), amax=pooled[name].amax)
+                for name, x in (("gate_up_proj", rows), ("down_proj", inner))
+            }
+            yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics)
+
+    def _inner(self, rows: Tensor, counts: Tensor, start: int, stop: int) -> Tensor:
+        """What `down_proj` reads, again: keeping it would take top_k times the memory."""
+        if not len(rows):
+            return rows.new_zeros(0, self.module.down_proj.shape[2])
+        projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts)
+        inner: Tensor = self.module._apply_gate(projected)
+        return inner

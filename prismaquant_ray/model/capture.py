@@ -1,0 +1,94 @@
+"""Watching what a block's matrices read and write while the block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.layout import Block, InputGroup, Matrix
+from prismaquant_ray.model.experts import Routing
+
+
+class CapturedActivations:
+    """Filled by running the block once inside `capture_activations`.
+
+    `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
+    `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by
+    parameter: its input as nothing else reads it, so that the gradient there is what comes through it alone.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, Tensor] = {}
+        self.entries: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.routing: dict[str, Routing] = {}
+
+
+@contextmanager
+def capture_activations(module: nn.Module, block: Block) -> Iterator[CapturedActivations]:
+    """Record every input group and the output of every parameter of its matrices.
+
+    Raises InputError when Linears that should share an input do not: the family's fused rules are wrong then, and
+    every Hessian would be too.
+    """
+    captured = CapturedActivations()
+    handles = []
+    watched: list[Any] = []
+    for group in block.inputs:
+        for matrix in group.matrices:
+            if matrix.experts is not None:
+                experts = module.get_submodule(matrix.parameters[0].rpartition(".")[0])
+                watched.append(experts)
+                _watch(experts, captured, group, matrix)
+                continue
+            for parameter in matrix.parameters:
+                submodule = module.get_submodule(parameter.rpartition(".")[0])
+                handles.append(submodule.register_forward_pre_hook(_entering(captured, group.name, parameter)))
+                handles.append(submodule.register_forward_hook(_leaving(captured, parameter)))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+        for experts in watched:
+            experts.watcher = None
+
+
+def _entering(captured: CapturedActivations, group: str, parameter: str) -> Any:
+    def record(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        (x,) = args
+        seen = captured.inputs.setdefault(group, x)
+        if seen is not x:
+            raise InputError(
+                f"{parameter} does not read the tensor that {group} reads; correct the family's fused rules"
+            )
+        entry = captured.entries[parameter] = x.view_as(x)
+        return (entry,)
+
+    return record
+
+
+def _leaving(captured: CapturedActivations, parameter: str) -> Any:
+    def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        captured.outputs[parameter] = output
+
+    return record
+
+
+def _watch(experts: Any, captured: CapturedActivations, group: InputGroup, matrix: Matrix) -> None:
+    """Record one packed parameter; the experts module may be watched for several."""
+    before = getattr(experts, "watcher", None)
+    parameter = matrix.parameters[0]
+
+    def watch(name: str, rows: Tensor, output: Tensor, routing: Routing) -> None:
+        if before is not None:
+            before(name, rows, output, routing)
+        if name == parameter.rpartition(".")[2]:
+            captured.inputs[group.name] = captured.entries[parameter] = rows
+            captured.outputs[parameter], captured.routing[group.name] = output, routing
+
+    experts.watcher = watch

@@ -1,0 +1,195 @@
+"""Loading a block's weights from the checkpoint into the meta model, running it, and letting go of them again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.finite import all_finite
+from prismaquant_ray.layout import Block, BlockKind
+from prismaquant_ray.model.layout_builder import Scope, build_layout
+from prismaquant_ray.model.meta_model import Inputs
+from prismaquant_ray.model.mtp_head import DraftHead
+from prismaquant_ray.model.prefetch import Prefetcher
+from prismaquant_ray.source.protocol import TensorSource
+
+
+class ModelRunner:
+    """Runs a checkpoint block by block in `dtype` on `device`; holds only what the caller has loaded.
+
+    Weights never require gradients: the probe differentiates with respect to activations.
+    """
+
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scope: Scope = Scope(),  # noqa: B008 - frozen
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = device
+        self.meta_model, self.layout = build_layout(checkpoint, scope)
+        #: Weights of blocks, by index, as `load_block` takes them.
+        self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
+        self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is BlockKind.DECODER)
+        for module in self.meta_model.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                if not buffer.is_meta:
+                    setattr(module, name, buffer.to(device))
+
+    # Loading --------------------------------------------------------------------------------------------------
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block `index` with its weights; InputError names a tensor that is NaN or infinite."""
+        block = self.layout.blocks[index]
+        module = self._new(block)
+        shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        weights = self.prefetcher.get(index)
+        state = {
+            parameter.name: _joined([weights.pop(name) for name in parameter.tensors], shapes[parameter.name])
+            for parameter in block.parameters
+        }
+        module.load_state_dict(state, strict=True, assign=True)
+        return module.requires_grad_(False).to(self.device, non_blocking=True)
+
+    def _read_block(self, index: int) -> dict[str, Tensor]:
+        weights = self._read(self.layout.blocks[index].tensors)
+        # From memory that cannot be paged out a GPU copies by itself.
+        return {name: w.pin_memory() for name, w in weights.items()} if self.device.type == "cuda" else weights
+
+    def _new(self, block: Block) -> nn.Module:
+        """The block's module on the meta device."""
+        if block.kind is BlockKind.DECODER:
+            return self.meta_model.new_layer(block.index - self._first_decoder)
+        if block.kind is BlockKind.VISION:
+            return copy.deepcopy(self.meta_model.vision_layers[block.index])
+        if block.kind is BlockKind.MERGER:
+            return cast(nn.Module, copy.deepcopy(self.meta_model.merger))
+        if block.kind is BlockKind.DRAFT:
+            return DraftHead(self.meta_model)
+        return nn.ModuleDict({self.head_name: copy.deepcopy(self.meta_model.model.get_output_embeddings())})
+
+    @property
+    def head_name(self) -> str:
+        """The output head's path in the model."""
+        output = self.meta_model.model.get_output_embeddings()
+        return str(next(path for path, module in self.meta_model.model.named_modules() if module is output))
+
+    @contextmanager
+    def entry(self) -> Iterator[None]:
+        """The embedding is loaded inside the with-block."""
+        with self._resident(self.layout.embedding):
+            yield
+
+    @contextmanager
+    def pixels(self) -> Iterator[None]:
+        """What is before the vision tower's blocks is loaded inside the with-block."""
+        with self._resident(self.layout.pixels):
+            yield
+
+    @contextmanager
+    def exit(self) -> Iterator[None]:
+        """Final norm and head are loaded inside the with-block."""
+        with self._resident(self.layout.head):
+            yield
+
+    @contextmanager
+    def beside(self, index: int) -> Iterator[None]:
+        """What a block needs of the rest of the model is loaded inside the with-block."""
+        block = self.layout.blocks[index]
+        wanted: dict[str, None] = {}
+        if block.kind is BlockKind.DRAFT:
+            wanted = dict.fromkeys([*self.layout.embedding, *self.layout.head])
+        elif block.kind is BlockKind.HEAD:
+            wanted = dict.fromkeys(name for name in self.layout.head if name not in block.tensors)
+        with self._resident([*wanted]):
+            yield
+
+    # Running --------------------------------------------------------------------------------------------------
+
+    def embed(self, inputs: Inputs, features: Tensor | None = None) -> Tensor:
+        """What enters the first decoder layer; call inside `entry()`. `features` are what the merger put out."""
+        return self.meta_model.embed(self._there(inputs), features)
+
+    def patches(self, inputs: Inputs) -> Tensor:
+        """What enters the first vision block (patches, width); call inside `pixels()`."""
+        return self.meta_model.patches(self._there(inputs))
+
+    def run_block(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
+        """What leaves a block; differentiable in `hidden`.
+
+        A draft head puts out what the output head reads, one token less; an output head its logits. Call both inside
+        `beside(index)`.
+        """
+        kind, inputs = self.layout.blocks[index].kind, self._there(inputs)
+        if kind is BlockKind.DECODER:
+            return self.meta_model.run_layer(index - self._first_decoder, module, hidden, inputs)
+        if kind is BlockKind.VISION:
+            return self.meta_model.run_vision(index, module, hidden, inputs)
+        if kind is BlockKind.MERGER:
+            return cast(Tensor, module(hidden))
+        if kind is BlockKind.DRAFT:
+            return cast(DraftHead, module).run(self.meta_model, hidden, inputs)
+        head = cast(Callable[[Tensor], Tensor], module[self.head_name])  # type: ignore[index]
+        return self.meta_model.logits(hidden, head)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (sequences, tokens, vocabulary) for what left the last decoder layer; call inside `exit()`."""
+        return self.meta_model.logits(hidden)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the output head reads for what left the last decoder layer; call inside `exit()`."""
+        return self.meta_model.normed(hidden)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """Logits for what a draft head put out; call inside `beside` of it."""
+        return cast(Tensor, self.meta_model.model.get_output_embeddings()(hidden))
+
+    def _there(self, inputs: Inputs) -> Inputs:
+        return {name: value.to(self.device) for name, value in inputs.items()}
+
+    def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        weights = self.checkpoint.read(names)
+        check_finite(weights, self.checkpoint.store.uri)
+        return {name: tensor.to(self.dtype) for name, tensor in weights.items()}
+
+    @contextmanager
+    def _resident(self, names: Sequence[str]) -> Iterator[None]:
+        model = self.meta_model.model
+        read = self._read(names)
+        weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in read.items()}
+        # A tied head is the same parameter under two owners; both must see the loaded one.
+        by_identity = {id(model.get_parameter(name)): value for name, value in weights.items()}
+        replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+        for module in model.modules():
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) in by_identity:
+                    replaced.append((module, leaf, parameter))
+                    setattr(module, leaf, by_identity[id(parameter)])
+        try:
+            yield
+        finally:
+            for module, leaf, parameter in replaced:
+                setattr(module, leaf, parameter)
+
+
+def _joined(tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """One tensor of the module from those of the checkpoint: the same, or experts one by one along the rows."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors)).view(shape)
+
+
+def check_finite(weights: dict[str, Tensor], where: str) -> None:
+    """InputError naming the first tensor with a NaN or an infinity."""
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise InputError(f"{where}: {name} holds {count} NaN or infinite values; the checkpoint is damaged")

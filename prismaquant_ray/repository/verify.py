@@ -1,0 +1,402 @@
+"""Verifying a repository: everything is read again from its files, and every problem is collected.
+
+vLLM does not notice a missing scale, a wrong global scale inside a fused module or a foreign dtype: it serves
+garbage. So names, dtypes, routing and bytes are checked here, against the source and the stored candidates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Codec
+from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
+from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
+from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
+from prismaquant_ray.repository import routing
+from prismaquant_ray.repository.quantization_config import Choice, check_choice, linears_by_format
+from prismaquant_ray.repository.shards import CONFIG, MANIFEST
+from prismaquant_ray.repository.writer import REWRITTEN, bits
+from prismaquant_ray.source.checkpoint import INDEX, as_tensor, read_header
+from prismaquant_ray.source.header import TensorInfo
+from prismaquant_ray.source.protocol import Piece, TensorSource
+from prismaquant_ray.source.ranges import parts, read_pieces, threads
+from prismaquant_ray.storage.prefix import Prefix
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+# What later stages add to or rewrite in a repository.
+_MUTABLE = ("README.md",)
+# What one thread compares at a time; a larger module is alone.
+_COMPARED = 1 << 26
+# Weights decoded at a time: they stay in a core's cache, and are looked at once.
+_DECODED = 1 << 18
+
+#: A module's tensors by suffix.
+Stored = Mapping[str, tuple[TensorInfo, "Buffer"]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """What was found. `problems` are one line each; `linears` counts Linears by format."""
+
+    problems: tuple[str, ...]
+    tensors: int
+    linears: dict[FormatName, int]
+    total_bytes: int
+    bpp: float
+    bits_all_parameters: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+
+def verify_repository(
+    repository: Prefix, source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates | None
+) -> VerifyReport:
+    """Re-read a repository, by threads; each holds some modules, or some batches of tensors, at a time.
+
+    Without candidates everything is checked but that the weights are the stored ones. InputError only when the
+    choice does not fit the layout.
+    """
+    check_choice(layout, choice)
+    check = _Check(repository, source, layout, choice)
+    with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
+        # A shard is one task, and the longest.
+        digests = {file: pool.submit(stored_digest, repository, file, check.sizes[file]) for file in check.shards}
+        weights = [pool.submit(check.weights, block, candidates) for block in layout.blocks]
+        passed = [pool.submit(check.passthrough, names) for names in check.kept()]
+        problems = [*check.index(), *check.names(), *check.config()]
+        problems += [problem for found in (*weights, *passed) for problem in found.result()]
+        problems += check.files()
+        problems += check.manifest({file: digest.result() for file, digest in digests.items()})
+    bpp, bits_all_parameters = check.bits()
+    return VerifyReport(
+        # A file that cannot be read is met by several checks.
+        problems=tuple(dict.fromkeys(problems)),
+        tensors=len(check.tensors),
+        linears={name: len(linears) for name, linears in linears_by_format(layout, choice).items() if linears},
+        total_bytes=sum(check.sizes.values()),
+        bpp=bpp,
+        bits_all_parameters=bits_all_parameters,
+    )
+
+
+class _Check:
+    """One repository under verification; each method yields the problems it finds."""
+
+    def __init__(self, repository: Prefix, source: TensorSource, layout: Layout, choice: Choice) -> None:
+        self.repository = repository
+        self.source = source
+        self.layout = layout
+        self.choice = choice
+        self.sizes = {key: repository.size(key) or 0 for key in repository.list()}
+        self.shards = sorted(key for key in self.sizes if key.endswith(".safetensors"))
+        self.tensors: dict[str, TensorInfo] = {}
+        self.unreadable: list[str] = []
+        for file in self.shards:
+            try:
+                infos = read_header(repository, file)
+            except InputError as error:
+                self.unreadable.append(str(error))
+                continue
+            for info in infos:
+                if info.name in self.tensors:
+                    self.unreadable.append(f"{info.name} is in both {self.tensors[info.name].file} and {file}")
+                self.tensors[info.name] = info
+        quantized = [
+            (name, linear)
+            for name, linears in linears_by_format(layout, choice).items()
+            for linear in linears
+            if FORMATS[name].codec is not None
+        ]
+        self.replaced = {tensor for _, linear in quantized for tensor in linear.sources}
+        self.expected: dict[str, tuple[str, tuple[int, ...]]] = {
+            name: (info.dtype, info.shape) for name, info in source.tensors.items() if name not in self.replaced
+        }
+        for name, linear in quantized:
+            entries = shipped(name, linear)
+            self.expected |= {f"{module}.{suffix}": e for module in linear.names for suffix, e in entries.items()}
+
+    def bits(self) -> tuple[float, float]:
+        return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
+
+    def _json(self, file: str) -> tuple[dict[str, Any], list[str]]:
+        try:
+            body = json.loads(self.repository.get(file))
+        except KeyError:
+            return {}, [f"{file} is missing"]
+        except ValueError:
+            return {}, [f"{file} is not JSON"]
+        return (body, []) if isinstance(body, dict) else ({}, [f"{file} is not a JSON object"])
+
+    # Names and files ------------------------------------------------------------------------------------------
+
+    def index(self) -> Iterator[str]:
+        """Shards can be read, and the index says what is in them."""
+        yield from self.unreadable
+        body, problems = self._json(INDEX)
+        yield from problems
+        if problems:
+            return
+        weight_map = body.get("weight_map")
+        if not isinstance(weight_map, dict):
+            yield f"{INDEX} has no weight_map"
+            return
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file != file:
+                yield f"{INDEX} places {name} in {file}, which does not hold it"
+        for name in sorted(self.tensors.keys() - weight_map.keys()):
+            yield f"{name} is in {self.tensors[name].file} but not in {INDEX}"
+        total = sum(info.nbytes for info in self.tensors.values())
+        stated = _mapping(body, "metadata").get("total_size")
+        if stated != total:
+            yield f"{INDEX} states a total_size of {stated}; the tensors have {total} bytes"
+
+    def names(self) -> Iterator[str]:
+        """Every expected tensor with its dtype and shape, and nothing else."""
+        for name, (dtype, shape) in self.expected.items():
+            info = self.tensors.get(name)
+            if info is None:
+                yield f"tensor {name} is missing"
+            elif (info.dtype, info.shape) != (dtype, shape):
+                yield f"{name} is {info.dtype} {info.shape}; {dtype} {shape} expected"
+        for name in sorted(self.tensors.keys() - self.expected.keys()):
+            yield f"tensor {name} does not belong here; vLLM refuses tensors it does not know"
+
+    def files(self) -> Iterator[str]:
+        """Everything else of the source is there, unchanged."""
+        for file in self.source.other_files():
+            if file in REWRITTEN:
+                continue
+            if file not in self.sizes:
+                yield f"{file} of the source is missing"
+            elif file not in _MUTABLE and self.repository.get(file) != self.source.store.get(file):
+                yield f"{file} is not the source's"
+        body, problems = self._json(CONFIG)
+        yield from problems
+        if not problems and {key: body[key] for key in body if key != "quantization_config"} != self.source.config:
+            yield f"{CONFIG} differs from the source's in more than quantization_config"
+
+    def manifest(self, found: Mapping[str, str]) -> Iterator[str]:
+        """The manifest states what is there; `found` is the digest of every shard."""
+        body, problems = self._json(MANIFEST)
+        yield from problems
+        if problems:
+            return
+        if body.get("complete") is not True:
+            yield f"{MANIFEST} says that writing did not end"
+        if body.get("choice") != {group: str(name) for group, name in self.choice.items()}:
+            yield f"{MANIFEST} has another choice of formats"
+        for file, size in _mapping(body, "files").items():
+            if file not in _MUTABLE and self.sizes.get(file) != size:
+                yield f"{file} has {self.sizes.get(file)} bytes; {MANIFEST} states {size}"
+        digests = _mapping(body, "sha256")
+        for file in sorted({info.file for info in self.tensors.values()} | digests.keys()):
+            if file not in found or found[file] != digests.get(file):
+                yield f"{file} does not have the digest that {MANIFEST} states"
+        for key, value in zip(("bpp", "bits_all_parameters"), self.bits(), strict=True):
+            if body.get(key) != value:
+                yield f"{MANIFEST} states {key} {body.get(key)}; the shards have {value}"
+
+    # Configuration and routing --------------------------------------------------------------------------------
+
+    def config(self) -> Iterator[str]:
+        """Both runtimes read the configuration and give every module its scheme."""
+        body, problems = self._json(CONFIG)
+        config = body.get("quantization_config")
+        if problems:
+            return
+        if config is None:
+            if any(FORMATS[name].codec for name in self.choice.values()):
+                yield f"{CONFIG} has no quantization_config"
+            return
+        found = list(routing.config_problems(config))
+        yield from found
+        if not found:
+            modules = dict.fromkeys(name.rpartition(".")[0] for name in self.source.tensors)
+            yield from routing.route_problems(config, self.layout, self.choice, modules)
+
+    # Contents -------------------------------------------------------------------------------------------------
+
+    def weights(self, block: Block, candidates: Candidates | None) -> list[str]:
+        """Scales are sound, fused modules share theirs, and weights are the stored candidates."""
+        problems: list[str] = []
+        files: dict[FormatName, CandidateFile] = {}
+        if candidates is not None:
+            for name in dict.fromkeys(self.choice[group.name] for group in block.groups):
+                try:
+                    if FORMATS[name].codec is not None:
+                        files[name] = candidates.file(block.index, name)
+                        files[name].check()
+                except StoreError as error:
+                    problems.append(str(error))
+        for group in block.groups:
+            problems += self._group(group, files.get(self.choice[group.name]))
+        return problems
+
+    def _group(self, group: FusedGroup, file: CandidateFile | None) -> Iterator[str]:
+        name = self.choice[group.name]
+        codec = FORMATS[name].codec
+        if codec is None:
+            return
+        held: dict[str, list[TensorInfo]] = {}
+        if file is not None:
+            try:
+                held = {module: infos for linear in group.linears for module, infos in file.of(name, linear).items()}
+            except StoreError as error:
+                yield str(error)
+        shared: dict[str, Tensor] = {}
+        for batch in self._batches(group):
+            ours = _read((self.repository, self.tensors[tensor]) for _, _, tensors in batch for tensor in tensors)
+            theirs = _read(
+                (file.store, info) for module, _, _ in batch for info in held.get(module, ()) if file is not None
+            )
+            for module, linear, _ in batch:
+                found = {key: as_tensor(data, info.dtype, info.shape) for key, (info, data) in ours[module].items()}
+                shared |= {
+                    f"{module}.{suffix}": found[suffix]
+                    for suffix in found.keys() & {WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE}
+                }
+                yield from _scale_problems(linear, module, found)
+                yield from _weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
+        for matrix in group.matrices:
+            yield from _shared_problems(matrix, shared)
+
+    def _batches(self, group: FusedGroup) -> Iterator[list[tuple[str, LinearSpec, list[str]]]]:
+        """Modules of a group with the tensors they ship, but those where one is missing or of another shape."""
+        batch: list[tuple[str, LinearSpec, list[str]]] = []
+        filled = 0
+        for linear in group.linears:
+            for module in linear.names:
+                tensors = [f"{module}.{suffix}" for suffix in shipped(self.choice[group.name], linear)]
+                if any(self._differs(tensor) for tensor in tensors):
+                    continue
+                size = sum(self.tensors[tensor].nbytes for tensor in tensors)
+                if batch and filled + size > _COMPARED:
+                    yield batch
+                    batch, filled = [], 0
+                batch.append((module, linear, tensors))
+                filled += size
+        if batch:
+            yield batch
+
+    def _differs(self, name: str) -> bool:
+        info = self.tensors.get(name)
+        return info is None or (info.dtype, info.shape) != self.expected[name]
+
+    def kept(self) -> Iterator[list[str]]:
+        """What is not quantized, in runs of some megabytes."""
+        run: list[str] = []
+        filled = 0
+        for name in self.source.tensors:
+            if name in self.replaced or self._differs(name):
+                continue
+            run.append(name)
+            filled += self.tensors[name].nbytes
+            if filled > _COMPARED:
+                yield run
+                run, filled = [], 0
+        if run:
+            yield run
+
+    def passthrough(self, names: Sequence[str]) -> list[str]:
+        """Everything that is not quantized is the source's, byte for byte."""
+        pairs: list[tuple[Piece, Piece]] = []
+        for name in names:
+            ours, theirs = (self.repository, self.tensors[name]), self.source.piece(name)
+            # What the source has in another form is decoded as a whole.
+            cut = theirs[0].divisible
+            pairs += zip(parts(ours), parts(theirs), strict=True) if cut else [(ours, theirs)]
+        left, right = read_pieces(ours for ours, _ in pairs), read_pieces(theirs for _, theirs in pairs)
+        changed = (info.name for (info, data), (_, other) in zip(left, right, strict=True) if not _same(data, other))
+        return [f"{name} is not the source's, byte for byte" for name in dict.fromkeys(changed)]
+
+
+def _read(pieces: Iterable[Piece]) -> Mapping[str, Stored]:
+    """Tensors by module and suffix."""
+    found: dict[str, dict[str, tuple[TensorInfo, Buffer]]] = {}
+    for info, data in read_pieces(pieces):
+        module, _, suffix = info.name.rpartition(".")
+        found.setdefault(module, {})[suffix] = info, data
+    return found
+
+
+def _same(left: Buffer, right: Buffer) -> bool:
+    """Whether bytes are equal, by memcmp; of views, == compares element by element."""
+    return bytearray(left) == right
+
+
+def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """Global scales that the runtime takes from one module for others, and that are not the same."""
+    experts = list(zip(*(linear.names for linear in matrix.linears), strict=True))
+    together = {
+        WEIGHT_GLOBAL_SCALE: experts,
+        INPUT_GLOBAL_SCALE: [tuple(name for names in experts for name in names)],
+    }
+    for suffix, sharing in together.items():
+        for modules in sharing:
+            found = {_raw(tensors[f"{name}.{suffix}"]) for name in modules if f"{name}.{suffix}" in tensors}
+            if len(found) > 1:
+                where = matrix.name if matrix.experts is None else ", ".join(modules[:2])
+                yield f"{where}: members have different {suffix}; vLLM applies one of them to all"
+
+
+def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    scale = tensors["weight_scale"]
+    # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently.
+    highest = 254 if scale.dtype == torch.uint8 else torch.finfo(scale.dtype).max
+    low, high = torch.aminmax(scale.to(torch.float32))  # NaN if anything is
+    if not 0 < low.item() <= high.item() <= highest:
+        yield f"{module}.weight_scale has zero, negative, infinite or NaN scales"
+    for suffix in (WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE):
+        divisor = tensors.get(suffix)
+        if divisor is None:
+            continue
+        if not (bool(torch.isfinite(divisor).all()) and bool((divisor > 0).all())):
+            yield f"{module}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
+        elif suffix == WEIGHT_GLOBAL_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
+            yield f"{module}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
+    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
+        yield f"{module}.weight_shape is {tensors['weight_shape'].tolist()}"
+
+
+def _weight_problems(
+    codec: Codec, linear: LinearSpec, module: str, tensors: Mapping[str, Tensor], ours: Stored, theirs: Stored
+) -> Iterator[str]:
+    step = max(1, _DECODED // linear.in_features)
+    rows = zip(tensors[codec.codes].split(step), tensors["weight_scale"].split(step), strict=True)
+    decoded = (codec.decode({**tensors, codec.codes: codes, "weight_scale": scale}) for codes, scale in rows)
+    if not all(map(_is_finite, decoded)):
+        yield f"{module} decodes to NaN or infinite weights"
+    changed = [suffix for suffix in ours if suffix in theirs and not _same(ours[suffix][1], theirs[suffix][1])]
+    if changed:
+        stored = {suffix: as_tensor(data, info.dtype, info.shape) for suffix, (info, data) in theirs.items()}
+        weights = "the same" if _raw(codec.decode(stored)) == _raw(codec.decode(tensors)) else "other"
+        yield f"{module}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether all values are finite: the extremes are then, and both are NaN if anything is. Needs no other tensor."""
+    low, high = torch.aminmax(values)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = body.get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

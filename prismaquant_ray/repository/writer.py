@@ -1,0 +1,173 @@
+"""Writing a model repository: bytes copied from the source and from the stored candidates, no arithmetic.
+
+Readers of a prefix that is being written never see a model: config.json is written last. `staging.staged_output` adds
+that nothing is seen that was not verified, and leaves an old local repository in place until the new one is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.forward.candidates import Candidates
+from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config
+from prismaquant_ray.repository.shards import (
+    CONFIG,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    Output,
+    as_json,
+    claim,
+    write_shards,
+)
+from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.prefix import Prefix
+
+README = "README.md"
+#: files of the source that are written anew
+REWRITTEN = (CONFIG, MANIFEST)
+# What bits per parameter count; the scalars beside them are some bytes of a matrix of megabytes.
+_COUNTED = ("weight", "weight_packed", "weight_scale")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a repository's card can know of it: bytes of its shards, and bits as `WrittenRepository` has them."""
+
+    weight_bytes: int
+    bpp: float
+    bits_all_parameters: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenRepository:
+    """What was written.
+
+    `files` maps every file to its bytes, `sha256` every shard to its digest. `bpp` is bits of codes and group
+    scales per quantizable parameter; `bits_all_parameters` is bits of all tensors per parameter of the model.
+    """
+
+    files: dict[str, int]
+    sha256: dict[str, str]
+    total_bytes: int
+    bpp: float
+    bits_all_parameters: float
+
+
+def write_repository(
+    source: TensorSource,
+    layout: Layout,
+    choice: Choice,
+    candidates: Candidates,
+    output: Prefix,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    manifest: Mapping[str, Any],
+    card: Callable[[Written], bytes] | None = None,
+) -> WrittenRepository:
+    """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
+
+    `card` makes README.md of what was written; without it the source's stays.
+    Shards hold the tensors in the source's order and are streamed tensor by tensor. A prefix that holds a
+    quantized repository of ours is replaced, not atomically; one that holds anything else is refused with InputError.
+    """
+    if any("quantization_config" in part for part in (source.config, source.config.get("text_config") or {})):
+        raise InputError(f"{source.store.uri} is already quantized (config.json); start from the BF16 model")
+    config = build_quantization_config(layout, choice)
+    copies = _copies(source, layout, choice, candidates)
+    stale = claim(output, {"schema": MANIFEST_SCHEMA})
+    shards = write_shards(output, copies, limit=max_shard_bytes)
+    sizes = {copy.name: copy.nbytes for copy in copies}
+    bpp, bits_all_parameters = bits(source, layout, sizes)
+    files = dict(shards.files)
+    weights = sum(files.values())
+    for file in source.other_files():
+        if file not in REWRITTEN and (card is None or file != README):
+            files[file] = _put(output, file, source.store.get(file))
+    if card is not None:
+        written = Written(weight_bytes=weights, bpp=bpp, bits_all_parameters=bits_all_parameters)
+        files[README] = _put(output, README, card(written))
+
+    index = as_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.weight_map})
+    config_json = source.store.get(CONFIG)
+    if config is not None:
+        config_json = as_json({**source.config, "quantization_config": config})
+    elif json.loads(config_json) != source.config:
+        config_json = as_json(source.config)  # the source's own quantization is decoded
+    files |= {INDEX: len(index), CONFIG: len(config_json)}
+    body = _manifest(choice, manifest) | {"complete": True, "files": files, "sha256": shards.sha256}
+    body |= {"bpp": bpp, "bits_all_parameters": bits_all_parameters}
+    files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}
+    _put(output, INDEX, index)
+    _put(output, CONFIG, config_json)
+    output.delete(file for file in stale if file not in files)
+    return WrittenRepository(
+        files=files,
+        sha256=shards.sha256,
+        total_bytes=sum(files.values()),
+        bpp=bpp,
+        bits_all_parameters=bits_all_parameters,
+    )
+
+
+def bits(source: TensorSource, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, float]:
+    """Bits per quantizable parameter and per parameter of the model, from the bytes of every written tensor."""
+    counted = sum(sizes.get(tensor, 0) for tensor in _counted(layout))
+    parameters = sum(math.prod(info.shape) for info in source.tensors.values())
+    return 8 * counted / layout.parameters, 8 * sum(sizes.values()) / parameters
+
+
+def _counted(layout: Layout) -> set[str]:
+    """Names under which weights of quantizable Linears may be: as shipped, or as in the source."""
+    shipped = {f"{name}.{suffix}" for linear in layout.linears() for name in linear.names for suffix in _COUNTED}
+    return shipped | {source for linear in layout.linears() for source in linear.sources}
+
+
+def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
+    """Every tensor of the output: the source's, each quantized weight replaced by its candidate's tensors."""
+    replaced: dict[str, list[Output]] = {}
+    for block in layout.blocks:
+        for group in block.groups:
+            name = choice[group.name]
+            if FORMATS[name].codec is None:
+                continue
+            file = candidates.file(block.index, name)
+            for linear in group.linears:
+                for place, infos in zip(_places(linear), file.of(name, linear).values(), strict=True):
+                    replaced.setdefault(place, []).extend(Output.copy((candidates.store, info)) for info in infos)
+    copies: list[Output] = []
+    for tensor in source.tensors:
+        if tensor in replaced:
+            copies += replaced.pop(tensor)
+        else:
+            copies.append(Output.copy(source.piece(tensor)))
+    if replaced:
+        raise InputError(f"{source.store.uri}: tensor {min(replaced)} is missing; the checkpoint is incomplete")
+    seen: set[str] = set()
+    for copy in copies:
+        if copy.name in seen:
+            raise InputError(f"{source.store.uri}: has a tensor {copy.name}, a name the quantized weight needs")
+        seen.add(copy.name)
+    return copies
+
+
+def _places(linear: LinearSpec) -> tuple[str, ...]:
+    """For each of its modules the source tensor whose place it takes: its own, or the packed one."""
+    return linear.sources if len(linear.sources) == len(linear.names) else linear.sources * len(linear.names)
+
+
+def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
+    names = {group: str(name) for group, name in choice.items()}
+    return {"schema": MANIFEST_SCHEMA, "complete": False, "run": dict(run), "choice": names}
+
+
+def _put(output: Prefix, file: str, data: bytes) -> int:
+    output.put(file, data)
+    return len(data)

@@ -1,0 +1,1 @@
+"""Stage 1: the tensors of a checkpoint, wherever it lies and however it stores them."""

@@ -1,0 +1,195 @@
+"""Reading a Hugging Face checkpoint by tensor ranges: nothing is loaded that is not asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.source import block_fp8
+from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
+from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
+from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.store import Store
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_SAMPLE = 4096
+
+
+def read_header(store: Prefix, file: str) -> list[TensorInfo]:
+    """Every tensor of a safetensors file, in data order; KeyError when it is absent, InputError when it is damaged."""
+    size = store.size(file)
+    if size is None:
+        raise KeyError(file)
+    path = f"{store.uri}/{file}"
+    length = header_length(bytes(store.get_ranges(file, [(0, min(8, size))])[0]), path, size)
+    infos = parse_header(bytes(store.get_ranges(file, [(8, 8 + length)])[0]), path, size)
+    # Errors name the whole path; the entries hold the key.
+    return [replace(info, file=file) for info in infos]
+
+
+def read_json(store: Store, name: str) -> dict[str, Any]:
+    """A JSON object of a model's directory; InputError when it is absent or is something else."""
+    try:
+        body = json.loads(store.get(name))
+    except KeyError as error:
+        raise InputError(f"{store.uri}: no {name}; is this a Hugging Face model directory?") from error
+    except ValueError as error:
+        raise InputError(f"{store.uri}: {name} is not JSON; fetch it again") from error
+    if not isinstance(body, dict):
+        raise InputError(f"{store.uri}: {name} is not a JSON object; fetch it again")
+    return body
+
+
+class Checkpoint:
+    """A directory of safetensors files with its config.json.
+
+    `tensors` describes every tensor, in file order, and `config` the model they are of. Weights stored as FP8 in
+    blocks are seen as BF16: their scales are no tensors, and `config` does not speak of them. What the files say
+    is in `stored` and `source_config`; where a tensor's bytes come from is `piece`.
+
+    Opening reads headers only and raises InputError for a missing or damaged file, an index that disagrees with
+    the files, an unsafe file name, or FP8 that cannot be decoded.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.source_config = read_json(store, "config.json")
+        self.files = self._files()
+        self.stored: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for info in self._header(file):
+                if info.name in self.stored:
+                    raise InputError(f"{store.uri}: {info.name} is in both {self.stored[info.name].file} and {file}")
+                self.stored[info.name] = info
+        self._check_index()
+        block = block_fp8.block_of(self.source_config, store.uri)
+        if block is None:
+            block_fp8.check_unquantized(self.source_config, self.stored.values(), store.uri)
+        self.config = self.source_config if block is None else block_fp8.without_block_fp8(self.source_config)
+        self._scaled = block_fp8.pair(self.stored, block, store.uri) if block else {}
+        self._decoder = block_fp8.BlockFp8Decoder(store, self._scaled)
+        scales = {scaled.scale.name for scaled in self._scaled.values()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: self._scaled[name].info if name in self._scaled else info
+            for name, info in self.stored.items()
+            if name not in scales
+        }
+
+    def _files(self) -> tuple[str, ...]:
+        self._index: dict[str, str] | None = None
+        if self.store.size(INDEX) is not None:
+            weight_map = read_json(self.store, INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise InputError(f"{self.store.uri}: {INDEX} has no weight_map; fetch it again")
+            unsafe = next(
+                (f for f in weight_map.values() if "/" in f or "\\" in f or not f.endswith(".safetensors")), None
+            )
+            if unsafe is not None:
+                raise InputError(
+                    f"{self.store.uri}: {INDEX} names {unsafe!r}; only .safetensors files beside it are read"
+                )
+            self._index = weight_map
+            return tuple(sorted(set(weight_map.values())))
+        if self.store.size(SINGLE) is not None:
+            return (SINGLE,)
+        raise InputError(f"{self.store.uri}: neither {SINGLE} nor {INDEX}; convert the model to safetensors first")
+
+    def _header(self, file: str) -> list[TensorInfo]:
+        try:
+            return read_header(self.store, file)
+        except KeyError as error:
+            raise InputError(f"{self.store.uri}: {file} is in {INDEX} but not there; fetch it again") from error
+
+    def _check_index(self) -> None:
+        if self._index is None:
+            return
+        for name, file in self._index.items():
+            if name not in self.stored or self.stored[name].file != file:
+                raise InputError(f"{self.store.uri}: {INDEX} places {name} in {file}, which does not hold it")
+
+    def piece(self, name: str) -> Piece:
+        """A tensor's bytes, as read_pieces takes them."""
+        info = tensor_info(self, name)
+        return self._decoder if name in self._scaled else self.store, info
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors in their own dtype, one ranged request a file."""
+        waiting = {name: self._parts(name) for name in names}
+        by_file: dict[str, list[TensorInfo]] = {}
+        for parts in waiting.values():
+            for part in parts:
+                by_file.setdefault(part.file, []).append(part)
+        loaded: dict[str, Tensor] = {}
+        held: dict[str, Buffer] = {}
+        for file, infos in by_file.items():
+            buffers = self.store.get_ranges(file, [(info.start, info.stop) for info in infos])
+            held |= zip((info.name for info in infos), buffers, strict=True)
+            del buffers
+            # A weight may be in another file than its scales.
+            for name in [name for name, parts in waiting.items() if all(part.name in held for part in parts)]:
+                loaded[name] = self._tensor(name, [held.pop(part.name) for part in waiting.pop(name)])
+        return loaded
+
+    def _parts(self, name: str) -> list[TensorInfo]:
+        """What of the files makes a tensor."""
+        info = tensor_info(self, name)
+        return [self._scaled[name].weight, self._scaled[name].scale] if name in self._scaled else [info]
+
+    def _tensor(self, name: str, buffers: Sequence[Buffer]) -> Tensor:
+        info = self.tensors[name]
+        if name not in self._scaled:
+            return as_tensor(buffers[0], info.dtype, info.shape)
+        scaled = self._scaled[name]
+        return scaled.decode(0, scaled.rows, buffers[0], buffers[1], self.store.uri).reshape(info.shape)
+
+    def other_files(self) -> list[str]:
+        """Top-level files that are not weights of any kind: tokenizer, configuration, licence, …"""
+        return files_beside_weights(self.store)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over config, every header entry and the first and last 4 KiB of every tensor.
+
+        Cheap enough for remote sources (no full read), yet a fine-tuned copy with equal headers differs.
+        """
+        digest = hashlib.sha256(json.dumps(self.source_config, sort_keys=True).encode())
+        by_file: dict[str, list[TensorInfo]] = {}
+        for info in sorted(self.stored.values(), key=lambda info: info.name):
+            digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
+            by_file.setdefault(info.file, []).append(info)
+        samples: dict[str, list[bytes]] = {}
+        for file, infos in by_file.items():
+            ranges = [span for info in infos for span in _samples(info)]
+            buffers = iter(self.store.get_ranges(file, ranges)) if ranges else iter(())
+            for info in infos:
+                samples[info.name] = [bytes(next(buffers)) for _ in _samples(info)]
+        for name in sorted(samples):
+            digest.update(b"".join(samples[name]))
+        return digest.hexdigest()
+
+
+def _samples(info: TensorInfo) -> Sequence[tuple[int, int]]:
+    if info.nbytes == 0:
+        return ()
+    if info.nbytes <= 2 * _SAMPLE:
+        return ((info.start, info.stop),)
+    return ((info.start, info.start + _SAMPLE), (info.stop - _SAMPLE, info.stop))
+
+
+def as_tensor(buffer: object, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that owns its bytes."""
+    view = memoryview(buffer)  # type: ignore[arg-type]
+    if view.nbytes == 0:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    # bytearray: torch refuses to promise that a read-only buffer stays unwritten.
+    return torch.frombuffer(bytearray(view), dtype=DTYPES[dtype]).reshape(shape)

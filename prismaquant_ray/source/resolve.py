@@ -1,0 +1,51 @@
+"""Where a model is: a directory, an object store, or the hub's cache on this machine."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.store import Store
+
+# What of a hub repository is used: weights in safetensors, and the small files beside them.
+_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
+
+
+def resolve(source: str, revision: str) -> Store:
+    """The store that holds a model; a hub id is fetched into this machine's cache unless it is there.
+
+    Raises InputError for a model that is nowhere. Nothing is fetched when HF_HUB_OFFLINE is set.
+    """
+    if "://" in source:
+        return Store(source, create=False)
+    directory = Path(source)
+    if directory.is_dir():
+        return Store(directory.absolute(), create=False)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(source, revision=revision, allow_patterns=list(_PATTERNS))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise InputError(
+            f"model.source {source} on {socket.gethostname()}: neither a directory nor in the hub's cache (revision "
+            f"{revision}), nor can it be fetched; give a directory or a URI, or fetch it first: hf download {source}"
+        ) from error
+    return Store(Path(found), create=False)
+
+
+@contextmanager
+def local_files(checkpoint: TensorSource) -> Iterator[Path]:
+    """A directory with the model's small files (tokenizer, configuration), for libraries that want a path."""
+    if checkpoint.store.path is not None:
+        yield checkpoint.store.path
+        return
+    with tempfile.TemporaryDirectory(prefix="prismaquant-") as directory:
+        for name in checkpoint.other_files():
+            (Path(directory) / name).write_bytes(checkpoint.store.get(name))
+        yield Path(directory)
