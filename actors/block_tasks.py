@@ -13,6 +13,7 @@ from actors.shard_task import Attempt, UnitTask
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
+from prismaquant_ray.records import to_json
 from prismaquant_ray.storage.record import Record
 
 
@@ -42,7 +43,7 @@ class ForwardTask(UnitTask):
     def _record(self, unit: Unit, block: BlockForward) -> Record:
         candidates = block.finish()
         artifacts = {str(name): self.attempt.write(unit, name, each) for name, each in candidates.tensors.items()}
-        return Record(artifacts=artifacts, metrics=candidates.figures)
+        return Record(artifacts=artifacts, metrics=to_json(candidates.record))
 
     @override
     def close(self) -> None:
@@ -150,8 +151,7 @@ def candidates_of(attempt: Attempt, unit: Unit) -> CandidateTensors:
 
 def record_of(attempt: Attempt, block: BlockBackward | HeadBackward) -> Record:
     """The prices of a block, stored."""
-    sensitivity = block.finish(attempt.context.calibration.positions)
-    return Record(metrics=sensitivity.figures)
+    return Record(metrics=to_json(block.finish(attempt.context.calibration.positions)))
 
 
 def index_of(unit: Unit) -> int:

@@ -58,5 +58,5 @@ class ExitTask(UnitTask):
             raise InputError(
                 f"the model's loss on calibration sequences {first} to {last} is {loss}; is the checkpoint intact?"
             )
-        self.attempt.metrics["loss"] = loss
+        self.attempt.loss = loss
         return gradient

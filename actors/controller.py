@@ -7,11 +7,10 @@ is Ray in a run and plain objects in tests. Nothing here imports Ray.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from actors.events import Events
 from actors.messages import Receipt
 from actors.protocol import Call, CallKind, Reply, Workers
 from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding
@@ -19,6 +18,7 @@ from actors.schedule.ring import FINISH, Ring, Step
 from actors.schedule.units import Shard, unit_key
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.events import Events, Machine, ShardDone, ShardYielded, StepDone, WorkerLost, WorkerReady
 
 if TYPE_CHECKING:
     from prismaquant_ray.storage.record import Artifact
@@ -67,7 +67,7 @@ class Controller:
     `wanted` workers are asked for at once; work begins with the first that is ready. `setup` is the argument of a
     worker's SETUP call by its name. Times are in seconds: a call may take `timeout`, the first worker must be ready
     after `first`, and a stalled pass waits `patience` for a replacement before a worker must give up its shard.
-    `check` is called often, `admit` with the metrics of every worker that is ready; either may raise to end the run.
+    `check` is called often, `admit` with the machine of every worker that is ready; either may raise to end the run.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Controller:
         patience: float = 15.0,
         recovery: Recovery = Recovery(),  # noqa: B008 - frozen
         check: Callable[[], None] = lambda: None,
-        admit: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        admit: Callable[[Machine], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = workers
@@ -93,7 +93,7 @@ class Controller:
         self.check = check
         self.admit = admit
         self.clock = clock
-        self.ready: dict[str, Mapping[str, Any]] = {}
+        self.ready: dict[str, Machine] = {}
         self.losses: list[LostWorker] = []
         self._flying: dict[str, _Flight] = {}
         self._due: list[tuple[float, str]] = []
@@ -102,8 +102,8 @@ class Controller:
         for _ in range(wanted):
             self._start()
 
-    def wait_for_first(self) -> Mapping[str, Any]:
-        """Metrics of the first worker that is ready; ResourceError when none comes in time."""
+    def wait_for_first(self) -> Machine:
+        """The machine of the first worker that is ready; ResourceError when none comes in time."""
         begun = self.clock()
         while not self.ready:
             if self.clock() - begun > self.first:
@@ -208,9 +208,10 @@ class Controller:
             _check_version(receipt)
             self._send(worker, Call(kind=CallKind.SETUP))
         elif flight.call.kind is CallKind.SETUP:
-            self.admit(receipt.metrics)
-            self.ready[worker] = receipt.metrics
-            self.events("worker", worker=worker, **receipt.metrics)
+            assert receipt.machine is not None
+            self.admit(receipt.machine)
+            self.ready[worker] = receipt.machine
+            self.events(WorkerReady(worker=worker, **asdict(receipt.machine)))
         elif flight.step is not None:
             assert state is not None
             self._step_done(state, reply, receipt, flight.step)
@@ -229,16 +230,17 @@ class Controller:
             if not state.unread[before] and state.outputs[before].artifact is not None:
                 state.outputs[before].reference = None
         self.events(
-            "step",
-            stage=str(shard.stage),
-            shard=shard.name,
-            units=len(shard.units),
-            microbatch=None if step.microbatch == FINISH else step.microbatch,
-            worker=reply.worker,
-            started=round(receipt.started, 4),
-            seconds=round(receipt.seconds, 4),
-            peak_bytes=receipt.peak_bytes,
-            **receipt.metrics,
+            StepDone(
+                stage=str(shard.stage),
+                shard=shard.name,
+                units=len(shard.units),
+                microbatch=None if step.microbatch == FINISH else step.microbatch,
+                worker=reply.worker,
+                started=round(receipt.started, 4),
+                seconds=round(receipt.seconds, 4),
+                peak_bytes=receipt.peak_bytes,
+                **asdict(receipt.metrics),
+            )
         )
         if step.microbatch == FINISH:
             for microbatch in shard.microbatches:
@@ -249,13 +251,14 @@ class Controller:
                 if not state.unfinished[output]:
                     del state.outputs[output]
             self.events(
-                "shard",
-                stage=str(shard.stage),
-                shard=shard.name,
-                units=[unit_key(unit) for unit in shard.units],
-                worker=reply.worker,
-                produced=len(shard.produce),
-                left=state.ring.unfinished,
+                ShardDone(
+                    stage=str(shard.stage),
+                    shard=shard.name,
+                    units=[unit_key(unit) for unit in shard.units],
+                    worker=reply.worker,
+                    produced=len(shard.produce),
+                    left=state.ring.unfinished,
+                )
             )
 
     def _is_stored(self, state: _Pass, step: Step, artifact: Artifact) -> None:
@@ -287,7 +290,7 @@ class Controller:
         self._flying.pop(worker, None)
         shard = self._release(state, worker)
         self.losses.append(LostWorker(worker=worker, cause=cause, shard=shard, message=message, was_ready=was_ready))
-        self.events("lost", worker=worker, cause=str(cause), shard=shard, message=message)
+        self.events(WorkerLost(worker=worker, cause=str(cause), shard=shard, message=message))
         reason = self.recovery.verdict(self.losses)
         if reason is not None:
             raise ResourceError(f"{reason} ({message}); run the same command again to continue")
@@ -331,7 +334,7 @@ class Controller:
         elif now - self._stalled_since >= self.patience:
             self._stalled_since = None
             shard = self._release(state, worker)
-            self.events("yielded", worker=worker, shard=shard)
+            self.events(ShardYielded(worker=worker, shard=shard))
             self._send(worker, Call(kind=CallKind.DROP))
 
     def _nobody(self) -> float:
@@ -358,9 +361,10 @@ def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
 
 
 def _check_version(receipt: Receipt) -> None:
-    version = receipt.metrics["version"]
+    assert receipt.machine is not None
+    version = receipt.machine.version
     if version != __version__:
         raise ResourceError(
-            f"a worker on {receipt.metrics['host']} has prismaquant-ray {version}, the driver {__version__}; "
+            f"a worker on {receipt.machine.host} has prismaquant-ray {version}, the driver {__version__}; "
             "use the same image everywhere"
         )

@@ -19,6 +19,7 @@ from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.model.mtp_head import most_likely
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import DraftRecord, to_json
 from prismaquant_ray.storage.record import Record
 
 
@@ -99,7 +100,7 @@ class DraftEvaluation(UnitTask):
 
     @override
     def products(self) -> Iterator[tuple[Unit, Record]]:
-        yield self.attempt.shard.units[0], Record(artifacts={}, metrics={"agreed": self.agreed, "tokens": self.tokens})
+        yield self.attempt.shard.units[0], Record(metrics=to_json(DraftRecord(agreed=self.agreed, tokens=self.tokens)))
 
 
 class ExitEvaluation(UnitTask):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 from actors.schedule.shards import blocks_per_shard
 from prismaquant_ray.backward.loss import LOGIT_BYTES
@@ -50,16 +50,16 @@ class MemoryPlan:
     candidate_bytes: int
     boundary: int
     repository: int
+    block: int = field(init=False)
 
-    @property
-    def block(self) -> int:
-        """Of one loaded block: the forward pass holds Hessians, the backward pass candidates and activations.
+    def __post_init__(self) -> None:
+        """One loaded block: the forward pass holds Hessians, the backward pass candidates and activations.
 
         While a shard is finished, without activations by then, the following one is read.
         """
         weights, candidates = self.block_weights, self.block_candidates
         finishing = 2 * weights + self.block_hessians, 2 * (weights + candidates)
-        return max(*finishing, weights + candidates + self.block_activations)
+        object.__setattr__(self, "block", max(*finishing, weights + candidates + self.block_activations))
 
     def worker(self, blocks: int) -> int:
         """Peak of a worker that holds `blocks` blocks at a time."""
@@ -72,10 +72,6 @@ class MemoryPlan:
     def run_store(self, blocks: int) -> int:
         """Most bytes in the run store with shards of `blocks` blocks: boundaries, some gradients, candidates."""
         return (math.ceil(self.blocks / blocks) + 3) * self.boundary + self.candidate_bytes
-
-    def as_dict(self) -> dict[str, int]:
-        """Every figure, by name."""
-        return {**asdict(self), "block": self.block}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

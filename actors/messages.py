@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prismaquant_ray import errors
 from prismaquant_ray.errors import DamagedError, PrismaquantError
+from prismaquant_ray.events import Machine, StepMetrics
 
 if TYPE_CHECKING:
     from prismaquant_ray.config import Config
@@ -72,13 +73,15 @@ class Failure:
 class Receipt:
     """What a worker says of one call: when it began (seconds since the epoch), its metrics, or why it failed.
 
-    `stored` are the boundaries, by microbatch, that have reached the run store since the last receipt.
+    `machine` is there when the worker was asked for it. `stored` are the boundaries, by microbatch, that have reached
+    the run store since the last receipt.
     """
 
     worker: str
     started: float
     seconds: float
     peak_bytes: int
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    machine: Machine | None = None
+    metrics: StepMetrics = field(default_factory=StepMetrics)
     stored: Mapping[int, Artifact] = field(default_factory=dict)
     failure: Failure | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.events import Event
+from prismaquant_ray.events import Event, ShardDone, StepDone, WorkerLost
 
 
 class Metrics:
@@ -40,18 +40,19 @@ class Metrics:
 
     def __call__(self, event: Event) -> None:
         """Count an event."""
-        payload = event.payload
-        if event.kind == "step":
-            who = {"stage": payload["stage"], "worker": payload["worker"]}
-            self.steps.observe(payload["seconds"], tags=who)
-            if payload.get("tokens"):
-                self.tokens.inc(payload["tokens"], tags=who)
-            for kind in ("hop", "read", "written"):
-                if payload.get(f"{kind}_bytes"):
-                    self.bytes.inc(payload[f"{kind}_bytes"], tags={"stage": payload["stage"], "kind": kind})
-        elif event.kind == "shard":
-            self.shards_left.set(payload["left"], tags={"stage": payload["stage"]})
-            if payload["produced"]:
-                self.blocks.inc(payload["produced"], tags={"stage": payload["stage"]})
-        elif event.kind == "lost":
-            self.lost.inc(1, tags={"cause": payload["cause"]})
+        match event:
+            case StepDone():
+                who = {"stage": event.stage, "worker": event.worker}
+                self.steps.observe(event.seconds, tags=who)
+                if event.tokens:
+                    self.tokens.inc(event.tokens, tags=who)
+                moved = {"hop": event.hop_bytes, "read": event.read_bytes, "written": event.written_bytes}
+                for kind, count in moved.items():
+                    if count:
+                        self.bytes.inc(count, tags={"stage": event.stage, "kind": kind})
+            case ShardDone():
+                self.shards_left.set(event.left, tags={"stage": event.stage})
+                if event.produced:
+                    self.blocks.inc(event.produced, tags={"stage": event.stage})
+            case WorkerLost():
+                self.lost.inc(1, tags={"cause": event.cause})

@@ -9,23 +9,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from actors.context import WorkerContext
-from actors.schedule.run_store import boundary_key, tensors_key
-from actors.schedule.units import Shard, Stage, Unit
+from actors.schedule.units import Shard, Stage, Unit, unit_key
 from actors.transfer import Activation, Inbox, Outbox, from_wire, read_boundary, to_wire
+from prismaquant_ray.events import StepMetrics
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.records import tensors_key
 from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_tensors
 
 
 class Attempt:
     """One attempt at a shard, as its unit task sees it: inputs from the run store, keys that no other attempt uses.
 
-    `resident` holds parts of the model that are loaded until the end. `metrics` go with the receipt of a microbatch.
+    `resident` holds parts of the model that are loaded until the end. `loss` is that of an exit's microbatch, in nats.
     """
 
     def __init__(self, context: WorkerContext, shard: Shard) -> None:
@@ -33,7 +34,7 @@ class Attempt:
         self.shard = shard
         self.name = new_attempt()
         self.resident = ExitStack()
-        self.metrics: dict[str, float] = {}
+        self.loss: float | None = None
         self.read_bytes = 0
         self.written_bytes = 0
 
@@ -63,7 +64,7 @@ class Attempt:
 
     def write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
         """Store what a unit produces."""
-        key = tensors_key(self.shard.stage, unit, self.name, name)
+        key = tensors_key(self.shard.stage, unit_key(unit), self.name, name)
         return write_tensors(self.context.run_store.store, key, tensors)
 
 
@@ -106,16 +107,17 @@ class ShardTask:
         self.arrivals = attempt.inbox(self.shard.stage, *self.shard.origins)
         task.load()
 
-    def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, dict[str, Any]]:
+    def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, StepMetrics]:
         """One microbatch, with its metrics; the boundary goes to the store behind what follows."""
         leaving = self.task.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
         if self.task.is_read:
-            key = boundary_key(self.shard.stage, self.shard.units[-1], self.attempt.name, microbatch)
+            name = f"boundary-{microbatch:05d}"
+            key = tensors_key(self.shard.stage, unit_key(self.shard.units[-1]), self.attempt.name, name)
             self.outbox.put(microbatch, key, leaving)
         wire = to_wire(leaving)
         hop = arriving[1].nbytes if isinstance(arriving, tuple) else 0
         tokens = self.context.batches[microbatch].tokens.numel()
-        return wire, {"tokens": tokens, "hop_bytes": hop, **self.attempt.metrics}
+        return wire, StepMetrics(tokens=tokens, hop_bytes=hop, loss=self.attempt.loss)
 
     def stored(self) -> dict[int, Artifact]:
         """Boundaries that have reached the store since the last call."""

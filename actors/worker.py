@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import psutil
 import torch
@@ -43,12 +42,14 @@ from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
+from prismaquant_ray.events import Machine, StepMetrics
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.forward.gptq import Gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch
 from prismaquant_ray.model.layout_builder import scope_of
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import RUN
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import resolve
@@ -61,7 +62,8 @@ class _Call:
     """A call while it is answered: what it puts out, its metrics, and in the end its receipt."""
 
     output: Activation | None = None
-    metrics: Mapping[str, Any] = field(default_factory=dict)
+    machine: Machine | None = None
+    metrics: StepMetrics = field(default_factory=StepMetrics)
     receipt: Receipt = field(init=False)
 
 
@@ -77,7 +79,7 @@ class ShardWorker:
     def hello(self) -> Receipt:
         """This process and its machine; takes no argument that another version could misread."""
         with self._answering() as call:
-            call.metrics = self._machine()
+            call.machine = self._machine()
         return call.receipt
 
     def setup(self, spec: WorkerSpec) -> Receipt:
@@ -85,7 +87,7 @@ class ShardWorker:
         self.name = spec.name
         with self._answering() as call:
             self._setup(spec)
-            call.metrics = self._machine()
+            call.machine = self._machine()
         return call.receipt
 
     def run(
@@ -111,7 +113,7 @@ class ShardWorker:
             assert self.task.shard == shard
             self.task.finish()
             attempt = self.task.attempt
-            call.metrics = {"read_bytes": attempt.read_bytes, "written_bytes": attempt.written_bytes}
+            call.metrics = StepMetrics(read_bytes=attempt.read_bytes, written_bytes=attempt.written_bytes)
             self._close()
         return call.receipt
 
@@ -147,21 +149,22 @@ class ShardWorker:
             started=started,
             seconds=time.perf_counter() - clock,
             peak_bytes=peak_bytes(),
+            machine=call.machine,
             metrics=call.metrics,
             stored=stored,
             failure=failure,
         )
 
-    def _machine(self) -> dict[str, Any]:
+    def _machine(self) -> Machine:
         cuda = self.device.type == "cuda"
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu",
-            "free_bytes": torch.cuda.mem_get_info()[0] if cuda else free_memory(),
-            "host_bytes": int(psutil.virtual_memory().total),
-        }
+        return Machine(
+            version=__version__,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=torch.cuda.get_device_name() if cuda else "cpu",
+            free_bytes=torch.cuda.mem_get_info()[0] if cuda else free_memory(),
+            host_bytes=int(psutil.virtual_memory().total),
+        )
 
     def _setup(self, spec: WorkerSpec) -> None:
         config = spec.config
@@ -170,7 +173,7 @@ class ShardWorker:
             self.device = torch.device("cpu")
         self.limit = config.cluster.memory if config.cluster.memory != "auto" else None
         store = Store(spec.run, create=False)
-        if store.size("run.json") is None:
+        if store.size(RUN) is None:
             raise ResourceError(
                 f"store.run {spec.run} on {socket.gethostname()} is not the driver's; on several machines it must be "
                 "a directory that they share, or an s3:// or gs:// URI"

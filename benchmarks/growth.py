@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,12 +24,10 @@ from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from actors.events import read_events
-from benchmarks import results
+from benchmarks import demo, results
 from benchmarks.usage import measured
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.events import steps_of
 
-CONFIG, SOURCE = "configs/demo.yaml", Path("runs/demo/source")
 PLOT = Path("docs/images/growth.png")
 BLOCKS = 30
 
@@ -57,11 +54,11 @@ SHOWN = {"wall": "whole command", "forward": "forward pass, with rounding", "bac
 def shortened(blocks: int, directory: Path) -> Path:
     """The demo's model cut off after some blocks."""
     if blocks == BLOCKS:
-        return SOURCE.resolve()
-    shutil.copytree(SOURCE, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+        return demo.MODEL.resolve()
+    shutil.copytree(demo.MODEL, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": blocks}))
-    with safe_open(SOURCE / "model.safetensors", framework="pt") as file:
+    with safe_open(demo.MODEL / "model.safetensors", framework="pt") as file:
         kept = [name for name in file.keys() if not _beyond(name, blocks)]  # noqa: SIM118 - not a mapping
         save_file({name: file.get_tensor(name) for name in kept}, directory / "model.safetensors", {"format": "pt"})
     return directory
@@ -79,19 +76,14 @@ def run(case: Case, overrides: Sequence[str]) -> dict[str, Any]:
         source = shortened(case.blocks, directory / "source")
         settings = [
             "evaluation=null", "budget.bpp=6", "sweep=[6.0]", f"model.source={source}",
-            "model.embedded=null", f"calibration.sequences={case.sequences}", f"cluster.workers={case.workers}",
+            f"calibration.sequences={case.sequences}", f"cluster.workers={case.workers}",
             f"store.run={directory / 'run'}", f"store.output={directory / 'repository'}", *overrides,
         ]  # fmt: skip
-        command = [sys.executable, "-m", "jobs", "quantize", CONFIG]
-        for setting in settings:
-            command += ["--set", setting]
-        usage = measured(command, log=directory / "log.txt")
+        usage = measured(demo.command("quantize", settings=settings), log=directory / "log.txt")
         passes = {}
-        events = read_events(Store(directory / "run"))
         for stage in ("forward", "backward"):
-            steps = [event for event in events if event.kind == "step" and event.payload["stage"] == stage]
-            begun = min(event.at - event.payload["seconds"] for event in steps)
-            passes[stage] = max(event.at for event in steps) - begun
+            steps = [step for step in steps_of(results.log_of(directory / "run")) if step.stage == stage]
+            passes[stage] = max(step.at for step in steps) - min(step.at - step.seconds for step in steps)
         return {**asdict(case), **asdict(usage), **passes}
 
 
@@ -128,7 +120,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = results.RESULTS / "growth.json"
     if not arguments.draw:
-        results.need(SOURCE)
+        demo.need()
         done: dict[Case, dict[str, Any]] = {}
         for case in dict.fromkeys(case for cases in SERIES.values() for case in cases):
             begun = time.perf_counter()

@@ -13,14 +13,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import results
+from benchmarks import demo, results
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Loss
 from prismaquant_ray.calibration.dataset import CalibrationSet
@@ -33,8 +32,6 @@ from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 
-SOURCE = Path("runs/demo/source")
-TEXT = Path("configs/data/calibration.txt")
 LENGTH, MICROBATCH = 512, 4
 FORMATS = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 Candidates = dict[int, dict[FormatName, dict[str, Tensor]]]
@@ -44,7 +41,7 @@ class Probe:
     """Both passes over some tokens, with every boundary in memory."""
 
     def __init__(self, tokens: Tensor, dtype: torch.dtype) -> None:
-        self.runner = ModelRunner(Checkpoint(Store(SOURCE)), dtype=dtype, device=torch.device("cpu"))
+        self.runner = ModelRunner(Checkpoint(Store(demo.MODEL)), dtype=dtype, device=torch.device("cpu"))
         calibration = CalibrationSet(tokens=tokens, holdout=torch.zeros(len(tokens), dtype=torch.bool))
         self.batches = calibration.batches(MICROBATCH)
         self.blocks = range(len(self.runner.layout.blocks))
@@ -99,17 +96,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    results.need(SOURCE)
+    demo.need()
     results.as_a_worker()
     torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    text = load_sequences(TEXT, tokenizer, sequences=arguments.sequences, length=LENGTH, seed=0, holdout=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    text = load_sequences(
+        demo.CALIBRATION_TEXT, tokenizer, sequences=arguments.sequences, length=LENGTH, seed=0, holdout=0.0
+    )
     figures: dict[str, Any] = {"sequences": arguments.sequences, "length": LENGTH, "threads": arguments.threads}
     print("dtype       plain forward  probe + cost  ratio (CPU seconds, medians)")
     for name in ("float32", "bfloat16"):
         probe = Probe(text.tokens, getattr(torch, name))
         candidates = probe.candidates()
-        model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=getattr(torch, name)).eval()
+        model = AutoModelForCausalLM.from_pretrained(demo.MODEL, dtype=getattr(torch, name)).eval()
 
         @torch.no_grad()
         def plain(model: Any = model, probe: Probe = probe) -> None:

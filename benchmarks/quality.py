@@ -15,145 +15,48 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from jobs import assemble, planning
-from jobs.run import Run
+from benchmarks.decoded import Decoded, decoded, decoded_group
+from benchmarks.resident import ResidentModel
+from prismaquant_ray import BudgetConfig, FormatName, InputError, OpenRun, dequantize_weight, load_config, open_run
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.config import BudgetConfig, load
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.divergence import SourceLogits
-from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
-from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.source.checkpoint import Checkpoint
-from prismaquant_ray.source.resolve import local_files
-from prismaquant_ray.storage.record import read_tensors
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.layout import BlockKind
 
 TEXT = Path(__file__).parents[1] / "configs" / "data" / "evaluation.txt"
 LENGTH = 512
+AT_ONCE = 4
 
 
-class Measured:
-    """The source model with every block resident, so that weights can be replaced and tokens run through."""
+def resident(run: OpenRun, sequences: int) -> ResidentModel:
+    """The run's model, with sequences of the evaluation text.
 
-    def __init__(self, run: Run, sequences: int) -> None:
-        self.run = run
-        if any(block.kind is not BlockKind.DECODER for block in run.layout.blocks) or run.layout.top_k:
-            raise InputError(f"{run.layout.architecture} is more than a dense decoder; see benchmarks.trained")
-        self.runner = ModelRunner(run.source, dtype=torch.float32, device=torch.device("cpu"))
-        self.blocks = [self.runner.load_block(index) for index in range(len(run.layout.blocks))]
-        with local_files(run.source) as directory:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-        text = load_sequences(TEXT, tokenizer, sequences=sequences, length=LENGTH, seed=0, holdout=0.0)
-        self.tokens = text.tokens
-        self.batches = text.batches(4)
-        with self.runner.entry(), torch.no_grad():
-            self.entering = [self.runner.embed(batch.inputs) for batch in self.batches]
-
-    def linear(self, name: str) -> torch.nn.Linear:
-        """A Linear of the resident model, by checkpoint name."""
-        block = next(b for b in self.run.layout.blocks if name.startswith(f"{b.prefix}."))
-        module = self.blocks[block.index].get_submodule(name[len(block.prefix) + 1 :])
-        assert isinstance(module, torch.nn.Linear)
-        return module
-
-    @torch.no_grad()
-    def hidden(self, entering: list[Tensor], first: int = 0) -> Iterator[Tensor]:
-        """What leaves the last block for what enters block `first`."""
-        for hidden, batch in zip(entering, self.batches, strict=True):
-            leaving = hidden
-            for index in range(first, len(self.blocks)):
-                leaving = self.runner.run_block(index, self.blocks[index], leaving, batch.inputs)
-            yield leaving
-
-    @torch.no_grad()
-    def kl(self, source: list[Tensor], quantized: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        """KL per token and top-1 agreement, from what leaves the last block in both models."""
-        kls, agrees = [], []
-        with self.runner.exit():
-            for clean, rounded in zip(source, quantized, strict=True):
-                for row in range(clean.shape[0]):
-                    p, q = (self.runner.logits(hidden[row : row + 1])[0] for hidden in (clean, rounded))
-                    figures = SourceLogits(p, torch.full((len(p),), -1)).against(q)
-                    kls.append(figures.kl)
-                    agrees.append(figures.agrees)
-        return torch.cat(kls), torch.cat(agrees)
-
-    @contextmanager
-    def weights(self, replaced: dict[str, Tensor]) -> Iterator[None]:
-        """These Linears have these weights inside the with-block."""
-        saved = {name: self.linear(name).weight.data for name in replaced}
-        for name, weight in replaced.items():
-            self.linear(name).weight.data = weight
-        try:
-            yield
-        finally:
-            for name, weight in saved.items():
-                self.linear(name).weight.data = weight
-
-    @contextmanager
-    def rounded_activations(self, formats: dict[str, tuple[FormatName, Tensor | None]]) -> Iterator[None]:
-        """Inputs of these Linears are rounded as their format's runtime does."""
-        handles = []
-        for name, (format_name, scale) in formats.items():
-            rounding = FORMATS[format_name].round_activation
-            if rounding is None:
-                continue
-
-            def hook(_: Any, args: tuple[Tensor, ...], rounding: Any = rounding, scale: Any = scale) -> tuple[Tensor]:
-                x = args[0]
-                return (rounding(x.flatten(0, -2), scale).view_as(x),)
-
-            handles.append(self.linear(name).register_forward_pre_hook(hook))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    Raises:
+        InputError: it is more than a dense decoder.
+    """
+    if any(block.kind is not BlockKind.DECODER for block in run.layout.blocks) or run.layout.top_k:
+        raise InputError(f"{run.layout.architecture} is more than a dense decoder; see benchmarks.trained")
+    source = Path(run.config.model.source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    text = load_sequences(TEXT, tokenizer, sequences=sequences, length=LENGTH, seed=0, holdout=0.0)
+    return ResidentModel(source, text.tokens, at_once=AT_ONCE)
 
 
-def decoded(repository: Path, layout: Layout) -> tuple[dict[str, Tensor], dict[str, tuple[FormatName, Tensor | None]]]:
-    """Weights of every quantized Linear by compressed-tensors, and each one's format and input scale."""
-    checkpoint = Checkpoint(Store(repository))
-    groups = checkpoint.config["quantization_config"]["config_groups"].values()
-    schemes = {json.dumps(g["weights"], sort_keys=True) + str(g["input_activations"]): g for g in groups}
-    choice = json.loads((repository / "prismaquant.json").read_text())["choice"]
-    weights, formats = {}, {}
-    members: dict[str, dict[str, Tensor]] = {}
-    for name in checkpoint.tensors:
-        module, _, suffix = name.rpartition(".")
-        members.setdefault(module, {})[suffix] = checkpoint.read([name])[name]
-    by_linear = {linear.name: FormatName(choice[group.name]) for group in layout.groups for linear in group.linears}
-    for module, tensors in members.items():
-        name = by_linear.get(module)
-        if name is None or name is FormatName.BF16:
-            continue
-        scale = tensors.pop("input_global_scale", None)
-        in_features = (
-            tensors["weight_packed"].shape[1] * 2 if "weight_packed" in tensors else tensors["weight"].shape[1]
-        )
-        spec = FORMATS[name]
-        assert spec.scheme is not None
-        args, activations = spec.scheme(in_features)
-        group = schemes[json.dumps(args, sort_keys=True) + str(activations)]
-        scheme = QuantizationScheme(targets=[module], weights=group["weights"], input_activations=activations)
-        compressor = BaseCompressor.get_value_from_registry(group["format"])
-        weights[module] = compressor.decompress(tensors, scheme)["weight"].to(torch.bfloat16).float()
-        formats[module] = name, scale
-    return weights, formats
+def linears(model: ResidentModel, groups: Mapping[str, Decoded]) -> dict[tuple[str, str], nn.Linear]:
+    """The Linears of fused groups, by group and parameter."""
+    return {
+        (name, path): model.block_of(name).get_submodule(path.removesuffix(".weight"))
+        for name, group in groups.items()
+        for path in group.weights
+    }
 
 
 def nearest_by_compressed_tensors(weight: Tensor) -> Tensor:
@@ -169,52 +72,50 @@ def nearest_by_compressed_tensors(weight: Tensor) -> Tensor:
     return fake_quantize(weight, scale, zero, args, global_scale=divisor).to(torch.bfloat16).float()
 
 
-def assembled(run: Run, bpp: float) -> Path:
-    """A repository at a budget, in a temporary directory."""
-    directory = Path(tempfile.mkdtemp(prefix="quality")) / "repository"
-    budget = BudgetConfig(bpp=bpp)
-    store = run.config.store.model_copy(update={"output": directory})
-    again = Run(run.config.model_copy(update={"budget": budget, "store": store}))
-    assemble.build(again, planning.allocate(again))
-    return directory
+def assembled(run: OpenRun, bpp: float) -> dict[str, Decoded]:
+    """The decoded groups of a repository at a budget."""
+    with tempfile.TemporaryDirectory(prefix="quality") as directory:
+        repository = Path(directory) / "repository"
+        run.assemble(run.plan(BudgetConfig(bpp=bpp)), repository)
+        return decoded(repository, run.layout.groups)
 
 
-def output_error(run: Run) -> dict[str, Any]:
+def output_error(run: OpenRun) -> dict[str, Any]:
     """Held-out output MSE of stored NVFP4 weights against round-to-nearest, per Linear."""
-    model = Measured(run, 8)
-    weights, _ = decoded(assembled(run, 4.5), run.layout)
+    model = resident(run, 8)
+    groups = assembled(run, 4.5)
     ratios: dict[str, float] = {}
 
-    def hook(name: str) -> Any:
-        def record(module: torch.nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> None:
+    def hook(name: str, weight: Tensor) -> Any:
+        def record(module: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> None:
             x = args[0].flatten(0, -2)
-            error = (x @ (weights[name] - module.weight).T).square().mean()
+            error = (x @ (weight - module.weight).T).square().mean()
             nearest = (x @ (nearest_by_compressed_tensors(module.weight.data) - module.weight).T).square().mean()
             ratios[name] = ratios.get(name, 0.0) + float(error / nearest) / len(model.entering)
 
         return record
 
-    handles = [model.linear(name).register_forward_hook(hook(name)) for name in weights]
-    for _ in model.hidden(model.entering):
+    for (group, path), linear in linears(model, groups).items():
+        name = f"{run.layout.block_of[group].prefix}.{path.removesuffix('.weight')}"
+        linear.register_forward_hook(hook(name, groups[group].weights[path]))
+    for _ in model.run():
         pass
-    for handle in handles:
-        handle.remove()
     worst = max(ratios, key=lambda name: ratios[name])
     mean = math.exp(sum(math.log(ratio) for ratio in ratios.values()) / len(ratios))
     return {"linears": len(ratios), "geometric_mean": mean, "worst": ratios[worst], "worst_linear": worst}
 
 
-def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
+def divergence(run: OpenRun, budgets: tuple[float, ...]) -> dict[str, Any]:
     """Token KL against the source at each budget, weights only and with activations rounded."""
-    model = Measured(run, 24)
-    clean = list(model.hidden(model.entering))
+    model = resident(run, 24)
+    clean = list(model.run())
     results: dict[str, Any] = {"tokens": model.tokens.numel()}
 
-    def measured(weights: dict[str, Tensor], formats: dict[str, tuple[FormatName, Tensor | None]]) -> dict[str, float]:
-        with model.weights(weights):
-            alone, _ = model.kl(clean, model.hidden(model.entering))
-            with model.rounded_activations(formats):
-                both, agrees = model.kl(clean, model.hidden(model.entering))
+    def measured(groups: Mapping[str, Decoded]) -> dict[str, float]:
+        with model.quantized(groups, activations=False):
+            alone, _ = model.compared(clean, model.run())
+        with model.quantized(groups, activations=True):
+            both, agrees = model.compared(clean, model.run())
         return {
             "weights_only": float(alone.mean()),
             "with_activations": float(both.mean()),
@@ -222,13 +123,19 @@ def divergence(run: Run, budgets: tuple[float, ...]) -> dict[str, Any]:
         }
 
     for bpp in budgets:
-        weights, formats = decoded(assembled(run, bpp), run.layout)
-        predicted = planning.allocate(Run(run.config.model_copy(update={"budget": BudgetConfig(bpp=bpp)})))
-        results[f"{bpp:g}"] = {**measured(weights, formats), "predicted": predicted["predicted_loss"]}
-        if all(name is FormatName.NVFP4 for name, _ in formats.values()):
-            nearest = {name: nearest_by_compressed_tensors(model.linear(name).weight.data) for name in weights}
-            results["round-to-nearest NVFP4 by compressed-tensors"] = measured(nearest, formats)
+        groups = assembled(run, bpp)
+        results[f"{bpp:g}"] = {**measured(groups), "predicted": run.plan(BudgetConfig(bpp=bpp)).predicted_loss}
+        if all(group.format is FormatName.NVFP4 for group in groups.values()):
+            results["round-to-nearest NVFP4 by compressed-tensors"] = measured(nearest(model, groups))
     return results
+
+
+def nearest(model: ResidentModel, groups: Mapping[str, Decoded]) -> dict[str, Decoded]:
+    """The same groups with the source's weights rounded to nearest."""
+    weights: dict[str, dict[str, Tensor]] = {}
+    for (name, path), linear in linears(model, groups).items():
+        weights.setdefault(name, {})[path] = nearest_by_compressed_tensors(linear.weight.data)
+    return {name: replace(group, weights=weights[name]) for name, group in groups.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,38 +150,35 @@ class Pair:
     measured: float
 
 
-def prediction(run: Run, every: int = 3) -> dict[str, Any]:
+def prediction(run: OpenRun, every: int = 3) -> dict[str, Any]:
     """One fused group quantized at a time: predicted cost against measured KL, for every `every`-th group.
 
     Groups of one Linear (o_proj, down_proj) are also reported alone; `each` holds every pair, for
     `benchmarks.plot_prediction`.
     """
-    model = Measured(run, 4)
-    with torch.no_grad():
-        boundaries = [model.entering]
-        for index, block in enumerate(model.blocks):
-            entering = zip(boundaries[-1], model.batches, strict=True)
-            boundaries.append([model.runner.run_block(index, block, x, batch.inputs) for x, batch in entering])
-    table = run.table
+    model = resident(run, 4)
+    boundaries = [model.entering]
+    for index in range(len(model.blocks)):
+        boundaries.append(list(model.run(boundaries[-1], range(index, index + 1))))
+    table = run.prices()
     pairs: list[Pair] = []
-    groups: list[FusedGroup] = [group for position, group in enumerate(run.layout.groups) if position % every == 0]
-    for group in groups:
-        block = run.layout.block_of[group.name]
+    for group in run.layout.groups[::every]:
+        first = run.layout.block_of[group.name].index
         row = table.groups.index(group.name)
         for column, name in enumerate(table.formats):
-            codec = FORMATS[name].codec
-            if codec is None:
+            tensors = run.candidate(group.name, name)
+            if not tensors:
                 continue
-            stored = read_tensors(run.store, run.candidates.artifacts[block.index, name])
-            weights, formats = {}, {}
-            for linear in group.linears:
-                own = {
-                    k.removeprefix(f"{linear.name}."): v for k, v in stored.items() if k.startswith(f"{linear.name}.")
-                }
-                weights[linear.name] = codec.decode(own).float()
-                formats[linear.name] = name, own.get("input_global_scale")
-            with model.weights(weights), model.rounded_activations(formats):
-                kl, _ = model.kl(boundaries[-1], model.hidden(boundaries[block.index], block.index))
+
+            def weight_of(
+                module: str, name: FormatName = name, tensors: Mapping[str, Tensor] = tensors
+            ) -> tuple[Tensor, Tensor | None]:
+                own = {k.removeprefix(f"{module}."): v for k, v in tensors.items() if k.startswith(f"{module}.")}
+                return dequantize_weight(own, name).float(), own.get("input_global_scale")
+
+            with model.quantized({group.name: decoded_group(group, name, weight_of)}, activations=True):
+                entering = boundaries[first]
+                kl, _ = model.compared(boundaries[-1], model.run(entering, range(first, len(model.blocks))))
             pairs.append(
                 Pair(
                     group=group.name,
@@ -311,10 +215,9 @@ def _agreement(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def targets(run: Run) -> dict[str, float]:
+def targets(run: OpenRun) -> dict[str, float]:
     """How far below each target of the sweep the optimal plan is, in bits per parameter."""
-    swept = planning.sweep_targets(run)
-    return {plan["target"]: float(plan["target"].removesuffix("bpp")) - plan["bpp"] for plan in swept["targets"]}
+    return {plan.target: float(plan.target.removesuffix("bpp")) - plan.bpp for plan in run.sweep().targets}
 
 
 def main() -> None:
@@ -325,7 +228,7 @@ def main() -> None:
     parser.add_argument("--parts", default="error,kl,prediction,sweep")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
-    run = Run(load(arguments.config, arguments.overrides))
+    run = open_run(load_config(arguments.config, arguments.overrides))
     parts = {
         "error": lambda: output_error(run),
         "kl": lambda: divergence(run, (4.5, 5.5)),

@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 
 from actors.pool import WORKER_ENVIRONMENT
+from prismaquant_ray.events import Event, read_events
+from prismaquant_ray.storage.store import Store
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "transformers", "compressed-tensors", "numpy", "ray")
@@ -28,11 +30,9 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
 
 
-def need(model: Path) -> None:
-    """SystemExit(2) with one line when the demo's model, which a benchmark measures with, is not there yet."""
-    if not (model / "config.json").is_file():
-        print(f"error: {model} is not there; `make demo` writes it", file=sys.stderr)
-        raise SystemExit(2)
+def log_of(run: Path) -> list[Event]:
+    """The events of a run, from its store."""
+    return read_events(Store(run, create=False))
 
 
 def as_a_worker() -> None:
@@ -49,9 +49,10 @@ def used() -> dict[str, float]:
     return {"cpu": round(cpu, 1), "peak_mb": round(max(each.ru_maxrss for each in whole) / 1000, 1)}
 
 
-def save(name: str, figures: Mapping[str, Any]) -> Path:
-    """Write results/NAME.json, with what making it has used, and say so."""
-    path = RESULTS / f"{name}.json"
+def save(name: str, figures: Mapping[str, Any], directory: Path = RESULTS) -> Path:
+    """Write NAME.json, with what making it has used, and say so."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
     header = {
         "date": datetime.now(UTC).date().isoformat(),
         "command": " ".join([".venv/bin/python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),

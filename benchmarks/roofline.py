@@ -25,14 +25,14 @@ from unittest import mock
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks import results
-from benchmarks.probe import FORMATS, LENGTH, SOURCE, TEXT, Candidates, Probe
+from benchmarks import demo, results
+from benchmarks.probe import FORMATS, LENGTH, Candidates, Probe
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Loss
 from prismaquant_ray.backward.pricing import Pricing
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.forward import encode, forward_pass
+from prismaquant_ray.forward import block, encode
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.forward.statistics import InputSums
@@ -48,12 +48,12 @@ STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "scale search": ((encode, "nearest"), (encode, "searched")),
     "GPTQ": ((encode, "gptq"),),
     "acceptance": ((encode, "_judged"),),
-    "packing": ((forward_pass._Encoded, "add"),),
+    "packing": ((block._Encoded, "add"),),
     "exits": ((Loss, "gradient"),),
     "decoding candidates": ((Pricing, "__init__"),),
     "recomputation": ((BlockBackward, "forward"),),
     "input gradients": ((BlockBackward, "differentiate"),),
-    "error products": ((Pricing, "_through"),),
+    "error products": ((Pricing, "_difference"),),
     "prices": ((Pricing, "add"),),
 }
 REST = "rest"
@@ -222,11 +222,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=16)
     asked = parser.parse_args(arguments)
-    results.need(SOURCE)
+    demo.need()
     results.as_a_worker()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(SOURCE)
-    text = load_sequences(TEXT, tokenizer, sequences=asked.sequences, length=LENGTH, seed=0, holdout=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL)
+    text = load_sequences(
+        demo.CALIBRATION_TEXT, tokenizer, sequences=asked.sequences, length=LENGTH, seed=0, holdout=0.0
+    )
     figures: dict[str, Any] = {"sequences": asked.sequences, "length": LENGTH, "threads": 1}
     for name in ("bfloat16", "float32"):
         figures[name] = measure(name, text.tokens)

@@ -4,7 +4,7 @@
 
 Runs `quantize` once for each number of workers, one after another, in `runs/scaling/`; a run that is there already is
 not repeated unless `--again` is given. Durations are the medians of its event log; `benchmarks.simulation` turns them
-into a makespan. Needs the demo's source, which the first run writes. Results go to `benchmarks/results/`.
+into a makespan. Needs the configuration's model. Results go to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -12,31 +12,23 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
-
-from actors.events import Event, busy_shares, read_events
-from actors.schedule.units import PASSES, Stage
-from benchmarks.simulation import Cost, Durations, predicted, simulate, whole_run
-from jobs import status
-from prismaquant_ray.config import load
-from prismaquant_ray.storage.store import Store
+from benchmarks import demo, results
+from benchmarks.simulation import PASSES, Cost, Durations, Stage, predicted, simulate, whole_run
+from prismaquant_ray import Event, load_config
+from prismaquant_ray.events import PassAttempt, ShardsSized, StepDone, busy_shares, pass_attempts, steps_of
 
 RUNS = Path("runs/scaling")
-RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "compressed-tensors", "ray")
 
 
 def quantized(config: Path, workers: int, overrides: Sequence[str], *, again: bool) -> dict[str, Any]:
@@ -52,9 +44,7 @@ def quantized(config: Path, workers: int, overrides: Sequence[str], *, again: bo
             f"store.run={directory}/run",
             f"store.output={directory}/repository",
         ]
-        command = [sys.executable, "-m", "jobs", "quantize", str(config), "--json"]
-        for setting in settings:
-            command += ["--set", setting]
+        command = demo.command("quantize", config, settings, "--json")
         load_before = os.getloadavg()[0]
         started = time.monotonic()
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -69,34 +59,29 @@ def digests(directory: Path) -> dict[str, str]:
     return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def steps_of(events: Iterable[Event], stage: Stage) -> list[Event]:
-    """The calls of a pass."""
-    return [event for event in events if event.kind == "step" and event.payload["stage"] == stage]
-
-
 def durations_of(events: Sequence[Event]) -> Durations:
     """Medians over a run's log. On one machine an input is in shared memory already, so `hop` stays 0.
 
     `load` is what the first call of a shard takes longer than the others, which is what was not read ahead; for exits,
     a worker's first one.
     """
-    steps = [event for event in events if event.kind == "step"]
+    steps = steps_of(events)
     return Durations(
-        entry=_cost([e for e in steps if e.payload["shard"] == "entry"]),
-        forward=_cost([e for e in _blocks(steps) if e.payload["stage"] == Stage.FORWARD]),
-        exit=_cost([e for e in steps if _is_exit(e)]),
-        backward=_cost([e for e in _blocks(steps) if e.payload["stage"] == Stage.BACKWARD]),
+        entry=_cost([step for step in steps if step.shard == "entry"]),
+        forward=_cost([step for step in _in_blocks(steps) if step.stage == Stage.FORWARD]),
+        exit=_cost([step for step in steps if _is_exit(step)]),
+        backward=_cost([step for step in _in_blocks(steps) if step.stage == Stage.BACKWARD]),
         call=_between_calls(steps),
     )
 
 
-def _cost(steps: Sequence[Event]) -> Cost:
+def _cost(steps: Sequence[StepDone]) -> Cost:
     first, others, finish = [], [], []
     begun: set[tuple[str, str]] = set()
-    for event in steps:
-        each = event.payload["seconds"] / event.payload["units"]
-        key = event.payload["worker"], "exit" if _is_exit(event) else event.payload["shard"]
-        if event.payload["microbatch"] is None:
+    for step in steps:
+        each = step.seconds / step.units
+        key = step.worker, "exit" if _is_exit(step) else step.shard
+        if step.microbatch is None:
             finish.append(each)
         elif key not in begun:
             begun.add(key)
@@ -107,77 +92,78 @@ def _cost(steps: Sequence[Event]) -> Cost:
     return Cost(load=max(0.0, median(first) - microbatch), microbatch=microbatch, finish=median(finish))
 
 
-def _between_calls(steps: Sequence[Event]) -> float:
+def _between_calls(steps: Sequence[StepDone]) -> float:
     """From the end of a shard's last microbatch to its FINISH, which never waits for anything but the driver."""
     ended: dict[str, float] = {}
     gaps = []
-    for event in steps:
-        worker, started = event.payload["worker"], event.payload["started"]
-        if event.payload["microbatch"] is None and worker in ended:
-            gaps.append(max(0.0, started - ended[worker]))
-        ended[worker] = started + event.payload["seconds"]
+    for step in steps:
+        if step.microbatch is None and step.worker in ended:
+            gaps.append(max(0.0, step.started - ended[step.worker]))
+        ended[step.worker] = step.started + step.seconds
     return median(gaps)
 
 
-def _is_exit(event: Event) -> bool:
-    return event.payload["shard"].startswith("exit-")
+def _is_exit(step: StepDone) -> bool:
+    return step.shard.startswith("exit-")
 
 
-def _blocks(steps: Iterable[Event]) -> list[Event]:
-    return [event for event in steps if event.payload["shard"] not in ("pixels", "entry") and not _is_exit(event)]
+def _in_blocks(steps: Iterable[StepDone]) -> list[StepDone]:
+    return [step for step in steps if step.shard not in ("pixels", "entry") and not _is_exit(step)]
 
 
-def makespan(steps: Sequence[Event]) -> float:
+def makespan(steps: Sequence[StepDone]) -> float:
     """From the first call of a pass to the end of its last one."""
-    ends = [event.payload["started"] + event.payload["seconds"] for event in steps]
-    return max(ends) - min(event.payload["started"] for event in steps)
+    return max(step.started + step.seconds for step in steps) - min(step.started for step in steps)
 
 
-def repeated(steps: Iterable[Event]) -> int:
+def repeated(steps: Iterable[StepDone]) -> int:
     """Calls that did again what one before had done."""
-    keys = [(e.payload["stage"], e.payload["shard"], e.payload["microbatch"]) for e in steps]
+    keys = [(step.stage, step.shard, step.microbatch) for step in steps]
     return len(keys) - len(set(keys))
+
+
+def log_of(workers: int) -> list[Event]:
+    """The events of the run with so many workers."""
+    return results.log_of(RUNS / str(workers) / "run")
 
 
 def measured(workers: int, run: dict[str, Any]) -> dict[str, Any]:
     """Everything a run's log and its own summary say."""
-    uri = str(RUNS / str(workers) / "run")
-    events = read_events(Store(uri, create=False))
+    events = log_of(workers)
     printed = run["printed"]
-    stages = status.run(uri)["stages"]
     return {
         "seconds": {"wall": run["wall"], **printed["seconds"]},
         "load_before": run["load_before"],
-        "blocks_per_shard": _shards(events)["blocks"],
-        "passes": {
-            stage["stage"]: {
-                "seconds": makespan(steps_of(events, Stage(stage["stage"]))),
-                "busy": stage["busy"],
-                "busy_in_blocks": busy_shares(_blocks(steps_of(events, Stage(stage["stage"])))),
-                "bytes": stage["bytes"],
-            }
-            for stage in stages
-        },
+        "blocks_per_shard": _shards(events).blocks,
+        "passes": {attempt.began.stage: _pass(attempt) for attempt in pass_attempts(events)},
         "peak_worker_bytes": printed["probe"]["peak_worker_bytes"],
-        "steps": sum(event.kind == "step" for event in events),
-        "repeated_steps": repeated(event for event in events if event.kind == "step"),
+        "steps": len(steps_of(events)),
+        "repeated_steps": repeated(steps_of(events)),
     }
 
 
-def _shards(events: Sequence[Event]) -> dict[str, Any]:
-    return next(event.payload for event in events if event.kind == "shards")
+def _pass(attempt: PassAttempt) -> dict[str, Any]:
+    return {
+        "seconds": makespan(attempt.steps),
+        "busy": busy_shares(attempt.steps),
+        "busy_in_blocks": busy_shares(_in_blocks(attempt.steps)),
+        "bytes": attempt.moved(),
+    }
+
+
+def _shards(events: Sequence[Event]) -> ShardsSized:
+    return next(event for event in events if isinstance(event, ShardsSized))
 
 
 def prediction(workers: int, fitted: int, microbatches: int) -> dict[str, Any]:
     """Makespan of the run with `workers`, from the durations of the one with `fitted`."""
-    events, source = (read_events(Store(str(RUNS / str(n) / "run"), create=False)) for n in (workers, fitted))
-    durations = durations_of(source)
+    events, durations = log_of(workers), durations_of(log_of(fitted))
     shards = _shards(events)
-    work = whole_run(shards["model_blocks"], microbatches, shards["blocks"])
+    work = whole_run(shards.model_blocks, microbatches, shards.blocks)
     found: dict[str, Any] = {"workers": workers, "durations_of": fitted}
     for stage in PASSES:
         simulated = simulate(work.of(stage), durations, workers)
-        seconds = makespan(steps_of(events, stage))
+        seconds = makespan([step for step in steps_of(events) if step.stage == stage])
         found[str(stage)] = {
             "measured": seconds,
             "simulated": simulated.seconds,
@@ -189,21 +175,19 @@ def prediction(workers: int, fitted: int, microbatches: int) -> dict[str, Any]:
 
 def durations_as_dict(workers: int) -> dict[str, Any]:
     """What was fitted."""
-    found = durations_of(read_events(Store(str(RUNS / str(workers) / "run"), create=False)))
-    kinds = ("entry", "forward", "exit", "backward")
-    costs = {kind: getattr(found, kind) for kind in kinds}
-    body = {k: {"load": c.load, "microbatch": c.microbatch, "finish": c.finish} for k, c in costs.items()}
-    return {**body, "call": found.call}
+    found = asdict(durations_of(log_of(workers)))
+    del found["hop"]  # not measured
+    return found
 
 
-def tables(results: dict[str, Any]) -> str:
+def tables(figures: dict[str, Any]) -> str:
     """The measured part of docs/scaling.md."""
     lines = [
         "| workers | blocks a shard | wall s | measure s | forward s | backward s | busy forward | busy backward "
         "| MB hopped | MB read | MB written | peak MB | repeated |",
         "|" + "---|" * 13,
     ]
-    for workers, run in results["runs"].items():
+    for workers, run in figures["runs"].items():
         passes = run["passes"]
         moved = {kind: sum(p["bytes"][kind] for p in passes.values()) / 1e6 for kind in ("hop", "read", "written")}
         busy = [", ".join(f"{share:.0%}" for share in p["busy"].values()) or "–" for p in passes.values()]
@@ -218,7 +202,7 @@ def tables(results: dict[str, Any]) -> str:
         "| workers | durations of | pass | measured s | simulated | closed form |",
         "|---|---|---|---|---|---|",
     ]
-    for entry in results["predictions"]:
+    for entry in figures["predictions"]:
         for stage in PASSES:
             found = entry[str(stage)]
             seconds = found["measured"]
@@ -230,14 +214,6 @@ def tables(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """Processor, cores and memory."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB, no GPU"
-
-
 def main() -> None:
     """Run, compare, predict, print and file."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -245,8 +221,9 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2,4", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="where figures go")
     arguments = parser.parse_args()
-    config = load(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
     microbatches = -(-config.calibration.sequences // config.calibration.microbatch)
     runs, hashes = {}, {}
     for workers in arguments.workers:
@@ -261,25 +238,18 @@ def main() -> None:
     base = arguments.workers[0]
     pairs = [(n, n) for n in arguments.workers if n <= cores]
     pairs += [(n, base) for n in arguments.workers if n <= cores and n != base]
-    results = {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "command": " ".join([".venv/bin/python -m benchmarks.scaling", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    figures = {
         "microbatches": microbatches,
         "runs": runs,
         "durations": {str(n): durations_as_dict(n) for n in arguments.workers},
         "predictions": [prediction(n, fitted, microbatches) for n, fitted in pairs],
         "identical_files": first,
     }
-    print(tables(results))
+    print(tables(figures))
     print(f"\n{len(first)} files, the same bytes with {', '.join(map(str, hashes))} workers")
     if max(arguments.workers) > cores:
         print(f"this machine has {cores} cores: more workers than that share them and cannot be faster")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{results['date']}-scaling.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    results.save(f"{datetime.datetime.now(tz=datetime.UTC).date()}-scaling", figures, arguments.results)
 
 
 if __name__ == "__main__":

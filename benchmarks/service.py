@@ -29,11 +29,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from actors.events import read_events
-from benchmarks.results import save
+from benchmarks import demo
+from benchmarks.results import log_of, save
 from benchmarks.usage import Usage, measured
-from prismaquant_ray import __version__
-from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray import FORMATS, FormatName, __version__
+from prismaquant_ray.events import Event, RunBegan, WorkerReady, steps_of
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import Layout
@@ -44,7 +44,6 @@ from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.record import Artifact, write_tensors
 from prismaquant_ray.storage.store import Store
 
-COMMAND = Path(sys.executable).with_name("prismaquant-ray")
 # Candidates have their full size however few tokens they were measured on.
 SMALL = ("calibration.sequences=4", "calibration.length=64", "evaluation.sequences=2", "evaluation.length=32")
 BPP = 5.123
@@ -52,11 +51,6 @@ FORMATS_USED = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 # Source and candidates of the random model are about 1.2 GB each.
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 2048, 8192, 9, 32_000
 _BUFFER = 1 << 24
-
-
-def overrides(settings: Sequence[str]) -> list[str]:
-    """Settings as options of a command."""
-    return [word for setting in settings for word in ("--set", setting)]
 
 
 def medians(uses: Sequence[Usage]) -> dict[str, float]:
@@ -74,15 +68,13 @@ def medians(uses: Sequence[Usage]) -> dict[str, float]:
 def commands(work: Path, repeats: int) -> dict[str, dict[str, float]]:
     """Short commands on the demo model, from candidates that are made first where they are not there."""
     stored = work / f"run-{__version__}"  # another version refuses it
-    config = ["configs/demo.yaml", *overrides([*SMALL, f"store.run={stored}"])]
+    settings = [*SMALL, f"store.run={stored}"]
     if not (stored / "measured.json").exists():
-        measured([COMMAND, "probe", *config], log=work / "probe.log")
-    other = [*config, *overrides([f"budget.bpp={BPP}", f"store.output={work / 'other'}"])]
-    called: dict[str, list[str | Path]] = {
-        "help": [COMMAND, "--help"],
-        "allocate": [COMMAND, "allocate", *other],
-        "assemble": [COMMAND, "assemble", *other],
-        "verify": [COMMAND, "verify", *other],
+        measured(demo.command("probe", settings=settings), log=work / "probe.log")
+    settings += [f"budget.bpp={BPP}", f"store.output={work / 'other'}"]
+    called: dict[str, list[str]] = {
+        "help": [str(demo.COMMAND), "--help"],
+        **{name: demo.command(name, settings=settings) for name in ("allocate", "assemble", "verify")},
     }
     for command in called.values():
         measured(command, log=work / "log")  # fills caches
@@ -113,15 +105,22 @@ def starts(work: Path, repeats: int) -> dict[str, float]:
         }
         (tiny / "config.yaml").write_text(json.dumps(body))  # JSON is YAML
         began = time.time()
-        used = measured([COMMAND, "quantize", tiny / "config.yaml"], log=tiny / "log")
-        events = read_events(Store(tiny / f"run-{repeat}", create=False))
-        step = min(event.payload["started"] for event in events if event.kind == "step")
-        seconds = {kind: next(event.at for event in events if event.kind == kind) for kind in ("begin", "worker")}
-        seconds = {kind: at - began for kind, at in seconds.items()} | {"first_unit": step - began}
+        used = measured(demo.command("quantize", tiny / "config.yaml"), log=tiny / "log")
+        events = log_of(tiny / f"run-{repeat}")
+        seconds = {
+            "begin": first_of(events, RunBegan) - began,
+            "worker": first_of(events, WorkerReady) - began,
+            "first_unit": min(step.started for step in steps_of(events)) - began,
+        }
         if repeat:  # the first one fills caches
             for kind, value in [*seconds.items(), ("whole_command", used.wall), ("cpu", used.cpu)]:
                 found.setdefault(kind, []).append(value)
     return {kind: round(statistics.median(values), 2) for kind, values in found.items()}
+
+
+def first_of(events: Sequence[Event], kind: type[Event]) -> float:
+    """When the first event of a kind happened, in seconds since the epoch."""
+    return next(event.at for event in events if isinstance(event, kind))
 
 
 # Throughput ---------------------------------------------------------------------------------------------------------
@@ -309,6 +308,7 @@ def main() -> None:
     if arguments.make is not None:
         make_model(arguments.make)
         return
+    demo.need()
     arguments.work.mkdir(parents=True, exist_ok=True)
     figures = {
         "throughput": throughput(arguments.work, arguments.repeats),

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from actors.controller import sources_of
-from actors.events import Event, busy_shares
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.ring import FINISH, Ring, Step
 from actors.schedule.run_store import Recorded
 from actors.schedule.shards import Work, blocks_per_shard, pending_shards
 from actors.schedule.units import PASSES, Exit, Shard, Stage
+from prismaquant_ray.events import StepDone, busy_shares
 
 _NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
 
@@ -65,7 +65,7 @@ class Durations:
 class Pass:
     """What a simulated pass took: seconds in all, seconds in calls summed over workers, busy shares, inputs handed on.
 
-    `busy` is `actors.events.busy_shares`: between fill and drain, by worker; empty when a pass is too short for that.
+    `busy` is that of `busy_shares`: between fill and drain, by worker; empty when a pass is too short for that.
     `busy_in_blocks` is the same without exits: the blocks behind them fill the pipeline when all workers have begun.
     """
 
@@ -94,9 +94,9 @@ def simulate(shards: Sequence[Shard], durations: Durations, workers: int) -> Pas
         simulation.turn()
     return Pass(
         seconds=simulation.now,
-        work=sum(event.payload["seconds"] for event in simulation.events),
-        busy=busy_shares(simulation.events),
-        busy_in_blocks=busy_shares([event for event in simulation.events if not event.payload["exit"]]),
+        work=sum(step.seconds for step in simulation.steps),
+        busy=busy_shares(simulation.steps),
+        busy_in_blocks=busy_shares([step for step in simulation.steps if not step.shard.startswith("exit")]),
         hops=simulation.hops,
         between_workers=simulation.between_workers,
     )
@@ -113,7 +113,7 @@ class _Simulation:
         for reader, found in enumerate(self.ring.sources):
             for microbatch, source in found.items():
                 self.readers.setdefault(Step(source, microbatch), []).append(reader)
-        self.events: list[Event] = []
+        self.steps: list[StepDone] = []
         self.now = 0.0
         self.hops = self.between_workers = 0
         self._ends: list[tuple[float, str, Step | None]] = []
@@ -183,10 +183,19 @@ class _Simulation:
                 self.between_workers += 1
                 started += self.durations.hop
         seconds = self._seconds(worker, step, started)
-        is_exit = isinstance(self.shards[step.shard].units[0], Exit)
-        name = self.shards[step.shard].name
-        payload = {"worker": worker, "started": started, "seconds": seconds, "shard": name, "exit": is_exit}
-        self.events.append(Event(kind="step", at=started + seconds, payload=payload))
+        shard = self.shards[step.shard]
+        done = StepDone(
+            at=started + seconds,
+            stage=shard.stage,
+            shard=shard.name,
+            units=len(shard.units),
+            microbatch=None if step.microbatch == FINISH else step.microbatch,
+            worker=worker,
+            started=started,
+            seconds=seconds,
+            peak_bytes=0,
+        )
+        self.steps.append(done)
         heapq.heappush(self._ends, (started + seconds, worker, step))
 
     def _seconds(self, worker: str, step: Step, started: float) -> float:
@@ -305,7 +314,7 @@ class Model:
     """A decoder of equal blocks. `linears` are the (out, in) of fused groups, `inputs` the widths that have a Hessian.
 
     `codecs` are, for each quantized format, bits a weight, kernels for a piece of the scale search, kernels for a GPTQ
-    column. `piece` is `_PIECE` of `rounding.scale_search`.
+    column. `piece` is `_PIECE` of `forward.scale_search`.
     """
 
     blocks: int = 64
@@ -447,7 +456,7 @@ def outlook(
 ) -> Outlook:
     """Simulated: `limit` blocks a shard (what a run chooses when None), never more than `at_most` workers.
 
-    By default no more than `jobs.measure` asks for: one a microbatch, one a block and the entry.
+    By default no more than a run asks for: one a microbatch, one a block and the entry.
     """
     microbatches = calibration.microbatches
     workers = min(gpus, at_most if at_most is not None else min(microbatches, model.blocks + 1))

@@ -8,27 +8,21 @@ assembled repositories, decoded by compressed-tensors. Each budget has as contro
 to MXFP8, the others NVFP4, and the first groups in depth order; all of them have at least the bytes of our plan.
 Some are measured once more with every token sent to the experts that the source sends it to: what is left is what a
 second-order price can see, the rest is tokens that change their expert. Then the experts are rounded again with
-other priors (`rounding.hessian.PRIOR_SHARE`) and on less text. Tables are printed; everything goes to
-benchmarks/results/trained.json.
+other priors (`forward.statistics.PRIOR_SHARE`) and on less text. Tables are printed; everything goes to
+results/trained.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
 import math
 import os
-import re
 import statistics
-import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,31 +32,21 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import numpy as np
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from benchmarks.scaling import machine
-from benchmarks.training import EVALUATED, HELD_OUT_TEXT, ROOT, TRAINING_TEXT, Training, trained, windows
-from jobs import assemble, planning
-from jobs.run import Run
-from prismaquant_ray.calibration.dataset import TOKENS
+from benchmarks import results
+from benchmarks.decoded import Decoded, decode, decoded, decoded_group
+from benchmarks.resident import ResidentModel
+from benchmarks.training import EVALUATED, HELD_OUT_TEXT, TRAINING_TEXT, Training, trained, windows
+from prismaquant_ray import FORMATS, BudgetConfig, Config, FormatName, OpenRun, open_run
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.config import BudgetConfig, Config
-from prismaquant_ray.evaluation.divergence import SourceLogits
-from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.forward import hessian
+from prismaquant_ray.forward import statistics as input_statistics
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.encode import Rounding
-from prismaquant_ray.layout import FusedGroup
-from prismaquant_ray.model import experts
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.source.checkpoint import Checkpoint
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.records import PlanRecord
 
-RESULT = ROOT / "benchmarks" / "results" / "trained.json"
-PACKAGES = ("torch", "transformers", "compressed-tensors", "ray")
 BUDGETS = (5.0, 5.75, 6.75)
 CALIBRATION = 64  # sequences
 RANDOM = 6
@@ -71,15 +55,6 @@ PRIORS = (0.0, 0.0625, 0.25, 1.0)
 PRIOR_TEXTS = ((CALIBRATION, (0,)), (8, (0, 1)), (2, (0, 1)))
 PIECE = 8  # sequences at a time
 KINDS = ("weights_only", "with_activations")
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One fused group in one format: weights and input scales by parameter of the block's module."""
-
-    format: FormatName
-    weights: dict[str, Tensor]
-    scales: dict[str, Tensor | None]
 
 
 class Router:
@@ -105,47 +80,30 @@ class Router:
         return logits, (probabilities / probabilities.sum(-1, keepdim=True)).to(scores), source
 
 
-class Measured:
-    """The source model with every block resident, so that weights can be replaced and held-out text run through."""
+class RoutedModel(ResidentModel):
+    """The source model with its routers watched."""
 
-    def __init__(self, run: Run, tokens: Tensor) -> None:
-        self.layout = run.layout
-        self.tokens = tokens
-        self.runner = ModelRunner(run.source, dtype=torch.float32, device=torch.device("cpu"))
-        self.blocks = [self.runner.load_block(block.index) for block in self.layout.blocks]
+    def __init__(self, source: Path, tokens: Tensor) -> None:
+        super().__init__(source, tokens, at_once=PIECE)
         self.routers = [Router(module.get_submodule("mlp.gate")) for module in self.blocks]
-        self.inputs = [{TOKENS: part} for part in tokens.split(PIECE)]
-        with self.runner.entry(), torch.no_grad():
-            self.entering = [self.runner.embed(inputs) for inputs in self.inputs]
-
-    @torch.no_grad()
-    def logits(self) -> Iterator[Tensor]:
-        """Logits (tokens, vocabulary) of every sequence, as the model is now."""
-        with self.runner.exit():
-            for entering, inputs in zip(self.entering, self.inputs, strict=True):
-                hidden = entering
-                for index, module in enumerate(self.blocks):
-                    hidden = self.runner.run_block(index, module, hidden, inputs)
-                for row in hidden:
-                    yield self.runner.logits(row.unsqueeze(0))[0]
 
     @cached_property
     def source(self) -> list[Tensor]:
-        """Logits of the source model."""
+        """What leaves the last block of the source model."""
         for router in self.routers:
             router.recording = True
-        found = list(self.logits())
+        found = list(self.run())
         for router in self.routers:
             router.recording = False
         return found
 
     def loss(self) -> float:
         """Cross-entropy of the source model in nats per token."""
-        pairs = zip(self.source, self.tokens, strict=True)
+        pairs = zip(self.logits(self.source), self.tokens, strict=True)
         losses = [torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]) for logits, tokens in pairs]
         return float(torch.stack(losses).mean())
 
-    def divergence(self, quantized: Mapping[str, Decoded], *, activations: bool, held: bool = False) -> dict[str, Any]:
+    def divergence(self, groups: Mapping[str, Decoded], *, activations: bool, held: bool = False) -> dict[str, Any]:
         """KL of the source and the model with these groups quantized; means by sequence under `by_sequence`.
 
         `rerouted` is the share of (token, layer) pairs that the router sends to other experts than in the source;
@@ -154,123 +112,15 @@ class Measured:
         source = self.source
         for router in self.routers:
             router.held, router.moved, router.calls = held, 0, 0
-        kls, agrees = [], []
-        with self._quantized(quantized, activations=activations):
-            for p, q in zip(source, self.logits(), strict=True):
-                figures = SourceLogits(p, torch.full((len(p),), -1)).against(q)
-                kls.append(figures.kl)
-                agrees.append(figures.agrees)
-        kl = torch.cat(kls)
+        with self.quantized(groups, activations=activations):
+            kl, agrees = self.compared(source, self.run())
         return {
-            "kl": float(kl.mean()),
-            "p99": float(kl.quantile(0.99)),
-            "top1": float(torch.cat(agrees).double().mean()),
+            "kl": float(kl.flatten().mean()),
+            "p99": float(kl.flatten().quantile(0.99)),
+            "top1": float(agrees.double().mean()),
             "rerouted": sum(router.moved for router in self.routers) / (len(self.routers) * self.tokens.numel()),
-            "by_sequence": torch.stack(kls).mean(1).tolist(),
+            "by_sequence": kl.mean(1).tolist(),
         }
-
-    @contextmanager
-    def _quantized(self, quantized: Mapping[str, Decoded], *, activations: bool) -> Iterator[None]:
-        """The groups have these weights inside the with-block, and their inputs are rounded as their runtime does."""
-        roundings: dict[tuple[int, str], Callable[[Tensor], Tensor]] = {}
-        with ExitStack() as stack:
-            for name, group in quantized.items():
-                module = self.blocks[self.layout.block_of[name].index]
-                rounding = FORMATS[group.format].round_activation if activations else None
-                for path, weight in group.weights.items():
-                    parameter = module.get_parameter(path)
-                    stack.callback(setattr, parameter, "data", parameter.data)
-                    parameter.data = weight
-                    if rounding is not None:
-                        owner, _, leaf = path.rpartition(".")
-                        roundings[id(module.get_submodule(owner)), leaf] = _rounder(rounding, group.scales[path])
-                        if leaf == "weight":
-                            hook = _hook(_rounder(rounding, group.scales[path]))
-                            stack.callback(module.get_submodule(owner).register_forward_pre_hook(hook).remove)
-            stack.enter_context(_rounded_rows(roundings))
-            yield
-
-
-def _rounder(rounding: Any, scale: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda x: rounding(x.flatten(0, -2), scale).view_as(x)
-
-
-def _hook(rounder: Callable[[Tensor], Tensor]) -> Any:
-    return lambda _, args: (rounder(args[0]), *args[1:])
-
-
-@contextmanager
-def _rounded_rows(roundings: Mapping[tuple[int, str], Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Packed parameters of experts, by module and name, read rounded rows inside the with-block."""
-    product = experts._linear
-
-    def rounded(module: Any, name: str, rows: Tensor, *others: Any) -> Tensor:
-        rounder = roundings.get((id(module), name))
-        return product(module, name, rows if rounder is None else rounder(rows), *others)
-
-    experts._linear = rounded
-    try:
-        yield
-    finally:
-        experts._linear = product
-
-
-# ------------------------------------------------------------------------------------------------ decoding
-
-
-def decoded(repository: Path, groups: Sequence[FusedGroup]) -> dict[str, Decoded]:
-    """Every quantized group of a repository, by compressed-tensors and by what its config.json says."""
-    checkpoint = Checkpoint(Store(repository))
-    choice = json.loads((repository / "prismaquant.json").read_text())["choice"]
-    schemes = [
-        (re.compile(target.removeprefix("re:") if target.startswith("re:") else re.escape(target)), group)
-        for group in checkpoint.config["quantization_config"]["config_groups"].values()
-        for target in group["targets"]
-    ]
-    members: dict[str, list[str]] = {}
-    for name in checkpoint.tensors:
-        members.setdefault(name.rpartition(".")[0], []).append(name)
-
-    def weight_of(module: str) -> tuple[Tensor, Tensor | None]:
-        (scheme,) = [group for pattern, group in schemes if pattern.fullmatch(module)]
-        tensors = {name.rpartition(".")[2]: t for name, t in checkpoint.read(members[module]).items()}
-        return decode(tensors, module, scheme)
-
-    return {
-        group.name: assembled_group(group, FormatName(choice[group.name]), weight_of)
-        for group in groups
-        if choice[group.name] != FormatName.BF16
-    }
-
-
-def decode(tensors: dict[str, Tensor], module: str, scheme: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """One matrix in float32 of the BF16 that the runtime sees, by compressed-tensors, and its input scale."""
-    scale = tensors.pop("input_global_scale", None)
-    full = QuantizationScheme(
-        targets=[module], weights=scheme["weights"], input_activations=scheme["input_activations"]
-    )
-    compressor = BaseCompressor.get_value_from_registry(scheme["format"])
-    return compressor.decompress(tensors, full)["weight"].to(torch.bfloat16).float(), scale
-
-
-def assembled_group(
-    group: FusedGroup, name: FormatName, weight_of: Callable[[str], tuple[Tensor, Tensor | None]]
-) -> Decoded:
-    """A group's parameters from its matrices' weights: one Linear each, or the experts' stacked and packed."""
-    weights: dict[str, Tensor] = {}
-    scales: dict[str, Tensor | None] = {}
-    for matrix in group.matrices:
-        if matrix.experts is None:
-            for linear, parameter in zip(matrix.linears, matrix.parameters, strict=True):
-                weights[parameter], scales[parameter] = weight_of(linear.name)
-            continue
-        (parameter,) = matrix.parameters
-        each = [[weight_of(linear.names[expert]) for linear in matrix.linears] for expert in range(matrix.experts)]
-        weights[parameter] = torch.stack([torch.cat([weight for weight, _ in row]) for row in each])
-        found = {None if scale is None else float(scale) for row in each for _, scale in row}
-        assert len(found) == 1, "the runtime applies one input scale to all experts"
-        scales[parameter] = each[0][0][1]
-    return Decoded(name, weights, scales)
 
 
 # ------------------------------------------------------------------------------------------------ the product
@@ -290,42 +140,36 @@ def configuration(source: Path, out: Path, length: int) -> Config:
     )
 
 
-def planned(run: Run, bpp: float) -> dict[str, Any]:
-    """The product's plan for a budget."""
-    return planning.allocate(Run(run.config.model_copy(update={"budget": BudgetConfig(bpp=bpp)})))
-
-
-def repository_of(run: Run, plan: Mapping[str, Any]) -> dict[str, Decoded]:
+def repository_of(run: OpenRun, plan: PlanRecord) -> dict[str, Decoded]:
     """What a runtime would compute with: the plan's repository, assembled, verified and decoded."""
     with tempfile.TemporaryDirectory(prefix="trained") as directory:
         output = Path(directory) / "repository"
-        store = run.config.store.model_copy(update={"output": output})
-        assemble.build(Run(run.config.model_copy(update={"store": store})), plan)
+        run.assemble(plan, output)
         return decoded(output, run.layout.groups)
 
 
 class Assignments:
     """Formats of all groups as columns, and what they weigh and are expected to cost."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.formats = run.sizes.formats
-        self.groups = [group.name for group in run.layout.groups]
-        self.rows = np.arange(len(self.groups))
+    def __init__(self, run: OpenRun) -> None:
+        self.problem = run.problem()
+        self.parameters = run.layout.parameters
+        self.rows = np.arange(len(self.problem.groups))
 
     def column(self, name: FormatName) -> int:
         """Of a format."""
-        return self.formats.index(name)
+        return self.problem.formats.index(name)
 
     def uniform(self, name: FormatName) -> np.ndarray:
         """Every group in a format; one that cannot take it gets the smallest it can."""
-        smallest = np.where(self.run.sizes.allowed, self.run.sizes.weights, np.iinfo(np.int64).max).argmin(1)
-        return np.where(self.run.sizes.allowed[:, self.column(name)], self.column(name), smallest)
+        allowed = self.problem.allowed
+        smallest = np.where(allowed, self.problem.size, np.iinfo(np.int64).max).argmin(1)
+        return np.where(allowed[:, self.column(name)], self.column(name), smallest)
 
     def mixture(self, order: Sequence[int], least: int) -> np.ndarray:
         """NVFP4 with groups in MXFP8, taken in order where they fit into `least` bytes, and one more to fill it up."""
         small, large = self.uniform(FormatName.NVFP4), self.uniform(FormatName.MXFP8)
-        more = self.run.sizes.weights[self.rows, large] - self.run.sizes.weights[self.rows, small]
+        more = self.problem.size[self.rows, large] - self.problem.size[self.rows, small]
         columns, left = small.copy(), least - self.bytes(small)
         for row in order:
             if 0 < more[row] <= left:
@@ -339,49 +183,39 @@ class Assignments:
 
     def bytes(self, columns: np.ndarray) -> int:
         """Codes and group scales."""
-        return int(self.run.sizes.weights[self.rows, columns].sum())
+        return int(self.problem.size[self.rows, columns].sum())
+
+    def bpp(self, columns: np.ndarray) -> float:
+        """Bits of those per quantizable parameter."""
+        return 8 * self.bytes(columns) / self.parameters
 
     def predicted(self, columns: np.ndarray) -> float:
         """Nats per token by the sensitivity table."""
-        return float(self.run.table.token_fisher[self.rows, columns].sum())
+        return float(self.problem.cost[self.rows, columns].sum())
 
     def choice(self, columns: np.ndarray) -> dict[str, FormatName]:
         """By group."""
-        return {name: self.formats[column] for name, column in zip(self.groups, columns, strict=True)}
-
-    def columns(self, choice: Mapping[str, str]) -> np.ndarray:
-        """From a plan's choice."""
-        return np.array([self.column(FormatName(choice[name])) for name in self.groups])
-
-    def plan(self, name: str, columns: np.ndarray) -> dict[str, Any]:
-        """As `planning` writes them."""
-        return {
-            "target": name,
-            "objective": "none",
-            "predicted_loss": self.predicted(columns),
-            "bpp": self.run.sizes.bpp(self.bytes(columns)),
-            "choice": {group: str(name) for group, name in self.choice(columns).items()},
-        }
+        names = [FormatName(self.problem.formats[column]) for column in columns]
+        return dict(zip(self.problem.groups, names, strict=True))
 
 
 class Comparison:
     """Our plans against the controls."""
 
-    def __init__(self, run: Run, model: Measured) -> None:
+    def __init__(self, run: OpenRun, model: RoutedModel) -> None:
         self.run = run
         self.model = model
         self.assignments = Assignments(run)
-        self.decoded = {
-            name: repository_of(run, self.assignments.plan(f"all {name}", self.assignments.uniform(name)))
-            for name in (FormatName.NVFP4, FormatName.MXFP8)
-        }
+        self.decoded: dict[FormatName, dict[str, Decoded]] = {}
+        for name in (FormatName.NVFP4, FormatName.MXFP8):
+            choice = self.assignments.choice(self.assignments.uniform(name))
+            self.decoded[name] = repository_of(run, run.plan_of(choice, f"all {name}"))
 
     def entry(self, columns: np.ndarray, quantized: Mapping[str, Decoded], *, held: bool = False) -> dict[str, Any]:
         """Bytes and divergences of one assignment, with `held` also for the source's routing."""
-        size = self.assignments.bytes(columns)
         found: dict[str, Any] = {
-            "bytes": size,
-            "bpp": round(self.run.sizes.bpp(size), 5),
+            "bytes": self.assignments.bytes(columns),
+            "bpp": round(self.assignments.bpp(columns), 5),
             "predicted": self.assignments.predicted(columns),
         }
         for kind in KINDS:
@@ -406,12 +240,12 @@ class Comparison:
 
     def budget(self, bpp: float) -> dict[str, Any]:
         """Our plan and the controls at one budget."""
-        plan = planned(self.run, bpp)
-        columns = self.assignments.columns(plan["choice"])
+        plan = self.run.plan(BudgetConfig(bpp=bpp))
+        columns = self.assignments.problem.columns(plan.choice)
         quantized = repository_of(self.run, plan)
         same = self.mixed(columns)
         assert all(torch.equal(same[g].weights[p], w) for g, each in quantized.items() for p, w in each.weights.items())
-        ours = self.entry(columns, quantized, held=True) | {"groups": plan["groups"], "choice": plan["choice"]}
+        ours = self.entry(columns, quantized, held=True) | {"groups": plan.groups, "choice": plan.choice}
         least = ours["bytes"]
         controls = {"by depth": self._control(range(len(columns)), least, held=True)}
         for seed in range(RANDOM):
@@ -469,12 +303,12 @@ class ExpertsForward(BlockForward):
     def experts_in(self, share: float) -> dict[str, Tensor]:
         """NVFP4 candidates of the experts with this prior."""
         routed, dense = dict(self.routed), dict(self.dense)
-        before = hessian.PRIOR_SHARE
-        hessian.PRIOR_SHARE = share
+        before = input_statistics.PRIOR_SHARE
+        input_statistics.PRIOR_SHARE = share
         try:
             return self.finish().tensors[FormatName.NVFP4]
         finally:
-            hessian.PRIOR_SHARE = before
+            input_statistics.PRIOR_SHARE = before
             self.routed, self.dense = routed, dense
 
     def _finish_dense(self, *_: Any) -> None:
@@ -482,7 +316,7 @@ class ExpertsForward(BlockForward):
 
 
 @torch.no_grad()
-def priors(run: Run, model: Measured, uniform: Mapping[str, Decoded]) -> list[dict[str, Any]]:
+def priors(run: OpenRun, model: RoutedModel, uniform: Mapping[str, Decoded]) -> list[dict[str, Any]]:
     """KL of all-NVFP4 weights, and of NVFP4 experts alone under the source's routing, by calibration text and prior.
 
     Only the experts are rounded anew; everything else is as in the product's run.
@@ -506,7 +340,7 @@ def priors(run: Run, model: Measured, uniform: Mapping[str, Decoded]) -> list[di
 
 
 def rounded_experts(
-    run: Run, runner: ModelRunner, sequences: int, seed: int
+    run: OpenRun, runner: ModelRunner, sequences: int, seed: int
 ) -> tuple[dict[float, dict[str, Decoded]], dict[str, float]]:
     """Experts in NVFP4 for every prior, and how many tokens trained one's rounding."""
     tokenizer = AutoTokenizer.from_pretrained(run.config.model.source)
@@ -543,7 +377,7 @@ def rounded_experts(
 
             for group in block.groups:
                 if group.experts is not None:
-                    found[share][group.name] = assembled_group(group, FormatName.NVFP4, weight_of)
+                    found[share][group.name] = decoded_group(group, FormatName.NVFP4, weight_of)
     # Held-out sequences judge and do not train.
     train = 1 - float(text.holdout.float().mean())
     return found, {"least": train * min(tokens), "mean": train * statistics.mean(tokens)}
@@ -552,7 +386,7 @@ def rounded_experts(
 # ------------------------------------------------------------------------------------------------ report
 
 
-def tables(results: Mapping[str, Any]) -> str:
+def tables(figures: Mapping[str, Any]) -> str:
     """For people."""
     columns = ("weights only", "routing held", "activations too", "routing held", "predicted")
     lines = [f"{'KL, nats per token':20}" + "".join(f"{column:>17}" for column in columns)]
@@ -562,9 +396,9 @@ def tables(results: Mapping[str, Any]) -> str:
         cells = "".join(f"{'':17}" if value is None else f"{value:17.5f}" for value in [*kls, entry["predicted"]])
         lines.append(f"{name:20}{cells}  {' '.join(words)}".rstrip())
 
-    for name, entry in results["uniform"].items():
+    for name, entry in figures["uniform"].items():
         line(f"all {name}, {entry['bpp']:g}", entry)
-    for bpp, found in results["budgets"].items():
+    for bpp, found in figures["budgets"].items():
         plan = found["plan"]
         counts = ", ".join(f"{count} {name}" for name, count in plan["groups"].items())
         line(f"{bpp} bpp: plan", plan, counts)
@@ -583,7 +417,7 @@ def tables(results: Mapping[str, Any]) -> str:
     lines += ["", "experts rounded with other priors: KL of all-NVFP4 weights / of the experts alone, routing held"]
     lines.append(f"{'sequences (seed)':18}{'tokens an expert':>17}" + "".join(f"{share:>18g}" for share in PRIORS))
     rows: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for entry in results["priors"]:
+    for entry in figures["priors"]:
         rows.setdefault((entry["sequences"], entry["seed"]), []).append(entry)
     for (sequences, seed), row in rows.items():
         pairs = "".join(f"{entry['all']:10.5f}/{entry['experts']:.5f}" for entry in row)
@@ -607,7 +441,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6.0, help="of training, on two idle cores")
     parser.add_argument("--out", type=Path, default=Path("runs/trained"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--results", type=Path, default=results.RESULTS, dest="directory", help="where figures go")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(arguments.threads)
@@ -625,12 +459,12 @@ def main() -> None:
     record = trained(training, source)
     seconds["training"] = record["seconds"]  # when it was done, which may be earlier
     # Whatever is in the run store is of another checkpoint or another version of the product.
-    run = Run(configuration(source, arguments.out, training.length), fresh=True)
+    run = open_run(configuration(source, arguments.out, training.length), fresh=True)
     with timed("product"):
         run.measure()
     with timed("comparison"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = Measured(run, windows(HELD_OUT_TEXT, tokenizer, training.length, EVALUATED))
+        model = RoutedModel(source, windows(HELD_OUT_TEXT, tokenizer, training.length, EVALUATED))
         # What the product runs is what transformers runs.
         assert abs(model.loss() - record["losses"]["held_out_text"]) < 1e-3
         comparison = Comparison(run, model)
@@ -638,11 +472,7 @@ def main() -> None:
         budgets = {f"{bpp:g}": comparison.budget(bpp) for bpp in BUDGETS}
     with timed("priors"):
         prior = priors(run, model, comparison.decoded[FormatName.NVFP4])
-    results = {
-        "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "command": " ".join([".venv/bin/python -m benchmarks.trained", *sys.argv[1:]]),
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    figures = {
         "load_before": load_before,
         "seconds": seconds,
         "training": record,
@@ -660,14 +490,13 @@ def main() -> None:
         found["interpolated"] = {
             kind: interpolated(uniform["NVFP4"], uniform["MXFP8"], found["plan"]["bytes"], kind) for kind in KINDS
         }
-    print(tables(results))
+    print(tables(figures))
     losses = record["losses"]
     print(
         f"\n{record['parameters'] / 1e6:.1f} M parameters, {record['tokens_trained']:,} tokens; loss on what it was "
         f"trained on {losses['training_text']:.3f}, held out {losses['held_out_text']:.3f}; seconds {seconds}"
     )
-    arguments.result.parent.mkdir(exist_ok=True)
-    arguments.result.write_text(json.dumps(for_file(results), indent=1) + "\n")
+    results.save("trained", for_file(figures), arguments.directory)
 
 
 if __name__ == "__main__":

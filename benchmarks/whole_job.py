@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -26,14 +26,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from benchmarks import results
+from benchmarks import demo, results
 from benchmarks.usage import Usage, measured
+from prismaquant_ray import BudgetConfig, InputError, evaluate, load_config, open_run
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.config import load
 
-CONFIG, SOURCE, EVALUATION = Path("configs/demo.yaml"), Path("runs/demo/source"), Path("configs/data/evaluation.txt")
 PEERS, ENVIRONMENTS, RUNS = Path("benchmarks/peers"), Path(".venv-peers"), Path("runs/whole_job")
-OURS = Path(sys.executable).with_name("prismaquant-ray")
 THREADS = 2
 REFERENCE = "llm-compressor-gptq"
 UNITS = {"wall": ("s", 1.0), "cpu": ("s", 1.0), "peak": ("GB", 1e9)}
@@ -122,10 +120,10 @@ def version(name: str) -> str:
 
 def exported(place: Path) -> Path:
     """The demo's calibration tokens, (sequences, length) int64, as a file."""
-    calibration = load(CONFIG).calibration
+    calibration = load_config(demo.CONFIG).calibration
     found = load_sequences(
         Path(calibration.text),
-        AutoTokenizer.from_pretrained(SOURCE),
+        AutoTokenizer.from_pretrained(demo.MODEL),
         sequences=calibration.sequences,
         length=calibration.length,
         seed=calibration.seed,
@@ -140,13 +138,14 @@ def commands(job: Job, place: Path, tokens: Path) -> list[list[str | Path]]:
     repository = place / "repository"
     if job.peer is not None:
         script = PEERS / TOOLS[job.peer].script
-        return [[interpreter(job.peer), script, SOURCE, tokens, repository, *job.arguments, "--threads", str(THREADS)]]
-    return [[OURS, "quantize", CONFIG, *ours(job, place, repository)]]
+        options = (*job.arguments, "--threads", str(THREADS))
+        return [[interpreter(job.peer), script, demo.MODEL, tokens, repository, *options]]
+    return [[*demo.command("quantize", settings=ours(job, place, repository))]]
 
 
-def ours(job: Job, place: Path, repository: Path, *more: str) -> list[str]:
+def ours(job: Job, place: Path, repository: Path) -> list[str]:
     """The settings of our own job: the demo's, but nothing is evaluated."""
-    settings = (
+    return [
         "evaluation=null",
         "cluster.address=local",
         f"cluster.workers={THREADS}",
@@ -154,9 +153,7 @@ def ours(job: Job, place: Path, repository: Path, *more: str) -> list[str]:
         f"store.run={place / 'run'}",
         f"store.output={repository}",
         *job.arguments,
-        *more,
-    )
-    return [word for setting in settings for word in ("--set", setting)]
+    ]
 
 
 def environment(place: Path) -> dict[str, str]:
@@ -196,30 +193,27 @@ def quality(name: str) -> dict[str, Any]:
     if job.peer is None:
         other = RUNS / name / "repository-4.5bpp"
         shutil.rmtree(other, ignore_errors=True)
-        settings = ours(job, RUNS / name, other, "budget.bpp=4.5")
-        subprocess.run([OURS, "assemble", CONFIG, *settings], check=True)
+        run = open_run(load_config(demo.CONFIG, ours(job, RUNS / name, repositories["repository"])))
+        run.assemble(run.plan(BudgetConfig(bpp=4.5)), other)
         repositories = {"5.5 bits": repositories["repository"], "4.5 bits": other}
     return {key: evaluated(repository) for key, repository in repositories.items()}
 
 
 def evaluated(repository: Path) -> dict[str, Any]:
-    """What `evaluate` says of a repository, or why it refuses to read it."""
-    command = [str(OURS), "evaluate", str(repository), "--source", str(SOURCE), "--text", str(EVALUATION), "--json"]
-    command += ["--sequences", "24", "--length", "512", "--set", f"cluster.workers={THREADS}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 2:
-        return {"refused": done.stderr.strip().splitlines()[-1]}
-    if done.returncode:
-        raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
-    found = json.loads(done.stdout)
+    """KL of a repository and what it weighs, or why it cannot be read."""
+    workers = f"cluster.workers={THREADS}"
+    try:
+        found = evaluate(str(repository), str(demo.MODEL), demo.EVALUATION_TEXT, overrides=[workers])
+    except InputError as error:
+        return {"refused": str(error)}
     return {
-        "formats": found["formats"],
-        "bits": found["bits"],
-        "kl_weights": found["weights"]["kl_mean"],
-        "kl": found["activations"]["kl_mean"],
-        "kl_standard_error": found["activations"]["kl_standard_error"],
-        "top1": found["activations"]["top1_agreement"],
-        "notes": found["notes"],
+        "formats": found.formats,
+        "bits": asdict(found.bits),
+        "kl_weights": found.weights.kl_mean,
+        "kl": found.activations.kl_mean,
+        "kl_standard_error": found.activations.kl_standard_error,
+        "top1": found.activations.top1_agreement,
+        "notes": found.notes,
     }
 
 
@@ -290,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = asked.only.split(",")
     if unknown := set(names) - set(JOBS):
         parser.error(f"no job is called {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
-    results.need(SOURCE)
+    demo.need()
     RUNS.mkdir(parents=True, exist_ok=True)
     tokens = exported(RUNS / "tokens.npy")
     # Installed before anything is measured.

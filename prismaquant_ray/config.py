@@ -77,18 +77,18 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Which model.
+    """The model to quantize."""
 
-    `source` is a local directory, an s3:// or gs:// URI, or a hub id already in the hub's cache (of every node). With
-    `embedded`, the named model that a Python package carries is first written to the directory `source`. Blocks
-    compute in `dtype`. `quantize_lm_head` makes the output head an item like any other; vLLM before 0.32 may refuse it.
-    """
-
-    source: str = Field(min_length=1)
-    revision: str = "main"
-    embedded: Literal["smollm2-135m-instruct"] | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    quantize_lm_head: bool = False
+    source: str = Field(
+        min_length=1,
+        description="Checkpoint: a local directory, an `s3://` or `gs://` URI, or a hub id, which every node fetches.",
+    )
+    revision: str = Field(default="main", description="Branch, tag or commit of a hub id.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Blocks compute in this dtype.")
+    quantize_lm_head: bool = Field(
+        default=False,
+        description="Quantize an untied output head like any other Linear. vLLM before 0.32 may refuse it.",
+    )
 
     @property
     def bytes_per_value(self) -> int:
@@ -97,21 +97,26 @@ class ModelConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """Which text is run through the model, and how.
+    """The text that is run through the model to measure it."""
 
-    `holdout` is the share of sequences that judge GPTQ instead of driving it; `microbatch` sequences run at once.
-    `images` is a JSONL file of images with captions, for the vision tower of a model that has one; without it the tower
-    stays in BF16.
-    """
-
-    text: Path
-    images: Path | None = None
-    sequences: int = Field(default=128, ge=2)
-    length: int = Field(default=1024, ge=2)
-    seed: int = Field(default=0, ge=0)
-    holdout: float = Field(default=0.125, gt=0.0, lt=1.0)
-    microbatch: int = Field(default=4, ge=1)
-    labels: Literal["sampled", "data"] = "sampled"
+    text: Path = Field(description="Plain text file, like what the model will read.")
+    images: Path | None = Field(
+        default=None, description="JSONL file of images with captions. Without it a vision tower stays in BF16."
+    )
+    sequences: int = Field(default=128, ge=2, description="Number of sequences.")
+    length: int = Field(default=1024, ge=2, description="Tokens per sequence.")
+    seed: int = Field(default=0, ge=0, description="Seed of the choice of sequences and of the sampled labels.")
+    holdout: float = Field(
+        default=0.125,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the sequences held out to decide, per Linear, whether GPTQ beats searched rounding.",
+    )
+    microbatch: int = Field(default=4, ge=1, description="Sequences run at once.")
+    labels: Literal["sampled", "data"] = Field(
+        default="sampled",
+        description="Labels of the loss: sampled from the prediction (Fisher) or the text's own (empirical Fisher).",
+    )
 
 
 #: Kinds of budget; exactly one is given.
@@ -119,21 +124,26 @@ BUDGETS = ("bpp", "bytes", "vram")
 
 
 class BudgetConfig(Section):
-    """How large the result may be: exactly one of `bpp`, `bytes` and `vram`.
+    """The size of the result: exactly one of `bpp`, `bytes` and `vram`. docs/budgets.md has the arithmetic."""
 
-    `bpp` is bits per quantizable parameter, `bytes` those of the whole repository. `vram` is the memory of the GPUs of
-    one server: weights as loaded, the KV cache of `sequences` sequences of `context` tokens each, and a `margin` for
-    everything else, a share of the memory or bytes. `kv_cache: auto` is the model's own 16 bits. With `context`, plans
-    for the other two kinds say what they take, too. docs/budgets.md has the arithmetic.
-    """
-
-    bpp: float | None = Field(default=None, gt=0.0)
-    bytes: Bytes | None = None
-    vram: Bytes | None = None
-    context: int | None = Field(default=None, ge=1)
-    sequences: int = Field(default=1, ge=1)
-    kv_cache: Literal["auto", "bf16", "fp8"] = "auto"
-    margin: Margin = 0.15
+    bpp: float | None = Field(default=None, gt=0.0, description="Bits per quantizable parameter, scales included.")
+    bytes: Bytes | None = Field(default=None, description="Bytes of the whole repository.")
+    vram: Bytes | None = Field(
+        default=None, description="Memory of the GPUs of one server: weights as loaded, KV cache and margin."
+    )
+    context: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens per sequence in the KV cache. Required by `vram`; with the other kinds the plan states "
+        "its GPU memory.",
+    )
+    sequences: int = Field(default=1, ge=1, description="Sequences in the KV cache.")
+    kv_cache: Literal["auto", "bf16", "fp8"] = Field(
+        default="auto", description="Type of the KV cache; `auto` is the model's own 16 bits."
+    )
+    margin: Margin = Field(
+        default=0.15, description="Memory kept free for everything else: a share of the GPU memory, or bytes."
+    )
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
@@ -154,10 +164,13 @@ class BudgetConfig(Section):
 
 
 class ScaleSearchConfig(Section):
-    """`grid` scales per group, evenly over `span` times the one that fits the group's amax."""
+    """The search for the scale of each group that rounds its weights best."""
 
-    grid: int = Field(default=32, ge=2, le=1024)
-    span: tuple[float, float] = (0.5, 1.5)
+    grid: int = Field(default=32, ge=2, le=1024, description="Scales tried per group.")
+    span: tuple[float, float] = Field(
+        default=(0.5, 1.5),
+        description="Smallest and largest scale tried, as multiples of the scale that fits the group's amax.",
+    )
 
     @field_validator("span")
     @classmethod
@@ -168,16 +181,20 @@ class ScaleSearchConfig(Section):
 
 
 class GptqConfig(Section):
-    """`damping` is added to the Hessian's diagonal as a share of its mean."""
+    """Rounding that compensates the error of each column in the columns after it."""
 
-    damping: float = Field(default=0.01, gt=0.0)
+    damping: float = Field(
+        default=0.01, gt=0.0, description="Added to the diagonal of the Hessian, as a share of the diagonal's mean."
+    )
 
 
 class RoundingConfig(Section):
-    """How weights become codes; `gptq: null` leaves searched rounding."""
+    """How weights become codes."""
 
-    scale_search: ScaleSearchConfig = Field(default_factory=ScaleSearchConfig)
-    gptq: GptqConfig | None = Field(default_factory=GptqConfig)
+    scale_search: ScaleSearchConfig = Field(default_factory=ScaleSearchConfig, description="Search for group scales.")
+    gptq: GptqConfig | None = Field(
+        default_factory=GptqConfig, description="GPTQ after the search; `null` leaves it out."
+    )
 
 
 def _known_format(name: Any) -> Any:
@@ -187,73 +204,83 @@ def _known_format(name: Any) -> Any:
 
 
 class FormatRule(Section):
-    """A format for some of the model. `match` is a glob on the names of Linears in the checkpoint, or of fused groups.
+    """A format for part of the model."""
 
-    A fused group has one format: a pattern that fits some of its Linears and not all is refused.
-    """
-
-    match: str = Field(min_length=1)
-    format: Annotated[FormatName, BeforeValidator(_known_format)]
+    match: str = Field(
+        min_length=1,
+        description="Glob on the names of Linears in the checkpoint, or of fused groups. A fused group has one format: "
+        "a pattern that matches only some of its Linears is refused.",
+    )
+    format: Annotated[FormatName, BeforeValidator(_known_format)] = Field(description="The format.")
 
 
 class AllocationConfig(Section):
-    """What a plan minimises: `token_fisher`, or `fisher_trace` to compare with diagonal-Fisher methods.
+    """How a plan is chosen. No key changes a measurement, so a changed one needs no new run."""
 
-    `mtp_weight` is what a nat of a draft head's loss is worth in nats of the model's. A worse draft costs speed, not
-    quality: fewer of its tokens are accepted. `force` sets formats, `floor` formats with at least as many bits, and
-    `max_bf16_fraction` bounds the share of the quantizable parameters that may stay in BF16. None of these changes what
-    is measured.
-    """
-
-    objective: Literal["token_fisher", "fisher_trace"] = "token_fisher"
-    mtp_weight: float = Field(default=0.1, ge=0.0)
-    force: tuple[FormatRule, ...] = ()
-    floor: tuple[FormatRule, ...] = ()
-    max_bf16_fraction: float | None = Field(default=None, ge=0.0, le=1.0)
+    objective: Literal["token_fisher", "fisher_trace"] = Field(
+        default="token_fisher",
+        description="The price that a plan minimises; `fisher_trace` is that of diagonal-Fisher methods.",
+    )
+    mtp_weight: float = Field(
+        default=0.1,
+        ge=0.0,
+        description="Weight of a draft (MTP) head's loss against the model's. A worse draft costs speed, not quality.",
+    )
+    force: tuple[FormatRule, ...] = Field(default=(), description="Exactly these formats.")
+    floor: tuple[FormatRule, ...] = Field(
+        default=(), description="These formats, or others with at least as many bits."
+    )
+    max_bf16_fraction: float | None = Field(
+        default=None, ge=0.0, le=1.0, description="Largest share of the quantizable parameters that may stay in BF16."
+    )
 
 
 class EvaluationConfig(Section):
-    """What a quantized model is measured on, for `sweep --measure`: text (and images) that calibration has not seen.
+    """The text, unseen by the calibration, on which `quantize` and `sweep --measure` measure the quantized model."""
 
-    `sequences` and `length` are in number and tokens; `images` is a JSONL file like that of the calibration.
-    """
-
-    text: Path
-    images: Path | None = None
-    sequences: int = Field(default=24, ge=1)
-    length: int = Field(default=512, ge=2)
+    text: Path = Field(description="Plain text file.")
+    images: Path | None = Field(default=None, description="JSONL file of images with captions.")
+    sequences: int = Field(default=24, ge=1, description="Number of sequences.")
+    length: int = Field(default=512, ge=2, description="Tokens per sequence.")
 
 
 class ClusterConfig(Section):
-    """Where it runs. None of this changes a result, but for `threads` and `device`.
+    """Where the run computes. Only `threads` and `device` affect results."""
 
-    `address`: `auto` joins the cluster that RAY_ADDRESS or the submitted job names, else starts Ray on this machine;
-    `local` always starts one; anything else is an address to join. A worker takes one GPU (`device: gpu`) or `threads`
-    cores (`device: cpu`); `auto` takes GPUs where the cluster has any. `workers: auto` is as many as fit.
-    `placement` spreads workers over nodes or packs them; `labels` restricts them to nodes with these Ray labels.
-
-    A worker loads `blocks_per_shard` blocks at a time; `auto` derives it from free memory, or from `memory`, the most a
-    worker may take on its device. `wait` is how many seconds to wait for nodes that an autoscaler still
-    brings; a call of a worker that takes longer than `timeout` seconds is taken for hung.
-    """
-
-    address: str = "auto"
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    threads: Annotated[int, Field(ge=1)] = 1
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    placement: Literal["spread", "pack"] = "spread"
-    labels: dict[str, str] = Field(default_factory=dict)
-    blocks_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    memory: Literal["auto"] | Bytes = "auto"
-    wait: float = Field(default=0.0, ge=0.0)
-    timeout: float = Field(default=1800.0, gt=0.0)
+    address: str = Field(
+        default="auto",
+        description="Ray cluster to join. `auto`: the one that RAY_ADDRESS or the submitted job names, else a Ray "
+        "started on this machine. `local`: always one started on this machine.",
+    )
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="Number of workers; `auto` is as many as fit."
+    )
+    threads: int = Field(default=1, ge=1, description="CPU cores per worker with `device: cpu`.")
+    device: Literal["auto", "cpu", "gpu"] = Field(
+        default="auto",
+        description="`gpu`: a worker takes one GPU. `cpu`: `threads` cores. `auto`: GPUs if the cluster has any.",
+    )
+    placement: Literal["spread", "pack"] = Field(
+        default="spread", description="Spread workers over nodes, or pack them on few."
+    )
+    labels: dict[str, str] = Field(default_factory=dict, description="Ray labels of the nodes that may have workers.")
+    blocks_per_shard: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="Blocks a worker loads at a time; `auto` derives the number from `memory`."
+    )
+    memory: Literal["auto"] | Bytes = Field(
+        default="auto",
+        description="Most memory a worker may take on its device; `auto` is the free memory, shared by its workers. "
+        "A worker that takes more than a given limit ends the run.",
+    )
+    wait: float = Field(default=0.0, ge=0.0, description="Seconds to wait for nodes from an autoscaler.")
+    timeout: float = Field(default=1800.0, gt=0.0, description="Seconds after which a call to a worker counts as hung.")
 
 
 class StoreConfig(Section):
-    """`run` holds everything measured and encoded; `output` is the repository. Directories or s3:// / gs:// URIs."""
+    """Where results are kept."""
 
-    run: Location
-    output: Location
+    run: Location = Field(description="Run store: everything measured and encoded.")
+    output: Location = Field(description="The finished repository.")
 
     @model_validator(mode="after")
     def _apart(self) -> StoreConfig:
@@ -270,16 +297,22 @@ def _segments(location: Path | str) -> tuple[str, ...]:
 class Config(Section):
     """A whole run."""
 
-    model: ModelConfig
-    calibration: CalibrationConfig
-    formats: tuple[FormatName, ...] = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
-    budget: BudgetConfig
-    sweep: tuple[Annotated[float, Field(gt=0.0)], ...] = (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
-    allocation: AllocationConfig = Field(default_factory=AllocationConfig)
-    rounding: RoundingConfig = Field(default_factory=RoundingConfig)
-    evaluation: EvaluationConfig | None = None
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
-    store: StoreConfig
+    model: ModelConfig = Field(description="The model.")
+    calibration: CalibrationConfig = Field(description="Calibration data.")
+    formats: tuple[FormatName, ...] = Field(
+        default=(FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16),
+        description="Formats that every Linear is encoded in and the plan chooses from.",
+    )
+    budget: BudgetConfig = Field(description="Size of the result.")
+    sweep: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
+        default=(4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25),
+        description="Budgets of `sweep`, in bits per quantizable parameter.",
+    )
+    allocation: AllocationConfig = Field(default_factory=AllocationConfig, description="Choice of the plan.")
+    rounding: RoundingConfig = Field(default_factory=RoundingConfig, description="Rounding of weights.")
+    evaluation: EvaluationConfig | None = Field(default=None, description="Evaluation data.")
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig, description="Workers and their machines.")
+    store: StoreConfig = Field(description="Run store and output.")
 
     @field_validator("formats", mode="before")
     @classmethod
@@ -296,7 +329,7 @@ class Config(Section):
         return formats
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML).
 
     Raises ConfigError, one line naming the key, for anything that cannot be used.

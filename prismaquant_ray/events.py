@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.records import EVENTS
@@ -31,11 +31,39 @@ class Event:
     kind: ClassVar[str]
     at: float = field(default_factory=time.time)
 
+    def body(self) -> dict[str, Any]:
+        """Its kind under `event`, its time, and its own fields; without figures that it does not have."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "at"}
+        present = {key: value for key, value in fields.items() if not (value is None and key in _OPTIONAL)}
+        return {"at": self.at, "event": self.kind, **present}
+
     def line(self) -> str:
         """Its line of the log."""
-        body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "at"}
-        present = {key: value for key, value in body.items() if not (value is None and key in _OPTIONAL)}
-        return json.dumps({"at": round(self.at, 3), "event": self.kind, **present}, allow_nan=False)
+        return json.dumps({**self.body(), "at": round(self.at, 3)}, allow_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where a worker runs: its process, its device, bytes free on the device and in all on the host."""
+
+    version: str
+    pid: int
+    host: str
+    device: str
+    free_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """Figures of a step. A microbatch has tokens and bytes that came from another worker, an exit its loss in nats;
+    the end of a shard has bytes read from and written to the stores."""
+
+    tokens: int | None = None
+    hop_bytes: int | None = None
+    loss: float | None = None
+    read_bytes: int | None = None
+    written_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,17 +83,11 @@ class RunEnded(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerReady(Event):
-    """A worker is set up: where it runs, and bytes free on its device and in all on its host."""
+class WorkerReady(Machine, Event):
+    """A worker is set up, on a machine."""
 
     kind: ClassVar[str] = "worker"
     worker: str
-    version: str
-    pid: int
-    host: str
-    device: str
-    free_bytes: int
-    host_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +116,7 @@ class PassBegan(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepDone(Event):
+class StepDone(StepMetrics, Event):
     """A worker has run a microbatch of a shard, or has finished it (`microbatch` is None).
 
     `started` is in seconds since the epoch, on the worker's clock. Every one of `units` units has seen the `tokens`.
@@ -109,11 +131,6 @@ class StepDone(Event):
     started: float
     seconds: float
     peak_bytes: int
-    tokens: int | None = None
-    hop_bytes: int | None = None
-    loss: float | None = None
-    read_bytes: int | None = None
-    written_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,8 +188,16 @@ class RepositoryWritten(Event):
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Notice(Event):
+    """A sentence for people; not kept."""
+
+    kind: ClassVar[str] = "notice"
+    message: str
+
+
 # Left out of a line where they are None: figures that only some steps have.
-_OPTIONAL = frozenset(f.name for f in dataclasses.fields(StepDone) if f.default is None)
+_OPTIONAL = frozenset(f.name for f in dataclasses.fields(StepMetrics))
 _KINDS: dict[str, type[Event]] = {
     kind.kind: kind
     for kind in (

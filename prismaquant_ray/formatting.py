@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prismaquant_ray.records import ServerMemory
 
 #: What stands where there is no figure.
 NONE = "–"
@@ -65,6 +69,17 @@ def gigabytes(count: int) -> str:
 def memory(count: int) -> str:
     """Bytes as 19.00 GB, and 133.5 MB below one."""
     return gigabytes(count) if count >= 10**9 else f"{count / 1e6:.1f} MB"
+
+
+def server_memory(found: ServerMemory) -> str:
+    """A server's memory and its parts, in one line."""
+    unit, name = (1e9, "GB") if found.total >= 10**9 else (1e6, "MB")
+    kinds = " + ".join(f"{kind.replace('_', ' ')} {size / unit:.2f}" for kind, size in found.kv_cache_of.items())
+    return (
+        f"{found.total / unit:.2f} {name} = weights {found.weights / unit:.2f} + KV cache "
+        f"{found.kv_cache / unit:.2f} ({kinds}; {found.sequences} × {found.context} tokens) + margin "
+        f"{found.margin / unit:.2f}"
+    )
 
 
 def amount(count: float | None) -> str:

@@ -7,8 +7,8 @@ A record is written once and read by every later stage, so this module imports n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -42,8 +42,9 @@ REPORT = "report/"
 EVALUATIONS = "evaluations"
 RUNNING_EVALUATION = f"{EVALUATIONS}/running"
 
-_RECORD = "record.json"
-_BOUNDARY = "boundary.json"
+#: Under a pass and a unit: what the unit produced, and what left it.
+RECORD = "record.json"
+BOUNDARY = "boundary.json"
 
 
 def plan_key(target: str) -> str:
@@ -53,17 +54,22 @@ def plan_key(target: str) -> str:
 
 def record_key(stage: str, unit: str) -> str:
     """The record of a unit of a pass."""
-    return f"{stage}/{unit}/{_RECORD}"
+    return f"{stage}/{unit}/{RECORD}"
 
 
 def boundary_key(stage: str, unit: str) -> str:
     """The record that names the stored boundary activations or gradients of a unit."""
-    return f"{stage}/{unit}/{_BOUNDARY}"
+    return f"{stage}/{unit}/{BOUNDARY}"
+
+
+def tensors_key(stage: str, unit: str, attempt: str, name: str) -> str:
+    """Where one attempt at a unit stores tensors: a format's candidates, boundaries, evaluation figures."""
+    return f"{stage}/{unit}/{attempt}/{name}.safetensors"
 
 
 def evaluation_key(digest: str) -> str:
     """The record of an evaluated model, by the digest of everything its figures depend on."""
-    return f"{EVALUATIONS}/{digest}/{_RECORD}"
+    return f"{EVALUATIONS}/{digest}/{RECORD}"
 
 
 # What a block's records hold ----------------------------------------------------------------------------------------
@@ -84,6 +90,17 @@ class LinearRounding:
     holdout_error: dict[Method, float | list[float]]
     weight_mse: float | list[float]
 
+    @classmethod
+    def joined(cls, parts: Sequence[LinearRounding]) -> LinearRounding:
+        """Figures of some experts after those of others."""
+        return cls(
+            method=_chained(part.method for part in parts),
+            holdout_error={
+                name: _chained(part.holdout_error[name] for part in parts) for name in parts[0].holdout_error
+            },
+            weight_mse=_chained(part.weight_mse for part in parts),
+        )
+
     def matrices(self) -> Iterator[tuple[Method, dict[Method, float]]]:
         """Winning method and held-out error by method, of the Linear or of every expert's."""
         if isinstance(self.method, str):
@@ -92,6 +109,10 @@ class LinearRounding:
         columns = {name: error for name, error in self.holdout_error.items() if isinstance(error, list)}
         for expert, method in enumerate(self.method):
             yield method, {name: column[expert] for name, column in columns.items()}
+
+
+def _chained(parts: Iterable[T | list[T]]) -> list[T]:
+    return [each for part in parts for each in (part if isinstance(part, list) else [part])]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,8 +225,8 @@ class ServerMemory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanRecord:
-    """A plan: the format of every fused group, and what that costs.
+class PlanSummary:
+    """The figures of a plan.
 
     `predicted_loss` is nats per token under `objective`, `bound` no plan's is below, `gap` their relative distance.
     `weight_bytes` are codes and group scales; `bpp` is bits of those per quantizable parameter;
@@ -226,7 +247,18 @@ class PlanRecord:
     vram: ServerMemory | None
     bf16_fraction: float
     groups: dict[FormatName, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRecord(PlanSummary):
+    """`plans/<target>.json`: a plan, which is the format of every fused group."""
+
     choice: dict[str, FormatName]
+
+    @property
+    def summary(self) -> PlanSummary:
+        """Its figures alone."""
+        return PlanSummary(**{field.name: getattr(self, field.name) for field in fields(PlanSummary)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,25 +364,29 @@ class MeasuredPlans:
 
 # Reading and writing ------------------------------------------------------------------------------------------------
 
-# Left out of JSON where there is none: not every model has a draft head.
-_OPTIONAL = ("draft_agreement", "agreement")
-
-
 # Building one takes longer than reading many records with it.
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A record as plain JSON values, its keys in the order of its fields."""
-    body: dict[str, Any] = _plain(asdict(record))
-    return body
+    """A record as plain JSON values, its keys in the order of its fields.
+
+    A field that is None by default is left out where it is None: not every model has a draft head.
+    """
+    return {
+        field.name: _plain(value)
+        for field in fields(record)
+        if not ((value := getattr(record, field.name)) is None and field.default is None)
+    }
 
 
 def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_json(value)
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if not (v is None and k in _OPTIONAL)}
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [_plain(each) for each in value]
     return str(value) if isinstance(value, FormatName) else value
 
 

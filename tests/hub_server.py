@@ -130,6 +130,11 @@ class HubServer:
             entries = {name: self._store(data, lfs=name.endswith(".safetensors")) for name, data in files.items()}
             self._commit(made, "files", made.files | entries)
 
+    def replace(self, repository: str, files: dict[str, bytes]) -> None:
+        """A commit after which these are all the files."""
+        made = self.repositories[repository]
+        self._commit(made, "files", {k: self._store(data, lfs=k.endswith(".safetensors")) for k, data in files.items()})
+
     def rot(self, repository: str, name: str) -> None:
         """A stored file has other bytes now, and is listed so."""
         files = self.repositories[repository].files
@@ -156,9 +161,10 @@ class HubServer:
                     return _validate(json.loads(body)["content"])
                 case "POST", ["api", "repos", "create"]:
                     return self._create(self._account(token), json.loads(body))
-                case "GET", ["api", "models", owner, name] | ["api", "models", owner, name, "revision", "main"]:
-                    blobs = "blobs" in parse_qs(url.query)
-                    return _json(self._info(f"{owner}/{name}", self._visible(token, owner, name), blobs=blobs))
+                case "GET", ["api", "models", owner, name] | ["api", "models", owner, name, "revision", _]:
+                    blobs, found = "blobs" in parse_qs(url.query), self._visible(token, owner, name)
+                    commit = self._at(found, parts[5] if len(parts) == 6 else "main")
+                    return _json(self._info(f"{owner}/{name}", found, commit, blobs=blobs))
                 case "GET", ["api", "models", owner, name, "tree", revision]:
                     return _json(_tree(self._at(self._visible(token, owner, name), revision)))
                 case "PUT", ["api", "models", owner, name, "settings"]:
@@ -216,16 +222,16 @@ class HubServer:
         self.make(repository, {}, private=wanted.get("visibility") == "private" or wanted.get("private") is True)
         return _json({"url": f"{self.endpoint}/{repository}", "name": repository})
 
-    def _info(self, name: str, repository: Repository, *, blobs: bool) -> dict[str, Any]:
+    def _info(self, name: str, repository: Repository, commit: Commit, *, blobs: bool) -> dict[str, Any]:
         siblings: list[dict[str, Any]] = []
-        for path, entry in repository.files.items():
+        for path, entry in commit.files.items():
             siblings.append({"rfilename": path})
             if blobs:
                 siblings[-1] |= {"size": entry.size, "blobId": entry.blob_id}
                 if entry.lfs:
                     siblings[-1]["lfs"] = {"size": entry.size, "sha256": entry.sha256, "pointerSize": 130}
         info = {"id": name, "private": repository.private, "gated": "manual" if repository.gated else False}
-        return info | {"sha": repository.commits[-1].id, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
+        return info | {"sha": commit.id, "siblings": siblings, "tags": [], "downloads": 0, "likes": 0}
 
     def _at(self, repository: Repository, revision: str) -> Commit:
         for commit in repository.commits:

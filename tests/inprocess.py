@@ -11,7 +11,7 @@ from actors.messages import WorkerSpec
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
 from actors.worker import ShardWorker
-from jobs.measure import Crew, OpenWorkers
+from jobs.pipeline.workers import OpenWorkers, WorkerPool
 
 #: Asked before every call: raise to stop the driver, return a cause to lose the worker before it does anything.
 Accident = Callable[[str, Call], Cause | None]
@@ -93,11 +93,11 @@ def in_process(
     """An `open_workers` for `jobs.run.Run`; `opened` collects what was opened."""
 
     @contextmanager
-    def open_workers(spec: WorkerSpec, at_most: int) -> Iterator[Crew]:
+    def open_workers(spec: WorkerSpec, at_most: int) -> Iterator[WorkerPool]:
         found = InProcessWorkers(spec, accident)
         if opened is not None:
             opened.append(found)
-        yield Crew(workers=found, wanted=min(workers, at_most), sharing=lambda: 1)
+        yield WorkerPool(workers=found, wanted=min(workers, at_most), sharing=lambda: 1)
 
     return open_workers
 

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+
+from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parent.parent
 # Without these a lost node is noticed after a dozen seconds. They must be there when the head starts.
@@ -110,9 +112,9 @@ class RayCluster:
                 return pid
         return None
 
-    def wait_until_idle(self, seconds: float = 60.0) -> None:
+    def wait_until_idle(self) -> None:
         """Until no actor is left: those of a killed driver end when Ray has noticed."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while any(title.startswith(("ray::ShardWorker", "ray::prismaquant")) for _, title in self._titles()):
             assert time.monotonic() < deadline, "actors of a killed driver live on"
             time.sleep(0.05)
@@ -125,20 +127,6 @@ class RayCluster:
                     yield pid, psutil.Process(pid).cmdline()[0]
                 except (psutil.Error, IndexError):
                     continue
-
-
-def wait_for(what: Callable[[], Any], driver: subprocess.Popen[str], seconds: float = 120.0) -> Any:
-    """What `what` returns once it is not None or False; fails when the driver ends before."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        if driver.poll() is not None:
-            _, err = driver.communicate()
-            raise AssertionError(f"the driver ended ({driver.returncode}) before the fault could be made:\n{err}")
-        time.sleep(0.005)
-    raise AssertionError("the moment for the fault never came")
 
 
 def start_driver(

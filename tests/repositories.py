@@ -20,10 +20,11 @@ from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import Layout, LinearSpec, Matrix
 from prismaquant_ray.model.layout_builder import Scope, build_layout
-from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.verify import VerifyReport, verify_repository
 from prismaquant_ray.repository.writer import WrittenRepository, write_repository
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.record import write_tensors
 from prismaquant_ray.storage.store import Store
 from tests.tiny import make_checkpoint

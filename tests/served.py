@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.run import Run
+from jobs.pipeline.run import Run
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process
 from tests.repositories import mixed_choice
-from tests.test_family_pipeline import configuration
+from tests.runs import family_configuration as configuration
 from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
 
@@ -45,8 +45,10 @@ def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str,
     run.measure()
     choice = mixed_choice(run.layout)
     repository, copy = directory / "repository", directory / "copy"
-    write_repository(run.source, run.layout, choice, run.candidates, Store(repository), manifest={"target": "mixed"})
-    report = verify_repository(Store(repository), run.source, run.layout, choice, run.candidates)
+    write_repository(
+        run.source, run.layout, choice, run.measured().candidates, Store(repository), manifest={"target": "mixed"}
+    )
+    report = verify_repository(Store(repository), run.source, run.layout, choice, run.measured().candidates)
     assert report.ok, report.problems
     QuantizedRepository(Store(repository)).write(Store(copy))
     expected = {

@@ -13,11 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs import assemble, planning
-from jobs.allocate import memory
-from jobs.inputs import fingerprint
-from jobs.inspect import run as inspect
-from jobs.run import Run
+from jobs.pipeline.checks import fingerprint
+from jobs.pipeline.inspection import inspect
+from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import CARD_BYTES, Sizes, measure
 from prismaquant_ray.allocation.constraints import constrained
 from prismaquant_ray.allocation.frontier import sweep
@@ -25,13 +23,14 @@ from prismaquant_ray.allocation.kv_cache import KvCache, Serving, draft_layers, 
 from prismaquant_ray.allocation.local_search import Resource, improved
 from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.allocation.second_limit import LimitedSolver, SecondLimit
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load
+from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formatting import server_memory as memory
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
 from tests.inprocess import in_process, unopened
-from tests.test_allocation import NAN, inside, largest, make, transformer
-from tests.test_pipeline import configuration
+from tests.problems import NAN, inside, largest, make, transformer
+from tests.runs import assembled, configuration
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -160,9 +159,9 @@ def test_the_memory_needed_is_the_least_that_has_the_room(weights: int, margin: 
     assert serving.room(needed) >= weights
     # A share near 1 moves the room by less than a byte a byte.
     assert serving.room(needed - 2 - int(2 / (1 - margin) if isinstance(margin, float) else 0)) < weights
-    parts = serving.described(weights)
-    assert parts["weights"] + parts["kv_cache"] + parts["margin"] == parts["total"] == needed
-    assert parts["kv_cache"] == 2 * context * 3000
+    parts = serving.memory(weights)
+    assert parts.weights + parts.kv_cache + parts.margin == parts.total == needed
+    assert parts.kv_cache == 2 * context * 3000
 
 
 # Rules ----------------------------------------------------------------------------------------------------------
@@ -348,22 +347,25 @@ def test_memory_below_the_cache_alone_is_one_clear_refusal() -> None:
 def test_inspect_says_what_memory_is_made_of(tmp_path: Path) -> None:
     overrides = [f"store.run={tmp_path / 'run'}", f"store.output={tmp_path / 'out'}"]
     budget = "budget={vram: 32GB, context: 32768, sequences: 4, kv_cache: fp8, margin: 4GB}"
-    result = inspect(load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget]), machines=["1x80GB"])
-    vram = result["vram"]
-    assert vram["total"] == 32 * GB
-    assert vram["margin"] == 4 * GB
-    assert vram["kv_cache"] == 4 * (32_768 * 17 * 2048 + 48 * 9_682_944)
-    assert vram["weights"] == 32 * GB - 4 * GB - vram["kv_cache"] == result["budget_bytes"] + kept_bytes(result)
+    result = inspect(
+        load_config(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget]), machines=["1x80GB"]
+    )
+    vram = result.vram
+    assert vram is not None
+    assert vram.total == 32 * GB
+    assert vram.margin == 4 * GB
+    assert vram.kv_cache == 4 * (32_768 * 17 * 2048 + 48 * 9_682_944)
+    assert vram.weights == 32 * GB - 4 * GB - vram.kv_cache == result.budget_bytes + kept_bytes(result)
     assert memory(vram).startswith("32.00 GB = weights 21.5")
     with pytest.raises(InputError, match="not even the KV cache fits"):
         inspect(
-            load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget, "budget.sequences=64"]),
+            load_config(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget, "budget.sequences=64"]),
             machines=["1x80GB"],
         )
 
 
 def kept_bytes(result: dict[str, Any]) -> int:
-    return int(result["source_bytes"] - 2 * result["quantizable_parameters"])
+    return int(result.source_bytes - 2 * result.quantizable_parameters)
 
 
 # A second limit -------------------------------------------------------------------------------------------------
@@ -505,20 +507,20 @@ def test_rules_hold_in_every_plan_frontier_and_knee(tmp_path: Path, measured: Co
         max_bf16_fraction=0.05,
     )
     run = Run(config, open_workers=unopened)
-    swept = planning.sweep_targets(run)
-    assert 4.5 in swept["out_of_reach"], "the rules make the smallest plan larger"
-    for plan in [*swept["targets"], planning.allocate(run)]:
-        assert plan["choice"]["model.layers.0.self_attn.qkv_proj"] == "MXFP8"
-        held = {plan["choice"][entry.name] for entry in run.layout.blocks[2].groups}
+    swept = run.measured().sweep
+    assert 4.5 in swept.out_of_reach, "the rules make the smallest plan larger"
+    for plan in [*swept.targets, run.measured().plan]:
+        assert plan.choice["model.layers.0.self_attn.qkv_proj"] == "MXFP8"
+        held = {plan.choice[entry.name] for entry in run.layout.blocks[2].groups}
         assert held <= {"MXFP8", "BF16"}
-        assert plan["bf16_fraction"] <= 0.05
-        assert plan["predicted_loss"] >= plan["bound"]
-    losses = [plan["predicted_loss"] for plan in swept["targets"]]
+        assert plan.bf16_fraction <= 0.05
+        assert plan.predicted_loss >= plan.bound
+    losses = [plan.predicted_loss for plan in swept.targets]
     assert losses == sorted(losses, reverse=True)
-    if swept["knee"] is not None:
-        assert swept["knee"]["from_bpp"] >= min(plan["bpp"] for plan in swept["targets"])
-    kept = assemble.build(run, planning.allocate(run))
-    assert kept["bpp"] <= 7.0
+    if swept.knee is not None:
+        assert swept.knee.from_bpp >= min(plan.bpp for plan in swept.targets)
+    kept = assembled(run)
+    assert kept.bpp <= 7.0
 
 
 def test_a_repository_with_the_largest_card_is_within_its_bytes(tmp_path: Path, measured: Config) -> None:
@@ -527,10 +529,10 @@ def test_a_repository_with_the_largest_card_is_within_its_bytes(tmp_path: Path, 
     smallest = smallest_stored(sizes) + sizes.fixed
     config = changed(measured, tmp_path / "out", budget={"bytes": smallest + 5000})
     again = Run(config, open_workers=unopened)
-    result = assemble.build(again, planning.allocate(again))
+    result = assembled(again)
     (tmp_path / "out" / "README.md").write_bytes(b"x" * CARD_BYTES)
     total = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
-    assert result["total_bytes"] <= total <= smallest + 5000
+    assert result.total_bytes <= total <= smallest + 5000
 
 
 def test_memory_of_a_plan_is_every_tensor_the_repository_holds_and_the_rest(tmp_path: Path, measured: Config) -> None:
@@ -541,24 +543,24 @@ def test_memory_of_a_plan_is_every_tensor_the_repository_holds_and_the_rest(tmp_
     vram = fits + 4000 + cache + 10_000
     config = changed(measured, tmp_path / "out", budget={"vram": vram, "context": 64, "sequences": 3, "margin": 10_000})
     run = Run(config, open_workers=unopened)
-    plan = planning.allocate(run)
-    assemble.build(run, plan)
+    plan = run.measured().plan
+    assembled(run, plan)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert plan["vram"]["weights"] == plan["loaded_bytes"] == index["metadata"]["total_size"]
-    assert plan["vram"]["kv_cache"] == cache
-    assert plan["vram"]["total"] <= vram
-    assert plan["bpp"] > 4.5, "the room is used"
+    assert plan.vram.weights == plan.loaded_bytes == index["metadata"]["total_size"]
+    assert plan.vram.kv_cache == cache
+    assert plan.vram.total <= vram
+    assert plan.bpp > 4.5, "the room is used"
     assert (run.store.get(f"plans/{config.budget.target}.json")).startswith(b"{")
 
 
 def test_all_three_figures_are_reported_for_every_kind_of_budget(tmp_path: Path, measured: Config) -> None:
     for budget in ({"bpp": 6.0, "context": 64}, {"bytes": 400_000, "context": 64}, {"vram": 10**9, "context": 64}):
         run = Run(changed(measured, tmp_path / "out", budget=budget), open_workers=unopened)
-        plan = planning.allocate(run)
-        assert plan["bpp"] > 4.5
-        assert plan["repository_bytes_at_most"] > plan["loaded_bytes"] > plan["weight_bytes"]
-        assert plan["vram"]["total"] > plan["loaded_bytes"]
-    assert planning.allocate(Run(measured))["vram"] is None
+        plan = run.measured().plan
+        assert plan.bpp > 4.5
+        assert plan.repository_bytes_at_most > plan.loaded_bytes > plan.weight_bytes
+        assert plan.vram.total > plan.loaded_bytes
+    assert Run(measured).measured().plan.vram is None
 
 
 def test_the_table_of_formats_ranks_nvfp4_and_nvfp4a16_alike() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,143 +16,214 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from jobs import planning
-from jobs.card import card_of, facts_of
-from jobs.run import Run
+from jobs.pipeline.measured import Measured
+from jobs.pipeline.run import Run
+from prismaquant_ray import records
 from prismaquant_ray.allocation.budget import CARD_BYTES
-from prismaquant_ray.config import Config, load
+from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.servability import SERVABILITY
+from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.records import Divergence, EvaluationText, Knee, PlanRecord, SourceFigures
 from prismaquant_ray.report.card import card
-from prismaquant_ray.report.card_facts import (
-    Calibration,
-    CardFacts,
-    Divergence,
-    Experts,
-    FormatShare,
-    Kept,
-    Knee,
-    Measured,
-    ModuleRow,
-    Rounding,
-    Source,
-    Stated,
-    SweepRow,
-    stated,
+from prismaquant_ray.report.card_view import CardView, ExpertCoverage
+from prismaquant_ray.report.findings import (
+    SCHEMA,
+    CalibrationFindings,
+    Findings,
+    Machines,
+    MeasuredFindings,
+    MeasuredLosses,
+    ModelFindings,
+    PlanFindings,
+    RepositoryFindings,
+    Timings,
 )
+from prismaquant_ray.report.gather import format_findings
+from prismaquant_ray.report.group_findings import (
+    BlockFindings,
+    DraftFindings,
+    ExpertFindings,
+    Gain,
+    GroupColumns,
+    RoundingFindings,
+)
+from prismaquant_ray.report.groups import composition
 from prismaquant_ray.report.markdown import Markdown, code, escaped, fenced, line
-from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.report.shipped import (
+    CalibrationProvenance,
+    Ignored,
+    ModuleRow,
+    Shipped,
+    ShippedFormat,
+    ShippedRounding,
+    Source,
+    shipped,
+)
+from prismaquant_ray.report.source_card import Stated, stated
+from prismaquant_ray.repository.manifest import MANIFEST, README
 from prismaquant_ray.repository.verify import verify_repository
-from prismaquant_ray.repository.writer import README, Written, WrittenRepository, write_repository
+from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
 from prismaquant_ray.storage.store import Store
-from tests.inprocess import in_process
-from tests.tiny import make_checkpoint, make_text
+from tests.inprocess import unopened
+from tests.reported import measured_plan, measurements
+from tests.runs import configuration, full_configuration
+from tests.runs import measured as measured_run
+from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family
 
-# --- facts made up ----------------------------------------------------------------------------------------------
+# --- figures made up --------------------------------------------------------------------------------------------
+
+Facts = tuple[Findings, Shipped]
+SWEEP = "sweep=[5.0, 6.0, 7.0]"
 
 
-def share(name: FormatName, groups: int = 10) -> FormatShare:
-    spec, served = FORMATS[name], SERVABILITY[name]
-    return FormatShare(
+def share(name: FormatName) -> ShippedFormat:
+    format_ = FORMATS[name]
+    return ShippedFormat(
         name=str(name),
-        summary=spec.summary,
-        quantized=spec.codec is not None,
-        groups=groups,
-        matrices=3 * groups,
-        parameters=4096 * 4096 * groups,
-        weight_bytes=spec.weight_bytes(4096, 4096) * groups,
-        width=32 if spec.codec else None,
-        loads_from=served.loads_from,
-        full_from=served.full_from if spec.round_activation else None,
+        quantized=format_.codec is not None,
+        matrices=30,
+        width=32 if format_.codec else None,
+        loads_from=format_.served.loads_from,
+        full_from=format_.served.full_from if format_.round_activation else None,
     )
 
 
-def made_up(name: str = "a", formats: tuple[FormatName, ...] = (FormatName.NVFP4, FormatName.BF16)) -> CardFacts:
-    """Facts in which every text that comes from outside is `name`, and everything a card can speak of is there."""
+def made_up(
+    name: str = "a",
+    formats: tuple[FormatName, ...] = (FormatName.NVFP4, FormatName.BF16),
+    source: Stated | None = None,
+    plans: int = 1,
+) -> Facts:
+    """Figures in which every text that comes from outside is `name`, and everything a card can speak of is there."""
+    said = Stated(license=("other",), license_name=name, license_link=name, language=(name,), derived_from=("a/b",))
+    findings = _made_up_findings(name, formats, plans)
     counts = {str(format_): 12 for format_ in formats}
-    divergence = Divergence(
-        kl_mean=0.125, kl_standard_error=0.001, kl_p99=0.75, top1_agreement=0.9, perplexity=17.5, draft_agreement=0.5
+    gain = Gain(
+        ratio={"search": 0.5, "gptq": 0.25}, shipped=0.25, low=0.2, high=0.3, won={"gptq": 99, "search": 1}, judged=100
     )
-    return CardFacts(
-        version="1.2.3",
-        source=Source(
-            title=name,
-            name=name,
-            hub_id=None,
-            revision=name,
-            origin=name,
-            architecture=name,
-            guesses=(name,),
-            weight_bytes=10**12,
-            stated=Stated(
-                license=("other",), license_name=name, license_link=name, language=(name,), derived_from=("a/b",)
-            ),
-        ),
+    return findings, Shipped(
+        source=Source(title=name, name=name, hub_id=None, revision=name, stated=source or said),
         budget="5.5 bits per quantizable parameter",
-        objective="fisher_trace",
         ruled=True,
         bpp=5.4321,
         bits_all_parameters=6.5,
         weight_bytes=10**11,
-        predicted=0.11223,
-        standard_error=0.00072,
-        predicted_weights=0.03,
-        predicted_activations=0.07,
-        gap=1e-5,
-        formats=tuple(share(format_) for format_ in formats),
+        prices=findings.groups,
+        measured={plan.choice: plan.measured for plan in findings.plans if plan.measured},
+        formats=tuple(map(share, formats)),
         modules=(ModuleRow(kind="decoder layers", name=name, counts=counts),),
-        kept=(Kept(reason=name, names={name: 94}),),
-        rounding=tuple(
-            Rounding(
-                format=str(format_),
-                matrices=100,
-                ratios={"search": 0.5, "gptq": 0.25},
-                shipped=0.25,
-                won={"gptq": 99, "search": 1},
-            )
-            for format_ in formats
-        ),
-        sweep=(
-            SweepRow(
-                target="5.5bpp",
-                bpp=5.4321,
-                predicted=0.11223,
-                counts=counts,
-                bytes_at_most=10**11,
-                measured_weights=0.1,
-                measured_activations=0.2,
-                chosen=True,
-            ),
-        ),
-        more_targets=3,
-        swept=True,
-        knee=Knee(bpp=5.3, from_bpp=4.5, to_bpp=8.0),
-        measured=Measured(
-            file=name,
-            sha256="0" * 64,
-            tokens=12288,
-            images=4,
-            source_perplexity=17.0,
-            source_draft_agreement=0.6,
-            weights=divergence,
-            activations=divergence,
-        ),
-        experts=Experts(layers=94, each=128, fewest=0, unseen=7),
-        vision_blocks=27,
-        agreement={str(format_): 0.5 for format_ in formats},
-        draft_weight=0.1,
-        head=True,
-        expert_formats=("NVFP4",),
-        vllm="0.32",
-        calibration=Calibration(
+        ignored=(Ignored(reason=name, names={name: 94}),),
+        rounding=tuple(ShippedRounding(format=str(format_), matrices=100, gain=gain) for format_ in formats),
+        calibration=CalibrationProvenance(
             text=name, text_sha256="1" * 64, fingerprint="2" * 64, tokens=16384, images=16, seed=0, labels="sampled"
         ),
         config=yaml.safe_dump({"model": {"source": name}}, allow_unicode=True),
         dtype="float32",
         device="cpu",
-        versions={"torch": name},
+    )
+
+
+def _made_up_findings(name: str, formats: tuple[FormatName, ...], plans: int) -> Findings:
+    divergence = Divergence(
+        tokens=12288, kl_mean=0.125, kl_standard_error=0.001, kl_p90=0.5, kl_p99=0.75, top1_agreement=0.9, loss=2.9,
+        perplexity=17.5, draft_agreement=0.5,
+    )  # fmt: skip
+    kinds = (BlockKind.VISION, BlockKind.DECODER, BlockKind.HEAD)
+    blocks = [BlockFindings(index=i, kind=kind, prefix=kind, label=kind) for i, kind in enumerate(kinds)]
+    entries = format_findings(formats)
+    names = [entry.name for entry in entries]
+    groups = _columns(blocks, names, len(formats))
+    choice = "".join(entry.letter for _ in blocks for entry in entries)
+    plan = PlanFindings(
+        target="5.5bpp",
+        bpp=5.4321,
+        predicted_loss=0.11223,
+        gap=1e-5,
+        weight_bytes=10**11,
+        repository_bytes_at_most=10**11,
+        groups={str(format_): 12 for format_ in formats},
+        loaded_bytes=10**11,
+        vram=None,
+        standard_error=0.00072,
+        choice=choice,
+        measured=MeasuredLosses(weights=divergence, activations=divergence),
+    )
+    tokens = [0] * 7 + [100] * 121
+    return Findings(
+        schema=SCHEMA,
+        made="2026-01-01T00:00:00+00:00",
+        run=name,
+        model=ModelFindings(
+            title=name, source=name, revision=name, architecture=name, family=name, guesses=[name], parameters=1,
+            quantizable_parameters=1, linears=1, source_bytes=10**12, kept={name: [name]},
+        ),
+        formats=entries,
+        objective="fisher_trace",
+        budget=0,
+        plans=[plan, *(replace(plan, target=f"{n}bpp") for n in range(1, plans))],
+        out_of_reach=[],
+        uniform=[],
+        frontier=None,
+        knee=Knee(bpp=5.3, predicted_loss=0.1, from_bpp=4.5, to_bpp=8.0),
+        measured=MeasuredFindings(
+            text=EvaluationText(file=name, sha256="0" * 64, sequences=24, tokens=12288, images=4),
+            calibration_tokens=1,
+            source=SourceFigures(loss=2.8, perplexity=17.0, draft_agreement=0.6),
+            knee=None,
+            others=[],
+            stale=[],
+        ),
+        blocks=blocks,
+        groups=groups,
+        composition=composition(groups, blocks, entries, choice),
+        repository=RepositoryFindings(
+            written=None, quantizable_bytes=1, embedding_bytes=1, other_tensor_bytes=1, at_most_bytes=1
+        ),
+        rounding=RoundingFindings(codecs={}, linears=[]),
+        experts=[
+            ExpertFindings(
+                group=name, block=1, experts=128, even=94.5, fewest=0, median=100, most=100, unseen=7, cold=0,
+                tokens=tokens,
+            )
+        ]
+        * 94,
+        draft=DraftFindings(
+            prefix=name, groups=1, agreement=dict.fromkeys(names, 0.5), tokens=1, weight=0.1, predicted_loss={}
+        ),
+        calibration=CalibrationFindings(
+            text=name, sequences=1, length=1, tokens=1, priced_tokens=1, images=None, digest=None, fingerprint={}
+        ),
+        timings=Timings(attempts=1, passes=[], planning_seconds=0.0),
+        machines=Machines(hosts=[], lost=0, repairs=0, peak_worker_bytes=0),
+        versions={
+            "prismaquant_ray": "1.2.3", "python": name, "torch": name, "transformers": None,
+            "compressed-tensors": name, "ray": name,
+        },
+        settings={},
+    )  # fmt: skip
+
+
+def _columns(blocks: list[BlockFindings], names: list[str], groups: int) -> GroupColumns:
+    """So many groups in every block."""
+    rows = [block.index for block in blocks for _ in range(groups)]
+
+    def every(value: Any) -> dict[str, list[Any]]:
+        return {name: [value] * len(rows) for name in names}
+
+    return GroupColumns(
+        name=[f"group {row}" for row in range(len(rows))],
+        block=rows,
+        module=["module"] * len(rows),
+        parameters=[4096 * 4096] * len(rows),
+        experts=[128] * len(rows),
+        linears=[1] * len(rows),
+        bytes=every(2**23),
+        cost=every(0.01),
+        standard_error=every(0.001),
+        weight_cost=every(0.003),
+        activation_cost=every(0.006),
     )
 
 
@@ -199,11 +270,12 @@ ODD = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(name=ODD)
 @settings(max_examples=300)
 def test_no_name_changes_what_a_reader_sees_beside_it(name: str) -> None:
     assume(line(name))
-    text, plain = card(made_up(name)), card(made_up("a"))
+    text, plain = card(*made_up(name)), card(*made_up("a"))
     assert structure(text) == structure(plain)
     found, expected = front_matter(text), front_matter(plain)
     outside = ("license_name", "license_link", "language")
@@ -249,10 +321,17 @@ def test_markdown_is_not_escaped_twice() -> None:
 # --- metadata ---------------------------------------------------------------------------------------------------
 
 
+def with_source(facts: Facts, architecture: str = "a", towers: bool = True, **changes: Any) -> str:
+    """The card with another source."""
+    findings, ships = facts
+    blocks = [block for block in findings.blocks if towers or block.kind != BlockKind.VISION]
+    findings = replace(findings, model=replace(findings.model, architecture=architecture), blocks=blocks)
+    return card(findings, replace(ships, source=replace(ships.source, **changes)))
+
+
 def test_the_hub_reads_the_metadata() -> None:
-    facts = made_up("a")
-    source = replace(facts.source, hub_id="org/model", stated=Stated(license=("apache-2.0",), language=("en", "de")))
-    assert front_matter(card(replace(facts, source=source, vision_blocks=0))) == {
+    facts, said = made_up("a"), Stated(license=("apache-2.0",), language=("en", "de"))
+    assert front_matter(with_source(facts, towers=False, hub_id="org/model", stated=said)) == {
         "license": "apache-2.0",
         "language": ["en", "de"],
         "base_model": "org/model",
@@ -260,23 +339,21 @@ def test_the_hub_reads_the_metadata() -> None:
         "library_name": "vllm",
         "tags": ["compressed-tensors", "quantized", "mixed-precision", "nvfp4", "prismaquant-ray"],
     }
-    causal = replace(source, architecture="LlamaForCausalLM")
-    assert front_matter(card(replace(facts, source=causal, vision_blocks=0)))["pipeline_tag"] == "text-generation"
-    assert front_matter(card(replace(facts, source=causal)))["pipeline_tag"] == "image-text-to-text"
+    causal = "LlamaForCausalLM"
+    assert front_matter(with_source(facts, causal, towers=False))["pipeline_tag"] == "text-generation"
+    assert front_matter(with_source(facts, causal))["pipeline_tag"] == "image-text-to-text"
 
 
 def test_what_cannot_be_known_is_left_out_and_said() -> None:
-    facts = made_up("a")
-    said = stated(None)
-    text = card(replace(facts, source=replace(facts.source, stated=said)))
+    text = with_source(made_up("a"), stated=stated(None))
     assert front_matter(text).keys().isdisjoint({"license", "base_model", "base_model_relation", "language"})
     assert "Not stated here: the source has no README.md." in text
     assert "no base model is named" in text
 
 
 def test_a_model_left_as_it_is_claims_no_quantization() -> None:
-    facts = replace(made_up("a", (FormatName.BF16,)), rounding=())
-    text = card(facts)
+    findings, ships = made_up("a", (FormatName.BF16,))
+    text = card(findings, replace(ships, rounding=()))
     assert front_matter(text)["tags"] == ["prismaquant-ray"]
     assert "with every Linear left in 16 bits" in text and "quantized to" not in text
 
@@ -304,15 +381,15 @@ def test_the_source_s_card_is_believed_only_where_it_is_clear(readme: str, expec
 
 @given(body=st.one_of(ODD, st.dictionaries(st.sampled_from(["license", "base_model", "language"]), ODD).map(yaml.dump)))
 def test_any_card_of_a_source_can_be_read(body: str) -> None:
-    found = stated(f"---\n{body}\n---\n")
-    text = card(replace(made_up("a"), source=replace(made_up("a").source, stated=found)))
+    text = card(*made_up("a", source=stated(f"---\n{body}\n---\n")))
     assert front_matter(text)["library_name"] == "vllm"
 
 
 def test_a_measurement_on_the_calibration_text_says_so() -> None:
-    facts = made_up("a")
-    assert facts.measured is not None
-    other, same = card(facts), card(replace(facts, measured=replace(facts.measured, sha256="1" * 64)))
+    findings, ships = made_up("a")
+    assert findings.measured is not None
+    same_text = replace(findings.measured, text=replace(findings.measured.text, sha256="1" * 64))
+    other, same = card(findings, ships), card(replace(findings, measured=same_text), ships)
     assert "another file than the calibration text" in other and "may be too good" not in other
     assert "the text that calibration used, too" in same and "may be too good" in same
 
@@ -322,233 +399,222 @@ def test_a_measurement_on_the_calibration_text_says_so() -> None:
 
 def test_the_largest_card_fits_into_what_a_budget_keeps_free() -> None:
     long = "é" * 5000
-    every = made_up(long, tuple(FormatName))
+    findings, ships = made_up(long, tuple(FormatName), plans=40)
     names = {f"{long}{number}": 94 for number in range(500)}
+    findings = replace(findings, model=replace(findings.model, guesses=[long] * 3))
     largest = replace(
-        every,
-        source=replace(every.source, guesses=(long,) * 3, hub_id=None),
+        ships,
         modules=tuple(
             ModuleRow(
                 kind="decoder layers", name="mlp.experts.down_projection" * 2, counts={str(f): 94 for f in FormatName}
             )
             for _ in range(500)
         ),
-        kept=tuple(
-            Kept(reason="router: a wrong expert costs more than its few bytes", names={f"{n:>50}": 94}) for n in names
+        ignored=tuple(
+            Ignored(reason="router: a wrong expert costs more than its few bytes", names={f"{n:>50}": 94})
+            for n in names
         )
-        + tuple(Kept(reason=f"{reason}", names={f"model.layers.*.{n}": 94 for n in range(9)}) for reason in range(3)),
-        sweep=every.sweep * 12,
+        + tuple(
+            Ignored(reason=f"{reason}", names={f"model.layers.*.{n}": 94 for n in range(9)}) for reason in range(3)
+        ),
         config=yaml.safe_dump({"model": {"source": "x" * 120}, "calibration": {"text": "x" * 120}}),
     )
-    assert len(card(largest).encode()) < CARD_BYTES
+    assert len(CardView(findings=findings, shipped=largest).sweep) == 12
+    assert len(card(findings, largest).encode()) < CARD_BYTES
 
 
-# --- facts of a run ---------------------------------------------------------------------------------------------
+# --- figures of a run -------------------------------------------------------------------------------------------
 
 
-def configuration(directory: Path, source: Path, *overrides: str) -> Config:
-    """A small run below `directory`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "config.yaml"
-    path.write_text(
-        f"""
-model: {{source: {source}}}
-calibration: {{text: {make_text(directory, 6000)}, sequences: 8, length: 32, microbatch: 3, holdout: 0.25}}
-budget: {{bpp: 6.0}}
-sweep: [5.0, 6.0, 7.0]
-cluster: {{address: local, workers: 1}}
-store: {{run: {directory / "run"}, output: {directory / "repository"}}}
-"""
-    )
-    return load(path, overrides)
+def opened(config: Config) -> Measured:
+    return Run(config, open_workers=unopened).measured()
 
 
-def measured_run(config: Config) -> Run:
-    run = Run(config, open_workers=in_process(1))
-    run.measure()
-    return run
-
-
-def found(run: Run, plan: Mapping[str, Any], output: Path) -> CardFacts:
-    """The facts as the writer of a repository asks for them."""
-    facts: list[CardFacts] = []
+def found(known: Measured, plan: PlanRecord, output: Path) -> CardView:
+    """What a card says, as the writer of a repository asks for it."""
+    views: list[CardView] = []
 
     def card_of_written(written: Written) -> bytes:
-        facts.append(facts_of(run, plan, written))
+        ships = shipped(known.data, plan, written, known.measured_plans())
+        views.append(CardView(findings=known.findings(plan), shipped=ships))
         return b""
 
-    write(run, plan, output, card_of_written)
-    return facts[0]
+    write(known, plan, output, card_of_written)
+    return views[0]
 
 
-def write(run: Run, plan: Mapping[str, Any], output: Path, card: Callable[[Written], bytes]) -> WrittenRepository:
-    choice = {group: FormatName(name) for group, name in plan["choice"].items()}
-    return write_repository(run.source, run.layout, choice, run.candidates, Store(output), manifest={}, card=card)
+def text_of(view: CardView) -> str:
+    return card(view.findings, view.shipped)
+
+
+def write(known: Measured, plan: PlanRecord, output: Path, card: Callable[[Written], bytes]) -> WrittenRepository:
+    return write_repository(
+        known.source, known.layout, plan.choice, known.candidates, Store(output), manifest={}, card=card
+    )
 
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Config:
     source = make_checkpoint(tmp_path_factory.mktemp("source") / "llama", "llama", layers=3)
-    config = configuration(tmp_path_factory.mktemp("run"), source)
-    run = measured_run(config)
-    planning.sweep_targets(run)
+    config = configuration(tmp_path_factory.mktemp("run"), source, SWEEP)
+    measured_run(config)
     return config
 
 
-IMAGES = Path(__file__).parents[1] / "configs/data/images"
-
-
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """Experts, a vision tower, a draft head and an output head, all quantizable."""
-    directory = tmp_path_factory.mktemp("run")
-    entries = [{"image": str(IMAGES / name), "text": name} for name in ("maze.png", "clock.png", "handwriting.png")]
-    (directory / "images.jsonl").write_text("\n".join(map(json.dumps, entries)))
     source = make_family(tmp_path_factory.mktemp("source") / "qwen3_5_moe", "qwen3_5_moe")
-    settings = ("model.quantize_lm_head=true", f"calibration.images={directory / 'images.jsonl'}")
-    return measured_run(configuration(directory, source, *settings))
-
-
-def put(run: Run, key: str, body: Any) -> None:
-    run.store.put(key, json.dumps(body).encode())
-
-
-def measurement(*plans: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "text": {"file": "/somewhere/other.txt", "sha256": "f" * 64, "sequences": 24, "tokens": 12288, "images": 0},
-        "source": {"loss": 2.8437, "perplexity": 17.18},
-        "plans": list(plans),
-    }
+    return measured_run(full_configuration(tmp_path_factory.mktemp("run"), source, SWEEP)).measured()
 
 
 def test_the_card_has_the_plan_s_figures(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
-    facts = found(run, plan, tmp_path / "repository")
-    assert facts.predicted == pytest.approx(plan["predicted_loss"], rel=1e-12)
-    assert sum(entry.groups for entry in facts.formats) == len(run.layout.groups)
-    assert {entry.name: entry.groups for entry in facts.formats} == {
-        name: count for name, count in plan["groups"].items() if count
+    known = opened(dense)
+    plan = known.plan
+    view = found(known, plan, tmp_path / "repository")
+    assert view.predicted.cost == pytest.approx(plan.predicted_loss, rel=1e-12)
+    assert sum(entry.groups for _, entry, _ in view.formats) == len(known.layout.groups)
+    assert {entry.name: there.groups for entry, there, _ in view.formats} == {
+        name: count for name, count in plan.groups.items() if count
     }
-    assert sum(entry.weight_bytes for entry in facts.formats) == plan["weight_bytes"]
-    for name in plan["groups"]:
-        assert sum(row.counts.get(name, 0) for row in facts.modules) == plan["groups"][name]
-    assert sum(sum(entry.names.values()) for entry in facts.kept) == len(run.layout.ignored)
-    assert [row.target for row in facts.sweep] == ["5bpp", "6bpp", "7bpp"]
-    assert [row.target for row in facts.sweep if row.chosen] == ["6bpp"]
-    text = card(facts)
-    assert f"{plan['predicted_loss']:.5f} ± {plan['standard_error']:.5f}" in text
+    assert sum(entry.bytes for _, entry, _ in view.formats) == plan.weight_bytes
+    for name in plan.groups:
+        assert sum(row.counts.get(name, 0) for row in view.shipped.modules) == plan.groups[name]
+    assert sum(sum(entry.names.values()) for entry in view.shipped.ignored) == len(known.layout.ignored)
+    assert [row.target for row in view.sweep] == ["5bpp", "6bpp", "7bpp"]
+    assert view.plan.target == "6bpp"
+    text = text_of(view)
+    assert f"{plan.predicted_loss:.5f} ± {plan.standard_error:.5f}" in text
     assert "| **6bpp** |" in text
-    assert facts.measured is None and "| Measured loss | not measured |" in text
+    assert view.measured is None and "| Measured loss | not measured |" in text
     for absent in ("Experts:", "Vision tower:", "Draft head:", "speculative", "transformers 5.23 does"):
         assert absent not in text
 
 
+def test_a_card_prices_the_loss_whatever_the_plan_minimises(dense: Config, tmp_path: Path) -> None:
+    known = opened(
+        dense.model_copy(update={"allocation": dense.allocation.model_copy(update={"objective": "fisher_trace"})})
+    )
+    plan, table = known.plan, known.planner.table
+    view = found(known, plan, tmp_path / "repository")
+    for shown in view.sweep:
+        target = next(target for target in known.sweep.targets if target.target == shown.target)
+        prices = [
+            table.token_fisher[row, table.formats.index(target.choice[group])] for row, group in enumerate(table.groups)
+        ]
+        assert view.predicted_loss(shown) == pytest.approx(sum(prices), rel=1e-12)
+    assert view.predicted.standard_error == pytest.approx(plan.standard_error)
+    text = text_of(view)
+    assert f"{view.predicted.cost:.5f} ± {plan.standard_error:.5f}" in text
+    assert "(plans chosen by `fisher_trace`)" in text
+
+
 def test_rounding_ratios_are_those_of_the_matrices_that_ship(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
-    facts = found(run, plan, tmp_path / "repository")
-    by_linear = {
-        name: codecs
-        for records in run.records.values()
-        for r in records.values()
-        for name, codecs in r.metrics.get("linears", {}).items()
-    }
-    for entry in facts.rounding:
+    known = opened(dense)
+    plan = known.plan
+    by_linear = {name: codecs for record in known.forward.values() for name, codecs in record.linears.items()}
+    for entry in found(known, plan, tmp_path / "repository").shipped.rounding:
         product, count = 1.0, 0
-        for group in run.layout.groups:
-            if plan["choice"][group.name] == entry.format:
+        for group in known.layout.groups:
+            if plan.choice[group.name] == entry.format:
                 for linear in group.linears:
                     errors = by_linear[linear.name][entry.format.lower()]
-                    product *= errors["holdout_error"][errors["method"]] / errors["holdout_error"]["nearest"]
+                    ((method, of),) = errors.matrices()
+                    product *= of[method] / of["nearest"]
                     count += 1
-        assert entry.matrices == count == sum(entry.won.values())
-        assert entry.shipped == pytest.approx(product ** (1 / count))
-        assert entry.shipped <= min(entry.ratios.values()) + 1e-12, "the best way of every matrix is at least as good"
+        assert entry.matrices == count == sum(entry.gain.won.values())
+        assert entry.gain.shipped == pytest.approx(product ** (1 / count))
+        best = min(entry.gain.ratio.values())
+        assert entry.gain.shipped <= best + 1e-12, "the best way of every matrix is at least as good"
 
 
 def test_figures_of_another_plan_are_not_this_one_s(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
+    known = opened(dense)
+    plan, store = known.plan, known.store
     output = tmp_path / "repository"
-    sweep = json.loads(run.store.get("plans/sweep.json"))
-    other = next(target for target in sweep["targets"] if target["target"] == "5bpp")
-    assert other["choice"] != plan["choice"]
-    figures = {"kl_mean": 0.4711, "kl_p99": 1.5, "top1_agreement": 0.75, "perplexity": 19.25, "tokens": 12288}
+    other = next(target for target in known.sweep.targets if target.target == "5bpp")
+    assert other.choice != plan.choice
+    text_of_other = EvaluationText(file="/somewhere/other.txt", sha256="f" * 64, sequences=24, tokens=12288, images=0)
+    figures = Divergence(
+        tokens=12288, kl_mean=0.4711, kl_standard_error=0.01, kl_p90=1.0, kl_p99=1.5, top1_agreement=0.75, loss=2.95,
+        perplexity=19.25,
+    )  # fmt: skip
+    own_figures = replace(figures, kl_mean=0.25)
+    theirs = measured_plan(other, weights=figures)
     try:
-        put(
-            run,
-            "plans/measured.json",
-            measurement({"choice": other["choice"], "weights": figures, "activations": None}),
-        )
-        facts = found(run, plan, output)
-        assert facts.measured is None
-        assert [row.measured_weights for row in facts.sweep] == [0.4711, None, None], "but it is that row's"
-        own = {"choice": plan["choice"], "weights": None, "activations": figures | {"kl_mean": 0.25}}
-        put(run, "plans/measured.json", measurement({"choice": other["choice"], "weights": figures}, own))
-        facts = found(run, plan, output)
-        assert facts.measured is not None and facts.measured.weights is None
-        assert facts.measured.activations == Divergence(kl_mean=0.25, kl_p99=1.5, top1_agreement=0.75, perplexity=19.25)
-        text = card(facts)
+        store.put(records.MEASURED_PLANS, records.dumps(measurements([theirs], text=text_of_other)))
+        view = found(opened(dense), plan, output)
+        assert view.measured is None
+        shown = [view.measured_of(row) for row in view.sweep]
+        assert [entry and entry.weights for entry in shown] == [figures, None, None], "but it is that row's"
+        assert "| 0.4711 |" in text_of(view)
+        # Also when it was made for another budget: the same choice is the same model.
+        own = measured_plan(plan, target="123456B", label="123456B", activations=own_figures)
+        store.put(records.MEASURED_PLANS, records.dumps(measurements([theirs, own], text=text_of_other)))
+        view = found(opened(dense), plan, output)
+        assert view.measured is not None and view.measured.weights is None
+        assert view.measured.activations == own_figures
+        text = text_of(view)
         assert "`other.txt`" in text and "/somewhere" not in text
         assert "No loss was measured" not in text and "0.2500" in text
-        put(run, "plans/measured.json", measurement({"choice": plan["choice"], "weights": None, "activations": None}))
-        assert found(run, plan, output).measured is None
-        run.store.put("plans/measured.json", b"{")
+        store.put(records.MEASURED_PLANS, b"{")
         with pytest.raises(StoreError, match=r"plans/measured\.json cannot be read"):
-            found(run, plan, output)
+            found(opened(dense), plan, output)
     finally:
-        run.store.delete(["plans/measured.json"])
+        store.delete([records.MEASURED_PLANS])
 
 
 def test_a_card_does_not_depend_on_what_was_asked_before(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
+    known = opened(dense)
+    plan, store = known.plan, known.store
     output = tmp_path / "repository"
-    before = card(found(run, plan, output))
-    put(run, "plans/sweep.json", {"targets": [], "knee": None})
-    assert card(found(run, plan, output)) == before
-    run.store.delete(["plans/sweep.json"])
-    assert card(found(run, plan, output)) == before
-    assert found(run, plan, output).swept
-    out_of_reach = Run(dense.model_copy(update={"sweep": (1.0, 20.0)}))
-    facts = found(out_of_reach, plan, output)
-    assert not facts.swept and facts.knee is None and [row.chosen for row in facts.sweep] == [True]
-    assert "No target of the sweep" in card(facts)
+    before = text_of(found(known, plan, output))
+    store.put(records.SWEEP, json.dumps({"targets": [], "out_of_reach": [], "knee": None}).encode())
+    assert text_of(found(opened(dense), plan, output)) == before
+    store.delete([records.SWEEP])
+    view = found(opened(dense), plan, output)
+    assert text_of(view) == before
+    assert view.swept
+    out_of_reach = opened(dense.model_copy(update={"sweep": (1.0, 20.0)}))
+    view = found(out_of_reach, plan, output)
+    assert not view.swept and view.findings.knee is None and view.sweep == [view.plan]
+    assert "No target of the sweep" in text_of(view)
 
 
 def test_a_long_sweep_is_shown_around_the_plan(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense.model_copy(update={"sweep": tuple(4.75 + n / 8 for n in range(28))}))
-    facts = found(run, planning.allocate(run), tmp_path / "repository")
-    assert len(facts.sweep) + facts.more_targets in (28, 29)
-    assert sum(row.chosen for row in facts.sweep) == 1 and len(facts.sweep) == 12
+    known = opened(dense.model_copy(update={"sweep": tuple(4.75 + n / 8 for n in range(28))}))
+    view = found(known, known.plan, tmp_path / "repository")
+    assert len(view.sweep) + view.more_targets in (28, 29)
+    assert view.sweep.count(view.plan) == 1 and len(view.sweep) == 12
 
 
 def test_the_configuration_on_the_card_is_the_run_s(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
-    facts = found(run, plan, tmp_path / "repository")
-    text = card(facts)
+    known = opened(dense)
+    view = found(known, known.plan, tmp_path / "repository")
+    text = text_of(view)
     block = re.search(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert block is not None
     path = tmp_path / "config.yaml"
     path.write_text(block[1])
-    again = load(path)
+    again = load_config(path)
     for section in ("formats", "budget", "rounding", "allocation"):
         assert getattr(again, section) == getattr(dense, section)
     assert again.calibration == dense.calibration.model_copy(update={"text": Path(dense.calibration.text.name)})
-    assert facts.calibration.fingerprint == run.calibration.fingerprint
-    assert facts.calibration.tokens == run.calibration.positions == 8 * 32
+    assert view.shipped.calibration.fingerprint == known.calibration.fingerprint
+    assert view.shipped.calibration.tokens == known.calibration.positions == 8 * 32
     assert str(dense.store.run) not in text and str(dense.calibration.text.parent) not in text
 
 
 def test_a_repository_with_its_card_is_verified_and_counted(dense: Config, tmp_path: Path) -> None:
-    run = Run(dense)
-    plan = planning.allocate(run)
+    known = opened(dense)
+    plan = known.plan
     output = tmp_path / "repository"
-    repository = write(run, plan, output, lambda written: card_of(run, plan, written))
-    choice = {group: FormatName(name) for group, name in plan["choice"].items()}
-    report = verify_repository(Store(output), run.source, run.layout, choice, run.candidates)
+
+    def readme(written: Written) -> bytes:
+        return card(known.findings(plan), shipped(known.data, plan, written, None)).encode()
+
+    repository = write(known, plan, output, readme)
+    report = verify_repository(Store(output), known.source, known.layout, plan.choice, known.candidates)
     assert report.problems == ()
     assert repository.total_bytes == sum(path.stat().st_size for path in output.iterdir())
     assert repository.files[README] == (output / README).stat().st_size
@@ -556,22 +622,19 @@ def test_a_repository_with_its_card_is_verified_and_counted(dense: Config, tmp_p
     assert front_matter((output / README).read_text())["pipeline_tag"] == "text-generation"
 
 
-def test_every_part_of_a_model_is_described(everything: Run, tmp_path: Path) -> None:
-    run = everything
-    plan = planning.allocate(run)
-    facts = found(run, plan, tmp_path / "repository")
-    assert {row.kind for row in facts.modules} == {
+def test_every_part_of_a_model_is_described(everything: Measured, tmp_path: Path) -> None:
+    known = everything
+    view = found(known, known.plan, tmp_path / "repository")
+    assert {row.kind for row in view.shipped.modules} == {
         "vision blocks", "vision merger", "decoder layers", "draft head", "output head",
     }  # fmt: skip
-    seen = [
-        t for r in run.records.values() for record in r.values() for t in record.metrics.get("experts", {}).values()
-    ]
-    assert facts.experts == Experts(
+    seen = [tokens for record in known.forward.values() for tokens in record.experts.values()]
+    assert view.experts == ExpertCoverage(
         layers=len(seen), each=len(seen[0]), fewest=min(map(min, seen)), unseen=sum(t.count(0) for t in seen)
     )
-    assert facts.agreement is not None and set(facts.agreement) == {"BF16", "NVFP4", "MXFP8"}
-    assert (facts.calibration.images, facts.vision_blocks) == (3, 2)
-    text = card(facts)
+    assert view.findings.draft is not None and set(view.findings.draft.agreement) == {"BF16", "NVFP4", "MXFP8"}
+    assert (view.shipped.calibration.images, view.vision_blocks) == (3, 2)
+    text = text_of(view)
     command = re.search(r"^vllm serve REPOSITORY --speculative-config '(.*)'$", text, re.MULTILINE)
     assert command is not None and json.loads(command[1]) == {"method": "mtp", "num_speculative_tokens": 1}
     assert front_matter(text)["pipeline_tag"] == "image-text-to-text"

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.source.header import MAX_HEADER, build_header, header_length, parse_header
 from prismaquant_ray.storage.store import Store
 from tests.pieces import bytes_of

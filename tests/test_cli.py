@@ -11,11 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from actors.pool import WORKER_ENVIRONMENT
-from jobs.__main__ import COMMANDS, cli
-from jobs.run import Run
+from jobs.__main__ import COMMANDS, CONFIG, cli
+from jobs.pipeline.run import Run
+from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.errors import InputError
 from tests.inprocess import in_process
-from tests.test_pipeline import configuration, quantized
+from tests.runs import configuration, quantized
 from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family
 
@@ -33,7 +34,11 @@ def call(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+#: Commands that need a configuration and nothing else.
+CONFIGURED = sorted(name for name, command in COMMANDS.items() if CONFIG in command.parameters and name != "explain")
+
+
+@pytest.mark.parametrize("name", [*CONFIGURED, "formats"])
 def test_every_command_prints_json_and_a_summary(finished: Path, name: str) -> None:
     as_json = call(name, finished, "--json")
     assert as_json.exit_code == 0, as_json.output
@@ -97,10 +102,10 @@ def test_a_broken_repository_is_reported_by_verify(finished: Path, tmp_path: Pat
 
 
 def test_a_bug_is_one_line_and_exit_code_1(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Run) -> None:
+    def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("jobs.planning.allocate", broken)
+    monkeypatch.setattr(Planner, "plan_for", broken)
     result = call("allocate", finished)
     assert result.exit_code == 1
     assert result.stderr == "bug: ZeroDivisionError: oh (run again with --debug for the traceback)\n"
@@ -108,10 +113,10 @@ def test_a_bug_is_one_line_and_exit_code_1(finished: Path, monkeypatch: pytest.M
 
 
 def test_ctrl_c_says_that_the_run_continues(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(_: Run) -> None:
+    def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jobs.planning.allocate", stopped)
+    monkeypatch.setattr(Planner, "plan_for", stopped)
     result = call("allocate", finished)
     assert (result.exit_code, result.stderr) == (130, "stopped; the same command continues\n")
 
@@ -124,6 +129,7 @@ def test_help_needs_no_torch() -> None:
     assert "quantize" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["allocate", "assemble", "verify"])
 def test_what_runs_no_model_imports_no_ray_and_leaves_garbage_collection_on(finished: Path, name: str) -> None:
     code = f"import gc, sys; sys.argv=['x', '{name}', '{finished}']\n"
@@ -133,6 +139,7 @@ def test_what_runs_no_model_imports_no_ray_and_leaves_garbage_collection_on(fini
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.memory
 @pytest.mark.slow
 def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     """Peak RSS of 4 and of 44 equal blocks, and the promise of the plan."""
@@ -140,10 +147,10 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
     script.write_text(
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from jobs.run import Run\n"
-        "from prismaquant_ray.config import load\n"
+        "from jobs.pipeline.run import Run\n"
+        "from prismaquant_ray.config import load_config\n"
         "from tests.inprocess import in_process\n"
-        "run = Run(load(Path(sys.argv[1]), ['formats=[MXFP8, BF16]', 'rounding.gptq=null', 'budget.bpp=9',"
+        "run = Run(load_config(Path(sys.argv[1]), ['formats=[MXFP8, BF16]', 'rounding.gptq=null', 'budget.bpp=9',"
         " 'cluster.blocks_per_shard=1']),"
         " open_workers=in_process())\n"
         "run.measure()\n"
@@ -172,6 +179,7 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
     assert peaks[44] - peaks[4] < 40 * 2_500_000
 
 
+@pytest.mark.memory
 @pytest.mark.slow
 def test_a_workers_heap_keeps_no_logits_of_the_models_it_compares() -> None:
     """Figures of every model stay between logits that go: in a heap that kept large blocks they would pin them all."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.controller import Controller, sources_of
-from actors.events import Event, Events
 from actors.messages import Failure, Receipt
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.pass_graph import PassGraph
@@ -24,9 +25,10 @@ from actors.schedule.shards import pending_shards
 from actors.schedule.units import PASSES, Shard, Stage, Unit
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import DamagedError, InputError, ResourceError
+from prismaquant_ray.events import Event, Events, Machine, WorkerLost
 from prismaquant_ray.storage.record import Artifact
 
-FACTS = {"version": __version__, "host": "here", "pid": 1, "device": "cpu"}
+HERE = Machine(version=__version__, pid=1, host="here", device="cpu", free_bytes=10**9, host_bytes=10**9)
 
 
 def shards(microbatches: int) -> list[Shard]:
@@ -76,7 +78,7 @@ class Scripted:
             if isinstance(answer, Cause):
                 replies.append(Reply(worker=worker, lost=(answer, "scripted")))
                 continue
-            receipt = answer if isinstance(answer, Receipt) else receipt_of(worker, FACTS)
+            receipt = answer if isinstance(answer, Receipt) else receipt_of(worker, HERE)
             replies.append(Reply(worker=worker, receipt=receipt, output=f"{call.shard}"))
         return replies
 
@@ -91,8 +93,8 @@ def unit(call: Call) -> Any:
     return call.shard and call.shard.units[0]
 
 
-def receipt_of(worker: str, facts: dict[str, Any], failure: Failure | None = None) -> Receipt:
-    return Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, metrics=facts, failure=failure)
+def receipt_of(worker: str, machine: Machine | None = None, failure: Failure | None = None) -> Receipt:
+    return Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, machine=machine, failure=failure)
 
 
 def controller(workers: Scripted, wanted: int = 2, **options: Any) -> tuple[Controller, list[Event]]:
@@ -153,7 +155,7 @@ class Handing(Scripted):
         worker, call = self.queue.pop(self.chance.randrange(len(self.queue)))
         self.log.append((worker, call.kind, unit(call)))
         if call.shard is None:
-            return [Reply(worker=worker, receipt=receipt_of(worker, FACTS))]
+            return [Reply(worker=worker, receipt=receipt_of(worker, HERE))]
         if self.losses and self.chance.random() < 0.15:
             self.losses -= 1
             self.waiting.pop(worker, None)
@@ -187,11 +189,11 @@ class Handing(Scripted):
         last = shard.units[-1]
         if call.kind is CallKind.PREFETCH:
             assert worker not in self.waiting, "only a worker that holds nothing reads ahead by itself"
-            return Reply(worker=worker, receipt=receipt_of(worker, {}))
+            return Reply(worker=worker, receipt=receipt_of(worker))
         if call.kind is CallKind.FINISH:
             self.waiting.pop(worker, None)
             self.recorded.add(last)
-            return Reply(worker=worker, receipt=receipt_of(worker, {}))
+            return Reply(worker=worker, receipt=receipt_of(worker))
         for origin in shard.origins:
             self.read.add((origin, shard.units[0], call.microbatch))
         if call.microbatch == shard.microbatches[0]:
@@ -219,8 +221,8 @@ def test_a_lost_worker_is_replaced_and_only_its_shard_is_run_again() -> None:
     driver.run_pass(shards(3))
     runs = [unit for _, kind, unit in workers.log if kind is CallKind.RUN]
     assert [runs.count(unit) for unit in range(4)] == [3, 6, 3, 3]
-    lost = [event.payload for event in events if event.kind == "lost"]
-    assert [(entry["cause"], entry["shard"]) for entry in lost] == [("its process died", "forward 0001")]
+    lost = [event for event in events if isinstance(event, WorkerLost)]
+    assert [(event.cause, event.shard) for event in lost] == [("its process died", "forward 0001")]
     assert {name for name, kind, _ in workers.log if kind is CallKind.SETUP} == {"worker-0", "worker-1", "worker-2"}
 
 
@@ -255,7 +257,7 @@ def test_every_step_is_handed_what_its_source_put_out_whatever_is_lost(
     cluster = Handing(passed, seed, losses, stored)
     driver, events = controller(cluster, workers, recovery=Recovery(per_shard=99, starting=99))
     driver.run_pass(passed)
-    finished = [event.payload["shard"] for event in events if event.kind == "shard"]
+    finished = [event.shard for event in events if event.kind == "shard"]
     assert sorted(finished) == sorted(shard.name for shard in passed)
 
 
@@ -313,7 +315,7 @@ def test_a_call_that_hangs_costs_the_worker() -> None:
     workers = Scripted(script)
     driver, events = controller(workers, wanted=1)
     driver.run_pass(shards(1)[:1])
-    assert [event.payload["cause"] for event in events if event.kind == "lost"] == ["it did not answer in time"]
+    assert [event.cause for event in events if event.kind == "lost"] == ["it did not answer in time"]
 
 
 def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all() -> None:
@@ -330,8 +332,8 @@ def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all
     driver, events = controller(workers, patience=30.0)
     driver.run_pass(shards(3))
     assert len(tried) == 1
-    assert [event.payload["worker"] for event in events if event.kind == "yielded"] == ["worker-1"]
-    finished = [event.payload["units"][0] for event in events if event.kind == "shard"]
+    assert [event.worker for event in events if event.kind == "yielded"] == ["worker-1"]
+    finished = [event.units[0] for event in events if event.kind == "shard"]
     assert finished == ["0000", "0001", "0002", "0003"]
 
 
@@ -368,7 +370,7 @@ def test_a_cluster_that_is_gone_in_the_middle_ends_the_run() -> None:
 
 def test_what_a_worker_reports_rises_as_it_is() -> None:
     failure = Failure.of(DamagedError("forward/0001/x is damaged", "forward/0001/x"))
-    workers = Scripted(lambda worker, call: receipt_of(worker, {}, failure) if unit(call) == 1 else None)
+    workers = Scripted(lambda worker, call: receipt_of(worker, failure=failure) if unit(call) == 1 else None)
     driver, _ = controller(workers)
     with pytest.raises(DamagedError, match="is damaged") as caught:
         driver.run_pass(shards(2))
@@ -380,13 +382,13 @@ def test_what_a_worker_reports_rises_as_it_is() -> None:
 
 
 def test_another_version_on_a_worker_is_refused() -> None:
-    workers = Scripted(lambda worker, _: receipt_of(worker, {**FACTS, "version": "0.0.1"}))
+    workers = Scripted(lambda worker, _: receipt_of(worker, replace(HERE, version="0.0.1")))
     with pytest.raises(ResourceError, match=r"a worker on here has prismaquant-ray 0\.0\.1, the driver "):
         controller(workers)[0].wait_for_first()
 
 
 def test_a_worker_that_may_not_join_ends_the_run() -> None:
-    def refuse(facts: Any) -> None:
+    def refuse(machine: Machine) -> None:
         raise InputError("another device")
 
     with pytest.raises(InputError, match="another device"):
@@ -411,3 +413,11 @@ def test_whoever_holds_the_last_shard_gives_way_and_only_to_an_earlier_one() -> 
     assert yielding({"a": 1}, [2]) is None
     assert yielding({}, [0]) is None
     assert yielding({"a": 1}, []) is None
+
+
+def test_the_driver_plans_and_listens_without_torch() -> None:
+    """`status` and the controller load nothing that takes seconds to import."""
+    modules = "actors.controller, prismaquant_ray.events, jobs.commands.progress, jobs.pipeline.status"
+    code = f"import sys, {modules}; print([name for name in ('ray', 'torch', 'transformers') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

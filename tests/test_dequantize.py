@@ -17,21 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from jobs import verify
 from jobs.__main__ import cli
+from jobs.commands import verify
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.scale_search import nearest
+from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST
 from prismaquant_ray.repository.routing import transformers_route
-from prismaquant_ray.repository.shards import DEQUANTIZED, MANIFEST
 from prismaquant_ray.repository.staging import check_output, staged_output
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Choice, Model, make_model, mixed, rewrite, tensors_of
+from tests.runs import configuration
 from tests.s3_server import S3Server
-from tests.test_pipeline import configuration
 from tests.tiny import random_tokens, read_config
 from tests.tiny_families import FAMILIES, VISION_FAMILIES
 
@@ -420,30 +421,29 @@ def test_an_interrupted_write_at_a_prefix_is_taken_up_by_the_next(written: Path,
 
 @pytest.mark.s3
 def test_from_store_to_store_it_is_the_same_and_a_failure_leaves_no_model(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: Path, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dequantize(written, tmp_path / "out")
-    with S3Server() as server:
-        server.make_bucket("models")
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        source, output = Store("s3://models/quantized"), Store("s3://models/deep/out")
-        for file in written.iterdir():
-            source.put(file.name, file.read_bytes())
-        refused(call(source.uri, f"{source.uri}/"), "are one place")
-        for _ in range(2):
-            assert call(source.uri, output.uri).exit_code == 0
-            assert output.list() == sorted(file.name for file in (tmp_path / "out").iterdir())
-            for file in (tmp_path / "out").iterdir():
-                assert output.get(file.name) == file.read_bytes(), file.name
-        with pytest.raises(ZeroDivisionError), staged_output(output.uri) as store:
-            QuantizedRepository(source).write(store)
-            raise ZeroDivisionError
-        assert not {"config.json", INDEX} & set(output.list())
+    s3_server.make_bucket("dequantized")
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    source, output = Store("s3://dequantized/quantized"), Store("s3://dequantized/deep/out")
+    for file in written.iterdir():
+        source.put(file.name, file.read_bytes())
+    refused(call(source.uri, f"{source.uri}/"), "are one place")
+    for _ in range(2):
         assert call(source.uri, output.uri).exit_code == 0
-        refused(call(tmp_path / "out", source.uri), "is not quantized")
-        source.put(MANIFEST, b"{}")
-        refused(call(written, source.uri), "holds a quantized repository")
+        assert output.list() == sorted(file.name for file in (tmp_path / "out").iterdir())
+        for file in (tmp_path / "out").iterdir():
+            assert output.get(file.name) == file.read_bytes(), file.name
+    with pytest.raises(ZeroDivisionError), staged_output(output.uri) as store:
+        QuantizedRepository(source).write(store)
+        raise ZeroDivisionError
+    assert not {"config.json", INDEX} & set(output.list())
+    assert call(source.uri, output.uri).exit_code == 0
+    refused(call(tmp_path / "out", source.uri), "is not quantized")
+    source.put(MANIFEST, b"{}")
+    refused(call(written, source.uri), "holds a quantized repository")
 
 
 def digests(place: Path) -> dict[str, str]:

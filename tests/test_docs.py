@@ -27,6 +27,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 REFERENCE = re.compile(r"`([\w./]+\.py)::([\w.]+)`")
 SPAN = re.compile(r"`([^`]+)`")
 COMMAND = re.compile(r"(?:\bpq|prismaquant-ray|python -m jobs) ([a-z]+)\b([^\n|]*)")
+PATH = re.compile(r"`((?:prismaquant_ray|actors|jobs|benchmarks|tests|docs|configs|k8s)/[\w./-]*[\w/])`")
 PLACEHOLDER = re.compile(r"@@[A-Z][^@]*@@")
 #: Settings that only the log of experiments still names.
 DELETED = {"allocation.interactions"}
@@ -102,6 +103,32 @@ def test_every_file_function_and_test_named_exists(page: Path) -> None:
         path = ROOT / file
         if not path.is_file() or name not in names_in(path):
             missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def test_a_newcomers_question_is_answered_in_at_most_four_files() -> None:
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("\n## Walks\n")[2].partition("\n## ")[0]
+    questions = [line for line in section.splitlines() if "?" in line]
+    files = [{*LINK.findall(line), *(file for file, _ in REFERENCE.findall(line))} for line in questions]
+    assert len(files) >= 6
+    assert all(2 <= len(named) <= 4 for named in files)
+
+
+@EACH_PAGE
+def test_every_path_named_exists(page: Path) -> None:
+    missing = [path for path in PATH.findall(page.read_text()) if not (ROOT / path).exists()]
+    assert missing == [] or page.name == "log.md"
+
+
+def test_every_file_that_the_contribution_guide_leads_to_exists() -> None:
+    missing = []
+    for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines():
+        folder = ROOT
+        for path in re.findall(r"`([\w/]+(?:\.py|/))`", line):
+            # A file or folder without one of its own is beside the one named before it.
+            found = ROOT / path if (ROOT / path).exists() else folder / path
+            missing += [] if found.exists() else [path]
+            folder = found.parent
     assert missing == []
 
 
@@ -212,5 +239,5 @@ def test_the_checks_see_what_is_wrong() -> None:
     assert LINK.findall("[a](b.md#c), ![d](e.png)") == ["b.md#c", "e.png"]
     assert slug("`make demo`: what it does") == "make-demo-what-it-does"
     assert PLACEHOLDER.search("@@OUTPUT:prismaquant-ray report run.yaml@@")
-    assert {"RayCluster.restore", "ROOT", "wait_for"} <= names_in(ROOT / "tests" / "ray_cluster.py")
+    assert {"RayCluster.restore", "ROOT", "start_driver"} <= names_in(ROOT / "tests" / "ray_cluster.py")
     assert {"budget.bpp", "rounding.gptq.damping", "cluster.labels"} <= set(keys(Config))

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from actors.protocol import Call, CallKind
 from actors.schedule.recovery import Cause
 from actors.schedule.units import Stage
-from jobs import evaluate
-from jobs.measure import OpenWorkers
+from jobs.pipeline.repository_evaluation import evaluate
+from jobs.pipeline.workers import OpenWorkers
 from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.records import to_json
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import InProcessWorkers, after, in_process, unopened
@@ -50,7 +51,7 @@ class Quantized:
         arguments = {"sequences": SEQUENCES, "length": LENGTH, "overrides": ["calibration.microbatch=2"], **options}
         repository = arguments.pop("repository", self.repository)
         workers = in_process(2) if open_workers is None else open_workers
-        return evaluate.run(str(repository), str(self.source), self.text, open_workers=workers, **arguments)
+        return to_json(evaluate(str(repository), str(self.source), self.text, open_workers=workers, **arguments))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,7 @@ def test_the_draft_is_judged_by_what_its_own_model_says(quantized: Callable[[str
 def test_a_model_against_itself_is_exactly_zero(quantized: Callable[[str], Quantized], name: str) -> None:
     case = quantized(name)
     found = case.evaluate(repository=case.source)
-    for key in evaluate.ROWS:
+    for key in ("weights", "activations"):
         assert found[key]["kl_mean"] == found[key]["kl_p99"] == found[key]["kl_standard_error"] == 0.0
         assert found[key]["top1_agreement"] == 1.0
         assert found[key]["loss"] == found["source_figures"]["loss"]
@@ -244,6 +245,7 @@ def losing(every: int) -> Callable[[str, Call], Cause | None]:
     return accident
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_untied", "qwen3_5"])
 def test_workers_shards_and_losses_change_no_figure(
     quantized: Callable[[str], Quantized], name: str, tmp_path: Path
@@ -339,6 +341,6 @@ def test_a_repository_that_lost_its_draft_head_is_measured_without(
     rewrite(changed, {name: None for name in tensors_of(changed) if name.startswith("mtp.")})
     found, whole_ = case.evaluate(repository=changed), case.evaluate()
     assert found["notes"] == ["the repository has no draft head; the source's was not measured"]
-    for key in evaluate.ROWS:
+    for key in ("weights", "activations"):
         assert "draft_agreement" not in found[key]
         assert found[key] == {name: value for name, value in whole_[key].items() if name != "draft_agreement"}

@@ -4,48 +4,78 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bars
 
-from actors.events import Event, EventLog, Events, busy_shares, read_events
-from actors.progress import Progress
-from jobs import assemble, planning, status
-from jobs.run import Run
+from jobs.commands import status
+from jobs.commands.progress import RunProgress, UploadProgress, run_progress, upload_progress
+from jobs.pipeline.run import Run
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.events import (
+    EventLog,
+    Events,
+    PassBegan,
+    RunBegan,
+    ShardDone,
+    StepDone,
+    WorkerLost,
+    busy_shares,
+    read_events,
+)
+from prismaquant_ray.records import to_json
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import after, in_process
-from tests.test_pipeline import configuration
+from tests.runs import assembled, configuration
 from tests.tiny import make_checkpoint
 
 
-def step(worker: str, started: float, seconds: float, **facts: object) -> Event:
-    body = {
-        "worker": worker,
-        "started": started,
-        "seconds": seconds,
-        "stage": "forward",
-        "shard": "0000-0001",
-        "units": 2,
-    }
-    return Event(kind="step", at=started + seconds, payload={**body, "microbatch": 0, **facts})
+def step(worker: str, started: float, seconds: float, **more: Any) -> StepDone:
+    body: dict[str, Any] = {"stage": "forward", "shard": "0000-0001", "units": 2, "microbatch": 0, "peak_bytes": 0}
+    return StepDone(at=started + seconds, worker=worker, started=started, seconds=seconds, **{**body, **more})
+
+
+def began(stage: str = "forward", steps: int = 4) -> PassBegan:
+    return PassBegan(at=0.0, stage=stage, shards=2, units=4, produced=4, microbatches=2, steps=steps)
+
+
+SHARD = ShardDone(
+    at=1.0, stage="forward", shard="0000-0001", units=["0000", "0001"], worker="worker-0", produced=2, left=1
+)
+LOST = WorkerLost(at=1.0, worker="worker-1", cause="its node is gone", shard="forward 0002", message="")
 
 
 def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for number in range(2):
+    told = [RunBegan(at=float(number), workers=number + 1) for number in range(2)]
+    for event in told:
         log = EventLog(store)
-        Events(log)("begin", number=number)
+        Events(log)(event)
         log.flush()
-    assert [(event.kind, event.payload) for event in read_events(store)] == [
-        ("begin", {"number": 0}),
-        ("begin", {"number": 1}),
-    ]
+    assert read_events(store) == told
     assert read_events(Store(tmp_path / "empty")) == []
-    store.put("events.jsonl", b"{")
-    with pytest.raises(StoreError, match="only a log"):
-        read_events(store)
+    for damage in (b"{", b'{"at": 1.0, "event": "dinner"}', b'{"at": 1.0, "event": "end"}', b"[]"):
+        store.put("events.jsonl", damage)
+        with pytest.raises(StoreError, match="only a log"):
+            read_events(store)
+
+
+def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:
+    told = [began(), step("worker-0", 1.0, 2.0, tokens=3, loss=0.5), step("worker-0", 1.0, 2.0, microbatch=None), LOST]
+    log = EventLog(Store(tmp_path))
+    for event in told:
+        log(event)
+    log.flush()
+    assert read_events(Store(tmp_path)) == told
+    lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["pass", "step", "step", "lost"]
+    assert "loss" not in lines[2], "a figure that a step does not have is left out"
 
 
 def test_busy_share_counts_between_fill_and_drain_only() -> None:
@@ -61,14 +91,11 @@ def test_busy_share_counts_between_fill_and_drain_only() -> None:
 
 def test_a_log_shows_blocks_rate_bytes_eta_and_who_does_what() -> None:
     text = io.StringIO()
-    shown = Progress(Console(file=text, width=200), None)
-    facts = {"stage": "forward", "shards": 2, "units": 4, "produced": 4, "microbatches": 1, "steps": 4}
-    shown(Event(kind="pass", at=0.0, payload=facts))
+    shown = RunProgress(Console(file=text, width=200), None)
+    shown(began())
     shown(step("worker-0", 0, 1, tokens=64, hop_bytes=2_000_000))
-    shown(Event(kind="shard", at=1.0, payload={"stage": "forward", "units": [0, 1], "left": 1, "produced": 2}))
-    shown(
-        Event(kind="lost", at=1.0, payload={"worker": "worker-1", "cause": "its node is gone", "shard": "forward 0002"})
-    )
+    shown(SHARD)
+    shown(LOST)
     line, lost = text.getvalue().splitlines()
     assert line.startswith("forward 2/4  ")
     assert "token-blocks/s" in line
@@ -78,24 +105,89 @@ def test_a_log_shows_blocks_rate_bytes_eta_and_who_does_what() -> None:
     assert lost == "lost worker-1: its node is gone; forward 0002 is run again"
 
 
+def bars(console: Console) -> Bars:
+    """Bars that are drawn only when they are asked for: their own thread would draw at any time."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} {task.total}")
+    return Bars(*columns, console=console, auto_refresh=False)
+
+
+def screen(text: io.StringIO, shown: Bars) -> list[str]:
+    """The lines that a terminal shows last, without colours."""
+    shown.refresh()
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).splitlines()]
+
+
+def test_a_terminal_shows_a_bar_of_the_pass_and_a_line_of_every_worker() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True)
+    with bars(console) as drawn:
+        shown = RunProgress(console, drawn)
+        shown(began(steps=6))
+        shown(step("worker-0", 0, 1, tokens=64, hop_bytes=2_000_000))
+        shown(step("worker-1", 0, 1, tokens=64, microbatch=None))
+        forward = [(task.description, task.completed, task.total) for task in drawn.tasks]
+        assert forward == [
+            ("forward", 2, 6),
+            ("  worker-0 0000-0001 at 1", 0, None),
+            ("  worker-1 0000-0001 finished", 0, None),
+        ]
+        assert "2.0 MB moved" in drawn.tasks[0].fields["rate"]
+        assert any(line.startswith("forward") and line.endswith(" 2 6") for line in screen(text, drawn))
+        shown(SHARD)
+        assert "ETA" in drawn.tasks[0].fields["rate"]
+        shown(LOST)
+        assert [task.description for task in drawn.tasks] == ["forward", "  worker-0 0000-0001 at 1"]
+        assert "lost worker-1: its node is gone; forward 0002 is run again" in screen(text, drawn)
+        shown(replace(LOST, shard=None))
+        shown(began("backward", steps=5))
+        assert [(task.description, task.completed, task.total) for task in drawn.tasks] == [("backward", 0, 5)]
+
+
+def test_a_terminal_shows_what_is_published_in_a_bar_of_bytes() -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True)
+    with bars(console) as drawn:
+        shown = UploadProgress(console, drawn)
+        shown.begin("reading", 3, 5_000_000)
+        shown.advance(2_000_000)
+        assert [(t.description, t.completed, t.total) for t in drawn.tasks] == [
+            ("reading 3 files, 5.0 MB", 2_000_000, 5_000_000)
+        ]
+        shown.done("a.safetensors", "read", 2_000_000)
+        assert any(line.startswith("a.safetensors read: 2.0 MB in ") for line in screen(text, drawn))
+        shown.begin("sending", 2, 4_000_000)
+        assert [(t.description, t.completed) for t in drawn.tasks] == [("sending 2 files, 4.0 MB", 0)]
+        assert any(line.endswith(" 0 4000000") for line in screen(text, drawn))
+
+
+def test_bars_are_for_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (False, True):
+        made = Console(file=io.StringIO(), force_terminal=terminal)
+        monkeypatch.setattr("rich.console.Console", lambda made=made, **_: made)
+        with run_progress() as of_a_run:
+            assert (of_a_run.bars is not None) == terminal
+        with upload_progress() as of_a_publication:
+            assert (of_a_publication.bars is not None) == terminal
+
+
 def test_status_tells_a_stopped_run_from_a_finished_one(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "llama", layers=3)
     config = configuration(tmp_path, source, "cluster.blocks_per_shard=1")
     with pytest.raises(KeyboardInterrupt):
         Run(config, open_workers=in_process(2, after(11))).measure()
     stopped = status.run(str(config.store.run))
-    assert stopped["state"] == "stopped; the same command continues"
-    assert 0 < stopped["blocks"]["encoded"] < 3
-    assert stopped["blocks"]["total"] == 3
+    assert stopped.state == "stopped; the same command continues"
+    assert 0 < stopped.blocks.encoded < 3
+    assert stopped.blocks.total == 3
     run = Run(config, open_workers=in_process(2))
     run.measure()
-    assemble.build(run, planning.allocate(run))
+    assembled(run)
     finished = status.run(str(config.store.run))
-    assert finished["state"] == "measured"
-    assert finished["blocks"] == {"encoded": 3, "priced": 3, "total": 3}
-    assert [stage["stage"] for stage in finished["stages"]][-1] == "backward"
-    assert finished["repositories"][0]["uri"] == str(config.store.output)
-    assert json.loads(json.dumps(finished)) == finished
+    assert finished.state == "measured"
+    assert to_json(finished.blocks) == {"encoded": 3, "priced": 3, "total": 3}
+    assert finished.stages[-1].stage == "backward"
+    assert finished.repositories[0]["uri"] == str(config.store.output)
+    assert json.loads(json.dumps(to_json(finished))) == to_json(finished)
     shown = io.StringIO()
     status.render(finished, Console(file=shown, width=160))
     assert "3 of 3 encoded, 3 of 3 priced" in shown.getvalue()

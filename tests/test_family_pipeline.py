@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,53 +15,33 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from jobs import planning, probe, verify
-from jobs.inspect import run as inspect
-from jobs.run import Run
-from prismaquant_ray.config import Config, load
+from jobs.commands import verify
+from jobs.pipeline.inspection import inspect
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import load_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.report.summary import summarize_probe
 from tests.inprocess import after, in_process
-from tests.test_pipeline import digests, quantized
-from tests.tiny import make_checkpoint, make_text
+from tests.ray_head import SETTINGS, Head
+from tests.runs import digests, quantized
+from tests.runs import family_configuration as configuration
+from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
-IMAGES = ROOT / "configs/data/images"
 
 
-def configuration(directory: Path, source: Path, *overrides: str, images: int = 0) -> Config:
-    """A small run; with the first few of the shipped images."""
-    directory.mkdir(parents=True, exist_ok=True)
-    text = make_text(directory, 8000)
-    listed = ""
-    if images:
-        lines = (IMAGES / "captions.jsonl").read_text().splitlines()[:images]
-        entries = [json.loads(line) for line in lines]
-        captions = directory / "captions.jsonl"
-        captions.write_text("\n".join(json.dumps({**e, "image": str(IMAGES / e["image"])}) for e in entries))
-        listed = f", images: {captions}"
-    path = directory / "config.yaml"
-    path.write_text(
-        f"""
-model: {{source: {source}}}
-calibration: {{text: {text}{listed}, sequences: 6, length: 32, microbatch: 3, holdout: 0.25}}
-budget: {{bpp: 6.25}}
-cluster: {{address: local, workers: 1}}
-store: {{run: {directory / "run"}, output: {directory / "repository"}}}
-"""
-    )
-    return load(path, overrides)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_through(tmp_path: Path, families: Mapping[str, Path], family: str) -> None:
     images = 2 if family in VISION_FAMILIES else 0
     head = "false" if family == "gpt_oss" else "true"
     config = configuration(tmp_path / "run", families[family], f"model.quantize_lm_head={head}", images=images)
     result = quantized(config)
-    assert 0 <= 6.25 - result["bpp"] < 0.75  # gpt_oss has four groups only
-    assert verify.run(config)["ok"]
+    assert 0 <= 6.25 - result.bpp < 0.75  # gpt_oss has four groups only
+    assert verify.run(config).ok
     written = json.loads((config.store.output / "config.json").read_text())
     original = json.loads((families[family] / "config.json").read_text())
     for body in (written, original):
@@ -69,10 +50,10 @@ def test_every_family_goes_through(tmp_path: Path, families: Mapping[str, Path],
     run = Run(config, open_workers=in_process())
     kinds = {block.kind for block in run.layout.blocks}
     assert (BlockKind.VISION in kinds, BlockKind.DRAFT in kinds) == (bool(images), bool(images))
-    summary = probe.summary(run)
-    tokens = [entry["tokens"] for entry in summary["experts"].values()]
+    summary = summarize_probe(run.measured().data)
+    tokens = [entry.tokens for entry in summary.experts.values()]
     assert bool(tokens) == ("moe" in family or family in ("mixtral", "deepseek_v3", "deepseek_v3_fp8"))
-    assert (summary["draft_agreement"] is not None) == bool(images)
+    assert (summary.draft_agreement is not None) == bool(images)
 
 
 def test_unseen_tensors_keep_their_bytes_and_types(tmp_path: Path, families: Mapping[str, Path]) -> None:
@@ -95,6 +76,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, families: Mapping[str, Pa
     return digests(config.store.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "blocks"), [(1, 4), (2, 1), (3, 2)])
 def test_images_and_draft_are_the_same_for_any_workers_and_shards(
     tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], workers: int, blocks: int
@@ -104,6 +86,7 @@ def test_images_and_draft_are_the_same_for_any_workers_and_shards(
     assert digests(config.store.output) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 9, 17, 26, 33, 41])
 def test_a_stopped_run_with_images_and_draft_continues(
     tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], steps: int
@@ -122,11 +105,13 @@ def test_a_stopped_run_with_images_and_draft_continues(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
-    tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str]
+    tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], head: Head
 ) -> None:
     config = configuration(tmp_path, families["qwen3_5_moe"], images=2)
-    command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml"), "--set", "cluster.workers=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml")]
+    command += ["--set", "cluster.workers=2", "--set", f"cluster.address={head.address}"]
+    environment = {**os.environ, **SETTINGS}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert digests(config.store.output) == expected
     assert "experts of 5 layers: " in done.stdout
@@ -138,8 +123,8 @@ def test_a_weight_on_the_draft_needs_no_new_measurement(tmp_path: Path, families
     quantized(config)
     losses = {}
     for weight in (0.0, 1.0):
-        other = load(tmp_path / "config.yaml", [f"allocation.mtp_weight={weight}"])
-        losses[weight] = planning.allocate(Run(other, open_workers=in_process()))["predicted_loss"]
+        other = load_config(tmp_path / "config.yaml", [f"allocation.mtp_weight={weight}"])
+        losses[weight] = Run(other, open_workers=in_process()).measured().plan.predicted_loss
     assert losses[0.0] < losses[1.0]
 
 
@@ -218,27 +203,27 @@ def test_reference_models_are_planned_from_their_configuration(tmp_path: Path, m
         f"store.run={tmp_path / 'run'}",
         f"store.output={tmp_path / 'output'}",
     ]
-    config = load(ROOT / f"configs/models/{model}/inspect.yaml", overrides)
+    config = load_config(ROOT / f"configs/models/{model}/inspect.yaml", overrides)
     machines = ["1x24GB", "1x80GB", "8x80GB", "1x128GB"]
     result = inspect(config, machines=machines)
-    assert result["blocks"] == blocks
-    assert result["quantizable_parameters"] / 1e9 == pytest.approx(parameters, abs=0.05)
-    assert result["source_bytes"] / 1e9 == pytest.approx(source, abs=0.05)
-    assert "no weights" in result["guesses"][0]
-    plans = {plan["machine"]: plan for plan in result["machines"]}
+    assert result.blocks == blocks
+    assert result.quantizable_parameters / 1e9 == pytest.approx(parameters, abs=0.05)
+    assert result.source_bytes / 1e9 == pytest.approx(source, abs=0.05)
+    assert "no weights" in result.guesses[0]
+    plans = {plan.machine: plan for plan in result.machines}
     assert list(plans) == machines
     for plan in plans.values():
-        memory = float(plan["machine"].partition("x")[2].removesuffix("GB")) * 1e9
-        assert plan["fits"] == (plan["worker_bytes"] <= memory)
-        assert 1 <= plan["blocks_per_shard"] <= max(1, plan["fitting"])
-    assert plans["1x24GB"]["fits"] == (model != "qwen3.5-122b-a10b")
-    assert plans["1x80GB"]["fits"]
-    assert plans["8x80GB"]["blocks_per_shard"] <= plans["1x80GB"]["blocks_per_shard"]
-    assert plans["1x128GB"]["blocks_per_shard"] > plans["1x80GB"]["blocks_per_shard"]
+        memory = float(plan.machine.partition("x")[2].removesuffix("GB")) * 1e9
+        assert plan.fits == (plan.worker_bytes <= memory)
+        assert 1 <= plan.blocks_per_shard <= max(1, plan.fitting)
+    assert plans["1x24GB"].fits == (model != "qwen3.5-122b-a10b")
+    assert plans["1x80GB"].fits
+    assert plans["8x80GB"].blocks_per_shard <= plans["1x80GB"].blocks_per_shard
+    assert plans["1x128GB"].blocks_per_shard > plans["1x80GB"].blocks_per_shard
 
 
 @pytest.mark.parametrize("machine", ["80GB", "0x80GB", "1x", "1xmuch", "x80GB"])
 def test_a_machine_that_is_none_is_refused(machine: str) -> None:
-    config = load(ROOT / "configs/models/qwen3.6-27b/inspect.yaml")
+    config = load_config(ROOT / "configs/models/qwen3.6-27b/inspect.yaml")
     with pytest.raises(InputError, match=f"--for {machine}"):
         inspect(config, machines=[machine])

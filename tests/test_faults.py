@@ -19,19 +19,21 @@ from typing import Any
 
 import pytest
 
-from actors.events import read_events
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import PASSES
+from prismaquant_ray.events import read_events
 from prismaquant_ray.storage.store import Store
-from tests.conftest import summarise
 from tests.fault_proxy import FaultProxy
-from tests.ray_cluster import RayCluster, start_driver, wait_for
+from tests.ray_cluster import RayCluster, start_driver
 from tests.s3_server import S3Server, environment
 from tests.tiny import make_checkpoint, make_text
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.s3]
 LAYERS, SEQUENCES, MICROBATCH, BLOCKS_PER_SHARD = 6, 8, 2, 2
 MICROBATCHES = SEQUENCES // MICROBATCH
+# pytest's `record_property`: a title and a line under it at the end of the test run.
+Record = Callable[[str, object], None]
 # The entry and three shards a pass, each taking every microbatch and one more step; an exit takes one and one more.
 STEPS = (1 + LAYERS // BLOCKS_PER_SHARD * 2) * (MICROBATCHES + 1) + 2 * MICROBATCHES
 
@@ -54,8 +56,9 @@ class Site:
 class Scene:
     """One run on the site, in a store of its own."""
 
-    def __init__(self, site: Site, directory: Path, name: str) -> None:
+    def __init__(self, site: Site, directory: Path, name: str, record: Record = lambda *_: None) -> None:
         self.site = site
+        self.record = record
         self.name = name
         self.run_uri, self.output = f"s3://faults/{name}/run", f"s3://faults/{name}/repository"
         self.config = directory / "config.yaml"
@@ -86,13 +89,14 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         return start_driver(command, address, environment, "cluster.device=cpu", *settings)
 
     def end(self, driver: subprocess.Popen[str]) -> dict[str, Any]:
-        out, err = driver.communicate(timeout=240)
+        out, err = driver.communicate(timeout=PATIENCE)
         assert driver.returncode == 0, err
         result: dict[str, Any] = json.loads(out)
         return result
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [event.payload for event in read_events(self.store) if event.kind == kind]
+        found = [event.body() for event in read_events(self.store) if event.kind == kind]
+        return [{key: value for key, value in body.items() if key not in ("at", "event")} for body in found]
 
     def records(self) -> dict[str, bytes]:
         return {key: self.store.get(key) for key in self.store.list() if key.endswith("/record.json")}
@@ -109,7 +113,7 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         """The same bytes as undisturbed, nothing more repeated than allowed, nothing damaged unless a test did it."""
         assert digests(self.output) == self.site.expected
         assert [repair["key"] for repair in self.events("repair")] == list(harmed)
-        summarise("faults", f"{self.name:<44} {repeated:>3} of {STEPS} steps repeated, at most {at_most} allowed")
+        self.record("faults", f"{self.name:<44} {repeated:>3} of {STEPS} steps repeated, at most {at_most} allowed")
         assert repeated <= at_most
 
     def repeated(self) -> int:
@@ -151,10 +155,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.fixture
-def scene(site: Site, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def scene(site: Site, tmp_path: Path, request: pytest.FixtureRequest, record_property: Record) -> Iterator[Scene]:
     name = request.node.name.removeprefix("test_").replace("[", "-").replace("]", "")
     site.cluster.restore()
-    yield Scene(site, tmp_path, name)
+    yield Scene(site, tmp_path, name, record_property)
     site.proxy.clear()
 
 
@@ -252,7 +256,7 @@ def test_driver_stopped_by_sigterm(scene: Scene) -> None:
     driver = scene.start()
     scene.site.cluster.worker("backward", "run", driver)
     driver.send_signal(signal.SIGTERM)
-    _, err = driver.communicate(timeout=20)
+    _, err = driver.communicate(timeout=PATIENCE)
     assert driver.returncode == 143
     assert err.splitlines()[-1] == "stopped; the same command continues"
     assert scene.events("end")[-1] == {"how": "stopped"}

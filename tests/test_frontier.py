@@ -4,41 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.events import read_events
-from jobs import assemble, evaluate, frontier, planning, quantize, sweep
-from jobs.run import Run
-from prismaquant_ray.config import BudgetConfig, Config, load
+from jobs.commands import quantize, sweep
+from jobs.pipeline.measured_sweep import measure_plan, measure_sweep
+from jobs.pipeline.repository_evaluation import evaluate
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import BudgetConfig, Config
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.evaluation.comparison import knee_of
+from prismaquant_ray.evaluation.comparison import measured_knee
+from prismaquant_ray.events import read_events
 from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.records import to_json
 from tests.inprocess import in_process, unopened
-from tests.tiny import make_checkpoint, make_text
+from tests.runs import assembled, family_configuration
+from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family
 
 TARGETS = (4.75, 5.5, 6.5, 7.5, 9.0)
-
-
-def configuration(directory: Path, source: Path, *overrides: str) -> Config:
-    directory.mkdir(parents=True, exist_ok=True)
-    calibration, evaluation = make_text(directory / "a", 8000), make_text(directory / "b", 8000, seed=9)
-    path = directory / "config.yaml"
-    path.write_text(
-        f"""
-model: {{source: {source}}}
-calibration: {{text: {calibration}, sequences: 6, length: 32, microbatch: 3, holdout: 0.25}}
-evaluation: {{text: {evaluation}, sequences: 4, length: 24}}
-budget: {{bpp: 6.25}}
-sweep: {list(TARGETS)}
-cluster: {{address: local, workers: 1}}
-store: {{run: {directory / "run"}, output: {directory / "repository"}}}
-"""
-    )
-    return load(path, overrides)
+configuration = partial(family_configuration, sweep=TARGETS, evaluation=True)
 
 
 @dataclasses.dataclass
@@ -51,15 +39,23 @@ class Measured:
         return [entry for entry in self.result["plans"] if entry["kind"] == kind]
 
 
+def swept(run: Run) -> dict[str, Any]:
+    """What `sweep --measure` stores."""
+    return to_json(run.repairing(lambda known: measure_sweep(run, known)))
+
+
+def planned(run: Run) -> dict[str, Any]:
+    """What `quantize` stores of its plan's measured loss."""
+    return to_json(run.repairing(lambda known: measure_plan(run, known, known.plan)))
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     directory = tmp_path_factory.mktemp("frontier")
-    (directory / "a").mkdir()
-    (directory / "b").mkdir()
     config = configuration(directory, make_checkpoint(directory / "source", "llama_untied"))
     run = Run(config, open_workers=in_process(2))
     run.measure()
-    return Measured(config, run, frontier.measured_sweep(run, planning.sweep_targets(run)))
+    return Measured(config, run, swept(run))
 
 
 def test_every_target_and_its_controls_are_measured(measured: Measured) -> None:
@@ -79,10 +75,10 @@ def test_the_figures_of_a_plan_are_those_of_the_repository_that_it_becomes(measu
     store = measured.config.store.model_copy(update={"output": tmp_path / "repository"})
     budget = BudgetConfig(bpp=5.5)
     again = Run(measured.config.model_copy(update={"store": store, "budget": budget}), open_workers=unopened)
-    assemble.build(again, planning.allocate(again))
+    assembled(again)
     settings = measured.config.evaluation
     assert settings is not None
-    found = evaluate.run(
+    found = evaluate(
         str(tmp_path / "repository"),
         measured.config.model.source,
         settings.text,
@@ -92,26 +88,24 @@ def test_the_figures_of_a_plan_are_those_of_the_repository_that_it_becomes(measu
         open_workers=in_process(),
     )
     (plan,) = [entry for entry in measured.of("plan") if entry["target"] == "5.5bpp"]
-    for key in evaluate.ROWS:
-        assert found[key] == plan[key]
-    assert found["source_figures"] == measured.result["source"]
+    assert to_json(found.weights) == plan["weights"]
+    assert to_json(found.activations) == plan["activations"]
+    assert to_json(found.source_figures) == measured.result["source"]
 
 
 def test_a_quantized_output_head_is_measured_from_candidates_as_from_the_repository(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
     source = make_checkpoint(tmp_path / "source", "llama_untied")
     head, force = "model.quantize_lm_head=true", "allocation.force=[{match: lm_head, format: MXFP8}]"
     config = configuration(tmp_path, source, head, force)
     run = Run(config, open_workers=in_process())
     run.measure()
-    plan = planning.allocate(run)
-    assert plan["choice"]["lm_head"] == "MXFP8"
-    (entry,) = frontier.measured_plan(run, plan)["plans"]
-    assemble.build(run, plan)
+    plan = run.measured().plan
+    assert plan.choice["lm_head"] == "MXFP8"
+    (entry,) = planned(run)["plans"]
+    assembled(run, plan)
     settings = config.evaluation
     assert settings is not None
-    found = evaluate.run(
+    found = evaluate(
         str(config.store.output),
         str(source),
         settings.text,
@@ -120,18 +114,18 @@ def test_a_quantized_output_head_is_measured_from_candidates_as_from_the_reposit
         overrides=["calibration.microbatch=3"],
         open_workers=in_process(),
     )
-    for key in evaluate.ROWS:
-        assert found[key] == entry[key]
+    assert to_json(found.weights) == entry["weights"]
+    assert to_json(found.activations) == entry["activations"]
 
 
 def test_predictions_are_the_prices_of_the_choice(measured: Measured) -> None:
-    table = measured.run.table
+    table = measured.run.measured().planner.table
     for entry in measured.result["plans"]:
         columns = [table.formats.index(entry["choice"][group]) for group in table.groups]
         prices = table.token_fisher[range(len(columns)), columns]
         assert entry["predicted_loss"] == pytest.approx(prices.sum())
-    swept = planning.sweep_targets(measured.run)
-    for entry, plan in zip(measured.of("plan"), swept["targets"], strict=True):
+    targets = to_json(measured.run.measured().sweep)["targets"]
+    for entry, plan in zip(measured.of("plan"), targets, strict=True):
         for key in ("predicted_loss", "standard_error", "bpp", "weight_bytes", "groups", "choice"):
             assert entry[key] == pytest.approx(plan[key]) if key != "choice" else entry[key] == plan[key]
 
@@ -146,11 +140,11 @@ def test_controls_have_the_bytes_they_are_compared_at(measured: Measured) -> Non
     for entry in measured.of("fisher_trace"):
         assert entry["bpp"] <= float(entry["target"].removesuffix("bpp"))
         # By its own price no plan of the same budget is better.
-        trace = measured.run.table.fisher_trace
+        trace = measured.run.measured().planner.table.fisher_trace
         own, ours = (
             sum(
                 trace[row, measured.run.sizes.formats.index(each["choice"][group])]
-                for row, group in enumerate(measured.run.table.groups)
+                for row, group in enumerate(measured.run.measured().planner.table.groups)
             )
             for each in (entry, plans[entry["target"]])
         )
@@ -167,34 +161,32 @@ def test_controls_have_the_bytes_they_are_compared_at(measured: Measured) -> Non
 
 def test_what_was_measured_is_not_measured_again(measured: Measured) -> None:
     again = Run(measured.config, open_workers=unopened)
-    assert frontier.measured_sweep(again, planning.sweep_targets(again)) == measured.result
-    assert sweep.run(measured.config, measure=True)["measured"] == measured.result
+    assert swept(again) == measured.result
+    assert to_json(sweep.run(measured.config, measure=True).measured) == measured.result
     # One more plan is measured alone and joins the others, in the place of an older one for its target.
     settings = measured.config.model_copy(update={"budget": BudgetConfig(bpp=6.0)})
     other = Run(settings, open_workers=in_process())
-    joined = frontier.measured_plan(other, planning.allocate(other))
+    joined = planned(other)
     assert [entry for entry in joined["plans"] if entry["target"] != "6bpp"] == measured.result["plans"]
     assert len([entry for entry in joined["plans"] if entry["target"] == "6bpp"]) == 1
-    assert frontier.measured_plan(Run(settings, open_workers=unopened), planning.allocate(other)) == joined
+    assert planned(Run(settings, open_workers=unopened)) == joined
 
 
 def test_a_draft_head_is_in_no_prediction_of_the_body(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     config = configuration(tmp_path, make_family(tmp_path / "source", "qwen3_5_moe"), "sweep=[6.0]")
     run = Run(config, open_workers=in_process())
     run.measure()
-    plan = planning.allocate(run)
-    result = frontier.measured_plan(run, plan)
+    plan, table = run.measured().plan, run.measured().planner.table
+    result = planned(run)
     (entry,) = result["plans"]
     drafts = [
         row for row, group in enumerate(run.layout.groups) if run.layout.block_of[group.name].kind is BlockKind.DRAFT
     ]
-    columns = [run.table.formats.index(plan["choice"][group]) for group in run.table.groups]
-    own = sum(run.table.token_fisher[row, columns[row]] for row in drafts)
+    columns = [table.formats.index(plan.choice[group]) for group in table.groups]
+    own = sum(table.token_fisher[row, columns[row]] for row in drafts)
     assert drafts
     assert own > 0
-    assert entry["predicted_loss"] == pytest.approx(plan["predicted_loss"] - own)
+    assert entry["predicted_loss"] == pytest.approx(plan.predicted_loss - own)
     assert 0 <= entry["activations"]["draft_agreement"] <= 1
     assert 0 <= result["source"]["draft_agreement"] <= 1
 
@@ -225,11 +217,11 @@ def test_a_damaged_candidate_is_made_again_and_changes_no_figure(measured: Measu
     data = bytearray(run.store.get(victim))
     data[-1] ^= 0x11
     run.store.put(victim, bytes(data))
-    result = run.repairing(lambda: frontier.measured_sweep(run, planning.sweep_targets(run)))
+    result = swept(run)
     (plan,) = [entry for entry in result["plans"] if entry["kind"] == "plan"]
     (expected,) = [entry for entry in measured.of("plan") if entry["target"] == "6.5bpp"]
     assert plan == expected
-    assert [event.payload["key"] for event in read_events(run.store) if event.kind == "repair"] == [victim]
+    assert [event.key for event in read_events(run.store) if event.kind == "repair"] == [victim]
 
 
 def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Measured, tmp_path: Path) -> None:
@@ -241,9 +233,10 @@ def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Mea
     store = measured.config.store.model_copy(update={"output": tmp_path / "repository"})
     config = measured.config.model_copy(update={"store": store, "budget": BudgetConfig(bpp=5.5)})
     result = quantize.run(config)  # everything of this target was measured, so no worker is started
-    entry = next(e for e in result["evaluation"]["plans"] if (e["kind"], e["target"]) == ("plan", "5.5bpp"))
+    assert result.evaluation is not None
+    entry = next(each for each in result.evaluation.plans if (each.kind, each.target) == ("plan", "5.5bpp"))
     card = (tmp_path / "repository" / "README.md").read_text()
-    assert f"{entry['activations']['kl_mean']:.4f}" in card
+    assert f"{entry.activations.kl_mean:.4f}" in card
 
 
 # Comparison -----------------------------------------------------------------------------------------------------------
@@ -251,9 +244,9 @@ def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Mea
 
 def test_the_knee_says_how_much_it_depends_on_the_range() -> None:
     points = [(4.0, 1.0), (5.0, 0.3), (6.0, 0.2), (7.0, 0.12), (8.0, 0.1)]
-    found = knee_of(points)
+    found = measured_knee(points)
     assert found is not None
-    assert (found["bpp"], found["kl"], found["from_bpp"], found["to_bpp"]) == (5.0, 0.3, 4.0, 8.0)
-    assert [(each["from_bpp"], each["to_bpp"]) for each in found["stability"]] == [(4.0, 7.0), (5.0, 7.0), (5.0, 8.0)]
-    assert found["stability"][1]["bpp"] in (5.0, 6.0)
-    assert knee_of(points[:3]) is None
+    assert (found.bpp, found.kl, found.from_bpp, found.to_bpp) == (5.0, 0.3, 4.0, 8.0)
+    assert [(each.from_bpp, each.to_bpp) for each in found.stability] == [(4.0, 7.0), (5.0, 7.0), (5.0, 8.0)]
+    assert found.stability[1].bpp in (5.0, 6.0)
+    assert measured_knee(points[:3]) is None

@@ -383,7 +383,7 @@ def test_gpus_are_requested_and_tolerated_where_the_run_wants_them(folder: str) 
     assert any(t["key"] == "nvidia.com/gpu" for t in pod.get("tolerations", [])) is wants
     images = {c["image"] for t in _templates(_ray(folder)).values() for c in t["spec"]["containers"]}
     assert len(images) == 1
-    assert images.pop().endswith(f":0.4.0{'-cuda' if wants else ''}")
+    assert images.pop().endswith(f":0.5.0{'-cuda' if wants else ''}")
 
 
 @pytest.mark.parametrize("folder", FOLDERS[:3])
@@ -408,7 +408,7 @@ def test_the_driver_has_time_to_stop_before_its_pod_does(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_run_is_a_valid_configuration_that_survives_its_cluster(folder: str) -> None:
-    run = config.load(_run(folder))
+    run = config.load_config(_run(folder))
     cluster = _cluster(_ray(folder))
     assert str(run.store.run).startswith("s3://")
     assert str(run.store.output).startswith("s3://")
@@ -510,4 +510,4 @@ def test_ray_and_the_image_are_the_pinned_and_current_versions() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines())
     for folder in FOLDERS:
         assert _cluster(_ray(folder))["rayVersion"] == pins["ray"]
-    assert __version__ == "0.4.0", "the images named in the overlays"
+    assert __version__ == "0.5.0", "the images named in the overlays"

@@ -120,6 +120,7 @@ def test_who_was_taken_over_learns_it_and_does_not_delete_the_others_lease(store
     assert "lease/00000009.json" in store.list("lease")
 
 
+@pytest.mark.slow
 def test_of_many_drivers_that_wait_for_the_dead_one_wins(store: Store) -> None:
     elsewhere(store)
     with held(store, ttl=0.2) as first:

@@ -10,23 +10,23 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors.events import read_events
-from jobs import assemble
-from jobs.run import Run
-from prismaquant_ray.config import load
+from jobs.commands import assemble
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import load_config
 from prismaquant_ray.errors import ResourceError
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.events import StepDone, read_events
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
-from tests.test_pipeline import configuration
+from tests.runs import configuration
 from tests.tiny import make_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WORKERS, MEMORY = 2, 900_000_000
-_SHAPE = {"hidden": 768, "intermediate": 768, "heads": 12, "kv_heads": 12, "head_dim": 64}
+_SHAPE = {"hidden": 896, "intermediate": 896, "heads": 14, "kv_heads": 14, "head_dim": 64}
 _LAYER = re.compile(r"model\.layers\.0\.(.+)")
 
 
-def repeated(directory: Path, layers: int, per_file: int = 40) -> int:
+def repeated(directory: Path, layers: int, per_file: int = 30) -> int:
     """A checkpoint whose layers are copies of one, written file by file; bytes of its weights."""
     make_checkpoint(directory, "llama", layers=1, **_SHAPE)
     tensors = load_file(directory / "model.safetensors")
@@ -53,7 +53,7 @@ def repeated(directory: Path, layers: int, per_file: int = 40) -> int:
 
 
 def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Path) -> None:
-    size = repeated(tmp_path / "source", 230)
+    size = repeated(tmp_path / "source", 162)
     assert size > WORKERS * MEMORY
     configuration(tmp_path, tmp_path / "source")
     overrides = [
@@ -61,12 +61,12 @@ def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Pat
         "rounding.scale_search.grid=2", "calibration.sequences=2", "calibration.length=16", "calibration.microbatch=1",
         "calibration.holdout=0.5", "budget.bpp=8.5",
     ]  # fmt: skip
-    config = load(tmp_path / "config.yaml", overrides)
+    config = load_config(tmp_path / "config.yaml", overrides)
     result = assemble.run(config)
-    assert result["total_bytes"] < size
-    steps = [event.payload for event in read_events(Store(config.store.run)) if event.kind == "step"]
+    assert result.total_bytes < size
+    steps = [event for event in read_events(Store(config.store.run)) if isinstance(event, StepDone)]
     peaks = {
-        worker: max(s["peak_bytes"] for s in steps if s["worker"] == worker) for worker in ("worker-0", "worker-1")
+        worker: max(step.peak_bytes for step in steps if step.worker == worker) for worker in ("worker-0", "worker-1")
     }
     assert all(0 < peak <= MEMORY for peak in peaks.values())
 
@@ -74,7 +74,7 @@ def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Pat
 def test_a_worker_that_takes_more_than_it_was_given_ends_the_run(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", "llama")
     configuration(tmp_path, source)
-    config = load(tmp_path / "config.yaml", ["cluster.memory=901MB"])
+    config = load_config(tmp_path / "config.yaml", ["cluster.memory=901MB"])
     from tests.inprocess import in_process
 
     with pytest.raises(ResourceError, match=r"worker-0 took \d\.\d\d GB, cluster\.memory allows 0\.90"):

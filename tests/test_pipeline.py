@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import shutil
@@ -18,47 +17,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from actors.events import read_events
 from actors.protocol import Call, CallKind
 from actors.schedule.recovery import Cause
 from actors.schedule.units import Stage, unit_key
-from jobs import assemble, planning, probe, verify
-from jobs.measure import Crew
-from jobs.run import Run
-from prismaquant_ray.config import Config, load
+from jobs.commands import assemble, verify
+from jobs.pipeline.run import Run
+from jobs.pipeline.workers import WorkerPool
+from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.events import read_events
+from prismaquant_ray.report.summary import summarize_probe
 from tests.inprocess import InProcessWorkers, after, in_process, unopened
-from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
+from tests.runs import assembled, configuration, digests, full_configuration, quantized
+from tests.tiny import ARCHITECTURES, make_checkpoint
 from tests.tiny_families import make_family
 
 ALL_FORMATS = ["INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
-
-
-def configuration(directory: Path, source: Path, *overrides: str) -> Config:
-    """A small run below `directory`, through the same YAML as a user's."""
-    directory.mkdir(parents=True, exist_ok=True)
-    text = make_text(directory, 6000)
-    path = directory / "config.yaml"
-    path.write_text(
-        f"""
-model: {{source: {source}}}
-calibration: {{text: {text}, sequences: 8, length: 32, microbatch: 3, holdout: 0.25}}
-budget: {{bpp: 6.0}}
-cluster: {{address: local, workers: 1}}
-store: {{run: {directory / "run"}, output: {directory / "repository"}}}
-"""
-    )
-    return load(path, overrides)
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
-
-
-def quantized(config: Config, workers: int = 1) -> dict[str, Any]:
-    run = Run(config, open_workers=in_process(workers))
-    run.measure()
-    return assemble.build(run, planning.allocate(run))
 
 
 @pytest.fixture(scope="module")
@@ -87,23 +61,11 @@ def test_every_architecture_goes_through(tmp_path: Path, architecture: str) -> N
     checkpoint = make_checkpoint(tmp_path / "source", architecture)
     config = configuration(tmp_path / "run", checkpoint)
     result = quantized(config)
-    assert 0 < 6.0 - result["bpp"] < 0.5
-    assert verify.run(config)["ok"]
+    assert 0 < 6.0 - result.bpp < 0.5
+    assert verify.run(config).ok
     written = json.loads((config.store.output / "config.json").read_text())
     original = json.loads((checkpoint / "config.json").read_text())
     assert {key: value for key, value in written.items() if key != "quantization_config"} == original
-
-
-IMAGES = Path(__file__).parents[1] / "configs/data/images"
-
-
-def full_configuration(directory: Path, source: Path, *overrides: str) -> Config:
-    """A run that measures all that a model has: images, experts, draft, head."""
-    directory.mkdir(parents=True, exist_ok=True)
-    entries = [{"image": str(IMAGES / name), "text": name} for name in ("maze.png", "clock.png", "handwriting.png")]
-    (directory / "images.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    settings = ("model.quantize_lm_head=true", f"calibration.images={directory / 'images.jsonl'}")
-    return configuration(directory, source, *settings, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +87,7 @@ def expected_of_seeing(finished_seeing: Config) -> dict[str, str]:
     return digests(finished_seeing.store.output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [29, 83])
 def test_a_stopped_run_of_a_model_with_everything_continues_to_the_same_bytes(
     tmp_path: Path, seeing: Path, expected_of_seeing: dict[str, str], steps: int
@@ -160,11 +123,12 @@ def test_lost_workers_change_no_byte_of_a_model_with_everything(
         config = full_configuration(Path(directory), seeing, f"cluster.blocks_per_shard={blocks}")
         run = Run(config, open_workers=in_process(workers, accident))
         run.measure()
-        assemble.build(run, planning.allocate(run))
+        assembled(run)
         assert digests(config.store.output) == expected_of_seeing
         assert [event.kind for event in read_events(run.store)].count("lost") == len(lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victim",
     [
@@ -184,12 +148,13 @@ def test_a_damaged_object_of_a_tower_a_draft_or_a_head_is_made_again(
     shutil.copytree(finished_seeing.store.run, config.store.run)
     damage(next(config.store.run.glob(victim)), "cut")
     run = Run(config, open_workers=in_process(2))
-    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assembled(run)
     assert digests(config.store.output) == expected_of_seeing
-    repairs = [event.payload["key"] for event in read_events(run.store) if event.kind == "repair"]
+    repairs = [event.key for event in read_events(run.store) if event.kind == "repair"]
     assert [Path(key).match(victim) for key in repairs] == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(
     tmp_path: Path, source: Path, expected: dict[str, str], workers: int
@@ -200,6 +165,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert "model.safetensors.index.json" in expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_any_shard_size_writes_the_same_bytes(
     tmp_path: Path, source: Path, expected: dict[str, str], blocks: int
@@ -209,6 +175,7 @@ def test_any_shard_size_writes_the_same_bytes(
     assert digests(config.store.output) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 7, 13, 18, 26])
 @pytest.mark.parametrize(("before", "then"), [(1, 1), (2, 1), (1, 3)])
 def test_a_stopped_run_continues_to_the_same_bytes_with_another_shard_size(
@@ -257,7 +224,7 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     @contextmanager
     def open_workers(spec: Any, at_most: int) -> Any:
         opened.append(Patient(spec, never_finish))
-        yield Crew(workers=opened[-1], wanted=2, sharing=lambda: 1)
+        yield WorkerPool(workers=opened[-1], wanted=2, sharing=lambda: 1)
 
     with pytest.raises(KeyboardInterrupt):
         Run(config, open_workers=open_workers).measure()
@@ -272,6 +239,7 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     assert digests(config.store.output) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 10_000),
@@ -297,7 +265,7 @@ def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
         config = configuration(Path(directory), source, f"cluster.blocks_per_shard={blocks}")
         run = Run(config, open_workers=in_process(workers, accident, opened))
         run.measure()
-        assemble.build(run, planning.allocate(run))
+        assembled(run)
         assert digests(config.store.output) == expected
         repeated = Counter(
             (call.shard.stage, call.shard.name, call.microbatch, call.kind) for _, call in opened[0].log if call.shard
@@ -309,6 +277,7 @@ def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
         assert events.count("lost") == len(lost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "victim",
     [
@@ -328,7 +297,7 @@ def test_a_damaged_object_of_a_finished_run_is_made_again(
     damage(next(config.store.run.glob(victim)), harm)
     shutil.rmtree(config.store.output)
     run = Run(config, open_workers=in_process())
-    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assembled(run)
     assert digests(config.store.output) == expected
 
 
@@ -347,7 +316,7 @@ def test_a_changed_digit_of_a_record_is_noticed(
     assert json.loads(record.read_text()) != json.loads(text)
     shutil.rmtree(config.store.output)
     run = Run(config, open_workers=in_process())
-    run.repairing(lambda: (run.measure(), assemble.build(run, planning.allocate(run))))
+    assembled(run)
     assert digests(config.store.output) == expected
     assert [event.kind for event in read_events(run.store)].count("repair") == 1
 
@@ -367,7 +336,7 @@ def test_an_object_damaged_during_a_run_is_made_again(
 
     run = Run(config, open_workers=in_process(2, spoil))
     run.measure()
-    assemble.build(run, planning.allocate(run))
+    assembled(run)
     assert digests(config.store.output) == expected
     assert done
     assert [event.kind for event in read_events(run.store)].count("repair") == 1
@@ -391,13 +360,13 @@ def test_fresh_starts_over(tmp_path: Path, source: Path, expected: dict[str, str
         quantized(config)
     run = Run(config, open_workers=in_process(), fresh=True)
     run.measure()
-    assemble.build(run, planning.allocate(run))
+    assembled(run)
     assert digests(config.store.output) == expected
 
 
 def test_finished_work_is_not_repeated(finished: Config) -> None:
     run = Run(finished, open_workers=unopened)
-    assert probe.summary(run)["blocks"] == 3
+    assert summarize_probe(run.measured().data).blocks == 3
 
 
 def test_a_new_target_needs_only_the_store(tmp_path: Path, finished: Config) -> None:
@@ -408,19 +377,20 @@ def test_a_new_target_needs_only_the_store(tmp_path: Path, finished: Config) -> 
         }
     )
     result = assemble.run(config)
-    assert result["bpp"] <= 5.123
-    assert verify.run(config)["ok"]
+    assert result.bpp <= 5.123
+    assert verify.run(config).ok
 
 
 def test_sweep_is_optimal_never_over_and_falls(finished: Config) -> None:
-    swept = planning.sweep_targets(Run(finished))
-    assert swept["out_of_reach"] == []
-    losses = [plan["predicted_loss"] for plan in swept["targets"]]
+    swept = Run(finished).measured().sweep
+    assert swept.out_of_reach == []
+    losses = [plan.predicted_loss for plan in swept.targets]
     assert losses == sorted(losses, reverse=True)
-    for plan in swept["targets"]:
-        assert plan["bpp"] <= float(plan["target"].removesuffix("bpp"))
-        assert plan["gap"] == 0.0
-    assert swept["knee"]["from_bpp"] <= swept["knee"]["bpp"] <= swept["knee"]["to_bpp"]
+    for plan in swept.targets:
+        assert plan.bpp <= float(plan.target.removesuffix("bpp"))
+        assert plan.gap == 0.0
+    assert swept.knee is not None
+    assert swept.knee.from_bpp <= swept.knee.bpp <= swept.knee.to_bpp
 
 
 def test_a_budget_in_bytes_counts_every_byte(tmp_path: Path, finished: Config) -> None:
@@ -450,7 +420,7 @@ def test_a_budget_in_bytes_counts_every_byte_of_experts_towers_and_drafts(
         }
     )
     assemble.run(config)
-    assert verify.run(config)["ok"]
+    assert verify.run(config).ok
     total = sum(path.stat().st_size for path in config.store.output.iterdir())
     assert total <= budget
 
@@ -468,7 +438,7 @@ def test_fisher_trace_chooses_by_another_price(finished: Config) -> None:
     other = finished.model_copy(
         update={"allocation": finished.allocation.model_copy(update={"objective": "fisher_trace"})}
     )
-    by_token, by_trace = (planning.problem(Run(config), config.budget).cost for config in (finished, other))
+    by_token, by_trace = (Run(config).measured().planner.problem(config.budget).cost for config in (finished, other))
     assert by_token.shape == by_trace.shape
     assert (by_trace[:, :-1] > 0).all()
     assert not np.allclose(by_token, by_trace)
@@ -491,7 +461,7 @@ def test_boundaries_are_gone_when_they_are_not_needed(finished: Config) -> None:
 )
 def test_another_run_in_the_store_is_refused_by_name(finished: Config, override: str, key: str) -> None:
     path = finished.store.run.parent / "config.yaml"
-    config = load(path, [f"formats=[{','.join(ALL_FORMATS)}]", override])
+    config = load_config(path, [f"formats=[{','.join(ALL_FORMATS)}]", override])
     with pytest.raises(InputError, match=f"another {key}"):
         _ = Run(config).store
 
@@ -615,7 +585,7 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     config = configuration(tmp_path, Path("some-org/some-model"))
     quantized(config)
-    assert verify.run(config)["ok"]
+    assert verify.run(config).ok
     names = {path.name for path in config.store.output.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not any(path.is_symlink() for path in config.store.output.iterdir())
@@ -626,8 +596,8 @@ def test_blocks_computed_in_bfloat16_price_about_the_same(tmp_path: Path, source
     for dtype in ("float32", "bfloat16"):
         config = configuration(tmp_path / dtype, source, f"model.dtype={dtype}")
         quantized(config)
-        assert verify.run(config)["ok"]
-        tables.append(Run(config).table.token_fisher[:, :2])
+        assert verify.run(config).ok
+        tables.append(Run(config).measured().planner.table.token_fisher[:, :2])
     ratio = np.log(tables[1] / tables[0])
     # BF16 has three digits, and other labels are sampled where the prediction differs; 256 tokens average little.
     assert abs(np.median(ratio)) < 0.15

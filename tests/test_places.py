@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from jobs.__main__ import cli
-from jobs.run import Run
-from prismaquant_ray.config import load
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import load_config
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process
+from tests.runs import assembled, configuration, digests, quantized
 from tests.s3_server import ACCESS_KEY, READER_KEY, READER_SECRET, SECRET_KEY, S3Server, environment
-from tests.test_pipeline import configuration, digests, quantized
 from tests.tiny import make_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as found:
-        found.make_bucket("places")
-        yield found
+def server(s3_server: S3Server) -> S3Server:
+    s3_server.make_bucket("places")
+    return s3_server
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +78,7 @@ def test_a_read_only_output_is_refused_before_anything_is_measured(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_does_not_answer_is_one_line(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,14 +98,14 @@ def test_object_storage_holds_the_same_repository_and_no_credentials(tmp_path: P
         model.put(path.name, path.read_bytes())
     configuration(tmp_path / "remote", source)
     places = ["model.source=s3://places/model", "store.run=s3://places/run", "store.output=s3://places/out"]
-    config = load(tmp_path / "remote" / "config.yaml", places)
-    from jobs import assemble, planning, verify
+    config = load_config(tmp_path / "remote" / "config.yaml", places)
+    from jobs.commands import verify
 
     run = Run(config, open_workers=in_process(2))
     run.check()
     run.measure()
-    assemble.build(run, planning.allocate(run))
-    assert verify.run(config)["ok"]
+    assembled(run)
+    assert verify.run(config).ok
     output = Store(f"{bucket}/out")
     downloaded = tmp_path / "downloaded"
     downloaded.mkdir()

@@ -21,9 +21,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
-from prismaquant_ray.backward.cost_table import from_figures
+from prismaquant_ray.backward.cost_table import cost_table
 from prismaquant_ray.backward.loss import IGNORED, Loss, sample
-from prismaquant_ray.backward.pricing import BlockSensitivity
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.errors import InputError
@@ -34,6 +33,7 @@ from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.layout import HEADS, Block, BlockKind, FusedGroup
 from prismaquant_ray.model.layout_builder import Scope
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import BackwardRecord, ForwardRecord
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
@@ -54,8 +54,8 @@ class Probed:
     calibration: CalibrationSet
     batches: tuple[Batch, ...]
     tensors: dict[int, dict[FormatName, dict[str, Tensor]]] = field(default_factory=dict)
-    forward: dict[int, dict[str, Any]] = field(default_factory=dict)
-    found: dict[int, BlockSensitivity] = field(default_factory=dict)
+    forward: dict[int, ForwardRecord] = field(default_factory=dict)
+    found: dict[int, BackwardRecord] = field(default_factory=dict)
     projected: dict[int, Recorded] = field(default_factory=dict)
 
     @classmethod
@@ -91,7 +91,7 @@ class Probed:
                 if block.kind not in HEADS:
                     hidden[m] = output
             candidates = block_pass.finish()
-            self.tensors[block.index], self.forward[block.index] = candidates.tensors, candidates.figures
+            self.tensors[block.index], self.forward[block.index] = candidates.tensors, candidates.record
 
         with torch.no_grad():
             if sighted:
@@ -124,7 +124,7 @@ class Probed:
         for block in layout.of(*HEADS):
             with runner.beside(block.index):
                 head = HeadBackward(runner, block.index, USED, self.tensors[block.index], loss)
-                self.projected[block.index] = Recorded(head)
+                self.projected[block.index] = Recorded(head.block_pass)
                 for m, x in entering[block.index].items():
                     head.run(x, self.batches[m])
                 self.found[block.index] = head.finish(self.calibration.positions)
@@ -136,7 +136,14 @@ class Probed:
 
 @pytest.fixture(scope="module")
 def probes(families: Mapping[str, Path]) -> Mapping[str, Probed]:
-    return {family: Probed.of(families[family], family) for family in FAMILIES}
+    """Every family, probed when it is first asked for."""
+
+    class Made(dict[str, Probed]):
+        def __missing__(self, family: str) -> Probed:
+            self[family] = Probed.of(families[family], family)
+            return self[family]
+
+    return Made()
 
 
 # The reference --------------------------------------------------------------------------------------------------
@@ -244,6 +251,7 @@ def parts(probed: Probed, name: str) -> list[FusedGroup]:
     return [group for group in found.values() if FORMATS[FormatName(name)].codec]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", [FormatName.INT4, FormatName.NVFP4])
 def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
@@ -265,13 +273,14 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
         torch.testing.assert_close(
             found, expected, rtol=2e-3, atol=2e-4 * scale, msg=lambda m, g=group: f"{g.name} {m}"
         )
-        cost = probed.found[block.index].figures["groups"][group.name][name]["cost"]
+        cost = probed.found[block.index].groups[group.name][name].cost
         # N is every position of the calibration set, for patches and routed tokens too.
         assert cost == pytest.approx(
             float(0.5 * expected.double().square().sum()) / probed.calibration.positions, rel=2e-3
         )
 
 
+@pytest.mark.slow
 def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probes: Mapping[str, Probed]) -> None:
     """Σ p_t = ⟨∂L/∂W, ΔW⟩ for CE against tokens sampled from the draft, two ahead, by autograd through the draft."""
     probed = probes["qwen3_5_moe"]
@@ -335,7 +344,7 @@ def test_agreement_of_the_draft_is_counted_as_it_is_and_in_every_format(probes: 
     probed = probes["qwen3_5_moe"]
     runner = probed.runner
     (block,) = runner.layout.of(BlockKind.DRAFT)
-    agreement = probed.found[block.index].figures["agreement"]
+    agreement = probed.found[block.index].agreement
     assert list(agreement) == ["BF16", "INT4", "NVFP4", "MXFP8"]
     agreed = seen = 0
     for batch in probed.batches:
@@ -354,8 +363,8 @@ def test_agreement_of_the_draft_is_counted_as_it_is_and_in_every_format(probes: 
 def test_a_weight_on_the_draft_scales_its_prices_only(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_5_moe"]
     layout = probed.runner.layout
-    backward = {index: found.figures for index, found in probed.found.items()}
-    once, tenth = (from_figures(layout, USED, probed.forward, backward, draft_weight=w) for w in (1.0, 0.1))
+    backward = dict(probed.found)
+    once, tenth = (cost_table(layout, USED, probed.forward, backward, draft_weight=w) for w in (1.0, 0.1))
     for row, group in enumerate(layout.groups):
         factor = 0.1 if layout.block_of[group.name].kind is BlockKind.DRAFT else 1.0
         np.testing.assert_allclose(tenth.token_fisher[row], factor * once.token_fisher[row], rtol=1e-12)
@@ -378,10 +387,10 @@ def test_a_tower_without_a_gradient_is_an_error(probes: Mapping[str, Probed]) ->
 def test_experts_are_counted_and_a_cold_one_is_sound(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_moe"]
     for block in probed.runner.layout.of(BlockKind.DECODER):
-        (tokens,) = probed.forward[block.index]["experts"].values()
+        (tokens,) = probed.forward[block.index].experts.values()
         assert sum(tokens) == 2 * probed.calibration.positions
-        figures = probed.forward[block.index]["linears"][f"{block.prefix}.mlp.experts.{{}}.gate_proj"]["nvfp4"]
-        for count, method in zip(tokens, figures["method"], strict=True):
+        figures = probed.forward[block.index].linears[f"{block.prefix}.mlp.experts.{{}}.gate_proj"]["nvfp4"]
+        for count, method in zip(tokens, figures.method, strict=True):
             assert count or method != "gptq", "no token, no GPTQ"
         for tensors in probed.tensors[block.index].values():
             assert all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors.values())

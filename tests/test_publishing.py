@@ -29,8 +29,8 @@ from prismaquant_ray.publishing.finished import Published, open_finished
 from prismaquant_ray.publishing.hub import check_hub, publish_to_hub
 from prismaquant_ray.publishing.hub_client import HubRepository
 from prismaquant_ray.publishing.hub_failures import tidy
-from prismaquant_ray.repository.shards import CONFIG, DEQUANTIZED, MANIFEST
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import CUT, FINE, LOST, ORGANIZATION, READER, STRANGER, TOKEN, USER, HubServer
@@ -197,6 +197,7 @@ def test_a_second_run_sends_nothing_and_makes_no_commit(first: Path, hub: HubSer
     assert {method for method, _ in hub.requests} == {"GET", "HEAD"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [500, 503, 429, CUT, LOST])
 def test_faults_that_pass_are_not_noticed(first: Path, any_hub: HubServer, kind: int) -> None:
     """Every path fails twice before it works."""
@@ -603,10 +604,9 @@ def test_a_bad_target_is_one_line_and_exit_code_2(
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.make_bucket("models")
-        yield running
+def server(s3_server: S3Server) -> S3Server:
+    s3_server.make_bucket("models")
+    return s3_server
 
 
 @pytest.fixture

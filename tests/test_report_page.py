@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from jobs import report
 from prismaquant_ray.formatting import with_error
+from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.page import page as page_of
-from tests.reported import add_measurements, enlarged, measured_run
+from tests.reported import add_measurements, enlarged, findings_of, measured_run
 from tests.tiny import make_checkpoint
 
 pytestmark = pytest.mark.browser
@@ -50,18 +50,18 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory, families: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def reports(tmp_path_factory: pytest.TempPathFactory, families: Mapping[str, Path]) -> dict[str, Findings]:
     """Everything a model can have, with measurements; a dense one without; and that with 64 layers and a bad name."""
     directory = tmp_path_factory.mktemp("pages")
     whole = measured_run(directory / "whole", families["qwen3_5_moe"], "model.quantize_lm_head=true", images=2)
     add_measurements(whole, draft=True)
     dense = measured_run(directory / "dense", make_checkpoint(directory / "source", "llama"))
-    found = {"whole": report.gather(whole), "dense": report.gather(dense)}
+    found = {"whole": findings_of(whole), "dense": findings_of(dense)}
     return found | {"large": enlarged(found["dense"], 64)}
 
 
 @pytest.fixture(scope="module")
-def pages(reports: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def pages(reports: dict[str, Findings], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("html")
     for name, found in reports.items():
         (directory / f"{name}.html").write_text(page_of(found), encoding="utf-8")

@@ -300,31 +300,30 @@ def test_float16_stays_float16_and_float32_scales_give_bfloat16(source: Path, tm
 
 @pytest.mark.s3
 def test_a_remote_repository_is_read_like_a_local_one(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = (scheme("NVFP4", (r"re:.*self_attn\..*",)), scheme("FP8", (r"re:.*mlp\..*",)))
     repository = make_compressed(source, tmp_path / "repository", *entries)
     local = view_of(repository)
-    with S3Server() as server:
-        server.make_bucket("models")
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        store = Store("s3://models/quantized")
-        for file in repository.iterdir():
-            store.put(file.name, file.read_bytes())
-        remote = RepositoryView(Store(store.uri, create=False))
-        weights = local.read(local.tensors)
-        assert {name: raw(tensor) for name, tensor in remote.read(remote.tensors).items()} == {
-            name: raw(tensor) for name, tensor in weights.items()
-        }
-        roundings = local.roundings()
-        x = torch.randn(3, 128)
-        assert remote.roundings().keys() == roundings.keys()
-        for name, rounding in remote.roundings().items():
-            y = x.repeat(1, 2) if name.endswith("down_proj") else x
-            assert torch.equal(rounding(y), roundings[name](y))
-        assert (remote.formats, remote.sizes()) == (local.formats, local.sizes())
-        assert remote.fingerprint() == local.fingerprint()
+    s3_server.make_bucket("views")
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    store = Store("s3://views/quantized")
+    for file in repository.iterdir():
+        store.put(file.name, file.read_bytes())
+    remote = RepositoryView(Store(store.uri, create=False))
+    weights = local.read(local.tensors)
+    assert {name: raw(tensor) for name, tensor in remote.read(remote.tensors).items()} == {
+        name: raw(tensor) for name, tensor in weights.items()
+    }
+    roundings = local.roundings()
+    x = torch.randn(3, 128)
+    assert remote.roundings().keys() == roundings.keys()
+    for name, rounding in remote.roundings().items():
+        y = x.repeat(1, 2) if name.endswith("down_proj") else x
+        assert torch.equal(rounding(y), roundings[name](y))
+    assert (remote.formats, remote.sizes()) == (local.formats, local.sizes())
+    assert remote.fingerprint() == local.fingerprint()
 
 
 # Refusals -------------------------------------------------------------------------------------------------------

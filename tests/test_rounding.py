@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Rounded, experts_of
-from prismaquant_ray.forward import encode, hessian, scale_search
+from prismaquant_ray.forward import encode, scale_search, statistics
 from prismaquant_ray.forward import gptq as gptq_module
 from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
@@ -126,11 +126,11 @@ def test_acceptance_keeps_the_smallest_held_out_error() -> None:
         for member, result in zip(
             members, encode_group(members, codec, found, rounding.factor(found), rounding), strict=True
         ):
-            assert result.holdout_error[result.method] == min(result.holdout_error.values())
+            assert result.figures.holdout_error[result.figures.method] == min(result.figures.holdout_error.values())
             delta = codec.dequantized(result.rounded).float() - member
             expected = float(output_error(delta, found.holdout).sum()) / (found.holdout_tokens * 16)
-            assert result.holdout_error[result.method] == pytest.approx(expected, rel=1e-5)
-            assert result.weight_mse == pytest.approx(float(delta.square().mean()), rel=1e-6)
+            assert result.figures.holdout_error[result.figures.method] == pytest.approx(expected, rel=1e-5)
+            assert result.figures.weight_mse == pytest.approx(float(delta.square().mean()), rel=1e-6)
 
 
 def test_fused_members_share_one_global_scale_and_stacking_changes_nothing_else() -> None:
@@ -172,7 +172,7 @@ def test_a_singular_hessian_is_damped_until_it_factors() -> None:
 
 @pytest.mark.parametrize("panel", [1, 5, 16, 256])
 def test_statistics_are_sums_over_the_right_tokens(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hessian, "_PANEL", panel)
+    monkeypatch.setattr(statistics, "_PANEL", panel)
     x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
     held = torch.tensor([False, True, False, False])
     whole = summed((x, held))
@@ -196,8 +196,8 @@ def test_rows_taken_in_pieces_are_encoded_alike(monkeypatch: pytest.MonkeyPatch)
             pieces = encode_group(members, codec, found, Rounding().factor(found), Rounding())
         for one, other in zip(whole, pieces, strict=True):
             assert_same(one.rounded, other.rounded)
-            assert one.method == other.method
-            assert other.weight_mse == pytest.approx(one.weight_mse, rel=1e-5)
+            assert one.figures.method == other.figures.method
+            assert other.figures.weight_mse == pytest.approx(one.figures.weight_mse, rel=1e-5)
 
 
 def test_a_scale_that_many_multipliers_round_to_is_tried_once_and_in_order() -> None:
@@ -256,10 +256,10 @@ def test_experts_are_encoded_together_as_each_alone(codec: Codec) -> None:
             together, encode_group([m[own] for m in members], codec, alone, factor, rounding), strict=True
         ):
             assert_same(part(stack.rounded, own), one.rounded)
-            assert [stack.method[expert]] == one.method
-            for name, figure in one.holdout_error.items():
-                assert stack.holdout_error[name][expert] == pytest.approx(figure[0], rel=1e-6)
-            assert stack.weight_mse[expert] == pytest.approx(one.weight_mse[0], rel=1e-6)
+            assert [stack.figures.method[expert]] == one.figures.method
+            for name, figure in one.figures.holdout_error.items():
+                assert stack.figures.holdout_error[name][expert] == pytest.approx(figure[0], rel=1e-6)
+            assert stack.figures.weight_mse[expert] == pytest.approx(one.figures.weight_mse[0], rel=1e-6)
 
 
 @EVERY_CODEC
@@ -278,7 +278,7 @@ def test_an_expert_is_encoded_as_a_dense_matrix_of_its_statistics(codec: Codec) 
         )
         (one,) = encode_group([matrices[expert]], codec, dense, Rounding().factor(dense), Rounding())
         assert_same(part(stack.rounded, expert, dense=True), one.rounded)
-        assert stack.method[expert] == one.method
+        assert stack.figures.method[expert] == one.figures.method
 
 
 def part(stack: Rounded, experts: slice | int, *, dense: bool = False) -> Rounded:
@@ -303,7 +303,7 @@ def test_how_experts_are_split_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
     whole = encoded()
     for module, name, size in (
         (encode, "AT_ONCE", 3 * 16 * 64),
-        (hessian, "_CHUNK", 3 * 128 * 64),
+        (statistics, "_CHUNK", 3 * 128 * 64),
         (gptq_module, "_CHUNK", 3 * 64 * 64),
         (gptq_module, "_ROWS", 3 * 16),
         (scale_search, "_PIECE", 5 * 64),
@@ -313,7 +313,10 @@ def test_how_experts_are_split_does_not_matter(monkeypatch: pytest.MonkeyPatch) 
             patch.setattr(module, name, size)
             split = encoded()
         assert_same(split.rounded, whole.rounded)
-        assert (split.method, split.holdout_error) == (whole.method, whole.holdout_error)
+        assert (split.figures.method, split.figures.holdout_error) == (
+            whole.figures.method,
+            whole.figures.holdout_error,
+        )
 
 
 def test_statistics_of_experts_are_sums_over_their_rows_shrunk_towards_the_mean() -> None:
@@ -360,10 +363,10 @@ def test_cold_experts_get_finite_weights_and_positive_scales(codec: Codec, count
     decoded = codec.decode(codec.pack(result.rounded))
     assert decoded.isfinite().all()
     assert torch.equal(decoded, codec.dequantized(result.rounded))
-    for figures in (*result.holdout_error.values(), result.weight_mse):
+    for figures in (*result.figures.holdout_error.values(), result.figures.weight_mse):
         assert torch.tensor(figures).isfinite().all()
     for expert, trained in enumerate(found.train_tokens.tolist()):
-        assert trained or result.method[expert] != "gptq"
+        assert trained or result.figures.method[expert] != "gptq"
         assert expert not in zeros or not decoded[expert].any()
 
 
@@ -373,7 +376,7 @@ def test_an_expert_without_tokens_is_rounded_for_the_mean_input_of_its_layer() -
     found = InputStatistics.routed(x, counts, held_out)
     matrices = expert_weights(2, 16, 64)
     (result,) = encode_group([matrices], codec, found, Rounding().factor(found), Rounding())
-    assert result.method == ["search", "gptq"]
+    assert result.figures.method == ["search", "gptq"]
     importance = x[~held_out].square().mean(0)
     alone = searched(matrices[0], codec, scale_of(codec, matrices[0]), importance, ScaleSearch())
     assert torch.equal(alone.scale.float(), result.rounded.scale[0].float())

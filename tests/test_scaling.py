@@ -5,15 +5,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.controller import Call, CallKind, Controller, Reply
-from actors.events import Event, Events
-from actors.messages import Receipt
+from actors.messages import Machine, Receipt
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.shards import blocks_per_shard
 from actors.schedule.units import PASSES, Exit, Shard, Stage
@@ -33,6 +31,9 @@ from benchmarks.simulation import (
     whole_run,
 )
 from prismaquant_ray import __version__
+from prismaquant_ray.events import Event, Events, StepDone, steps_of
+
+HERE = Machine(version=__version__, pid=1, host="here", device="cpu", free_bytes=0, host_bytes=0)
 
 # A block of the demo on one core: loading is quick, encoding takes as long as several microbatches.
 REALISTIC = Durations(
@@ -60,16 +61,16 @@ class VirtualWorkers:
         return self.now
 
     def start(self, worker: str) -> None:
-        self._reply(0.0, worker, {"version": __version__}, self.now)
+        self._reply(0.0, worker, self.now)
 
     def submit(self, worker: str, call: Call) -> None:
         if call.kind is CallKind.SETUP:
-            self._reply(0.0, worker, {"device": "cpu"}, self.now)
+            self._reply(0.0, worker, self.now)
             return
         assert call.shard is not None
         hop = self.durations.hop if call.arriving not in (None, worker) else 0.0
         started = self.now + self.durations.call + hop
-        self._reply(self._seconds(worker, call, call.shard, started), worker, {}, started)
+        self._reply(self._seconds(worker, call, call.shard, started), worker, started)
 
     def _seconds(self, worker: str, call: Call, shard: Shard, started: float) -> float:
         cost, units = self.durations.of(shard), len(shard.units)
@@ -95,8 +96,8 @@ class VirtualWorkers:
         else:
             self.prefetched[worker] = shard, started + len(shard.units) * self.durations.of(shard).load
 
-    def _reply(self, seconds: float, worker: str, facts: dict[str, Any], started: float) -> None:
-        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, metrics=facts)
+    def _reply(self, seconds: float, worker: str, started: float) -> None:
+        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, machine=HERE)
         self.order += 1
         entry = (started + seconds, self.order, Reply(worker=worker, receipt=receipt, output=worker))
         heapq.heappush(self.queue, entry)
@@ -115,14 +116,14 @@ class VirtualWorkers:
         return "virtual"
 
 
-def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tuple[float, list[Event]]:
+def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tuple[float, list[StepDone]]:
     """When the controller that runs use has driven a pass, and its step events."""
     log: list[Event] = []
     virtual = VirtualWorkers(durations)
     controller = Controller(virtual, Events(log.append), wanted=workers, timeout=1e9, first=1e9, clock=virtual.clock)
     controller.wait_for_first()
     controller.run_pass(shards)
-    return virtual.now, [event for event in log if event.kind == "step"]
+    return virtual.now, steps_of(log)
 
 
 def costs(load: float, microbatch: tuple[float, float], finish: float) -> st.SearchStrategy[Cost]:
@@ -149,7 +150,7 @@ SHAPE = {"blocks": st.integers(1, 64), "microbatches": st.integers(1, 32), "work
 
 @settings(max_examples=40)
 @given(blocks=st.integers(1, 12), microbatches=st.integers(1, 8), workers=st.integers(1, 6), durations=DURATIONS)
-def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
+def test_the_simulation_takes_the_time_of_the_controller_on_virtual_workers(
     blocks: int, microbatches: int, workers: int, durations: Durations
 ) -> None:
     limit = blocks_per_shard(blocks=blocks, workers=workers, fitting=blocks)
@@ -159,7 +160,7 @@ def test_the_simulation_takes_the_time_of_the_conductor_on_virtual_workers(
         found = simulate(shards, durations, workers)
         assert found.seconds == pytest.approx(seconds)
         # Events round to a tenth of a millisecond.
-        assert found.work == pytest.approx(sum(event.payload["seconds"] for event in steps), abs=1e-4 * len(steps))
+        assert found.work == pytest.approx(sum(event.seconds for event in steps), abs=1e-4 * len(steps))
 
 
 @settings(max_examples=40)
@@ -185,7 +186,7 @@ def test_the_simulation_takes_that_time_with_images_and_leaves_too(
         seconds, steps = conducted(shards, durations, workers)
         found = simulate(shards, durations, workers)
         assert found.seconds == pytest.approx(seconds)
-        assert found.work == pytest.approx(sum(event.payload["seconds"] for event in steps), abs=1e-4 * len(steps))
+        assert found.work == pytest.approx(sum(event.seconds for event in steps), abs=1e-4 * len(steps))
 
 
 @settings(max_examples=100)
@@ -276,7 +277,7 @@ def test_durations_are_found_again_in_a_log() -> None:
     assert found.call == pytest.approx(REALISTIC.call, abs=3e-4)
     assert repeated(log) == 0
     assert repeated([*log, log[0]]) == 1
-    forward = [event for event in log if event.payload["stage"] == "forward"]
+    forward = [event for event in log if event.stage == "forward"]
     assert makespan(forward) == pytest.approx(simulate(whole_run(12, 8, 2).forward, REALISTIC, 1).seconds, abs=0.003)
 
 

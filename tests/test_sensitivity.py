@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prismaquant_ray.backward.block import BlockBackward, BlockSensitivity
+from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Labels, Loss, sample
 from prismaquant_ray.backward.price import half_squares, price
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
@@ -22,6 +22,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import BackwardRecord
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
@@ -63,7 +64,7 @@ class Probed:
             ]
         self.loss = sum(value for _, value in exits)
         gradients = [gradient for gradient, _ in exits]
-        self.sensitivity: dict[int, BlockSensitivity] = {}
+        self.sensitivity: dict[int, BackwardRecord] = {}
         self.projected: dict[int, Recorded] = {}
         for index in reversed(range(len(entering))):
             block_pass = BlockBackward(self.runner, index, FORMATS_USED, self.candidates[index].tensors)
@@ -147,14 +148,14 @@ def test_cost_and_trace_equal_per_token_autograd(directory: Path, probed: Probed
                 assert p.dtype == torch.float32
                 largest = float(expected.abs().max())
                 torch.testing.assert_close(p, expected.flatten(), rtol=1e-3, atol=1e-4 * largest)
-                cost = found.figures["groups"][group.name][name]["cost"]
+                cost = found.groups[group.name][name].cost
                 assert cost == pytest.approx(
                     float(0.5 * expected.double().square().sum()) / (SEQUENCES * LENGTH), rel=1e-3
                 )
         for linear in block.linears:
             g, x = gradients[linear.name], inputs[linear.name]
             trace = float((g.square().sum(-1) * x.square().sum(-1)).sum()) / (SEQUENCES * LENGTH)
-            assert found.figures["fisher_trace"][linear.name] == pytest.approx(trace, rel=1e-3)
+            assert found.fisher_trace[linear.name] == pytest.approx(trace, rel=1e-3)
 
 
 def test_the_parts_of_a_cost_are_those_of_weights_and_of_activations(probed: Probed) -> None:
@@ -162,16 +163,16 @@ def test_the_parts_of_a_cost_are_those_of_weights_and_of_activations(probed: Pro
     for block in probed.runner.layout.blocks:
         found = probed.sensitivity[block.index]
         for group in block.groups:
-            figures = found.figures["groups"][group.name]
+            figures = found.groups[group.name]
             both, weights = figures[FormatName.NVFP4], figures[FormatName.NVFP4A16]
             p, p_weights = (
                 probed.projected[block.index].of(group.name, name).double() for name in ("NVFP4", "NVFP4A16")
             )
-            assert weights["activation_cost"] == 0.0
-            assert weights["weight_cost"] == pytest.approx(weights["cost"], rel=1e-9)
-            assert both["weight_cost"] == pytest.approx(weights["cost"], rel=1e-9)
+            assert weights.activation_cost == 0.0
+            assert weights.weight_cost == pytest.approx(weights.cost, rel=1e-9)
+            assert both.weight_cost == pytest.approx(weights.cost, rel=1e-9)
             added = float(0.5 * (p - p_weights).square().sum()) / p.numel()
-            assert both["activation_cost"] == pytest.approx(added, rel=1e-4)
+            assert both.activation_cost == pytest.approx(added, rel=1e-4)
             assert added > 0
 
 
@@ -199,9 +200,9 @@ def test_the_first_order_term_is_the_derivative_along_the_weight_error(directory
 
 def test_activation_rounding_is_in_the_price(probed: Probed) -> None:
     for found in probed.sensitivity.values():
-        for prices in found.figures["groups"].values():
-            assert prices["NVFP4"]["cost"] != prices["NVFP4A16"]["cost"]
-            assert prices["MXFP8"]["cost"] < prices["NVFP4"]["cost"]
+        for prices in found.groups.values():
+            assert prices[FormatName.NVFP4].cost != prices[FormatName.NVFP4A16].cost
+            assert prices[FormatName.MXFP8].cost < prices[FormatName.NVFP4].cost
 
 
 def test_data_labels_give_the_gradient_of_the_training_loss(directory: Path) -> None:
@@ -234,7 +235,7 @@ def test_samples_follow_the_distribution() -> None:
 @given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
 def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: int) -> None:
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found = price(half_squares(p), p.numel())
+    found = price(half_squares(p), torch.zeros(2), p.numel())
     assert found.cost == pytest.approx(0.5 * float(p.double().square().mean()))
     leave_one_out = [0.5 * float(torch.cat([p[:s], p[s + 1 :]]).double().square().mean()) for s in range(sequences)]
     centre = sum(leave_one_out) / sequences
@@ -247,7 +248,7 @@ def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: 
 def test_tokens_that_are_not_in_p_count_as_zero(sequences: int, length: int, more: int, seed: int) -> None:
     """Routed tokens and patches are fewer, or others, than the tokens a price is given for."""
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found, own = (price(half_squares(p), tokens) for tokens in (p.numel() + more, p.numel()))
+    found, own = (price(half_squares(p), torch.zeros(2), tokens) for tokens in (p.numel() + more, p.numel()))
     share = p.numel() / (p.numel() + more)
     for figure in ("cost", "standard_error"):
         assert getattr(found, figure) == pytest.approx(share * getattr(own, figure), rel=1e-6, abs=1e-12)

@@ -21,11 +21,12 @@ import pytest
 
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.repository.shards import CONFIG, MANIFEST
+from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.staging import StagedPrefix, check_output, staged_output
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import WrittenRepository, write_repository
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage import store as storage
 from prismaquant_ray.storage.connection import absolute, local_path
 from prismaquant_ray.storage.store import PART_BYTES, Store
@@ -38,11 +39,10 @@ BUCKET = "pqtest"
 LARGE = random.Random(0).randbytes(2 * PART_BYTES + 12_345)
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[S3Server]:
-    with S3Server() as running:
-        running.make_bucket(BUCKET)
-        yield running
+@pytest.fixture(scope="module")
+def server(s3_server: S3Server) -> S3Server:
+    s3_server.make_bucket(BUCKET)
+    return s3_server
 
 
 def use(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ Image = pytest.importorskip("PIL.Image")
 Make = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Each family once for the whole module."""
-    root = tmp_path_factory.mktemp("families")
-    return lambda family: root / family if (root / family).exists() else make_family(root / family, family)
+@pytest.fixture
+def make(families: Mapping[str, Path]) -> Make:
+    """Each family once for the whole session."""
+    return families.__getitem__
 
 
 def load(directory: Path) -> tuple[Any, dict[str, Any]]:
@@ -118,7 +117,7 @@ def test_routers_use_every_expert_some_more_than_others(make: Make, family: str)
             assert share.argmin() == COLD_EXPERT
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe", "gpt_oss"])
 def test_equal_arguments_give_equal_bytes(make: Make, tmp_path: Path, family: str) -> None:
     first = make(family)
     assert digests(first) == digests(make_family(tmp_path / "again", family))
@@ -284,7 +283,7 @@ def test_the_model_sees_images(make: Make, family: str) -> None:
     assert (logits[0] - logits[1])[:, after].std() > 0.1 * logits[0][:, after].std()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_5"])
 def test_the_tokenizer_fits_the_vocabulary(make: Make, family: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(make(family))
     assert len(tokenizer) == VOCABULARY + (len(tiny_families.VISION_TOKENS) if family in VISION_FAMILIES else 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,10 +19,9 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.candidates import Candidates
-from prismaquant_ray.layout import Layout
-from prismaquant_ray.repository.shards import MANIFEST
+from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.verify import verify_repository
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
     Choice,
@@ -33,7 +32,6 @@ from tests.repositories import (
     rewrite,
     shards,
     tensors_of,
-    uniform,
 )
 from tests.tiny_families import FAMILIES
 
@@ -106,36 +104,12 @@ def test_a_repository_as_written_has_no_problems_and_its_figures_are_right(writt
     assert written.model.verify(written.path, PLAN, stored=False).ok
 
 
-@pytest.mark.parametrize("name", list(FormatName))
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-def test_every_uniform_plan_of_every_architecture_is_right(
-    name: FormatName, architecture: str, tmp_path: Path, uniform_models: dict[str, Model]
-) -> None:
-    model = uniform_models[architecture]
-    choice = uniform(model.layout, name)
-    model.write(tmp_path, choice)
-    report = model.verify(tmp_path, choice)
-    assert report.ok, report.problems
-
-
-@pytest.fixture(scope="module")
-def uniform_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    return {name: make_model(tmp_path_factory.mktemp(name), name) for name in ("llama", "qwen2", "gemma2")}
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """Each family once for the whole module."""
-    return functools.cache(lambda family: make_model(tmp_path_factory.mktemp(family), family))
-
-
-@pytest.mark.parametrize("formats", [mixed_choice, mixed])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mixed_plan_of_every_family_is_right(
-    family: str, formats: Callable[[Layout], Choice], tmp_path: Path, families: Callable[[str], Model]
+    family: str, tmp_path: Path, family_models: Callable[[str], Model]
 ) -> None:
-    model = families(family)
-    choice = formats(model.layout)
+    model = family_models(family)
+    choice = mixed(model.layout)
     model.write(tmp_path, choice, shard=100_000)
     report = model.verify(tmp_path, choice)
     assert report.ok, report.problems
@@ -145,12 +119,18 @@ def test_a_mixed_plan_of_every_family_is_right(
     assert model.verify(tmp_path, choice, stored=False).ok
 
 
-@pytest.mark.parametrize("name", list(FormatName))
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe", "gpt_oss"])
-def test_a_plan_of_one_format_wherever_a_family_can_take_it_is_right(
-    name: FormatName, family: str, tmp_path: Path, families: Callable[[str], Model]
+# Every format twice and every model, of those that differ in what a plan of one format has to say of them.
+UNIFORM = [
+    *zip(FormatName, itertools.cycle(("llama", "qwen2", "gemma2")), strict=False),
+    *zip(FormatName, itertools.cycle(("qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe", "gpt_oss")), strict=False),
+]
+
+
+@pytest.mark.parametrize(("name", "architecture"), UNIFORM)
+def test_a_plan_of_one_format_wherever_a_model_can_take_it_is_right(
+    name: FormatName, architecture: str, tmp_path: Path, family_models: Callable[[str], Model]
 ) -> None:
-    model = families(family)
+    model = family_models(architecture)
     choice = {group.name: formats_of(group, (name, F.BF16))[0] for group in model.layout.groups}
     model.write(tmp_path, choice)
     report = model.verify(tmp_path, choice)
@@ -262,10 +242,10 @@ EXPERTS = {
 
 @pytest.fixture(scope="module", params=EXPERTS)
 def routed(
-    request: pytest.FixtureRequest, families: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, family_models: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Written, str]:
     """A right repository, and the name of experts that are NVFP4 in it; others are MXFP8 and BF16."""
-    model, experts = families(request.param), EXPERTS[request.param]
+    model, experts = family_models(request.param), EXPERTS[request.param]
     choice = mixed_choice(model.layout)
     blocks = [group.name for group in model.layout.groups if group.experts]
     choice |= {name: (F.NVFP4, F.MXFP8, F.BF16)[index % 3] for index, name in enumerate(reversed(blocks))}
@@ -629,9 +609,9 @@ def test_a_configuration_that_is_wrong_is_reported(
 
 
 @pytest.fixture(scope="module")
-def seeing(families: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory) -> Written:
+def seeing(family_models: Callable[[str], Model], tmp_path_factory: pytest.TempPathFactory) -> Written:
     """Everything but the draft head in FP8: experts, vision tower, head."""
-    model = families("qwen3_5_moe")
+    model = family_models("qwen3_5_moe")
     choice = {group.name: F.BF16 if group.name.startswith("mtp.") else F.FP8 for group in model.layout.groups}
     path = tmp_path_factory.mktemp("seeing") / "out"
     model.write(path, choice)

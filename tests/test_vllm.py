@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import summarise
 from tests.repositories import rewrite
 from tests.served import make_repository
 
@@ -73,7 +72,9 @@ def draw(path: Path, width: int, height: int) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_vllm_serves_what_was_chosen(family: str, vllm_python: Path, tmp_path: Path) -> None:
+def test_vllm_serves_what_was_chosen(
+    family: str, vllm_python: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     repository, copy, expected = make_repository(tmp_path, family)
     sees = family in VISION_FAMILIES
     images = [draw(tmp_path / "tall.png", 64, 96), draw(tmp_path / "wide.png", 128, 64)] if sees else []
@@ -88,7 +89,7 @@ def test_vllm_serves_what_was_chosen(family: str, vllm_python: Path, tmp_path: P
     assert quantized
     assert all(layer["different"] == 0 for layer in quantized), "a quantized layer was not compared"
     assert report["divergence"].keys() >= ({"text", "images", "draft"} if sees else {"text"})
-    summarise("vLLM", f"{family}: {len(quantized)} quantized layers, {_divergences(report)}")
+    record_property("vLLM", f"{family}: {len(quantized)} quantized layers, {_divergences(report)}")
 
 
 def _divergences(report: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -24,11 +23,12 @@ from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shippe
 from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.model.layout_builder import build_layout
+from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.routing import transformers_route
-from prismaquant_ray.repository.shards import MANIFEST
 from prismaquant_ray.repository.staging import check_output, staged_directory
 from prismaquant_ray.repository.writer import write_repository
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
     DEFAULT_FORMATS,
@@ -50,12 +50,6 @@ from tests.tiny_families import FAMILIES, VISION_FAMILIES, dequantize_blocks, ma
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """Tied embeddings, three layers, two source shards."""
     return make_model(tmp_path_factory.mktemp("model"), "llama", layers=3, shards=2)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    """Each family once for the whole module."""
-    return functools.cache(lambda family: make_model(tmp_path_factory.mktemp(family), family))
 
 
 def raw(tensor: torch.Tensor) -> bytes:
@@ -87,8 +81,8 @@ def test_everything_unquantized_is_the_sources_and_everything_else_the_candidate
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_experts_towers_and_drafts_too(family: str, families: Callable[[str], Model], tmp_path: Path) -> None:
-    model = families(family)
+def test_of_experts_towers_and_drafts_too(family: str, family_models: Callable[[str], Model], tmp_path: Path) -> None:
+    model = family_models(family)
     choice = mixed_choice(model.layout)
     assert set(choice.values()) >= set(DEFAULT_FORMATS) - ({FormatName.BF16} if family == "gpt_oss" else set())
     is_source_and_candidates(model, choice, tmp_path)
@@ -117,10 +111,10 @@ def test_all_bf16_is_the_source(model: Model, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe"])
 def test_all_bf16_is_the_source_however_its_experts_are_stored(
-    family: str, families: Callable[[str], Model], tmp_path: Path
+    family: str, family_models: Callable[[str], Model], tmp_path: Path
 ) -> None:
-    is_the_source(families(family), tmp_path)
-    config = read_config(directory(families(family).source))
+    is_the_source(family_models(family), tmp_path)
+    config = read_config(directory(family_models(family).source))
     assert (config.pop("quantization_config", None) is not None) is (family == "deepseek_v3_fp8")
     assert read_config(tmp_path) == config
 
@@ -229,8 +223,8 @@ def test_sizes_are_those_of_the_files_and_bits_those_of_the_formats(model: Model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sizes_and_bits_count_every_expert(family: str, families: Callable[[str], Model], tmp_path: Path) -> None:
-    are_those_of_the_files(families(family), mixed_choice(families(family).layout), tmp_path)
+def test_sizes_and_bits_count_every_expert(family: str, family_models: Callable[[str], Model], tmp_path: Path) -> None:
+    are_those_of_the_files(family_models(family), mixed_choice(family_models(family).layout), tmp_path)
 
 
 def are_those_of_the_files(model: Model, choice: Choice, output: Path) -> None:
@@ -317,9 +311,9 @@ def test_compressed_tensors_decompresses_every_module_as_we_do(model: Model, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_decompresses_every_expert_as_we_do(
-    family: str, families: Callable[[str], Model], tmp_path: Path
+    family: str, family_models: Callable[[str], Model], tmp_path: Path
 ) -> None:
-    model = families(family)
+    model = family_models(family)
     assert decompressed(model, mixed_choice(model.layout), tmp_path) == {FormatName.NVFP4, FormatName.MXFP8}
 
 

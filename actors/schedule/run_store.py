@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.records import BOUNDARY, RECORD, boundary_key, from_json, record_key
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
 
+T = TypeVar("T")
+
 #: Requests of one process that may wait for an object store at a time.
 REQUESTS = 8
-_RECORD = "record.json"
-_BOUNDARY = "boundary.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,16 +39,16 @@ class RunStore:
 
     def recorded(self, stage: Stage) -> Recorded:
         """Everything that is recorded of a pass, by one listing."""
-        found: dict[str, set[Unit]] = {_RECORD: set(), _BOUNDARY: set()}
+        found: dict[str, set[Unit]] = {RECORD: set(), BOUNDARY: set()}
         for key in self.store.list(str(stage)):
             _, name, *rest = key.split("/")
             if len(rest) == 1 and rest[0] in found:
                 found[rest[0]].add(unit_of(name))
-        return Recorded(done=frozenset(found[_RECORD]), boundaries=frozenset(found[_BOUNDARY]))
+        return Recorded(done=frozenset(found[RECORD]), boundaries=frozenset(found[BOUNDARY]))
 
     def record(self, stage: Stage, unit: Unit) -> Record:
         """Candidates or prices of a unit; DamagedError when they are not there."""
-        return self._read(_key(stage, unit, _RECORD))
+        return self._read(record_key(stage, unit_key(unit)))
 
     def records(self, stage: Stage, units: Iterable[Unit]) -> dict[Unit, Record]:
         """The records of many units; an object store takes its time for each, so several are asked for at once."""
@@ -54,23 +56,34 @@ class RunStore:
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="records") as threads:
             return dict(zip(units, threads.map(lambda unit: self.record(stage, unit), units), strict=True))
 
+    def typed(self, kind: type[T], stage: Stage, records: Mapping[int, Record]) -> dict[int, T]:
+        """The metrics of each block's record as what they are; DamagedError when they are something else."""
+        found = {}
+        for block, record in records.items():
+            try:
+                found[block] = from_json(kind, record.metrics)
+            except ValueError as error:
+                key = record_key(stage, unit_key(block))
+                raise DamagedError(f"{self.store.uri}: {key}: {error}; run the same command again", key) from error
+        return found
+
     def boundary(self, stage: Stage, *units: Unit) -> dict[int, Artifact]:
         """Where what left the units is, by microbatch; DamagedError when it is not there."""
-        records = [self._read(_key(stage, unit, _BOUNDARY)) for unit in units]
+        records = [self._read(boundary_key(stage, unit_key(unit))) for unit in units]
         return {int(m): artifact for record in records for m, artifact in record.artifacts.items()}
 
     def write_record(self, stage: Stage, unit: Unit, record: Record) -> None:
         """Commit a unit's candidates or prices; the first writer wins."""
-        write_record(self.store, _key(stage, unit, _RECORD), record)
+        write_record(self.store, record_key(stage, unit_key(unit)), record)
 
     def write_boundary(self, stage: Stage, unit: Unit, artifacts: Mapping[int, Artifact]) -> None:
         """Commit what left a unit, every microbatch that it takes."""
         named = {str(microbatch): artifact for microbatch, artifact in sorted(artifacts.items())}
-        write_record(self.store, _key(stage, unit, _BOUNDARY), Record(artifacts=named))
+        write_record(self.store, boundary_key(stage, unit_key(unit)), Record(artifacts=named))
 
     def drop_boundary(self, stage: Stage, unit: Unit) -> None:
         """Delete a boundary that nothing needs any more; the record first, so that it never names what is gone."""
-        key = _key(stage, unit, _BOUNDARY)
+        key = boundary_key(stage, unit_key(unit))
         record = read_record(self.store, key)
         if record is not None:
             self.store.delete([key])
@@ -80,7 +93,7 @@ class RunStore:
         """Delete every record that names the damaged object `key`, or is it; what was deleted."""
         directory = "/".join(key.split("/")[:2])
         deleted = []
-        for name in (_RECORD, _BOUNDARY):
+        for name in (RECORD, BOUNDARY):
             candidate = f"{directory}/{name}"
             if candidate == key or self._names(candidate, key):
                 deleted.append(candidate)
@@ -92,7 +105,7 @@ class RunStore:
         for stage in PASSES:
             kept = set()
             for unit, record in self.records(stage, self.recorded(stage).done).items():
-                kept.add(_key(stage, unit, _RECORD))
+                kept.add(record_key(stage, unit_key(unit)))
                 kept |= {artifact.key for artifact in record.artifacts.values()}
             self.store.delete(key for key in self.store.list(str(stage)) if key not in kept)
 
@@ -108,17 +121,3 @@ class RunStore:
         if record is None:
             raise DamagedError(f"{self.store.uri}: {key} is missing; run the same command again", key)
         return record
-
-
-def tensors_key(stage: Stage, unit: Unit, attempt: str, name: str) -> str:
-    """Where one attempt at a unit stores tensors: a format's candidates, evaluation figures."""
-    return f"{stage}/{unit_key(unit)}/{attempt}/{name}.safetensors"
-
-
-def boundary_key(stage: Stage, unit: Unit, attempt: str, microbatch: int) -> str:
-    """Where one attempt stores the boundary of a microbatch."""
-    return tensors_key(stage, unit, attempt, f"boundary-{microbatch:05d}")
-
-
-def _key(stage: Stage, unit: Unit, name: str) -> str:
-    return f"{stage}/{unit_key(unit)}/{name}"

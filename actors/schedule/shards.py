@@ -15,7 +15,8 @@ from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import Recorded
 from actors.schedule.units import Exit, Shard, Stage, Unit
 
-#: Shards a worker should get in a pass: filling and draining the pipeline costs about one shard's time of each.
+#: Shards that a worker should get in a pass: filling and draining the pipeline costs about one divided by this of its
+#: time.
 SHARDS_PER_WORKER = 4
 
 

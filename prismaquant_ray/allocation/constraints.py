@@ -68,6 +68,19 @@ def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> S
     return replace(sizes, allowed=allowed, second=_second(sizes, layout, allowed, allocation.max_bf16_fraction))
 
 
+def ruled_out(layout: Layout, allocation: AllocationConfig, group: FusedGroup, name: FormatName) -> str | None:
+    """Why settings keep a format from a group whose shape it fits, or None."""
+    row = layout.groups.index(group)
+    for rule in allocation.force:
+        if name != rule.format and row in _matched(layout, rule, f"allocation.force {rule.match}"):
+            return f"allocation.force {rule.match} makes it {rule.format}"
+    for rule in allocation.floor:
+        least = _bits(rule.format, group)
+        if _bits(name, group) < least and row in _matched(layout, rule, f"allocation.floor {rule.match}"):
+            return f"allocation.floor {rule.match} wants at least the bits of {rule.format}"
+    return None
+
+
 def restricted(sizes: Sizes, layout: Layout) -> int:
     """Groups that constraints leave fewer formats than their shapes do."""
     takes = np.array([[refusal(name, group) is None for name in sizes.formats] for group in layout.groups])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.records import ServerMemory
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _BYTES = {"auto": 2, "bf16": 2, "fp8": 1}
@@ -159,17 +160,15 @@ class Serving:
         memory = math.ceil(held / (1.0 - self.margin))
         return memory if self.room(memory) >= weights else memory + 1
 
-    def described(self, weights: int) -> dict[str, Any]:
-        """What the memory for so many bytes of weights is made of, in bytes."""
-        total = self.needed(weights)
-        return {
-            "total": total,
-            "weights": weights,
-            "kv_cache": self.cache_bytes,
-            "margin": total - weights - self.cache_bytes,
-            "kv_cache_of": {
-                kind: size for kind, size in self.cache.parts(self.context, self.sequences).items() if size
-            },
-            "context": self.context,
-            "sequences": self.sequences,
-        }
+    def memory(self, weights: int) -> ServerMemory:
+        """The least memory with room for so many bytes of weights, by its parts."""
+        total, parts = self.needed(weights), self.cache.parts(self.context, self.sequences)
+        return ServerMemory(
+            total=total,
+            weights=weights,
+            kv_cache=self.cache_bytes,
+            margin=total - weights - self.cache_bytes,
+            kv_cache_of={kind: size for kind, size in parts.items() if size},
+            context=self.context,
+            sequences=self.sequences,
+        )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prismaquant_ray.backward.loss import DRAFT, Loss
-from prismaquant_ray.backward.pricing import BlockSensitivity, Passed, Pricing
+from prismaquant_ray.backward.pricing import Passed, Pricing
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
@@ -19,6 +20,7 @@ from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.model.capture import CapturedActivations, capture_activations
 from prismaquant_ray.model.mtp_head import most_likely
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import BackwardRecord
 
 
 class Recomputed(NamedTuple):
@@ -62,7 +64,7 @@ class BlockBackward:
             grad_output = grad_output[batch.tokens.to(grad_output.device) == self.runner.layout.image_token]
         return self.differentiate(graph, grad_output, len(batch.tokens))
 
-    def finish(self, tokens: int) -> BlockSensitivity:
+    def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token of `tokens`; InputError when no gradient reached the block."""
         return self.pricing.finish(tokens)
 
@@ -155,9 +157,9 @@ class HeadBackward:
     def _count(self, name: str, guessed: Tensor, spoken: Tensor) -> None:
         self.agreed[name] = self.agreed.get(name, 0) + int((guessed == spoken).sum())
 
-    def finish(self, tokens: int) -> BlockSensitivity:
+    def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token that it saw: the draft's loss is one of its own."""
         found = self.block_pass.finish(self.tokens if self.block.kind is BlockKind.DRAFT else tokens)
-        if self.agreed:
-            found.figures["agreement"] = {name: count / self.tokens for name, count in self.agreed.items()}
-        return found
+        if not self.agreed:
+            return found
+        return replace(found, agreement={name: count / self.tokens for name, count in self.agreed.items()})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind, Layout
+from prismaquant_ray.records import BackwardRecord, ForwardRecord
 
 Objective = Literal["token_fisher", "fisher_trace"]
 
@@ -34,15 +35,15 @@ class CostTable:
         return self.token_fisher if objective == "token_fisher" else self.fisher_trace
 
 
-def from_figures(
+def cost_table(
     layout: Layout,
     formats: Sequence[FormatName],
-    forward: Mapping[int, Mapping[str, Any]],
-    backward: Mapping[int, Mapping[str, Any]],
+    forward: Mapping[int, ForwardRecord],
+    backward: Mapping[int, BackwardRecord],
     *,
     draft_weight: float,
 ) -> CostTable:
-    """Build the table from the figures of each block's forward and backward records, keyed by block index.
+    """Prices from each block's records, by block index.
 
     A draft head's loss is one of its own: `draft_weight` nats of the model's are worth one of it.
     """
@@ -50,24 +51,24 @@ def from_figures(
     token, trace, error = (np.full(shape, np.nan) for _ in range(3))
     for row, group in enumerate(layout.groups):
         block = layout.block_of[group.name]
-        linears, prices = forward[block.index]["linears"], backward[block.index]
+        linears, prices = forward[block.index].linears, backward[block.index]
         weight = draft_weight if block.kind is BlockKind.DRAFT else 1.0
         for column, name in enumerate(formats):
             codec = FORMATS[name].codec
             if codec is None:
                 token[row, column] = trace[row, column] = error[row, column] = 0.0
                 continue
-            price = prices["groups"][group.name].get(name)
+            price = prices.groups[group.name].get(name)
             if price is None:
                 continue
-            token[row, column] = weight * price["cost"]
-            error[row, column] = weight * price["standard_error"]
+            token[row, column] = weight * price.cost
+            error[row, column] = weight * price.standard_error
             # Of experts both figures are lists, with an entry for each.
             trace[row, column] = (
                 weight
                 * 0.5
                 * sum(
-                    np.dot(prices["fisher_trace"][item.name], linears[item.name][codec.name]["weight_mse"])
+                    np.dot(prices.fisher_trace[item.name], linears[item.name][codec.name].weight_mse)
                     for item in group.linears
                 )
             )

@@ -7,12 +7,11 @@ taken as independent. `fisher_trace` is ½ E_t[|g_t|²|x_t|²] · mean(ΔW²), t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from prismaquant_ray.jackknife import standard_error
+from prismaquant_ray.records import Price
 
 
 def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -39,24 +38,23 @@ def activation_projection(input_error: Tensor, difference: Tensor, grad_input: T
     return difference.add_(grad_input).mul_(input_error).sum(-1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cost:
-    """One candidate's price: `cost` ½ Σ p² / N, and its `standard_error` by jackknife over sequences."""
+def price(squares: Tensor, parts: Tensor, tokens: int) -> Price:
+    """½ Σ_t p_t² / N, from ½ Σ p² of each sequence (sequences,), p summed over the members of the fused group.
 
-    cost: float
-    standard_error: float
-
-
-def price(squares: Tensor, tokens: int) -> Cost:
-    """From ½ Σ p² of each sequence (sequences,), p summed over the members of the fused group.
-
-    `tokens` is N: every token of the calibration set, also where p is of few (routed) or of other things (patches).
+    `parts` (2,) are ½ Σ p² of rounded weights and of rounded activations alone. `tokens` is N: every token of the
+    calibration set, also where p is of few (routed) or of other things (patches). The standard error is by jackknife
+    over sequences.
     """
     squares = squares.to(torch.float64)
     sequences = len(squares)
     total = float(squares.sum())
     left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
-    return Cost(cost=total / tokens, standard_error=standard_error(left_out))
+    return Price(
+        cost=total / tokens,
+        standard_error=standard_error(left_out),
+        weight_cost=float(parts[0]) / tokens,
+        activation_cost=float(parts[1]) / tokens,
+    )
 
 
 def half_squares(p: Tensor) -> Tensor:

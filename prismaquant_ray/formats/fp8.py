@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format
+from prismaquant_ray.formats.base import Format, Served
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
@@ -50,4 +50,7 @@ FORMAT = Format(
     compression="float-quantized",
     scheme=_scheme,
     summary="8-bit float weights per channel, dynamic 8-bit activations per token",
+    letter="F",
+    colours=("#f6c65b", "#332200"),
+    served=Served(vllm_scheme="W8A8Fp8", loads_from=75, full_from=89, shape_rule="none"),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format, Rounded, Tensors, in_float32
+from prismaquant_ray.formats.base import Format, Rounded, Served, Tensors, in_float32
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.grids import pack_nibbles, unpack_nibbles
 
@@ -77,4 +77,7 @@ FORMAT = Format(
     compression="pack-quantized",
     scheme=_scheme,
     summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",
+    letter="I",
+    colours=("#cfe08a", "#1f2a00"),
+    served=Served(vllm_scheme="WNA16", loads_from=75, full_from=75, shape_rule="in % 32"),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName, mx
-from prismaquant_ray.formats.base import Format
+from prismaquant_ray.formats.base import Format, Served
 from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 
@@ -57,4 +57,7 @@ FORMAT = Format(
     compression="mxfp4-pack-quantized",
     scheme=_scheme,
     summary="4-bit float weights and activations, power-of-two scales per 32",
+    letter="X",
+    colours=("#8fd6c0", "#04291f"),
+    served=Served(vllm_scheme="W4A4Mxfp4", loads_from=80, full_from=100, shape_rule="in % 32"),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from prismaquant_ray.formats import FormatName, mx
-from prismaquant_ray.formats.base import Format
+from prismaquant_ray.formats.base import Format, Served
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
 
@@ -31,4 +31,8 @@ FORMAT = Format(
     compression="mxfp8-quantized",
     scheme=_scheme,
     summary="8-bit float weights and activations, power-of-two scales per 32",
+    letter="M",
+    colours=("#e8853d", "#2b1000"),
+    served=Served(vllm_scheme="W8A8Mxfp8", loads_from=75, full_from=100, shape_rule="in % 32"),
+    in_transformers=False,
 )

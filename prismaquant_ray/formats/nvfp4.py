@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Codec, Format, grouped
+from prismaquant_ray.formats.base import Codec, Format, Served, grouped
 from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
 
 WIDTH = 16
@@ -136,4 +136,8 @@ FORMAT = Format(
     compression="nvfp4-pack-quantized",
     scheme=scheme,
     summary="4-bit float weights and activations, scales per 16",
+    letter="N",
+    colours=("#9ccbee", "#06263f"),
+    served=Served(vllm_scheme="W4A4Fp4", loads_from=75, full_from=100, shape_rule="in % 16"),
+    in_transformers=False,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format
+from prismaquant_ray.formats.base import VLLM, Format, Served
 from prismaquant_ray.formats.nvfp4 import CODEC, scheme_a16
 
 FORMAT = Format(
@@ -14,4 +14,8 @@ FORMAT = Format(
     compression="nvfp4-pack-quantized",
     scheme=scheme_a16,
     summary="4-bit float weights, scales per 16; 16-bit activations",
+    letter="A",
+    colours=("#5f9fd6", "#00182b"),
+    served=Served(vllm_scheme="W4A4Fp4(use_a16)", loads_from=75, full_from=75, shape_rule="in % 16"),
+    experts_refused=(f"vLLM {VLLM} waits for an input scale of every expert, which a weight-only format does not have"),
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from prismaquant_ray.forward.statistics import InputStatistics, InputSums
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations, capture_activations
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.records import ForwardRecord, LinearRounding
 
 # The divisor of an NVFP4 input allows activations twice as large as any calibration token showed: too small a
 # divisor costs almost nothing over four octaves, too large a one clips.
@@ -32,10 +32,10 @@ INPUT_MARGIN = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BlockCandidates:
-    """Every candidate of a block: `tensors[format]` maps shipped names to tensors; `figures` explains them."""
+    """Every candidate of a block: `tensors[format]` maps shipped names to tensors; `record` explains them."""
 
     tensors: dict[FormatName, dict[str, Tensor]]
-    figures: dict[str, Any]
+    record: ForwardRecord
 
 
 class BlockForward:
@@ -107,7 +107,7 @@ class BlockForward:
                         factor = self.rounding.factor(statistics)
                         weights = [weight[at] for weight in self._weights(matrix)]
                         self._encode(fused, matrix, weights, statistics, factor, found, at)
-        return BlockCandidates(tensors=found.tensors, figures={"linears": found.linears, "experts": experts})
+        return BlockCandidates(tensors=found.tensors, record=ForwardRecord(linears=found.linears, experts=experts))
 
     def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
         factor = self.rounding.factor(statistics)
@@ -143,7 +143,7 @@ class _Encoded:
 
     def __init__(self, formats: Sequence[FormatName]) -> None:
         self.tensors: dict[FormatName, Tensors] = {name: {} for name in formats if FORMATS[name].codec is not None}
-        self.linears: dict[str, dict[str, Any]] = {}
+        self.linears: dict[str, dict[str, LinearRounding]] = {}
 
     def add(self, linear: LinearSpec, codec: Codec, result: EncodedLinear, amax: float, at: slice) -> None:
         """A Linear, or the same one of the experts `at`."""
@@ -158,21 +158,9 @@ class _Encoded:
                 if FORMATS[name].static_input_scale:
                     # One value for all experts of a layer: the runtime applies one of theirs to all.
                     found[f"{module}.input_global_scale"] = divisor(amax, INPUT_MARGIN)
-        figures = {
-            "method": result.method,
-            "holdout_error": result.holdout_error,
-            "weight_mse": result.weight_mse,
-        }
-        of_linear = self.linears.setdefault(linear.name, {})
-        of_linear[codec.name] = _longer(of_linear[codec.name], figures) if codec.name in of_linear else figures
-
-
-def _longer(before: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures by expert, with those of more experts."""
-    return {
-        key: _longer(value, more[key]) if isinstance(value, Mapping) else [*value, *more[key]]
-        for key, value in before.items()
-    }
+        by_codec = self.linears.setdefault(linear.name, {})
+        before, figures = by_codec.get(codec.name), result.figures
+        by_codec[codec.name] = figures if before is None else LinearRounding.joined([before, figures])
 
 
 def _experts(module: nn.Module, fused: FusedGroup) -> nn.Module:

@@ -15,7 +15,7 @@ from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Rounded
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
-from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.layout import FusedGroup, LinearSpec
 from prismaquant_ray.source.checkpoint import as_tensor, read_header
 from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo
 from prismaquant_ray.source.ranges import BATCH_BYTES, threads
@@ -110,6 +110,12 @@ class Candidates:
         if key not in self._open:
             self._open[key] = CandidateFile(self.store, self.artifacts[key])
         return self._open[key]
+
+    def read(self, block: int, name: FormatName, group: FusedGroup) -> dict[str, Tensor]:
+        """Everything that a fused group ships in a format, by tensor name."""
+        file = self.file(block, name)
+        infos = [info for linear in group.linears for found in file.of(name, linear).values() for info in found]
+        return file.read(info.name for info in infos)
 
     def check(self, used: Iterable[tuple[int, FormatName]]) -> None:
         """StoreError for the first of these files, by block and format, that is not as it was recorded."""

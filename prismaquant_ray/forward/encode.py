@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +12,7 @@ from prismaquant_ray.formats.base import Codec, Rounded
 from prismaquant_ray.forward.gptq import Gptq, HessianFactor, factorize, gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
 from prismaquant_ray.forward.statistics import InputStatistics, output_error
-
-Method = Literal["nearest", "search", "gptq"]
-T = TypeVar("T")
+from prismaquant_ray.records import LinearRounding, Method
 
 # Methods in order of simplicity, so that a tie goes to the first.
 METHODS: tuple[Method, ...] = ("nearest", "search", "gptq")
@@ -48,16 +45,11 @@ class Rounding:
 class EncodedLinear:
     """One Linear on a codec's grid, with the figures that explain the choice; or the same Linear of every expert.
 
-    `holdout_error` gives Σ_t |ΔW x_t|² over held-out tokens per output for each method tried, divided by
-    tokens × outputs; the smallest one won. `weight_mse` is mean ΔW². Both from the BF16 weights the runtime
-    decodes.
-    Each figure and `method` is a list by expert where `rounded` is a stack; an expert's prior counts as tokens.
+    The figures are of the BF16 weights that the runtime decodes; an expert's prior counts as tokens.
     """
 
     rounded: Rounded
-    method: Method | list[Method]
-    holdout_error: dict[str, float | list[float]]
-    weight_mse: float | list[float]
+    figures: LinearRounding
 
 
 def encode_group(
@@ -132,9 +124,11 @@ def _encode(
         encoded.append(
             EncodedLinear(
                 rounded=_chosen([each.rows(rows.start, rows.stop) for each in tried], choice),
-                method=_names(choice.tolist()),
-                holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
-                weight_mse=mean_squares.gather(0, choice.unsqueeze(0))[0].tolist(),
+                figures=LinearRounding(
+                    method=_names(choice.tolist()),
+                    holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
+                    weight_mse=mean_squares.gather(0, choice.unsqueeze(0))[0].tolist(),
+                ),
             )
         )
     return encoded
@@ -208,21 +202,5 @@ def _joined(parts: Sequence[EncodedLinear]) -> EncodedLinear:
             scale=torch.cat([part.rounded.scale for part in parts]),
             global_scale=torch.cat(scales) if scales else None,
         ),
-        method=_chained(part.method for part in parts),
-        holdout_error={name: _chained(part.holdout_error[name] for part in parts) for name in parts[0].holdout_error},
-        weight_mse=_chained(part.weight_mse for part in parts),
+        figures=LinearRounding.joined([part.figures for part in parts]),
     )
-
-
-def _chained(parts: Iterable[T | list[T]]) -> list[T]:
-    return [each for part in parts for each in (part if isinstance(part, list) else [part])]
-
-
-def by_matrix(figures: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
-    """The method that won and the held-out error of each, from a record's figures of a Linear, or of every expert's."""
-    methods, errors = figures["method"], figures["holdout_error"]
-    if isinstance(methods, str):
-        yield methods, errors
-        return
-    for expert, method in enumerate(methods):
-        yield method, {name: values[expert] for name, values in errors.items()}

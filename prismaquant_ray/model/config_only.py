@@ -12,7 +12,8 @@ from prismaquant_ray.families import Family, family_of
 from prismaquant_ray.model.layout_builder import architecture_of, load_config
 from prismaquant_ray.model.meta_model import MetaModel, build_on_meta
 from prismaquant_ray.model.mtp_head import DraftHead
-from prismaquant_ray.source.checkpoint import INDEX, SINGLE, read_json
+from prismaquant_ray.source.checkpoint import read_json
+from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, files_beside_weights
 from prismaquant_ray.storage.store import Store

@@ -12,7 +12,7 @@ from functools import partial
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.publishing.finished import Digests, File, FinishedRepository, Listener, Published, pieces
-from prismaquant_ray.repository.shards import MANIFEST, claim
+from prismaquant_ray.repository.manifest import MANIFEST, claim
 from prismaquant_ray.repository.staging import LAST, check_output, staged_output
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.prefix import ByteWriter

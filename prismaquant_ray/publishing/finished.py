@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.repository.shards import CONFIG, MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
+from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
 from prismaquant_ray.repository.staging import LAST
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.store import Store, existing
 
 #: Files are read in pieces of so many bytes.

@@ -19,8 +19,7 @@ from huggingface_hub import CommitOperationAdd
 from prismaquant_ray.errors import InputError, ResourceError, StoreError
 from prismaquant_ray.publishing.finished import PIECE, File, FinishedRepository, Listener, Published
 from prismaquant_ray.publishing.hub_client import HubRepository, Snapshot, quiet
-from prismaquant_ray.repository.shards import MANIFEST, is_dequantized
-from prismaquant_ray.repository.writer import README
+from prismaquant_ray.repository.manifest import MANIFEST, README, is_dequantized
 
 # The hub puts it into every new repository.
 _OF_THE_HUB = ".gitattributes"

@@ -1,4 +1,4 @@
-"""The model card: README.md of a repository, from plain facts.
+"""The model card: README.md of a repository.
 
 Front matter goes through a YAML writer and every value of the text through `markdown.escaped`: names of models, files
 and modules come from outside.
@@ -14,34 +14,39 @@ from typing import Any
 import jinja2
 import yaml
 
-from prismaquant_ray.report.card_facts import CardFacts, Divergence
+from prismaquant_ray.records import Divergence
+from prismaquant_ray.report.card_view import CardView
+from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.markdown import Markdown, code, escaped, fenced, line, table
+from prismaquant_ray.report.shipped import Shipped
 
 # Rows of a table, and names after one reason: a card is read, the whole plan is in prismaquant.json.
 _ROWS = 24
 _NAMES = 6
+_METHODS = {"search": "scales searched", "gptq": "GPTQ"}
 
 
-def card(facts: CardFacts) -> str:
+def card(findings: Findings, shipped: Shipped) -> str:
     """README.md: metadata as the hub reads it, then the text. At most `budget.CARD_BYTES` as UTF-8."""
-    return f"---\n{_front_matter(facts)}---\n\n{_template().render(facts=facts, tables=_Tables(facts))}"
+    view = CardView(findings=findings, shipped=shipped)
+    return f"---\n{_front_matter(view)}---\n\n{_template().render(card=view, tables=_Tables(view))}"
 
 
-def _front_matter(facts: CardFacts) -> str:
-    said = facts.source.stated
-    task = "text-generation" if facts.source.architecture.endswith("ForCausalLM") else None
-    if facts.vision_blocks:
+def _front_matter(view: CardView) -> str:
+    said = view.shipped.source.stated
+    task = "text-generation" if view.findings.model.architecture.endswith("ForCausalLM") else None
+    if view.vision_blocks:
         task = "image-text-to-text"
     entries: dict[str, Any] = {
         "license": _one_or_all(said.license),
         "license_name": said.license_name if said.license else None,
         "license_link": said.license_link if said.license else None,
         "language": list(said.language),
-        "base_model": _one_or_all(facts.base_models),
-        "base_model_relation": "quantized" if facts.base_models and facts.quantized else None,
+        "base_model": _one_or_all(view.base_models),
+        "base_model_relation": "quantized" if view.base_models and view.quantized else None,
         "library_name": "vllm",
         "pipeline_tag": said.pipeline_tag or task,
-        "tags": [*_tags(facts), "prismaquant-ray"],
+        "tags": [*_tags(view), "prismaquant-ray"],
     }
     present = {key: _on_lines(value) for key, value in entries.items() if value}
     return yaml.safe_dump(present, sort_keys=False, allow_unicode=True, width=10**6)
@@ -51,9 +56,9 @@ def _on_lines(value: str | list[str]) -> str | list[str]:
     return line(value) if isinstance(value, str) else [line(entry) for entry in value]
 
 
-def _tags(facts: CardFacts) -> list[str]:
-    names = [share.name.lower() for share in facts.quantized]
-    mixed = ["mixed-precision"] if len(facts.formats) > 1 else []
+def _tags(view: CardView) -> list[str]:
+    names = [entry.name.lower() for entry in view.quantized]
+    mixed = ["mixed-precision"] if len(view.shipped.formats) > 1 else []
     return ["compressed-tensors", "quantized", *mixed, *names] if names else []
 
 
@@ -64,30 +69,35 @@ def _one_or_all(values: tuple[str, ...]) -> str | list[str] | None:
 class _Tables:
     """The tables of a card."""
 
-    def __init__(self, facts: CardFacts) -> None:
-        self.facts = facts
-        self.formats = [share.name for share in facts.formats]
+    def __init__(self, view: CardView) -> None:
+        self.view, self.findings, self.shipped = view, view.findings, view.shipped
 
     def glance(self) -> Markdown:
         """What one wants to know first."""
         return table(["", ""], self._glance(), words=2)
 
     def _glance(self) -> Iterator[tuple[str, Any]]:
-        facts = self.facts
-        yield "Size", f"{_size(facts.weight_bytes)} of weights; the source has {_size(facts.source.weight_bytes)}"
+        shipped, predicted = self.shipped, self.view.predicted
+        yield (
+            "Size",
+            f"{_size(shipped.weight_bytes)} of weights; the source has {_size(self.findings.model.source_bytes)}",
+        )
         yield (
             "Bits",
-            f"{facts.bpp:.4f} per quantizable parameter, {facts.bits_all_parameters:.3f} per parameter of the whole "
-            f"model (budget: {facts.budget})",
+            f"{shipped.bpp:.4f} per quantizable parameter, {shipped.bits_all_parameters:.3f} per parameter of the "
+            f"whole model (budget: {shipped.budget})",
         )
-        yield "Formats", ", ".join(f"{share.groups} groups {share.name}" for share in facts.formats)
-        yield "Predicted loss", f"{facts.predicted:.5f} ± {facts.standard_error:.5f} nats per token above the source's"
-        if facts.predicted_weights is not None and facts.predicted_activations is not None:
-            parts = (
-                f"rounded weights alone {facts.predicted_weights:.5f}, activations {facts.predicted_activations:.5f}"
-            )
-            yield "", f"{parts}; the rest is of both together"
-        measured = facts.measured
+        yield "Formats", ", ".join(f"{share.groups} groups {share.format}" for _, share, _ in self.view.formats)
+        yield (
+            "Predicted loss",
+            f"{predicted.cost:.5f} ± {predicted.standard_error:.5f} nats per token above the source's",
+        )
+        yield (
+            "",
+            f"rounded weights alone {predicted.weight_cost:.5f}, activations {predicted.activation_cost:.5f}; the rest "
+            "is of both together",
+        )
+        measured = self.view.measured
         if measured is None:
             yield "Measured loss", "not measured"
             return
@@ -97,100 +107,106 @@ class _Tables:
 
     def mix(self) -> Markdown:
         """What each format holds."""
-        everything = sum(share.parameters for share in self.facts.formats)
+        everything = self.findings.composition.all.parameters
         rows = [
             (
-                share.name,
-                share.summary,
+                entry.name,
+                summary,
                 share.groups,
-                f"{share.matrices:,}",
+                f"{entry.matrices:,}",
                 f"{share.parameters:,}",
                 f"{100 * share.parameters / everything:.1f} %",
-                f"{8 * share.weight_bytes / share.parameters:.3f}",
+                f"{share.bits:.3f}",
             )
-            for share in self.facts.formats
+            for entry, share, summary in self.view.formats
         ]
         titles = ["format", "what it is", "groups", "matrices", "parameters", "share", "bits per parameter"]
         return table(titles, rows, words=2)
 
     def modules(self) -> Markdown:
         """Which kinds of groups have which format."""
+        formats = [entry.name for entry in self.shipped.formats]
         rows = [
-            (row.kind, code(row.name), *(row.counts.get(name) or "" for name in self.formats))
-            for row in self.facts.modules[:_ROWS]
+            (row.kind, code(row.name), *(row.counts.get(name) or "" for name in formats))
+            for row in self.shipped.modules[:_ROWS]
         ]
-        return table(["in", "group", *self.formats], rows, words=2)
+        return table(["in", "group", *formats], rows, words=2)
 
-    def kept(self) -> Markdown:
+    def ignored(self) -> Markdown:
         """What was no candidate, and why."""
-        rows = [(_names(entry.names), entry.reason) for entry in self.facts.kept[:_ROWS]]
+        rows = [(_names(entry.names), entry.reason) for entry in self.shipped.ignored[:_ROWS]]
         return table(["modules", "why"], rows, words=2)
 
     def rounding(self) -> Markdown:
-        """What each way of rounding gained."""
-        methods = list(dict.fromkeys(name for entry in self.facts.rounding for name in entry.ratios))
-        titles = {"search": "scales searched", "gptq": "GPTQ"}
+        """What each way of rounding gained; 1 where there was no error to begin with."""
+        found = self.shipped.rounding
+        methods = list(dict.fromkeys(name for entry in found for name in sorted(entry.gain.ratio, reverse=True)))
         rows = [
             (
                 entry.format,
                 f"{entry.matrices:,}",
-                *(f"{entry.ratios[name]:.3f}" if name in entry.ratios else "" for name in methods),
-                f"{entry.shipped:.3f}",
-                ", ".join(f"{titles.get(name, name)} {count:,}" for name, count in entry.won.items()),
+                *(f"{entry.gain.ratio[name]:.3f}" if name in entry.gain.ratio else "" for name in methods),
+                f"{1.0 if entry.gain.shipped is None else entry.gain.shipped:.3f}",
+                ", ".join(
+                    f"{_METHODS.get(name, name)} {count:,}"
+                    for name, count in sorted(entry.gain.won.items(), key=lambda won: -won[1])
+                ),
             )
-            for entry in self.facts.rounding
+            for entry in found
         ]
         return table(
-            ["format", "matrices", *(titles.get(name, name) for name in methods), "as shipped", "best way"],
-            rows,
-            words=1,
+            ["format", "matrices", *(_METHODS[name] for name in methods), "as shipped", "best way"], rows, words=1
         )
 
     def sweep(self) -> Markdown:
         """What other budgets would have given; this one is marked."""
-        facts = self.facts
-        formats = list(dict.fromkeys(name for row in facts.sweep for name in row.counts))
+        plans = self.view.sweep
+        formats = list(dict.fromkeys(name for plan in plans for name in plan.groups))
+        found = [self.view.measured_of(plan) for plan in plans]
         measured = {
-            "measured KL, weights": [row.measured_weights for row in facts.sweep],
-            "activations too": [row.measured_activations for row in facts.sweep],
+            "measured KL, weights": [entry and _kl(entry.weights) for entry in found],
+            "activations too": [entry and _kl(entry.activations) for entry in found],
         }
         shown = {title: values for title, values in measured.items() if any(value is not None for value in values)}
         rows = []
-        for place, row in enumerate(facts.sweep):
+        for place, plan in enumerate(plans):
             cells = [
-                f"{row.bpp:.4f}",
-                *(row.counts.get(name, 0) for name in formats),
-                f"{row.bytes_at_most / 1e6:,.1f}",
-                f"{row.predicted:.5f}",
+                f"{plan.bpp:.4f}",
+                *(plan.groups.get(name, 0) for name in formats),
+                f"{plan.repository_bytes_at_most / 1e6:,.1f}",
+                f"{self.view.predicted_loss(plan):.5f}",
                 *("" if values[place] is None else f"{values[place]:.4f}" for values in shown.values()),
             ]
-            rows.append([_bold(cell) for cell in (row.target, *cells)] if row.chosen else [row.target, *cells])
+            bold = plan is self.view.plan
+            rows.append([_bold(cell) for cell in (plan.target, *cells)] if bold else [plan.target, *cells])
         return table(["budget", "bits", *formats, "repository, MB at most", "predicted", *shown], rows, words=1)
 
     def measured(self) -> Markdown:
         """What was measured of this plan."""
-        found = self.facts.measured
+        found, known = self.view.measured, self.findings.measured
         assert found is not None
+        assert known is not None
         columns = {"weights rounded": found.weights, "activations too": found.activations}
         there = {title: divergence for title, divergence in columns.items() if divergence is not None}
         source = {
-            "perplexity": found.source_perplexity,
-            "draft head agrees with the model": found.source_draft_agreement,
+            "perplexity": known.source.perplexity,
+            "draft head agrees with the model": known.source.draft_agreement,
         }
         rows: list[tuple[Any, ...]] = [("KL from the source, nats per token", "0", *map(_loss, there.values()))]
-        for title, values in {
+        figures: dict[str, list[float | None]] = {
             "its 99th percentile": [entry.kl_p99 for entry in there.values()],
             "most likely token is the source's": [entry.top1_agreement for entry in there.values()],
             "perplexity": [entry.perplexity for entry in there.values()],
             "draft head agrees with the model": [entry.draft_agreement for entry in there.values()],
-        }.items():
+        }
+        for title, values in figures.items():
             if any(value is not None for value in values):
                 rows.append((title, *(_figure(value) for value in (source.get(title), *values))))
         return table(["", "source", *there], rows, words=1)
 
     def versions(self) -> Markdown:
         """What the repository was made with."""
-        return Markdown(", ".join(f"{escaped(name)} {escaped(number)}" for name, number in self.facts.versions.items()))
+        return Markdown(", ".join(f"{escaped(name)} {escaped(number)}" for name, number in self.view.versions))
 
 
 def _names(names: Mapping[str, int]) -> Markdown:
@@ -208,9 +224,12 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def _kl(divergence: Divergence | None) -> float | None:
+    return None if divergence is None else divergence.kl_mean
+
+
 def _loss(divergence: Divergence) -> str:
-    error = divergence.kl_standard_error
-    return f"{divergence.kl_mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{divergence.kl_mean:.4f} ± {divergence.kl_standard_error:.4f}"
 
 
 def _size(size: int) -> str:

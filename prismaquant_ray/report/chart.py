@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prismaquant_ray import formatting
-
-Facts = Mapping[str, Any]
+from prismaquant_ray.records import Divergence
+from prismaquant_ray.report.findings import Findings, FrontierCurve, MeasuredLosses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,38 +68,40 @@ SERIES = {
 }
 
 
-def points(report: Facts) -> list[Point]:
+_NOTHING = MeasuredLosses(weights=None, activations=None)
+
+
+def points(findings: Findings) -> list[Point]:
     """Every mark of the frontier chart."""
-    found = list(_plans(report))
-    for entry in report["uniform"]:
-        if entry["predicted_loss"] is None or entry["format"] == "BF16":
+    found = list(_plans(findings))
+    for entry in findings.uniform:
+        if entry.predicted_loss is None or entry.bpp is None or entry.format == "BF16":
             continue
-        label = f"all {entry['format']}"
-        loss, error = entry["predicted_loss"], entry["standard_error"]
-        found.append(_point("uniform", label, entry["bpp"], loss, error, "predicted loss"))
-        found += _kl("measured-uniform", label, entry["bpp"], (entry["measured"] or {}).get("activations"))
-    if report["knee"]:
-        knee = report["knee"]
-        found.append(_point("knee", "knee", knee["bpp"], knee["predicted_loss"], None, "predicted loss"))
-    for other in (report["measured"] or {"others": []})["others"]:
-        if other["bpp"] is not None and other["kind"] in SERIES:
-            found += _kl(other["kind"], other["label"], other["bpp"], other["activations"])
+        label = f"all {entry.format}"
+        found.append(_point("uniform", label, entry.bpp, entry.predicted_loss, entry.standard_error, "predicted loss"))
+        found += _kl("measured-uniform", label, entry.bpp, (entry.measured or _NOTHING).activations)
+    if findings.knee:
+        knee = findings.knee
+        found.append(_point("knee", "knee", knee.bpp, knee.predicted_loss, None, "predicted loss"))
+    for other in findings.measured.others if findings.measured else ():
+        if other.kind in SERIES:
+            found += _kl(other.kind, other.label, other.bpp, other.activations)
     return found
 
 
-def _plans(report: Facts) -> Iterator[Point]:
-    for place, plan in enumerate(report["plans"]):
-        series = "budget" if place == report["budget"] else "plan"
-        label = formatting.target(plan["target"])
-        yield _point(series, label, plan["bpp"], plan["predicted_loss"], plan["standard_error"], "predicted loss")
-        measured = plan["measured"] or {}
-        yield from _kl("measured", label, plan["bpp"], measured.get("activations"))
-        yield from _kl("measured-weights", label, plan["bpp"], measured.get("weights"), ", weights rounded only")
+def _plans(findings: Findings) -> Iterator[Point]:
+    for place, plan in enumerate(findings.plans):
+        series = "budget" if place == findings.budget else "plan"
+        label = formatting.target(plan.target)
+        yield _point(series, label, plan.bpp, plan.predicted_loss, plan.standard_error, "predicted loss")
+        measured = plan.measured or _NOTHING
+        yield from _kl("measured", label, plan.bpp, measured.activations)
+        yield from _kl("measured-weights", label, plan.bpp, measured.weights, ", weights rounded only")
 
 
-def _kl(series: str, label: str, bpp: float, found: Facts | None, what: str = "") -> Iterator[Point]:
+def _kl(series: str, label: str, bpp: float, found: Divergence | None, what: str = "") -> Iterator[Point]:
     if found is not None:
-        yield _point(series, label, bpp, found["kl_mean"], found["kl_standard_error"], f"measured KL{what}")
+        yield _point(series, label, bpp, found.kl_mean, found.kl_standard_error, f"measured KL{what}")
 
 
 def _point(series: str, label: str, bpp: float, loss: float, error: float | None, what: str) -> Point:
@@ -141,9 +142,9 @@ def _down(axis: Axis, value: float) -> float | None:
     return None if place is None else 100 - place
 
 
-def chart(report: Facts) -> Chart:
+def chart(findings: Findings) -> Chart:
     """Axes that hold every mark; the frontier is cut to them."""
-    marks = points(report)
+    marks = points(findings)
     xs = [point.bpp for point in marks]
     margin = max(0.02, 0.03 * (max(xs) - min(xs)))
     x = Axis(low=min(xs) - margin, high=max(xs) + margin)
@@ -152,12 +153,8 @@ def chart(report: Facts) -> Chart:
     high = max(*tops, 1e-9)
     linear = Axis(low=0.0, high=1.06 * high)
     log = Axis(low=min(positive) / 1.3, high=max(high, 2 * min(positive)) * 1.3, log=True)
-    frontier = report["frontier"] or {"bpp": [], "predicted_loss": []}
-    corners = [
-        (bpp, loss)
-        for bpp, loss in zip(frontier["bpp"], frontier["predicted_loss"], strict=True)
-        if x.low <= bpp <= x.high
-    ]
+    curve = findings.frontier or FrontierCurve(bpp=[], predicted_loss=[])
+    corners = [(bpp, loss) for bpp, loss in zip(curve.bpp, curve.predicted_loss, strict=True) if x.low <= bpp <= x.high]
     return Chart(
         x=x,
         linear=linear,

@@ -1,13 +1,11 @@
 """The report as one HTML page: no file, font or script from anywhere else, readable without JavaScript.
 
-Everything that is shown comes from the report's facts (`jobs.report.gather`); this module only arranges them. Names of
-models, modules and files are escaped by the template, and JSON inside the page cannot end its own element.
+Names of models, modules and files are escaped by the template, and JSON inside the page cannot end its own element.
 """
 
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -18,88 +16,64 @@ import jinja2
 from markupsafe import Markup
 
 from prismaquant_ray import formatting
+from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.report.arrangement import sections, sensitive, strips
 from prismaquant_ray.report.chart import chart
-from prismaquant_ray.report.facts import label
-
-Facts = Mapping[str, Any]
+from prismaquant_ray.report.findings import Findings, PlanFindings, UniformFindings
 
 #: What to do for figures that are not there.
 HOW_TO_MEASURE = "not measured: run sweep --measure"
 #: Groups in the table of the most sensitive ones that is open at first.
 MOST_SENSITIVE = 12
-_KINDS = {
-    "decoder": "Decoder",
-    "vision": "Vision tower",
-    "merger": "Vision tower",
-    "draft": "Draft and output head",
-    "head": "Draft and output head",
-}
 
 
-def page(report: Facts) -> str:
+def page(findings: Findings) -> str:
     """The page."""
-    repository = report["repository"]
-    written = repository["written"]
+    repository = findings.repository
+    size = repository.written.bytes if repository.written else repository.at_most_bytes
     return _template().render(
-        report=report,
-        chart=chart(report),
-        sizes=formatting.shrunk(
-            report["model"]["source_bytes"], (written or {}).get("bytes") or repository["at_most_bytes"]
-        ),
-        made=f"{datetime.fromisoformat(report['made']):%-d %B %Y, %H:%M} UTC",
-        reasons=reasons(report),
-        sections=sections(report),
-        strips=strips(report),
-        sensitive=sensitive(report),
-        settings=list(_flat(report["settings"])),
-        data=_data(report),
+        report=findings,
+        chart=chart(findings),
+        sizes=formatting.shrunk(findings.model.source_bytes, size),
+        made=f"{datetime.fromisoformat(findings.made):%-d %B %Y, %H:%M} UTC",
+        reasons=reasons(findings),
+        sections=sections(findings),
+        strips=strips(findings),
+        sensitive=sensitive(findings),
+        settings=list(_flat(findings.settings)),
+        data=_data(findings),
         unmeasured=HOW_TO_MEASURE,
         most=MOST_SENSITIVE,
-        colours=COLOURS,
+        colours={str(name): format_.colours for name, format_ in FORMATS.items()},
     )
-
-
-#: (light, dark) fill and letter of every format; blues and greens have 4 bits, oranges 8, violet 16.
-COLOURS = {
-    "INT4": ("#cfe08a", "#1f2a00"),
-    "MXFP4": ("#8fd6c0", "#04291f"),
-    "NVFP4": ("#9ccbee", "#06263f"),
-    "NVFP4A16": ("#5f9fd6", "#00182b"),
-    "FP8": ("#f6c65b", "#332200"),
-    "MXFP8": ("#e8853d", "#2b1000"),
-    "BF16": ("#5b3a94", "#ffffff"),
-}
 
 
 # What the first screen says ---------------------------------------------------------------------------------
 
 
-def reasons(report: Facts) -> list[str]:
+def reasons(findings: Findings) -> list[str]:
     """Why this budget, in short sentences; only what the figures say."""
-    plan = report["plans"][report["budget"]]
-    found = [f"The plan for {formatting.target(plan['target'])} takes {plan['bpp']:.4f} bits per parameter."]
-    knee = report["knee"]
+    plan, knee = findings.plan, findings.knee
+    found = [f"The plan for {formatting.target(plan.target)} takes {plan.bpp:.4f} bits per parameter."]
     if knee is None:
         found.append("The frontier has no knee: fewer than three of its points lie between the targets.")
     else:
         found.append(
-            f"The knee of the predicted frontier is at {knee['bpp']:.3f} bits, over {knee['from_bpp']:.3f} to "
-            f"{knee['to_bpp']:.3f}. Up to it an added bit buys more than the average of that range, beyond it less. "
-            f"The plan lies {_beside(plan['bpp'] - knee['bpp'])}."
+            f"The knee of the predicted frontier is at {knee.bpp:.3f} bits, over {knee.from_bpp:.3f} to "
+            f"{knee.to_bpp:.3f}. Up to it an added bit buys more than the average of that range, beyond it less. "
+            f"The plan lies {_beside(plan.bpp - knee.bpp)}."
         )
-    measured_knee = (report["measured"] or {}).get("knee")
-    if measured_knee:
-        found.append(f"The knee of the measured curve is at {measured_knee['bpp']:.3f} bits.")
-    for entry in report["uniform"]:
-        loss = entry["predicted_loss"]
-        if entry["format"] == "BF16" or not loss or not plan["predicted_loss"]:
+    if findings.measured is not None and findings.measured.knee is not None:
+        found.append(f"The knee of the measured curve is at {findings.measured.knee.bpp:.3f} bits.")
+    for entry in findings.uniform:
+        loss, size = entry.predicted_loss, entry.weight_bytes
+        if entry.format == "BF16" or not loss or not size or not plan.predicted_loss:
             continue
-        size = plan["weight_bytes"] / entry["weight_bytes"] - 1
         ours, theirs = _kl(plan), _kl(entry)
         measured = f" (measured: {formatting.change(ours / theirs - 1)})" if ours is not None and theirs else ""
         found.append(
-            f"Against {entry['format']} everywhere: {formatting.change(size)} bytes of Linears, "
-            f"{formatting.change(plan['predicted_loss'] / loss - 1)} loss{measured}."
+            f"Against {entry.format} everywhere: {formatting.change(plan.weight_bytes / size - 1)} bytes of Linears, "
+            f"{formatting.change(plan.predicted_loss / loss - 1)} loss{measured}."
         )
     return found
 
@@ -108,88 +82,14 @@ def _beside(bits: float) -> str:
     return "at the knee" if abs(bits) < 0.0005 else f"{abs(bits):.3f} bits {'above' if bits > 0 else 'below'} it"
 
 
-def _kl(entry: Facts) -> float | None:
+def _kl(entry: PlanFindings | UniformFindings) -> float | None:
     """What was measured with everything rounded that the runtime rounds."""
-    found = (entry["measured"] or {}).get("activations")
-    return None if found is None else float(found["kl_mean"])
+    if entry.measured is None or entry.measured.activations is None:
+        return None
+    return entry.measured.activations.kl_mean
 
 
-# The map ----------------------------------------------------------------------------------------------------
-
-
-def sections(report: Facts) -> list[dict[str, Any]]:
-    """Layers × modules, a table for each part of the model; cells hold the row of their group, or None."""
-    blocks, groups = report["blocks"], report["groups"]
-    rows_of: dict[int, dict[str, int]] = {}
-    for row, (index, module) in enumerate(zip(groups["block"], groups["module"], strict=True)):
-        rows_of.setdefault(index, {})[module] = row
-    parts: dict[str, list[Any]] = {}
-    for block in blocks:
-        if block["index"] in rows_of:
-            parts.setdefault(_KINDS[block["kind"]], []).append(block)
-    found = []
-    for title, columns in parts.items():
-        modules = list(dict.fromkeys(module for block in columns for module in rows_of[block["index"]]))
-        found.append(
-            {
-                "title": title,
-                "columns": [block["label"] for block in columns],
-                "rows": [
-                    {"module": module, "cells": [rows_of[block["index"]].get(module) for block in columns]}
-                    for module in modules
-                ],
-            }
-        )
-    return sorted(found, key=lambda part: part["title"] != "Decoder")
-
-
-# Tables -----------------------------------------------------------------------------------------------------
-
-
-def sensitive(report: Facts) -> list[dict[str, Any]]:
-    """Every group, the one that loses most in the smallest format it can take first."""
-    groups, plan = report["groups"], report["plans"][report["budget"]]
-    letters = {entry["letter"]: entry["name"] for entry in report["formats"]}
-    names = [entry["name"] for entry in report["formats"]]
-    found = []
-    for row, name in enumerate(groups["name"]):
-        smallest = next(format_ for format_ in names if groups["cost"][format_][row] is not None)
-        found.append(
-            {
-                "name": name,
-                "parameters": groups["parameters"][row],
-                "format": letters[plan["choice"][row]],
-                "smallest": smallest,
-                "cost": groups["cost"][smallest][row],
-                "costs": {
-                    format_: (groups["cost"][format_][row], groups["standard_error"][format_][row])
-                    for format_ in names
-                    if format_ != "BF16"
-                },
-            }
-        )
-    return sorted(found, key=lambda entry: -entry["cost"])
-
-
-def strips(report: Facts) -> list[dict[str, Any]]:
-    """By codec, every kind of Linear with the ratios that ship: the spread of what rounding gained."""
-    kinds = {block["index"]: block["kind"] for block in report["blocks"]}
-    found: dict[str, dict[str, list[float]]] = {}
-    for entry in report["rounding"]["linears"]:
-        if entry["shipped"] is not None:
-            name = label(kinds[entry["block"]], entry["module"])
-            found.setdefault(entry["codec"], {}).setdefault(name, []).append(entry["shipped"])
-    return [
-        {
-            "codec": codec,
-            **report["rounding"]["codecs"][codec],
-            "rows": [
-                {"label": name, "median": statistics.median(ratios), "ratios": ratios}
-                for name, ratios in modules.items()
-            ],
-        }
-        for codec, modules in found.items()
-    ]
+# Settings ---------------------------------------------------------------------------------------------------
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -216,29 +116,28 @@ def _plain(value: Any) -> str:
 # What the controls need -------------------------------------------------------------------------------------
 
 
-def _data(report: Facts) -> dict[str, Any]:
-    groups = report["groups"]
+def _data(findings: Findings) -> dict[str, Any]:
+    groups, names = findings.groups, [entry.name for entry in findings.formats]
     return {
         "formats": [
-            {"name": entry["name"], "letter": entry["letter"], "coded": entry["codec"] is not None}
-            for entry in report["formats"]
+            {"name": entry.name, "letter": entry.letter, "coded": entry.codec is not None} for entry in findings.formats
         ],
         "plans": [
             {
-                "choice": plan["choice"],
-                "text": f"{formatting.target(plan['target'])}: {plan['bpp']:.4f} bits per parameter, "
-                f"{formatting.size(plan['weight_bytes'])} of codes and scales, predicted loss "
-                f"{formatting.with_error(plan['predicted_loss'], plan['standard_error'])} nats per token; "
-                + ", ".join(f"{count} groups {name}" for name, count in plan["groups"].items() if count),
+                "choice": plan.choice,
+                "text": f"{formatting.target(plan.target)}: {plan.bpp:.4f} bits per parameter, "
+                f"{formatting.size(plan.weight_bytes)} of codes and scales, predicted loss "
+                f"{formatting.with_error(plan.predicted_loss, plan.standard_error)} nats per token; "
+                + ", ".join(f"{count} groups {name}" for name, count in plan.groups.items() if count),
             }
-            for plan in report["plans"]
+            for plan in findings.plans
         ],
-        "budget": report["budget"],
-        "groups": groups["name"],
-        "parameters": groups["parameters"],
-        "bytes": [groups["bytes"][entry["name"]] for entry in report["formats"]],
-        "cost": [_rounded(groups["cost"][entry["name"]]) for entry in report["formats"]],
-        "error": [_rounded(groups["standard_error"][entry["name"]]) for entry in report["formats"]],
+        "budget": findings.budget,
+        "groups": groups.name,
+        "parameters": groups.parameters,
+        "bytes": [groups.bytes[name] for name in names],
+        "cost": [_rounded(groups.cost[name]) for name in names],
+        "error": [_rounded(groups.standard_error[name]) for name in names],
     }
 
 

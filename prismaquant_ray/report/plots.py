@@ -1,10 +1,10 @@
-"""The report's plots as PNG, for slides and documents: the same facts as the page."""
+"""The report's plots as PNG, for slides and documents: the same findings as the page."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 
 from prismaquant_ray import formatting
+from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report import chart
-from prismaquant_ray.report.page import COLOURS, sections, sensitive, strips
-
-Facts = Mapping[str, Any]
+from prismaquant_ray.report.arrangement import sections, sensitive, strips
+from prismaquant_ray.report.findings import Findings, FrontierCurve
 
 _DPI = 150
 #: Marker, colour and whether it is filled, by series of the frontier.
@@ -35,25 +35,25 @@ _MARKS = {
 _MOST = 20
 
 
-def plots(report: Facts) -> dict[str, bytes]:
+def plots(findings: Findings) -> dict[str, bytes]:
     """PNG files by name; those of figures that a run does not have are left out."""
     figures = {
-        "frontier": _frontier(report),
-        "format_map": _format_map(report),
-        "sensitivity": _sensitivity(report),
-        "most_sensitive": _most_sensitive(report),
-        "rounding": _rounding(report),
+        "frontier": _frontier(findings),
+        "format_map": _format_map(findings),
+        "sensitivity": _sensitivity(findings),
+        "most_sensitive": _most_sensitive(findings),
+        "rounding": _rounding(findings),
     }
-    if report["composition"]["all"]["cross_cost"] is not None:
-        figures["cost_split"] = _cost_split(report)
-    if report["experts"]:
-        figures["experts"] = _experts(report)
-    return {name: _png(figure, name, report) for name, figure in figures.items()}
+    if findings.composition.all.cross_cost is not None:
+        figures["cost_split"] = _cost_split(findings)
+    if findings.experts:
+        figures["experts"] = _experts(findings)
+    return {name: _png(figure, name, findings) for name, figure in figures.items()}
 
 
-def _png(figure: Figure, name: str, report: Facts) -> bytes:
+def _png(figure: Figure, name: str, findings: Findings) -> bytes:
     data = io.BytesIO()
-    title = f"{report['model']['title']}: {name.replace('_', ' ')}"
+    title = f"{findings.model.title}: {name.replace('_', ' ')}"
     FigureCanvasAgg(figure)
     figure.savefig(data, format="png", dpi=_DPI, metadata={"Title": title, "Software": "prismaquant-ray"})
     return data.getvalue()
@@ -83,11 +83,11 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"
 
 
-def _frontier(report: Facts) -> Figure:
-    figure, axes = _figure(9, 5, f"{report['model']['title']}: loss against bits")
-    found = chart.chart(report)
-    line = report["frontier"] or {"bpp": [], "predicted_loss": []}
-    axes.plot(line["bpp"], line["predicted_loss"], color="#15569c", alpha=0.5, label="every best plan, predicted")
+def _frontier(findings: Findings) -> Figure:
+    figure, axes = _figure(9, 5, f"{findings.model.title}: loss against bits")
+    found = chart.chart(findings)
+    line = findings.frontier or FrontierCurve(bpp=[], predicted_loss=[])
+    axes.plot(line.bpp, line.predicted_loss, color="#15569c", alpha=0.5, label="every best plan, predicted")
     for series, text in found.series.items():
         marker, colour, filled = _MARKS[series]
         points = [point for point in found.points if point.series == series]
@@ -114,32 +114,32 @@ def _frontier(report: Facts) -> Figure:
     return figure
 
 
-def _format_map(report: Facts) -> Figure:
-    plan = report["plans"][report["budget"]]
-    letters = [entry["letter"] for entry in report["formats"]]
-    colours = ListedColormap([COLOURS[entry["name"]][0] for entry in report["formats"]])
+def _format_map(findings: Findings) -> Figure:
+    plan = findings.plan
+    letters = [entry.letter for entry in findings.formats]
+    colours = ListedColormap([FORMATS[FormatName(entry.name)].colours[0] for entry in findings.formats])
     norm = BoundaryNorm(np.arange(len(letters) + 1) - 0.5, len(letters))
-    title = f"{report['model']['title']}, {formatting.target(plan['target'])}: format of every fused group"
+    title = f"{findings.model.title}, {formatting.target(plan.target)}: format of every fused group"
 
     def draw(axes: Axes, rows: np.ndarray[Any, Any]) -> None:
-        columns = np.array([[math.nan if g < 0 else letters.index(plan["choice"][g]) for g in row] for row in rows])
+        columns = np.array([[math.nan if g < 0 else letters.index(plan.choice[g]) for g in row] for row in rows])
         axes.imshow(columns, cmap=colours, norm=norm, aspect="auto")
         if rows.shape[1] <= 100:
             for (y, x), group in np.ndenumerate(rows):
                 if group >= 0:
-                    name = report["formats"][int(columns[y, x])]["name"]
-                    axes.text(x, y, plan["choice"][group], color=COLOURS[name][1], ha="center", va="center", fontsize=6)
+                    _, ink = FORMATS[FormatName(findings.formats[int(columns[y, x])].name)].colours
+                    axes.text(x, y, plan.choice[group], color=ink, ha="center", va="center", fontsize=6)
 
-    figure = _maps(report, title, draw)
-    names = ", ".join(f"{entry['letter']} = {entry['name']}" for entry in report["formats"])
+    figure = _maps(findings, title, draw)
+    names = ", ".join(f"{entry.letter} = {entry.name}" for entry in findings.formats)
     figure.supxlabel(f"layer    ({names})", fontsize=9)
     return figure
 
 
-def _sensitivity(report: Facts) -> Figure:
+def _sensitivity(findings: Findings) -> Figure:
     """Log scale of what every group costs in the smallest format of the run."""
-    name = report["formats"][0]["name"]
-    costs = [math.nan if cost is None or cost <= 0 else cost for cost in report["groups"]["cost"][name]]
+    name = findings.formats[0].name
+    costs = [math.nan if cost is None or cost <= 0 else cost for cost in findings.groups.cost[name]]
     there = [cost for cost in costs if not math.isnan(cost)] or [1e-9, 1.0]
     norm = LogNorm(vmin=min(there), vmax=max(*there, 1.01 * min(there)))
 
@@ -148,87 +148,88 @@ def _sensitivity(report: Facts) -> Figure:
         image = axes.imshow(values, cmap="cividis", norm=norm, aspect="auto")
         axes.figure.colorbar(image, ax=axes, label="nats per token", pad=0.01)
 
-    figure = _maps(report, f"{report['model']['title']}: predicted loss of each group alone in {name}", draw)
+    figure = _maps(findings, f"{findings.model.title}: predicted loss of each group alone in {name}", draw)
     figure.supxlabel("layer", fontsize=9)
     return figure
 
 
-def _maps(report: Facts, title: str, draw: Any) -> Figure:
+def _maps(findings: Findings, title: str, draw: Any) -> Figure:
     """Layers × modules, a map above the other for each part of the model; `draw` gets rows of groups, −1 for none."""
-    parts = sections(report)
-    heights = [len(part["rows"]) + 1 for part in parts]
-    widest = max(len(part["columns"]) for part in parts)
+    parts = sections(findings)
+    heights = [len(part.rows) + 1 for part in parts]
+    widest = max(len(part.columns) for part in parts)
     figure = Figure(figsize=(min(24, 3 + 0.22 * max(widest, 20)), 1.2 + 0.3 * sum(heights)), layout="constrained")
     all_axes = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)
     for place, (part, axes) in enumerate(zip(parts, all_axes[:, 0], strict=True)):
-        rows = np.array([[-1 if cell is None else cell for cell in row["cells"]] for row in part["rows"]])
+        rows = np.array([[-1 if cell is None else cell for cell in row.cells] for row in part.rows])
         draw(axes, rows)
-        _rows(axes, [row["module"] for row in part["rows"]])
-        step = max(1, len(part["columns"]) // 32)
-        axes.set_xticks(range(0, len(part["columns"]), step), part["columns"][::step], fontsize=7)
-        _titled(axes, title if place == 0 else part["title"])
+        _rows(axes, [row.module for row in part.rows])
+        step = max(1, len(part.columns) // 32)
+        axes.set_xticks(range(0, len(part.columns), step), part.columns[::step], fontsize=7)
+        _titled(axes, title if place == 0 else part.title)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
     return figure
 
 
-def _most_sensitive(report: Facts) -> Figure:
-    rows = sensitive(report)[:_MOST]
-    figure, axes = _figure(9, 1.4 + 0.27 * len(rows), f"{report['model']['title']}: the most sensitive groups")
-    errors = [row["costs"][row["smallest"]][1] or 0.0 if row["smallest"] in row["costs"] else 0.0 for row in rows]
-    axes.barh(range(len(rows)), [row["cost"] for row in rows], xerr=errors, color="#15569c", ecolor="#576073")
-    _rows(axes, [f"{row['name']}, {row['smallest']}" for row in rows])
+def _most_sensitive(findings: Findings) -> Figure:
+    rows = sensitive(findings)[:_MOST]
+    figure, axes = _figure(9, 1.4 + 0.27 * len(rows), f"{findings.model.title}: the most sensitive groups")
+    errors = [row.costs[row.smallest][1] or 0.0 if row.smallest in row.costs else 0.0 for row in rows]
+    axes.barh(range(len(rows)), [row.cost for row in rows], xerr=errors, color="#15569c", ecolor="#576073")
+    _rows(axes, [f"{row.name}, {row.smallest}" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("predicted loss, nats per token ± one standard error")
     return figure
 
 
-def _cost_split(report: Facts) -> Figure:
-    rows = report["composition"]["modules"]
-    plan = report["plans"][report["budget"]]
-    title = f"{report['model']['title']}, {formatting.target(plan['target'])}: predicted loss by cause"
+def _cost_split(findings: Findings) -> Figure:
+    rows = findings.composition.modules
+    plan = findings.plan
+    title = f"{findings.model.title}, {formatting.target(plan.target)}: predicted loss by cause"
     figure, axes = _figure(9, 1.4 + 0.35 * len(rows), title)
-    weights, activations = ([row[key] for row in rows] for key in ("weight_cost", "activation_cost"))
+    weights = [row.weight_cost or 0.0 for row in rows]
+    activations = [row.activation_cost or 0.0 for row in rows]
     axes.barh(range(len(rows)), weights, color="#15569c", label="weights")
     axes.barh(range(len(rows)), activations, left=weights, color="#e8853d", label="activations")
-    _rows(axes, [row["label"] for row in rows])
+    _rows(axes, [row.label for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("nats per token; what comes from both together is left out")
     axes.legend(frameon=False)
     return figure
 
 
-def _rounding(report: Facts) -> Figure:
-    found = strips(report)
-    heights = [len(strip["rows"]) + 1 for strip in found]
+def _rounding(findings: Findings) -> Figure:
+    found = strips(findings)
+    heights = [len(strip.rows) + 1 for strip in found]
     figure = Figure(figsize=(9, 1.2 + 0.24 * sum(heights)), layout="constrained")
     all_axes = figure.subplots(max(1, len(found)), 1, squeeze=False, sharex=True, height_ratios=heights or None)
     for strip, axes in zip(found, all_axes[:, 0], strict=False):
-        for place, row in enumerate(strip["rows"]):
-            axes.scatter(row["ratios"], [place] * len(row["ratios"]), s=12, alpha=0.45, color="#15569c", linewidths=0)
-            axes.plot([row["median"]] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.5)
-        _rows(axes, [row["label"] for row in strip["rows"]])
+        for place, row in enumerate(strip.rows):
+            axes.scatter(row.ratios, [place] * len(row.ratios), s=12, alpha=0.45, color="#15569c", linewidths=0)
+            axes.plot([row.median] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.5)
+        _rows(axes, [row.label for row in strip.rows])
         axes.invert_yaxis()
-        axes.set_xlim(0, max(1.02, *(ratio for row in strip["rows"] for ratio in row["ratios"])))
-        _titled(axes, f"{', '.join(strip['formats'])}: held-out output error against round-to-nearest")
+        axes.set_xlim(0, max(1.02, *(ratio for row in strip.rows for ratio in row.ratios)))
+        _titled(axes, f"{', '.join(strip.formats)}: held-out output error against round-to-nearest")
     figure.supxlabel("ratio as shipped (1: no gain)", fontsize=9)
     return figure
 
 
-def _experts(report: Facts) -> Figure:
+def _experts(findings: Findings) -> Figure:
     """Tokens of every expert of every layer, each layer's experts from the least used to the most used."""
-    rows = report["experts"]
-    widest = max(row["experts"] for row in rows)
+    rows = findings.experts
+    widest = max(row.experts for row in rows)
     tokens = np.full((len(rows), widest), math.nan)
     for place, row in enumerate(rows):
-        tokens[place, : row["experts"]] = sorted(row["tokens"])
-    figure, axes = _figure(9, 1.6 + 0.16 * len(rows), f"{report['model']['title']}: calibration tokens of every expert")
+        tokens[place, : row.experts] = sorted(row.tokens)
+    figure, axes = _figure(9, 1.6 + 0.16 * len(rows), f"{findings.model.title}: calibration tokens of every expert")
     # An expert without a token has no logarithm: it stays white.
     shown_ = np.where(tokens > 0, tokens, math.nan)
     top = max(2.0, float(np.nanmax(tokens)))
     image = axes.imshow(shown_, cmap="cividis", norm=LogNorm(vmin=1, vmax=top), aspect="auto", interpolation="nearest")
     figure.colorbar(image, ax=axes, label="tokens (white: none)", pad=0.01)
     step = max(1, len(rows) // 24)
-    _rows(axes, [row["group"] for row in rows[::step]], at=range(0, len(rows), step), size=7)
+    _rows(axes, [row.group for row in rows[::step]], at=range(0, len(rows), step), size=7)
     axes.set_xlabel("experts, from the least used to the most used")
     return figure

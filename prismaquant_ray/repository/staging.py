@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.repository.shards import CONFIG, MANIFEST, check_ours, is_dequantized
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.repository.manifest import MANIFEST, check_ours, is_dequantized
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.prefix import ByteWriter, Prefix
 from prismaquant_ray.storage.record import new_attempt

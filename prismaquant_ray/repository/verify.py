@@ -22,10 +22,11 @@ from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOB
 from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.repository import routing
+from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.quantization_config import Choice, check_choice, linears_by_format
-from prismaquant_ray.repository.shards import CONFIG, MANIFEST
 from prismaquant_ray.repository.writer import REWRITTEN, bits
-from prismaquant_ray.source.checkpoint import INDEX, as_tensor, read_header
+from prismaquant_ray.source.checkpoint import as_tensor, read_header
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, TensorSource
 from prismaquant_ray.source.ranges import parts, read_pieces, threads

@@ -16,21 +16,13 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, README, as_json, claim
 from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config
-from prismaquant_ray.repository.shards import (
-    CONFIG,
-    MANIFEST,
-    MANIFEST_SCHEMA,
-    Output,
-    as_json,
-    claim,
-    write_shards,
-)
-from prismaquant_ray.source.checkpoint import INDEX
+from prismaquant_ray.repository.shards import Output, write_shards
+from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.prefix import Prefix
 
-README = "README.md"
 #: files of the source that are written anew
 REWRITTEN = (CONFIG, MANIFEST)
 # What bits per parameter count; the scalars beside them are some bytes of a matrix of megabytes.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.source import block_fp8
+from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.storage.prefix import Prefix
@@ -21,8 +22,6 @@ from prismaquant_ray.storage.store import Store
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _SAMPLE = 4096
 
 

@@ -1,0 +1,32 @@
+"""`allocate`: the plan for the budget, from stored measurements."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from jobs.commands.progress import run_progress
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import Config
+from prismaquant_ray.formatting import server_memory
+from prismaquant_ray.records import PlanRecord
+
+
+def run(config: Config) -> PlanRecord:
+    """Measure what is missing, then solve."""
+    with run_progress() as progress:
+        return Run(config, on_event=progress).repairing(lambda known: known.plan)
+
+
+def render(plan: PlanRecord, console: Console) -> None:
+    """One plan, for people."""
+    formats = ", ".join(f"{count} {name}" for name, count in plan.groups.items() if count)
+    console.print(
+        f"{plan.target}: {plan.bpp:.4f} bits per parameter, predicted loss "
+        f"{plan.predicted_loss:.5f} ± {plan.standard_error:.5f} nats/token, gap {plan.gap:.1e}"
+    )
+    console.print(
+        f"  groups: {formats}; repository at most {plan.repository_bytes_at_most / 1e6:,.1f} MB, "
+        f"{plan.loaded_bytes / 1e6:,.1f} MB as loaded"
+    )
+    if plan.vram is not None:
+        console.print(f"  vram: {server_memory(plan.vram)}")

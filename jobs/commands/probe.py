@@ -1,0 +1,38 @@
+"""`probe`: both passes, nothing chosen."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from jobs.commands.progress import run_progress
+from jobs.pipeline.run import Run
+from prismaquant_ray.config import Config
+from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+
+
+def run(config: Config, *, fresh: bool = False) -> ProbeSummary:
+    """Measure what is missing and say what was found."""
+    with run_progress() as progress:
+        return Run(config, fresh=fresh, on_event=progress).repairing(lambda known: summarize_probe(known.data))
+
+
+def render(result: ProbeSummary, console: Console) -> None:
+    """What was measured, for people."""
+    console.print(f"measured {result.groups} groups in {result.blocks} blocks over {result.tokens:,} tokens")
+    for name, loss in result.uniform_loss.items():
+        console.print(f"  all {name:<9} predicted loss {'not possible' if loss is None else f'{loss:.4f} nats/token'}")
+    for codec, ratio in result.holdout_error_to_nearest.items():
+        wins = ", ".join(f"{method} {count}" for method, count in sorted(result.methods[codec].items()))
+        console.print(f"  {codec:<13} held-out output error {ratio:.3f} of round-to-nearest ({wins})")
+    if result.experts:
+        fewest = min(entry.fewest for entry in result.experts.values())
+        unseen = sum(entry.unseen for entry in result.experts.values())
+        console.print(
+            f"  experts of {len(result.experts)} layers: {fewest:,} calibration tokens at least, {unseen} saw none"
+        )
+    if result.draft_agreement:
+        agreement = ", ".join(f"{name} {share:.3f}" for name, share in result.draft_agreement.items())
+        console.print(f"  draft head agrees with the model's best guess: {agreement}")
+    console.print("most sensitive:")
+    for price in result.most_sensitive[:5]:
+        console.print(f"  {price.cost:.5f} ± {price.standard_error:.5f}  {price.format:<8} {price.group}")

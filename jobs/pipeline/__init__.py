@@ -1,0 +1,1 @@
+"""The stages of a run as a library: typed results, events told to listeners, nothing printed."""

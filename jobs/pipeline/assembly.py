@@ -1,0 +1,157 @@
+"""The repository of a plan: written, verified, and put in place only when it is right."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.pipeline import checks
+from jobs.pipeline.measured import Measured
+from jobs.pipeline.run import Run
+from prismaquant_ray import __version__
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import InputError, PrismaquantError
+from prismaquant_ray.events import Listener, RepositoryWritten
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.records import PlanRecord, PlanSummary
+from prismaquant_ray.report.card import card
+from prismaquant_ray.report.shipped import shipped
+from prismaquant_ray.repository.manifest import MANIFEST, is_dequantized
+from prismaquant_ray.repository.staging import check_output, staged_output
+from prismaquant_ray.repository.verify import verify_repository
+from prismaquant_ray.repository.writer import Written, write_repository
+from prismaquant_ray.source.files import INDEX
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.store import Store
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssembledRepository:
+    """A verified repository: bytes of every file, digests of the shards, and the plan that it was written for."""
+
+    repository: str
+    total_bytes: int
+    bpp: float
+    bits_all_parameters: float
+    files: dict[str, int]
+    sha256: dict[str, str]
+    plan: PlanSummary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifiedRepository:
+    """What `verify` found: every problem, Linears by format, tensors, bytes; the exit code is 2 where it is wrong."""
+
+    repository: str
+    ok: bool
+    problems: list[str]
+    linears: dict[FormatName, int]
+    tensors: int
+    total_bytes: int
+    bpp: float
+    exit_code: int
+
+
+def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str | None = None) -> AssembledRepository:
+    """Write, verify, publish. Nothing appears at `output`, or `store.output`, unless the repository is right."""
+    started = time.monotonic()
+    output = run.config.store.output if output is None else output
+    check_output(output)
+    layout, candidates = measured.layout, measured.candidates
+    used = {(layout.block_of[group].index, name) for group, name in plan.choice.items() if FORMATS[name].codec}
+    # Before anything is written: a damaged store is not a bug of the writer.
+    candidates.check(sorted(used))
+    findings, known = measured.findings(plan), measured.measured_plans()
+    manifest = {
+        "prismaquant_ray": __version__,
+        "target": plan.target,
+        "objective": plan.objective,
+        "predicted_loss": plan.predicted_loss,
+        "bpp": plan.bpp,
+    }
+
+    def readme(written: Written) -> bytes:
+        return card(findings, shipped(measured.data, plan, written, known)).encode()
+
+    with staged_output(output) as store:
+        repository = write_repository(
+            measured.source, layout, plan.choice, candidates, store, manifest=manifest, card=readme
+        )
+        verification = verify_repository(store, measured.source, layout, plan.choice, candidates)
+        if not verification.ok:
+            raise PrismaquantError(
+                f"the repository is wrong ({verification.problems[0]}); this is a bug, nothing was published"
+            )
+        _check_budget(measured, plan, store, repository.total_bytes)
+    run.note(
+        RepositoryWritten(
+            uri=absolute(output),
+            target=plan.target,
+            bpp=repository.bpp,
+            bytes=repository.total_bytes,
+            seconds=round(time.monotonic() - started, 3),
+        )
+    )
+    return AssembledRepository(
+        repository=str(output),
+        total_bytes=repository.total_bytes,
+        bpp=repository.bpp,
+        bits_all_parameters=repository.bits_all_parameters,
+        files=repository.files,
+        sha256=repository.sha256,
+        plan=plan.summary,
+    )
+
+
+def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, total_bytes: int) -> None:
+    """What was written keeps the budget: every byte of the repository, or every tensor as a server loads it."""
+    budget, serving = measured.config.budget, measured.sizes.serving
+    if plan.target != budget.target:
+        return  # a plan for another budget, which its maker keeps
+    exceeded = budget.bytes is not None and total_bytes > budget.bytes
+    if budget.vram is not None:
+        assert serving is not None
+        loaded = json.loads(store.get(INDEX))["metadata"]["total_size"]
+        exceeded = serving.needed(loaded) > budget.vram
+    if exceeded:
+        raise PrismaquantError(
+            f"{total_bytes} bytes exceed the budget {budget.target}; this is a bug, nothing was published"
+        )
+
+
+def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepository:
+    """Check the repository at `store.output`, whatever budget it was made for, against the run and the source.
+
+    Names, routing, bytes and sizes are those that a runtime would see.
+
+    Raises:
+        InputError: there is no repository of ours.
+    """
+    output = config.store.output
+    if not checks.exists(output, MANIFEST):
+        raise InputError(f"store.output {output} is not a repository of ours; run assemble first")
+    store = Store(output, create=False)
+    if is_dequantized(store.get(MANIFEST)):
+        raise InputError(f"store.output {output} is a dequantized repository; verify the quantized one")
+    try:
+        manifest = json.loads(store.get(MANIFEST))
+    except ValueError as error:
+        raise InputError(f"store.output {output}: {MANIFEST} is not JSON; run assemble again") from error
+    if "choice" not in manifest:
+        raise InputError(f"store.output {output} was not written to its end; run assemble again")
+    choice = {group: FormatName(name) for group, name in manifest["choice"].items()}
+    measured = Run(config, on_event=on_event).measured()
+    found = verify_repository(store, measured.source, measured.layout, choice, measured.candidates)
+    return VerifiedRepository(
+        repository=str(output),
+        ok=found.ok,
+        problems=list(found.problems),
+        linears=dict(found.linears),
+        tensors=found.tensors,
+        total_bytes=found.total_bytes,
+        bpp=found.bpp,
+        exit_code=0 if found.ok else 2,
+    )

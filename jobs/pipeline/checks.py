@@ -1,0 +1,160 @@
+"""What a run is refused for before anything expensive."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from actors.connect import joins
+from actors.memory import free_memory
+from actors.memory_plan import MemoryPlan, ShardSize, shard_size
+from prismaquant_ray import __version__, records
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formatting import gigabytes
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.model.runner import check_finite
+from prismaquant_ray.records import RunRecord
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.store import Store, check_directory
+
+# Files that decide what text and images become: of the tokenizer, and of the processor.
+_PREPARING = ("tokenizer", "processor", "preprocessor", "chat_template")
+
+
+def exists(location: Path | str, key: str) -> bool:
+    """Whether a run store or repository has an object; looking does not create the place."""
+    if isinstance(location, Path):
+        return (location / key).is_file()
+    store = Store(location)
+    store.check_readable()
+    return store.size(key) is not None
+
+
+def empty(store: Store, *, keep: str) -> None:
+    """Delete everything but what is below `keep`."""
+    store.delete(key for key in store.list() if not key.startswith(keep))
+
+
+def check_stores(config: Config) -> None:
+    """InputError or StoreError unless the run store and the output can be written."""
+    for location in (config.store.run, config.store.output):
+        Store(location, create=False).check_writable() if isinstance(location, str) else check_directory(location)
+
+
+def check_weights(source: TensorSource, layout: Layout) -> None:
+    """InputError naming the first tensor with a NaN or an infinity; one block in memory at a time."""
+    for names in (layout.embedding, layout.head, *(block.tensors for block in layout.blocks)):
+        for name in names:
+            check_finite(source.read([name]), source.store.uri)
+
+
+def check_room(config: Config, plan: MemoryPlan) -> ShardSize:
+    """Blocks a worker of this machine will load at a time.
+
+    Of other machines' memory nothing is known here; their workers say what they have when they are there.
+
+    Raises:
+        InputError: memory or disk cannot hold the run; the message has the plan's figures.
+    """
+    workers = expected_workers(config)
+    size = shard_size(plan, config, workers=workers, free=free_device_memory(config) // workers)
+    if plan.worker(1) > size.free and (not joins(config.cluster) or config.cluster.memory != "auto"):
+        raise InputError(
+            f"not enough memory: {workers} workers need {gigabytes(plan.worker(1))} each (weights "
+            f"{gigabytes(plan.block_weights)}, Hessians {gigabytes(plan.block_hessians)}, candidates "
+            f"{gigabytes(plan.block_candidates)}, activations {gigabytes(plan.block_activations)}, head "
+            f"{gigabytes(plan.exit)}, working {gigabytes(plan.working)}, process {gigabytes(plan.base)}), "
+            f"{gigabytes(size.free)} are there for each; lower cluster.workers or calibration.microbatch"
+        )
+    _check_disk(config, plan, size.blocks)
+    return size
+
+
+def _check_disk(config: Config, plan: MemoryPlan, blocks: int) -> None:
+    """InputError unless run store and repository fit on their disks; object stores have no end."""
+    sizes = {config.store.run: plan.run_store(blocks), config.store.output: plan.repository}
+    wanted: dict[int, tuple[Path, int]] = {}
+    for path, bytes_ in sizes.items():
+        if isinstance(path, str):
+            continue
+        existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        device = existing.stat().st_dev
+        wanted[device] = (existing, wanted.get(device, (existing, 0))[1] + bytes_)
+    for place, bytes_ in wanted.values():
+        free = shutil.disk_usage(place).free
+        if bytes_ > free:
+            raise InputError(
+                f"not enough disk at {place}: run store {gigabytes(plan.run_store(blocks))} and repository "
+                f"{gigabytes(plan.repository)} are planned, {gigabytes(free)} are free; choose another store.run or "
+                "fewer calibration sequences"
+            )
+
+
+def expected_workers(config: Config) -> int:
+    """Workers a run on this machine will have; for planning, before Ray is there."""
+    if config.cluster.workers != "auto":
+        return config.cluster.workers
+    import torch
+
+    gpus = torch.cuda.device_count() if config.cluster.device != "cpu" else 0
+    return gpus or max(1, (os.cpu_count() or 1) // config.cluster.threads)
+
+
+def free_device_memory(config: Config) -> int:
+    """Bytes free where workers of this machine would compute, of all of them together."""
+    import torch
+
+    if config.cluster.device != "cpu" and torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+    return free_memory()
+
+
+def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
+    """Everything the measurements and candidates depend on, by the name a refusal shows."""
+    calibration = config.calibration
+    text = calibration.text
+    try:
+        text_digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"calibration.text {text}: cannot be read ({error.strerror})") from error
+    tokenizer = hashlib.sha256()
+    for name in sorted(source.other_files()):
+        if name.startswith(_PREPARING) or name in ("vocab.json", "merges.txt"):
+            tokenizer.update(source.store.get(name))
+    images = None
+    if calibration.images is not None:
+        from prismaquant_ray.calibration.images import files_digest
+
+        images = files_digest(calibration.images)
+    return {
+        "code": __version__,
+        "model": source.fingerprint(),
+        "model.dtype": config.model.dtype,
+        "model.quantize_lm_head": config.model.quantize_lm_head,
+        "calibration.text": text_digest,
+        "calibration.images": images,
+        "tokenizer": tokenizer.hexdigest(),
+        **{f"calibration.{key}": value for key, value in calibration.model_dump(exclude={"text", "images"}).items()},
+        "formats": [str(name) for name in config.formats],
+        "rounding": config.rounding.model_dump(mode="json"),
+        "cluster.threads": config.cluster.threads,
+    }
+
+
+def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
+    """InputError naming the first thing in which the run in the store is another one."""
+    try:
+        stored = records.loads(RunRecord, store.get(records.RUN)).fingerprint
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
+    for key, value in fingerprint.items():
+        if stored.get(key) != value:
+            shown = f"{stored.get(key)!r}, now {value!r}" if len(repr(value)) < 60 else "something else"
+            raise InputError(
+                f"{store.uri} holds a run with another {key} ({shown}); choose another store.run, or start this one "
+                "over with --fresh"
+            )

@@ -1,0 +1,204 @@
+"""Measuring variants of a model against it on text: those that are not known yet are run, and kept beside the run.
+
+The store holds `evaluations/<digest>/`: a record of each measured variant with its figures of every token, by what was
+measured on what text. While an evaluation runs it has a store of its own below `evaluations/running/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from actors.memory_plan import evaluation_memory_plan
+from actors.messages import Evaluation, WorkerSpec
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import RunStore
+from actors.schedule.shards import droppable_evaluation_boundaries, pending_evaluation_shards
+from actors.schedule.units import Shard, Stage, Unit
+from jobs.pipeline import sources
+from jobs.pipeline.passes import Passes
+from jobs.pipeline.workers import OpenWorkers
+from prismaquant_ray import __version__, records
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.stored import store_calibration
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summarize
+from prismaquant_ray.evaluation.variants import Variant
+from prismaquant_ray.events import Events
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import Divergence, DraftRecord, Excess
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
+from prismaquant_ray.storage.store import Store
+
+# Hidden states of a microbatch, of all models together, that go from one worker to the next.
+_HOP_BYTES = 1 << 28
+
+
+class EvaluationPass(Passes):
+    """The one pass of an evaluation."""
+
+    stages = (Stage.EVALUATION,)
+
+    @override
+    def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        return pending_evaluation_shards(self.graph, self.run_store.recorded(stage), limit=limit)
+
+    @override
+    def droppable(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        return droppable_evaluation_boundaries(self.graph, finished, left)
+
+    @override
+    def repair(self, error: DamagedError) -> None:
+        if not error.key.startswith(f"{Stage.EVALUATION}/"):
+            raise error  # a candidate, which its own run makes again
+        super().repair(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSession:
+    """One model and one text, on which variants are measured.
+
+    `store` keeps the results; variants are made of the `candidates` of a run store, or are the `repository`. A draft
+    head is left out unless `drafts`. `check` raises when the evaluation must end.
+    """
+
+    config: Config
+    source: TensorSource
+    layout: Layout
+    text: CalibrationSet
+    store: Store
+    events: Events
+    check: Callable[[], None]
+    open_workers: OpenWorkers
+    candidates: str | None = None
+    repository: TensorSource | None = None
+    drafts: bool = True
+
+    def measure(self, variants: Sequence[Variant]) -> list[Divergence]:
+        """Figures of the source, then of each variant."""
+        wanted = list({self._key(variant): variant for variant in variants}.items())
+        missing = [(key, variant) for key, variant in wanted if self._read(key) is None]
+        if self._read(self._key(None)) is None and not missing:
+            missing = wanted[:1]
+        size = self._at_once()
+        for start in range(0, len(missing), size):
+            self._run(missing[start : start + size])
+        found = [self._read(key) for key in (self._key(None), *map(self._key, variants))]
+        return [records.from_json(Divergence, record.metrics) for record in found if record is not None]
+
+    def excess(self, variant: Variant, other: Variant) -> Excess:
+        """How much higher the mean KL of one measured variant is than another's.
+
+        Both are of the same tokens, so that the differences between sequences cancel in the standard error.
+        """
+        ours, theirs = self._tokens(variant), self._tokens(other)
+        found = mean_of(ours["kl"].double() - theirs["kl"].double(), ours["sequence"])
+        return Excess(kl=found.mean, standard_error=found.standard_error)
+
+    def _tokens(self, variant: Variant) -> dict[str, Tensor]:
+        """kl, agrees, loss and sequence of every token (tokens,) of a measured variant."""
+        record = self._read(self._key(variant))
+        assert record is not None, "measure comes first"
+        return read_tensors(self.store, record.artifacts["tokens"])
+
+    # One pass -------------------------------------------------------------------------------------------------
+
+    def _run(self, pairs: Sequence[tuple[str, Variant]]) -> None:
+        variants = tuple(variant for _, variant in pairs)
+        # What is stored of an interrupted evaluation is by microbatches; with others it begins anew.
+        parts = [str(self.config.calibration.microbatch), *(key for key, _ in pairs)]
+        digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+        place = f"{self.store.uri.rstrip('/')}/{records.RUNNING_EVALUATION}/{digest}"
+        running = Store(place)
+        running.create(records.RUN, json.dumps({"evaluation": digest}).encode())
+        store_calibration(running, self.text)
+        graph = self._graph
+        evaluation = EvaluationPass(
+            spec=WorkerSpec(
+                name="",
+                config=self.config,
+                source=sources.absolute_source(self.config.model),
+                run=absolute(place),
+                evaluation=Evaluation(
+                    variants=variants,
+                    candidates=self.candidates,
+                    repository=None if self.repository is None else absolute(self.repository.store.uri),
+                ),
+            ),
+            memory_plan=evaluation_memory_plan(self.layout, self.config, self.text.tokens.shape[1], variants),
+            graph=graph,
+            run_store=RunStore(running),
+            events=self.events,
+            check=self.check,
+        )
+        evaluation.run(self.open_workers)
+        self._keep(running, graph, [self._key(None), *(key for key, _ in pairs)])
+        # Also of one that was interrupted and never asked for again.
+        self.store.delete(self.store.list(records.RUNNING_EVALUATION))
+
+    def _keep(self, running: Store, graph: PassGraph, keys: Sequence[str]) -> None:
+        run_store = RunStore(running)
+        found = run_store.records(Stage.EVALUATION, graph.exits)
+        pieces = [read_tensors(running, found[unit].artifacts["figures"]) for unit in graph.exits]
+        sequence = torch.cat([piece["sequence"] for piece in pieces])
+        columns = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in TokenFigures._fields}
+        agreement: list[float] = []
+        for unit in graph.heads[: graph.draft]:
+            draft = records.from_json(DraftRecord, run_store.record(Stage.EVALUATION, unit).metrics)
+            agreement = [count / draft.tokens for count in draft.agreed]
+        for row, key in enumerate(keys):
+            own = {name: column[row] for name, column in columns.items()}
+            figures = summarize(TokenFigures(**own), sequence)
+            if agreement:
+                figures = replace(figures, draft_agreement=agreement[row])
+            path = f"{records.EVALUATIONS}/{key}/{new_attempt()}/tokens.safetensors"
+            artifact = write_tensors(self.store, path, {**own, "sequence": sequence})
+            record = Record(artifacts={"tokens": artifact}, metrics=records.to_json(figures))
+            write_record(self.store, records.evaluation_key(key), record)
+
+    def _read(self, key: str) -> Record | None:
+        return read_record(self.store, records.evaluation_key(key))
+
+    @property
+    def _graph(self) -> PassGraph:
+        texts = math.ceil(self.text.texts / self.config.calibration.microbatch)
+        graph = PassGraph.of(self.layout, texts=texts, images=len(self.text.images))
+        return graph if self.drafts else replace(graph, draft=False)
+
+    def _at_once(self) -> int:
+        """Variants per pass: the activations that travel between workers grow with them."""
+        width = self.layout.hidden_size * self.config.model.bytes_per_value
+        one = self.config.calibration.microbatch * self.text.tokens.shape[1] * width
+        return max(1, _HOP_BYTES // one - 1)
+
+    @cached_property
+    def _depends_on(self) -> dict[str, str]:
+        """Of every figure: what is run, and on what."""
+        found = {
+            "code": __version__,
+            "model": self.source.fingerprint(),
+            "tokens": self.text.fingerprint,
+            "dtype": self.config.model.dtype,
+            "threads": str(self.config.cluster.threads),
+        }
+        return found if self.repository is None else {**found, "repository": self.repository.fingerprint()}
+
+    def _key(self, variant: Variant | None) -> str:
+        """The name of a variant's record: a digest of everything its figures depend on."""
+        body: dict[str, Any] = dict(self._depends_on)
+        if variant is not None:
+            body["activations"] = variant.activations
+            body["choice"] = variant.choice
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,0 +1,167 @@
+"""The measured loss of plans and their baselines, from the stored candidates. It changes no plan."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from jobs.pipeline import sources
+from jobs.pipeline.evaluation import EvaluationSession
+from jobs.pipeline.measured import Measured
+from jobs.pipeline.run import Run
+from prismaquant_ray import __version__, records
+from prismaquant_ray.allocation.baselines import LabelledPlan, baselines
+from prismaquant_ray.allocation.plans import Choice, columns_of, count_groups
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.config import EvaluationConfig
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.evaluation.comparison import measured_knee
+from prismaquant_ray.evaluation.variants import Variant
+from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.records import (
+    Divergence,
+    EvaluationText,
+    Excess,
+    MeasuredPlan,
+    MeasuredPlans,
+    PlanRecord,
+    SourceFigures,
+)
+from prismaquant_ray.storage.connection import absolute
+
+
+def measure_sweep(run: Run, measured: Measured) -> MeasuredPlans:
+    """Measure every target of the sweep and its baselines; the result is also stored."""
+    targets = measured.sweep.targets
+    plans = [*map(LabelledPlan.of, targets), *baselines(measured.planner, targets)]
+    result = _measure(run, measured, plans)
+    measured.store.put(records.MEASURED_PLANS, records.dumps(result))
+    return result
+
+
+def measure_plan(run: Run, measured: Measured, plan: PlanRecord) -> MeasuredPlans:
+    """Measure one plan; it joins what is stored of the same text, in the place of an earlier plan for its target."""
+    result = _measure(run, measured, [LabelledPlan.of(plan)])
+    before = measured.measured_plans()
+    if before is not None and before.text == result.text and before.code == result.code:
+        (entry,) = result.plans
+        others = [each for each in before.plans if (each.kind, each.target) != (entry.kind, entry.target)]
+        result = replace(before, plans=[*others, entry])
+    measured.store.put(records.MEASURED_PLANS, records.dumps(result))
+    return result
+
+
+def load_evaluation_text(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
+    """What plans are measured on.
+
+    Raises:
+        InputError: the configuration does not say, or the text is too short.
+    """
+    settings = run.config.evaluation
+    if settings is None:
+        raise InputError(
+            "nothing says what to measure on; give evaluation: {text: FILE}, a text calibration has not seen"
+        )
+    if settings.images is not None and run.config.calibration.images is None:
+        raise InputError("evaluation.images needs calibration.images: without them the vision tower is not measured")
+    return settings, sources.load_tokens(
+        run.source,
+        run.layout,
+        settings.text,
+        settings.images,
+        sequences=settings.sequences,
+        length=settings.length,
+        seed=run.config.calibration.seed,
+        holdout=0.0,
+    )
+
+
+def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> MeasuredPlans:
+    settings, text = load_evaluation_text(run)
+    with run.claimed() as lease, run.logged() as (events, _):
+        session = EvaluationSession(
+            config=run.config,
+            source=run.source,
+            layout=run.layout,
+            text=text,
+            store=measured.store,
+            events=events,
+            check=lease.check,
+            open_workers=run.open_workers,
+            candidates=absolute(run.config.store.run),
+        )
+        wanted = [(place, activations) for place, plan in enumerate(plans) for activations in _ways(plan)]
+        source, *found = session.measure([_variant(plans[place].choice, activations) for place, activations in wanted])
+        figures = dict(zip(wanted, found, strict=True))
+        behind = _behind(session, plans)
+    entries = [
+        _entry(measured, plan, figures.get((place, False)), figures[place, True], behind[place])
+        for place, plan in enumerate(plans)
+    ]
+    curve = [(entry.bpp, entry.activations.kl_mean) for entry in entries if entry.kind == "plan"]
+    return MeasuredPlans(
+        code=__version__,
+        text=EvaluationText(
+            file=settings.text.name,
+            sha256=hashlib.sha256(settings.text.read_bytes()).hexdigest(),
+            sequences=text.texts,
+            tokens=source.tokens,
+            images=len(text.images),
+        ),
+        calibration_tokens=measured.calibration.positions,
+        source=SourceFigures(loss=source.loss, perplexity=source.perplexity, draft_agreement=source.draft_agreement),
+        plans=entries,
+        knee=measured_knee(curve),
+    )
+
+
+def _behind(session: EvaluationSession, plans: Sequence[LabelledPlan]) -> list[Excess | None]:
+    """By how much each baseline's KL is above the plan's for the same target; None without such a plan."""
+    plan_of = {plan.target: plan for plan in plans if plan.kind == "plan"}
+    found: list[Excess | None] = []
+    for plan in plans:
+        other = None if plan.kind == "plan" else plan_of.get(plan.target)
+        found.append(
+            None if other is None else session.excess(_variant(plan.choice, True), _variant(other.choice, True))
+        )
+    return found
+
+
+def _ways(plan: LabelledPlan) -> tuple[bool, ...]:
+    """With activations always; plans and single formats also without."""
+    return (False, True) if plan.kind in ("plan", "uniform") else (True,)
+
+
+def _variant(choice: Choice, activations: bool) -> Variant:
+    return Variant(choice=dict(choice), activations=activations)
+
+
+def _entry(
+    measured: Measured, plan: LabelledPlan, weights: Divergence | None, activations: Divergence, behind: Excess | None
+) -> MeasuredPlan:
+    """A plan with its predictions, which are of what is measured: no draft head is in them."""
+    layout, sizes, table = measured.layout, measured.sizes, measured.planner.table
+    columns = columns_of(plan.choice, layout, sizes.formats)
+    rows = np.arange(len(columns))
+    size = int(sizes.weights[rows, columns].sum())
+    body = np.array([layout.block_of[group.name].kind is not BlockKind.DRAFT for group in layout.groups])
+    costs = np.where(body, table.token_fisher[rows, columns], 0.0)
+    errors = np.where(body, table.standard_error[rows, columns], 0.0)
+    return MeasuredPlan(
+        target=plan.target,
+        kind=plan.kind,
+        label=plan.label,
+        objective=plan.objective,
+        bpp=sizes.bpp(size),
+        weight_bytes=size,
+        groups=count_groups(plan.choice, sizes.formats),
+        predicted_loss=float(costs.sum()),
+        standard_error=float(np.sqrt(np.square(errors).sum())),
+        choice=dict(plan.choice),
+        weights=weights,
+        activations=activations,
+        behind_plan=behind,
+    )

@@ -1,0 +1,188 @@
+"""Passes over the workers, from the records that the store has to those that are missing.
+
+Anything that is damaged on the way is forgotten and planned again with the rest; `actors.schedule.shards` finds the
+least that must run for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import ClassVar
+
+from typing_extensions import override
+
+from actors.controller import Controller
+from actors.memory_plan import MemoryPlan, shard_size
+from actors.messages import WorkerSpec
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import REQUESTS, RunStore
+from actors.schedule.shards import droppable_boundaries, pending_shards
+from actors.schedule.units import PASSES, Shard, Stage, Unit, unit_of
+from jobs.pipeline.measured import read_stored
+from jobs.pipeline.workers import OpenWorkers
+from prismaquant_ray import records
+from prismaquant_ray.errors import DamagedError, InputError, StoreError
+from prismaquant_ray.events import Event, Events, Machine, ObjectRepaired, PassBegan, ShardDone, ShardsSized
+from prismaquant_ray.records import DeviceRecord
+
+#: A store that damages what is written again and again is not repaired by writing once more.
+REPAIRS = 10
+# Seconds the first worker may take to start on a cluster that has room for it.
+_FIRST = 60.0
+
+
+class Passes(ABC):
+    """Passes over one store. `check` raises when they must end, e.g. because a lease is lost."""
+
+    #: In order.
+    stages: ClassVar[tuple[Stage, ...]]
+
+    def __init__(
+        self,
+        *,
+        spec: WorkerSpec,
+        memory_plan: MemoryPlan,
+        graph: PassGraph,
+        run_store: RunStore,
+        events: Events,
+        check: Callable[[], None],
+    ) -> None:
+        self.spec = spec
+        self.memory_plan = memory_plan
+        self.graph = graph
+        self.run_store = run_store
+        self.events = events
+        self.check = check
+
+    @abstractmethod
+    def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        """The shards of a pass that are missing, at most `limit` blocks each."""
+
+    @abstractmethod
+    def droppable(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        """Boundaries that nobody needs once these units of a pass are finished; `left` are those that are not."""
+
+    def run(self, open_workers: OpenWorkers) -> None:
+        """Do what is missing; opens no worker when nothing is."""
+        if not any(self.pending(stage, limit=1) for stage in self.stages):
+            return
+        with (
+            open_workers(self.spec, min(len(self.graph.every), self.graph.blocks + 1)) as pool,
+            self.events.listening(*pool.listeners),
+        ):
+            cluster = self.spec.config.cluster
+            controller = Controller(
+                pool.workers,
+                self.events,
+                wanted=pool.wanted,
+                timeout=cluster.timeout,
+                first=max(cluster.wait, _FIRST),
+                check=self.check,
+                admit=self.admit,
+            )
+            first = controller.wait_for_first()
+            size = shard_size(
+                self.memory_plan,
+                self.spec.config,
+                workers=pool.wanted,
+                free=first.free_bytes // pool.sharing(),
+            )
+            self.events(
+                ShardsSized(
+                    model_blocks=self.memory_plan.blocks,
+                    blocks=size.blocks,
+                    free_bytes=size.free,
+                    fitting=size.fitting,
+                    wanted=size.wanted,
+                )
+            )
+            self._passes(controller, size.blocks)
+
+    def _passes(self, controller: Controller, limit: int) -> None:
+        for _ in range(REPAIRS):
+            try:
+                for stage in self.stages:
+                    self._run_pass(controller, stage, self.pending(stage, limit=limit))
+            except DamagedError as error:
+                self.repair(error)
+                controller.abandon()
+            else:
+                return
+        uri = self.run_store.store.uri
+        raise StoreError(f"{uri}: {REPAIRS} objects were damaged in a row; the store cannot be used")
+
+    def _run_pass(self, controller: Controller, stage: Stage, shards: tuple[Shard, ...]) -> None:
+        if not shards:
+            return
+        self.events(
+            PassBegan(
+                stage=str(stage),
+                shards=len(shards),
+                units=sum(len(shard.units) for shard in shards),
+                produced=sum(len(shard.produce) for shard in shards),
+                microbatches=len(self.graph.every),
+                steps=sum(len(shard.microbatches) + 1 for shard in shards),
+            )
+        )
+        left = {unit for shard in shards for unit in shard.units}
+        drops: list[Future[None]] = []
+
+        def finished(event: Event) -> None:
+            if isinstance(event, ShardDone):
+                units = [unit_of(key) for key in event.units]
+                left.difference_update(units)
+                drops.append(threads.submit(self._drop, self.droppable(stage, units, frozenset(left))))
+
+        with ExitStack() as stack:
+            # Deleting takes many requests, and workers wait for the driver. Who stops a run does not wait for it.
+            threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop")
+            stack.callback(threads.shutdown, cancel_futures=True)
+            stack.enter_context(self.events.listening(finished))
+            controller.run_pass(shards)
+            for drop in drops:
+                drop.result()
+
+    def repair(self, error: DamagedError) -> None:
+        """Forget the records that name a damaged object, so that it is made again.
+
+        Raises:
+            DamagedError: no record names it.
+        """
+        forgotten = self.run_store.forget(error.key)
+        if not forgotten and self.run_store.store.size(error.key) is not None:
+            raise error
+        self.events(ObjectRepaired(key=error.key, message=str(error), forgotten=forgotten))
+
+    def _drop(self, boundaries: Collection[tuple[Stage, Unit]]) -> None:
+        for stage, unit in boundaries:
+            self.run_store.drop_boundary(stage, unit)
+
+    def admit(self, worker: Machine) -> None:
+        """InputError unless a worker computes on the kind of device the run began with: others round differently."""
+        store = self.run_store.store
+        if store.create(records.DEVICE, records.dumps(DeviceRecord(device=worker.device))):
+            return
+        begun = read_stored(store, DeviceRecord, records.DEVICE, made_by="quantize --fresh")
+        if begun is not None and begun.device != worker.device:
+            raise InputError(
+                f"{store.uri} was begun on {begun.device}, a worker on {worker.host} has {worker.device}, which rounds "
+                "differently; use nodes of one kind (cluster.device, cluster.labels) or choose another store.run"
+            )
+
+
+class Measurement(Passes):
+    """Both passes that measure a model."""
+
+    stages = PASSES
+
+    @override
+    def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
+        forward, backward = (self.run_store.recorded(each) for each in PASSES)
+        return pending_shards(self.graph, forward, backward, limit=limit).of(stage)
+
+    @override
+    def droppable(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
+        return droppable_boundaries(self.graph, finished, left) if stage is Stage.BACKWARD else []

@@ -1,0 +1,220 @@
+"""Any compressed-tensors repository measured against the model it was made from, token by token.
+
+Both run side by side, block by block, on the workers of a cluster.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.pipeline import sources
+from jobs.pipeline.evaluation import EvaluationSession
+from jobs.pipeline.workers import OpenWorkers, ray_workers
+from prismaquant_ray.calibration.files import read_text
+from prismaquant_ray.compressed.view import RepositoryView
+from prismaquant_ray.config import Config, checked
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.evaluation.variants import Variant
+from prismaquant_ray.events import EventLog, Events, Listener
+from prismaquant_ray.layout import BlockKind, Layout
+from prismaquant_ray.model.layout_builder import build_layout, scope_of
+from prismaquant_ray.records import Divergence, SourceFigures
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import local_files
+from prismaquant_ray.storage.lease import held
+from prismaquant_ray.storage.store import Store, existing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextFigures:
+    """What was measured on: sequences of so many tokens, and images."""
+
+    file: str
+    sequences: int
+    length: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bits:
+    """Bits per parameter: of quantized Linears (None without any), of all parameters, and by all bytes of all files."""
+
+    quantized_linears: float | None
+    all_parameters: float
+    files: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluatedRepository:
+    """A repository beside its source: with its weights as they decode, and with activations rounded as well.
+
+    `formats` counts modules by format; `notes` are sentences that a reader of the figures must know.
+    """
+
+    repository: str
+    source: str
+    text: TextFigures
+    formats: dict[str, int]
+    bits: Bits
+    source_figures: SourceFigures
+    weights: Divergence
+    activations: Divergence
+    notes: list[str]
+
+
+def evaluate(
+    repository: str,
+    source: str,
+    text: Path | str,
+    *,
+    images: Path | None = None,
+    sequences: int = 24,
+    length: int = 512,
+    store: str | None = None,
+    overrides: Sequence[str] = (),
+    on_event: Listener | None = None,
+    open_workers: OpenWorkers = ray_workers,
+) -> EvaluatedRepository:
+    """KL, perplexity and top-1 agreement of any compressed-tensors repository against its source, on a text.
+
+    `sequences` of `length` tokens are measured, and `images`, a JSONL file with captions. `store` keeps what several
+    machines must share, and what an interrupted evaluation continues from; a temporary directory takes its place.
+    `overrides` are settings of model, cluster and calibration, e.g. `cluster.workers=8`.
+
+    Raises:
+        InputError: one of them cannot be read, or the repository was made from another model.
+    """
+    text = Path(text)
+    with _place(store) as place:
+        config = _config(source, text, images, place, overrides)
+        original = sources.open_source(config.model)
+        view = RepositoryView(existing(repository))
+        _, layout = build_layout(original, scope_of(config))
+        kinds = _check_same_model(original, layout, view)
+        if images is not None and layout.image_token is None:
+            raise InputError(f"--images is given, but {layout.architecture} has no vision tower that is known here")
+        tokens = sources.load_tokens(
+            original,
+            layout,
+            text,
+            images,
+            sequences=sequences,
+            length=length,
+            seed=config.calibration.seed,
+            holdout=0.0,
+        )
+        notes = [*view.caveats, *_check_tokenizer(original, view, text)]
+        if layout.of(BlockKind.DRAFT) and BlockKind.DRAFT not in kinds:
+            notes.append("the repository has no draft head; the source's was not measured")
+        kept = Store(place)
+        with held(kept) as lease:
+            log = EventLog(kept)
+            session = EvaluationSession(
+                config=config,
+                source=original,
+                layout=layout,
+                text=tokens,
+                store=kept,
+                events=Events(log) if on_event is None else Events(log, on_event),
+                check=lease.check,
+                open_workers=open_workers,
+                repository=view,
+                drafts=BlockKind.DRAFT in kinds,
+            )
+            try:
+                reference, weights, activations = session.measure(
+                    [Variant(choice=None, activations=activations) for activations in (False, True)]
+                )
+            finally:
+                log.flush()
+    return EvaluatedRepository(
+        repository=repository,
+        source=source,
+        text=TextFigures(file=str(text), sequences=tokens.texts, length=length, images=len(tokens.images)),
+        formats=dict(view.formats),
+        bits=_bits(view),
+        source_figures=SourceFigures(
+            loss=reference.loss, perplexity=reference.perplexity, draft_agreement=reference.draft_agreement
+        ),
+        weights=weights,
+        activations=activations,
+        notes=notes,
+    )
+
+
+@contextmanager
+def _place(store: str | None) -> Iterator[str]:
+    if store is not None:
+        yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="prismaquant-evaluate-") as directory:
+        yield directory
+
+
+def _config(source: str, text: Path, images: Path | None, place: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run, of which an evaluation reads model, cluster and microbatch."""
+    body = {
+        "model": {"source": source},
+        "calibration": {"text": str(text), "images": None if images is None else str(images)},
+        "budget": {"bpp": 16.0},
+        "store": {"run": place, "output": f"{place.rstrip('/')}-output"},
+    }
+    return checked(body, overrides, name="evaluate")
+
+
+def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView) -> set[BlockKind]:
+    """The kinds of blocks that the repository has; InputError unless what it has is what the source has.
+
+    It may do without a draft head, which transformers does not save.
+    """
+    found: set[BlockKind] = set()
+    parts = [(None, (*layout.embedding, *layout.pixels, *layout.head)), *((b.kind, b.tensors) for b in layout.blocks)]
+    for kind, names in parts:
+        missing = next((name for name in names if name not in view.tensors), None)
+        if missing is not None and kind is not BlockKind.DRAFT:
+            raise InputError(
+                f"{view.store.uri} has no {missing}, which {source.store.uri} has; it was made from another model"
+            )
+        for name in names if missing is None else ():
+            ours, theirs = source.tensors[name].shape, view.tensors[name].shape
+            if ours != theirs:
+                raise InputError(
+                    f"{view.store.uri}: {name} is {theirs}, in {source.store.uri} it is {ours}; it was made from "
+                    "another model"
+                )
+        if missing is None and kind is not None:
+            found.add(kind)
+    return found
+
+
+def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> list[str]:
+    """InputError unless both tokenizers read the text alike; a note when the repository has none."""
+    if not any(name.startswith(("tokenizer", "vocab")) for name in view.other_files()):
+        return ["the repository has no tokenizer of its own; the source's was used"]
+    sample = read_text(text, "The evaluation text")
+    ids = []
+    for checkpoint in (source, view):
+        with local_files(checkpoint) as directory:
+            tokenizer = sources.load_tokenizer(checkpoint, directory)
+            ids.append(tokenizer(sample, verbose=False)["input_ids"])
+    if ids[0] != ids[1]:
+        position = next((i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1]), min(map(len, ids)))
+        raise InputError(
+            f"{view.store.uri} and {source.store.uri} have different tokenizers: they read {text} as {len(ids[1]):,} "
+            f"and {len(ids[0]):,} tokens, different from token {position} on; evaluate with the source it was made from"
+        )
+    return []
+
+
+def _bits(view: RepositoryView) -> Bits:
+    """Bits per parameter, by three denominators."""
+    sizes = view.sizes()
+    return Bits(
+        quantized_linears=8 * sizes.linear_bytes / sizes.linear_parameters if sizes.linear_parameters else None,
+        all_parameters=8 * sizes.tensor_bytes / sizes.parameters,
+        files=8 * sizes.file_bytes / sizes.parameters,
+    )

@@ -1,0 +1,295 @@
+"""A run: its inputs, its store, and both passes, which are done when their records are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from actors.memory_plan import MemoryPlan, memory_plan
+from actors.messages import WorkerSpec
+from actors.schedule.pass_graph import PassGraph
+from actors.schedule.run_store import RunStore
+from jobs.pipeline import checks, sources
+from jobs.pipeline.measured import Measured
+from jobs.pipeline.passes import REPAIRS, Measurement
+from jobs.pipeline.workers import OpenWorkers, ray_workers
+from prismaquant_ray import records
+from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
+from prismaquant_ray.allocation.constraints import constrained
+from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.stored import store_calibration
+from prismaquant_ray.config import Config
+from prismaquant_ray.errors import DamagedError, InputError
+from prismaquant_ray.events import Event, EventLog, Events, Listener, Notice, ObjectRepaired, RunBegan, RunEnded
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.model.layout_builder import build_layout, load_config, scope_of
+from prismaquant_ray.records import MeasuredRecord, RunRecord
+from prismaquant_ray.repository.staging import check_output
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
+from prismaquant_ray.storage.store import Store
+
+_LAYOUT = TypeAdapter(Layout)
+T = TypeVar("T")
+
+
+class Run:
+    """One configuration over one run store. Opening checks the inputs; stages run when asked for."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_event: Listener | None = None,
+        open_workers: OpenWorkers = ray_workers,
+        fresh: bool = False,
+        weights: bool = True,
+    ) -> None:
+        """`open_workers` gives the workers; `fresh` deletes what the run store holds before anything is measured.
+
+        Without `weights` the model may be a configuration only, and nothing but its layout and memory plan can be
+        asked for.
+        """
+        self.config = config
+        self.listeners = () if on_event is None else (on_event,)
+        self.open_workers = open_workers
+        self.fresh = fresh
+        self.lease: Lease | None = None
+        self.source: TensorSource = sources.open_source(config.model, weights=weights)
+        self._measured: Measured | None = None
+
+    # Inputs -----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def store(self) -> Store:
+        """The run store, created and claimed on first use; refused when another run's measurements are in it."""
+        fingerprint = checks.fingerprint(self.config, self.source)
+        store = Store(self.config.store.run)
+        record = RunRecord(fingerprint=fingerprint, config=self.config.model_dump(mode="json"))
+        if not store.create(records.RUN, records.dumps(record)):
+            checks.refuse_mismatch(store, fingerprint)
+        return store
+
+    @cached_property
+    def run_store(self) -> RunStore:
+        """The records of both passes."""
+        return RunStore(self.store)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """From the run store when it is there, else from the headers and the model's own classes."""
+        if self.is_measured:
+            try:
+                return _LAYOUT.validate_json(self.store.get(records.LAYOUT))
+            except (KeyError, ValidationError):
+                self.store.put(records.LAYOUT, _LAYOUT.dump_json(self._build_layout()))
+        return self._build_layout()
+
+    def _build_layout(self) -> Layout:
+        return build_layout(self.source, scope_of(self.config))[1]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of every candidate and of everything else, with what the configuration rules out."""
+        quantizable = {source for linear in self.layout.linears() for source in linear.sources}
+        ignored = [info for name, info in self.source.tensors.items() if name not in quantizable]
+        files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
+        sizes = measure(
+            self.layout,
+            self.config.formats,
+            ignored_bytes=sum(info.nbytes for info in ignored),
+            other_bytes=sum(entry_bytes(info.name) for info in ignored) + files,
+            serving=self._serving(),
+        )
+        return constrained(sizes, self.layout, self.config.allocation)
+
+    def _serving(self) -> Serving | None:
+        """What a server holds beside the weights, when the budget says for how long a context."""
+        budget = self.config.budget
+        if budget.context is None:
+            return None
+        text = load_config(self.source).get_text_config()
+        drafts = draft_layers(text, self.source.tensors)
+        return Serving(
+            cache=kv_cache(text, kv_cache=budget.kv_cache, draft_layers=drafts),
+            context=budget.context,
+            sequences=budget.sequences,
+            margin=budget.margin,
+        )
+
+    @cached_property
+    def memory_plan(self) -> MemoryPlan:
+        """Memory and disk the run will take."""
+        sizes = self.sizes
+        largest = int(sizes.of(self.config.budget).max(axis=1).sum())
+        budget = min(sizes.limit(self.config.budget), largest)
+        return memory_plan(self.layout, self.config, repository_bytes=budget + sizes.fixed)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet:
+        """Texts and images; InputError when the text is too short, or what prepares them is not there."""
+        calibration = self.config.calibration
+        if calibration.images is not None and self.layout.image_token is None:
+            raise InputError(
+                f"calibration.images is given, but {self.layout.architecture} has no vision tower that is known "
+                "here; remove it"
+            )
+        return sources.load_tokens(
+            self.source,
+            self.layout,
+            calibration.text,
+            calibration.images,
+            sequences=calibration.sequences,
+            length=calibration.length,
+            seed=calibration.seed,
+            holdout=calibration.holdout,
+        )
+
+    @cached_property
+    def graph(self) -> PassGraph:
+        """The units of both passes."""
+        images = len(self.calibration.images)
+        texts = math.ceil(self.calibration.texts / self.config.calibration.microbatch)
+        return PassGraph.of(self.layout, texts=texts, images=images)
+
+    def check(self) -> None:
+        """Everything that can be refused before the first expensive step."""
+        checks.check_stores(self.config)
+        self.sizes.limit(self.config.budget)
+        check_output(self.config.store.output)
+        if self.is_measured:
+            return
+        checks.check_room(self.config, self.memory_plan)
+        _ = self.calibration
+        if self.source.store.path is not None:
+            # Elsewhere reading everything here would cost what the workers are for; they check what they load.
+            checks.check_weights(self.source, self.layout)
+
+    # Measuring --------------------------------------------------------------------------------------------------
+
+    @property
+    def _exists(self) -> bool:
+        """Whether the store is there already; looking must not make one."""
+        return checks.exists(self.config.store.run, records.RUN)
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether both passes are complete."""
+        return not self.fresh and self._exists and self.store.size(records.MEASURED) is not None
+
+    @contextmanager
+    def claimed(self) -> Iterator[Lease]:
+        """No other driver works on the run store inside the with-block; ResourceError when one does already."""
+        if self.lease is not None:
+            yield self.lease
+            return
+        store = Store(self.config.store.run)
+        with held(store, notice=self._waiting) as lease:
+            self.lease = lease
+            try:
+                if self.fresh and self._exists:
+                    checks.empty(store, keep=LEASES)
+                self.fresh = False
+                _ = self.store
+                yield lease
+            finally:
+                self.lease = None
+
+    def _waiting(self, holder: Holder) -> None:
+        who = f"process {holder.pid} on {holder.host}"
+        Events(*self.listeners)(
+            Notice(message=f"{who} holds this run; it is taken over unless that says something within {TTL:.0f} s")
+        )
+
+    def measure(self) -> None:
+        """Run what is missing of both passes."""
+        if self.is_measured:
+            return
+        self.check()
+        with self.claimed() as lease, self.logged() as (events, log):
+            store_calibration(self.store, self.calibration)
+            spec = WorkerSpec(
+                name="",
+                config=self.config,
+                source=sources.absolute_source(self.config.model),
+                run=absolute(self.config.store.run),
+            )
+            passes = Measurement(
+                spec=spec,
+                memory_plan=self.memory_plan,
+                graph=self.graph,
+                run_store=self.run_store,
+                events=events,
+                check=lease.check,
+            )
+            passes.run(self.open_workers)
+            self.run_store.tidy()
+            self.store.create(records.LAYOUT, _LAYOUT.dump_json(self.layout))
+            log.flush()
+            self.store.create(records.MEASURED, records.dumps(MeasuredRecord(peak_bytes=log.peak_bytes)))
+        self.is_measured = True
+
+    def measured(self) -> Measured:
+        """What the passes found; runs what is missing of them first."""
+        if self._measured is None:
+            self.measure()
+            self._measured = Measured(
+                config=self.config,
+                source=self.source,
+                layout=self.layout,
+                sizes=self.sizes,
+                run_store=self.run_store,
+            )
+        return self._measured
+
+    def repairing(self, action: Callable[[Measured], T]) -> T:
+        """What `action` returns of what was measured; a stored object that it finds damaged is made again first."""
+        for _ in range(REPAIRS):
+            try:
+                return action(self.measured())
+            except DamagedError as error:
+                self._repair(error)
+        return action(self.measured())
+
+    def _repair(self, error: DamagedError) -> None:
+        with self.claimed():
+            self._measured = None
+            if error.key.startswith(records.CALIBRATION):
+                store_calibration(self.store, self.calibration)
+                forgotten: list[str] = []
+            else:
+                forgotten = self.run_store.forget(error.key)
+                if not forgotten:
+                    raise error
+                self.store.delete([records.MEASURED])
+                self.is_measured = False
+            self.note(ObjectRepaired(key=error.key, message=str(error), forgotten=forgotten))
+
+    # Events -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def logged(self) -> Iterator[tuple[Events, EventLog]]:
+        """Events inside the with-block are told to the listeners, and kept in the run store."""
+        log = EventLog(self.store)
+        events = Events(log, *self.listeners)
+        events(RunBegan(workers=self.config.cluster.workers))
+        ended = "stopped"
+        try:
+            yield events, log
+            ended = "measured"
+        finally:
+            events(RunEnded(how=ended))
+            log.flush()
+
+    def note(self, event: Event) -> None:
+        """Tell the listeners of an event, and add it to the run's log."""
+        log = EventLog(self.store)
+        Events(log, *self.listeners)(event)
+        log.flush()

@@ -1,0 +1,68 @@
+"""The model that a run starts from, and the tokens that its text and images become."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.files import loading
+from prismaquant_ray.calibration.text import load_sequences
+from prismaquant_ray.config import ModelConfig
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import local_files, resolve
+from prismaquant_ray.storage.connection import absolute
+
+
+def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
+    """The checkpoint, as given or from the hub.
+
+    Where `weights` are not needed, a directory with nothing but a configuration will do.
+    """
+    store = resolve(model.source, model.revision)
+    if store.path is None:
+        store.check_readable()
+    if not weights and ConfigOnlyCheckpoint.fits(store):
+        return ConfigOnlyCheckpoint(store)
+    return Checkpoint(store)
+
+
+def absolute_source(model: ModelConfig) -> str:
+    """`model.source` as a worker in another directory understands it; a hub id stays one, for each node's own cache."""
+    return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
+
+
+def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
+    """The model's tokenizer, from a directory that has its files; InputError when there is none."""
+    from transformers import AutoTokenizer
+
+    uri = source.store.uri
+    with loading(lambda error: f"{uri}: no tokenizer can be loaded ({' '.join(str(error).split())[:200]})"):
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_tokens(
+    source: TensorSource,
+    layout: Layout,
+    text: Path,
+    images: Path | None,
+    *,
+    sequences: int,
+    length: int,
+    seed: int,
+    holdout: float,
+) -> CalibrationSet:
+    """Texts and images, as the model's own tokenizer and processor make them; InputError when the text is too short."""
+    with local_files(source) as directory:
+        tokenizer = load_tokenizer(source, directory)
+        texts = load_sequences(text, tokenizer, sequences=sequences, length=length, seed=seed, holdout=holdout)
+        if images is None:
+            return texts
+        from prismaquant_ray.calibration.images import load_images
+
+        assert layout.image_token is not None
+        found = load_images(images, directory, image_token=layout.image_token)
+        return texts.with_images((image.inputs for image in found), holdout)

@@ -1,0 +1,103 @@
+"""Every stage as a function: a configuration in, a typed result out; what happens meanwhile is told to listeners."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from jobs.pipeline.assembly import AssembledRepository, assemble
+from jobs.pipeline.measured import Measured
+from jobs.pipeline.measured_sweep import load_evaluation_text, measure_plan, measure_sweep
+from jobs.pipeline.run import Run
+from jobs.pipeline.workers import OpenWorkers, ray_workers
+from prismaquant_ray.config import Config
+from prismaquant_ray.events import Listener
+from prismaquant_ray.records import MeasuredPlans, SweepRecord
+from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seconds:
+    """Wall time of the parts of `quantize`, in seconds."""
+
+    measure: float
+    evaluate: float
+    plan_and_assemble: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quantized:
+    """Everything that `quantize` did; `evaluation` is None where the configuration names no text."""
+
+    probe: ProbeSummary
+    sweep: SweepRecord
+    repository: AssembledRepository
+    source_bytes: int
+    evaluation: MeasuredPlans | None
+    seconds: Seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredSweep(SweepRecord):
+    """A sweep with what was measured of its plans and their baselines."""
+
+    measured: MeasuredPlans
+
+
+def quantize(
+    config: Config,
+    *,
+    fresh: bool = False,
+    on_event: Listener | None = None,
+    open_workers: OpenWorkers = ray_workers,
+) -> Quantized:
+    """Every stage, from the source to a verified repository; run again, it continues.
+
+    `fresh` deletes what `store.run` holds and starts over. `on_event` is told of everything that happens meanwhile.
+
+    Raises:
+        InputError: the configuration, the model or the calibration data cannot be used.
+        ResourceError: the machine or the cluster cannot do it now; run it again to continue.
+        StoreError: the run store cannot be reached or trusted.
+    """
+    started = time.monotonic()
+    run = Run(config, fresh=fresh, on_event=on_event, open_workers=open_workers)
+    run.check()
+    if config.evaluation is not None:
+        load_evaluation_text(run)
+    with run.claimed():
+        run.measure()
+        measured = time.monotonic()
+        plan = run.repairing(lambda known: known.plan)
+        # Before the repository, so that its card can say it.
+        evaluation = None if config.evaluation is None else run.repairing(lambda known: measure_plan(run, known, plan))
+        evaluated = time.monotonic()
+
+        def finish(known: Measured) -> tuple[ProbeSummary, SweepRecord, AssembledRepository]:
+            return summarize_probe(known.data), known.sweep, assemble(run, known, plan)
+
+        probe, sweep, repository = run.repairing(finish)
+    return Quantized(
+        probe=probe,
+        sweep=sweep,
+        repository=repository,
+        source_bytes=sum(info.nbytes for info in run.source.stored.values()),
+        evaluation=evaluation,
+        seconds=Seconds(
+            measure=measured - started,
+            evaluate=evaluated - measured,
+            plan_and_assemble=time.monotonic() - evaluated,
+        ),
+    )
+
+
+def sweep_and_measure(run: Run) -> MeasuredSweep:
+    """The sweep, every plan of it and every baseline measured."""
+    load_evaluation_text(run)
+
+    def both(known: Measured) -> MeasuredSweep:
+        swept = known.sweep
+        measured = measure_sweep(run, known)
+        return MeasuredSweep(targets=swept.targets, out_of_reach=swept.out_of_reach, knee=swept.knee, measured=measured)
+
+    return run.repairing(both)

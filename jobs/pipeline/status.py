@@ -1,0 +1,167 @@
+"""The state of a run, from its store alone: no cluster and no model is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.schedule.run_store import RunStore
+from actors.schedule.units import Stage
+from prismaquant_ray import records
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.events import (
+    Event,
+    ObjectRepaired,
+    PassAttempt,
+    RepositoryWritten,
+    RunBegan,
+    ShardsSized,
+    StepDone,
+    WorkerLost,
+    WorkerReady,
+    busy_shares,
+    pass_attempts,
+    read_events,
+)
+from prismaquant_ray.records import RunRecord
+from prismaquant_ray.storage.connection import local_path
+from prismaquant_ray.storage.lease import holder
+from prismaquant_ray.storage.store import Store
+
+# A driver says something at least this often while workers work.
+_SILENCE = 120.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCounts:
+    """Blocks with candidates, blocks with prices, blocks of the model; None before any worker was ready."""
+
+    encoded: int
+    priced: int
+    total: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Driver:
+    """The process that holds the run's lease."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassStatus:
+    """One attempt at a pass: units, those done, seconds, seconds left, rate, bytes moved, and its workers.
+
+    `workers` has the shard and the microbatch that each worker was at.
+    """
+
+    stage: str
+    units: int
+    done: int
+    seconds: float
+    eta: float | None
+    token_blocks_per_second: float
+    bytes: dict[str, int]
+    busy: dict[str, float]
+    workers: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Status:
+    """The state of a run; events are as in the log, with their kind under `event`."""
+
+    run: str
+    model: str
+    state: str
+    blocks: BlockCounts
+    driver: Driver | None
+    last_event: dict[str, Any] | None
+    passes: int
+    workers: list[dict[str, Any]]
+    lost: list[dict[str, Any]]
+    repairs: list[dict[str, Any]]
+    stages: list[PassStatus]
+    repositories: list[dict[str, Any]]
+
+
+def status(uri: str) -> Status:
+    """Read records, lease and event log of a run store.
+
+    Raises:
+        InputError: there is no run store at `uri`.
+    """
+    store, run = _open(uri)
+    run_store, events = RunStore(store), read_events(store)
+    attempts = pass_attempts(events)
+    current = holder(store)
+    return Status(
+        run=uri,
+        model=run.config["model"]["source"],
+        state=_state(store, events, alive=current is not None and not current.is_gone),
+        blocks=BlockCounts(
+            encoded=len(run_store.recorded(Stage.FORWARD).done),
+            priced=len(run_store.recorded(Stage.BACKWARD).done),
+            total=next((event.model_blocks for event in reversed(events) if isinstance(event, ShardsSized)), None),
+        ),
+        driver=None if current is None else Driver(host=current.host, pid=current.pid),
+        last_event=None if not events else {"seconds_ago": time.time() - events[-1].at, **events[-1].body()},
+        passes=len(attempts),
+        workers=_workers(events),
+        lost=[event.body() for event in events if isinstance(event, WorkerLost)],
+        repairs=[event.body() for event in events if isinstance(event, ObjectRepaired)],
+        stages=[_pass(attempt) for attempt in attempts],
+        repositories=[event.body() for event in events if isinstance(event, RepositoryWritten)],
+    )
+
+
+def _open(uri: str) -> tuple[Store, RunRecord]:
+    try:
+        store = Store(uri, create=False)
+        store.check_readable()
+        return store, records.loads(RunRecord, store.get(records.RUN))
+    except (KeyError, ValueError, StoreError) as error:
+        path = local_path(uri)
+        if isinstance(error, StoreError) and (path is None or path.is_dir()):
+            raise  # the place is there: something else is wrong
+        raise InputError(f"{uri} is not a run store; give the store.run of a run") from error
+
+
+def _state(store: Store, events: Sequence[Event], *, alive: bool) -> str:
+    if store.size(records.MEASURED) is not None:
+        return "measured"
+    if not alive:
+        return "stopped; the same command continues"
+    if events and time.time() - events[-1].at > _SILENCE:
+        return f"running, silent for {time.time() - events[-1].at:.0f} s"
+    return "running"
+
+
+def _pass(attempt: PassAttempt) -> PassStatus:
+    done = sum(len(shard.units) for shard in attempt.shards)
+    left = attempt.began.units - done
+    return PassStatus(
+        stage=attempt.began.stage,
+        units=attempt.began.units,
+        done=done,
+        seconds=attempt.seconds,
+        eta=attempt.seconds / done * left if done and left else None,
+        token_blocks_per_second=attempt.token_blocks / attempt.seconds if attempt.seconds else 0.0,
+        bytes=attempt.moved(),
+        busy=busy_shares(attempt.steps),
+        workers={step.worker: f"{step.shard} at {_at(step)}" for step in attempt.steps},
+    )
+
+
+def _at(step: StepDone) -> str:
+    return "end" if step.microbatch is None else str(step.microbatch + 1)
+
+
+def _workers(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Workers of the last driver, and which of them are lost."""
+    begin = max((i for i, event in enumerate(events) if isinstance(event, RunBegan)), default=0)
+    lost = {event.worker for event in events[begin:] if isinstance(event, WorkerLost)}
+    ready = [event for event in events[begin:] if isinstance(event, WorkerReady)]
+    return [{**event.body(), "lost": event.worker in lost} for event in ready]

@@ -1,0 +1,176 @@
+"""Plans from prices: one budget, or every target of a sweep with the knee of the frontier."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.allocation.frontier import frontier, knee, sweep
+from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan
+from prismaquant_ray.allocation.second_limit import solver
+from prismaquant_ray.allocation.solver import solve
+from prismaquant_ray.backward.cost_table import CostTable
+from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import Knee, PlanRecord, SweepRecord
+
+#: The format of every fused group, by its name.
+Choice = Mapping[str, FormatName]
+# Budgets between the first and the last target at which a frontier without breakpoints is taken.
+_CURVE = 65
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Planner:
+    """The plans of one measured run. The sweep is solved when it is first asked for, and then known."""
+
+    config: Config
+    layout: Layout
+    sizes: Sizes
+    table: CostTable
+
+    def problem(self, budget: BudgetConfig) -> AllocationProblem:
+        """The knapsack: prices under the configured objective, bytes as this kind of budget counts them."""
+        return AllocationProblem(
+            groups=self.table.groups,
+            formats=tuple(str(name) for name in self.table.formats),
+            cost=np.where(self.sizes.allowed, self.table.cost(self.config.allocation.objective), np.nan),
+            size=self.sizes.of(budget),
+        )
+
+    @cached_property
+    def plan(self) -> PlanRecord:
+        """The plan for the configured budget.
+
+        Raises:
+            InputError: no plan has that many bytes.
+        """
+        return self.plan_for(self.config.budget)
+
+    def plan_for(self, budget: BudgetConfig) -> PlanRecord:
+        """The cheapest plan within a budget.
+
+        Raises:
+            InputError: no plan has that many bytes.
+        """
+        limit = self.sizes.limit(budget)
+        return self._record(budget.target, solver(self.problem(budget), self.sizes.second).plan(limit))
+
+    def plan_of(self, choice: Choice, target: str) -> PlanRecord:
+        """The plan that is a choice of one's own; `bound` is that of all plans of at most as many bytes.
+
+        Raises:
+            InputError: a group has no format, or one that it cannot take.
+        """
+        problem = self.problem(BudgetConfig(bpp=1.0))
+        for group, allowed in zip(problem.groups, problem.allowed, strict=True):
+            can_take = [name for name, can in zip(problem.formats, allowed, strict=True) if can]
+            if choice.get(group) not in can_take:
+                raise InputError(f"{group} cannot be {choice.get(group)}; it can be {', '.join(can_take)}")
+        columns = problem.columns(choice)
+        rows = np.arange(len(columns))
+        size, cost = int(problem.size[rows, columns].sum()), math.fsum(problem.cost[rows, columns].tolist())
+        return self._record(target, problem.plan(columns, size, slack=cost - solve(problem, size).bound))
+
+    @cached_property
+    def sweep(self) -> SweepRecord:
+        """A plan for every target that a plan exists for, the others listed, and the knee of the frontier.
+
+        Raises:
+            InputError: no target is within reach of the formats.
+        """
+        budgets, outside = [], []
+        for target in sorted(set(self.config.sweep)):
+            budget = BudgetConfig(bpp=target)
+            try:
+                budgets.append((budget, self.sizes.limit(budget)))
+            except InputError:
+                outside.append(target)
+        if not budgets:
+            # The error of the first target has the bounds.
+            self.sizes.limit(BudgetConfig(bpp=self.config.sweep[0]))
+        problem = self.problem(budgets[0][0])
+        plans = sweep(problem, [limit for _, limit in budgets], self.sizes.second)
+        return SweepRecord(
+            targets=[self._record(budget.target, plan) for (budget, _), plan in zip(budgets, plans, strict=True)],
+            out_of_reach=outside,
+            knee=self._knee(problem, budgets[0][1], budgets[-1][1]),
+        )
+
+    def curve(self) -> tuple[Ints, Floats] | None:
+        """Bytes of codes and scales, and cost, at every breakpoint of the frontier; None with a second limit."""
+        if self.sizes.second is not None:
+            return None
+        found = frontier(self.problem(BudgetConfig(bpp=1.0)))
+        return found.bytes, found.cost
+
+    def _record(self, target: str, plan: Plan) -> PlanRecord:
+        sizes, choice = self.sizes, {group: FormatName(name) for group, name in plan.choice.items()}
+        columns = columns_of(choice, self.layout, sizes.formats)
+        rows = np.arange(len(columns))
+        weights, stored = int(sizes.weights[rows, columns].sum()), int(sizes.stored[rows, columns].sum())
+        in_bf16 = sum(group.parameters for group in self.layout.groups if choice[group.name] is FormatName.BF16)
+        return PlanRecord(
+            target=target,
+            objective=self.config.allocation.objective,
+            predicted_loss=plan.cost,
+            standard_error=float(np.sqrt(np.square(self.table.standard_error[rows, columns]).sum())),
+            bound=plan.bound,
+            gap=plan.gap,
+            bpp=sizes.bpp(weights),
+            weight_bytes=weights,
+            repository_bytes_at_most=stored + sizes.fixed,
+            loaded_bytes=sizes.loaded(stored),
+            vram=None if sizes.serving is None else sizes.serving.memory(sizes.loaded(stored)),
+            bf16_fraction=in_bf16 / sizes.parameters,
+            groups=count_groups(choice, sizes.formats),
+            choice=choice,
+        )
+
+    def _knee(self, problem: AllocationProblem, low: int, high: int) -> Knee | None:
+        """Kneedle on the frontier between the first and the last target; None for fewer than three points."""
+        sizes, costs = self._curve_between(problem, low, high)
+        if len(sizes) < 3:
+            return None
+        index = knee(sizes, costs)
+        return Knee(
+            bpp=self.sizes.bpp(int(sizes[index])),
+            predicted_loss=float(costs[index]),
+            from_bpp=self.sizes.bpp(int(sizes[0])),
+            to_bpp=self.sizes.bpp(int(sizes[-1])),
+        )
+
+    def _curve_between(self, problem: AllocationProblem, low: int, high: int) -> tuple[Ints, Floats]:
+        """Bytes and cost along the frontier between two budgets."""
+        if self.sizes.second is not None:
+            # Under two limits the frontier has no breakpoints; plans for evenly spaced budgets are as good.
+            budgets = np.unique(np.linspace(low, high, _CURVE).astype(np.int64)).tolist()
+            plans = sweep(problem, budgets, self.sizes.second)
+            return np.array([plan.budget for plan in plans]), np.array([plan.cost for plan in plans])
+        curve = frontier(problem)
+        inside = np.flatnonzero((curve.bytes >= low) & (curve.bytes <= high))
+        # The breakpoint just below the first target belongs to the range: it is the plan that this budget buys.
+        first = int(np.searchsorted(curve.bytes, low, side="right")) - 1
+        points = np.union1d(inside, [first]) if first >= 0 else inside
+        return curve.bytes[points], curve.cost[points]
+
+
+def columns_of(choice: Choice, layout: Layout, formats: tuple[FormatName, ...]) -> NDArray[np.int64]:
+    """The column of every group's format (groups,), in the layout's order."""
+    column_of = {name: column for column, name in enumerate(formats)}
+    return np.array([column_of[choice[group.name]] for group in layout.groups], dtype=np.int64)
+
+
+def count_groups(choice: Choice, formats: tuple[FormatName, ...]) -> dict[FormatName, int]:
+    """Groups by format, with the formats that no group has."""
+    counts = Counter(choice.values())
+    return {name: counts.get(name, 0) for name in formats}

@@ -1,0 +1,242 @@
+"""Gathering the findings of a run from its records, prices, plans and events.
+
+Pure but for the clock and the versions of this machine: nothing is read from a store, and nothing is solved.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+from prismaquant_ray.allocation.plans import Planner
+from prismaquant_ray.config import ModelConfig
+from prismaquant_ray.events import RepositoryWritten
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import MeasuredPlans, PlanRecord, SweepRecord
+from prismaquant_ray.report import groups
+from prismaquant_ray.report.findings import (
+    SCHEMA,
+    CalibrationFindings,
+    Findings,
+    FormatFindings,
+    FrontierCurve,
+    ModelFindings,
+    PlanFindings,
+    RepositoryFindings,
+    UniformFindings,
+    WrittenFindings,
+)
+from prismaquant_ray.report.group_findings import BlockFindings, ExpertFindings
+from prismaquant_ray.report.measurements import measured_findings, measured_of, measured_uniform
+from prismaquant_ray.report.rounding_gain import rounding
+from prismaquant_ray.report.run_data import RunData
+from prismaquant_ray.report.timings import machines, timings, versions
+
+#: An expert is cold when it saw less than this share of what it would see if all were used equally.
+COLD = 0.1
+_EXAMPLE = (4096, 4096)
+
+
+def gather(
+    data: RunData,
+    planner: Planner,
+    plan: PlanRecord,
+    sweep: SweepRecord | None,
+    measured: MeasuredPlans | None,
+    *,
+    planning_seconds: float,
+) -> Findings:
+    """The findings of a run, with `plan` as the budget's; `sweep` is None where no target is within reach."""
+    config = data.config
+    objective = config.allocation.objective
+    formats, blocks = format_findings(config.formats), block_findings(data.layout)
+    columns = groups.group_columns(data, objective)
+    by_target = {entry.target: entry for entry in (*(sweep.targets if sweep else ()), plan)}
+    records = sorted(by_target.values(), key=lambda entry: entry.weight_bytes)
+    plans = [_plan(entry, data.layout, measured) for entry in records]
+    place = next(index for index, entry in enumerate(records) if entry is plan)
+    return Findings(
+        schema=SCHEMA,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=data.uri,
+        model=_model(data),
+        formats=formats,
+        objective=objective,
+        budget=place,
+        plans=plans,
+        out_of_reach=sweep.out_of_reach if sweep else sorted(set(config.sweep)),
+        uniform=[_with_measured(entry, measured) for entry in groups.uniform(columns, formats, data.sizes)],
+        frontier=_frontier(planner),
+        knee=sweep.knee if sweep else None,
+        measured=measured_findings(
+            measured,
+            {target: entry.choice for target, entry in by_target.items()},
+            [entry.name for entry in formats],
+        ),
+        blocks=blocks,
+        groups=columns,
+        composition=groups.composition(columns, blocks, formats, plans[place].choice),
+        repository=_repository(data, plan),
+        rounding=rounding(data),
+        experts=expert_findings(data),
+        draft=groups.draft(data, columns, formats),
+        calibration=_calibration(data),
+        timings=timings(data.events, planning_seconds),
+        machines=machines(data.events, data.peak_bytes),
+        versions=versions(),
+        settings=config.model_dump(mode="json"),
+    )
+
+
+def format_findings(names: Iterable[FormatName]) -> list[FormatFindings]:
+    """The formats of a run, smallest first."""
+    chosen = set(names)
+    return [
+        FormatFindings(
+            name=str(name),
+            letter=format_.letter,
+            bits=format_.bits(*_EXAMPLE),
+            codec=format_.codec.name if format_.codec else None,
+            summary=format_.summary,
+            needs=format_.served.needs,
+        )
+        for name, format_ in FORMATS.items()
+        if name in chosen
+    ]
+
+
+def block_findings(layout: Layout) -> list[BlockFindings]:
+    """Every block."""
+    return [
+        BlockFindings(
+            index=block.index,
+            kind=str(block.kind),
+            prefix=block.prefix,
+            label=block.prefix.rpartition(".")[2] or "head",
+        )
+        for block in layout.blocks
+    ]
+
+
+def expert_findings(data: RunData) -> list[ExpertFindings]:
+    """Calibration tokens of every routed expert, by layer."""
+    return [
+        _experts(name, block.index, tokens)
+        for block in data.layout.blocks
+        for name, tokens in data.forward[block.index].experts.items()
+    ]
+
+
+def _experts(group: str, block: int, tokens: Sequence[int]) -> ExpertFindings:
+    even = sum(tokens) / len(tokens)
+    return ExpertFindings(
+        group=group,
+        block=block,
+        experts=len(tokens),
+        even=even,
+        fewest=min(tokens),
+        median=statistics.median(tokens),
+        most=max(tokens),
+        unseen=sum(count == 0 for count in tokens),
+        cold=sum(0 < count < COLD * even for count in tokens),
+        tokens=list(tokens),
+    )
+
+
+def _model(data: RunData) -> ModelFindings:
+    layout, source, model = data.layout, data.source, data.config.model
+    reasons: dict[str, list[str]] = {}
+    for name, reason in layout.ignored.items():
+        reasons.setdefault(reason, []).append(name)
+    return ModelFindings(
+        title=_title(model),
+        source=model.source,
+        revision=model.revision,
+        architecture=layout.architecture,
+        family=layout.family,
+        guesses=list(layout.guesses),
+        parameters=sum(math.prod(info.shape) for info in source.tensors.values()),
+        quantizable_parameters=layout.parameters,
+        linears=sum(len(linear.names) for linear in layout.linears()),
+        source_bytes=sum(info.nbytes for info in source.stored.values()),
+        kept=reasons,
+    )
+
+
+def _title(model: ModelConfig) -> str:
+    """A hub id as it is, of anything that is a place its last part."""
+    if "://" in model.source or Path(model.source).is_dir():
+        return model.source.rstrip("/").rpartition("/")[2]
+    return model.source
+
+
+def _plan(plan: PlanRecord, layout: Layout, measured: MeasuredPlans | None) -> PlanFindings:
+    return PlanFindings(
+        target=plan.target,
+        bpp=plan.bpp,
+        predicted_loss=plan.predicted_loss,
+        gap=plan.gap,
+        weight_bytes=plan.weight_bytes,
+        repository_bytes_at_most=plan.repository_bytes_at_most,
+        groups={str(name): count for name, count in plan.groups.items()},
+        loaded_bytes=plan.loaded_bytes,
+        vram=plan.vram,
+        standard_error=plan.standard_error if plan.objective == "token_fisher" else None,
+        choice=groups.encoded(plan.choice, layout),
+        measured=measured_of(measured, plan),
+    )
+
+
+def _with_measured(entry: UniformFindings, measured: MeasuredPlans | None) -> UniformFindings:
+    return replace(entry, measured=measured_uniform(measured, entry.format))
+
+
+def _frontier(planner: Planner) -> FrontierCurve | None:
+    """Every breakpoint of the whole frontier; None where a second limit leaves it without any."""
+    curve = planner.curve()
+    if curve is None:
+        return None
+    sizes, costs = curve
+    return FrontierCurve(
+        bpp=[planner.sizes.bpp(int(size)) for size in sizes],
+        predicted_loss=np.maximum(costs, 0.0).tolist(),
+    )
+
+
+def _repository(data: RunData, plan: PlanRecord) -> RepositoryFindings:
+    source, layout = data.source, data.layout
+    quantizable = {name for linear in layout.linears() for name in linear.sources}
+    ignored = {name: info.nbytes for name, info in source.tensors.items() if name not in quantizable}
+    embedding = sum(size for name, size in ignored.items() if name in layout.embedding)
+    written = (event for event in reversed(data.events) if isinstance(event, RepositoryWritten))
+    last = next((event for event in written if event.target == plan.target), None)
+    return RepositoryFindings(
+        written=None
+        if last is None
+        else WrittenFindings(uri=last.uri, target=last.target, bpp=last.bpp, bytes=last.bytes, seconds=last.seconds),
+        quantizable_bytes=plan.weight_bytes,
+        embedding_bytes=embedding,
+        other_tensor_bytes=sum(ignored.values()) - embedding,
+        at_most_bytes=plan.repository_bytes_at_most,
+    )
+
+
+def _calibration(data: RunData) -> CalibrationFindings:
+    calibration = data.config.calibration
+    return CalibrationFindings(
+        text=calibration.text.name,
+        sequences=calibration.sequences,
+        length=calibration.length,
+        tokens=calibration.sequences * calibration.length,
+        priced_tokens=max(found.tokens for found in data.backward.values()),
+        images=None if calibration.images is None else calibration.images.name,
+        digest=data.calibration.fingerprint,
+        fingerprint=data.fingerprint,
+    )

@@ -1,0 +1,39 @@
+"""What findings are gathered from: a measured run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.backward.cost_table import CostTable
+from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.config import Config
+from prismaquant_ray.events import Event
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import BackwardRecord, ForwardRecord
+from prismaquant_ray.source.protocol import TensorSource
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class RunData:
+    """A measured run: everything that findings are gathered from, but its plans.
+
+    `fingerprint` is that of run.json, `peak_bytes` the most memory that one worker took, `device` the kind of device
+    that the run began on. `forward` and `backward` are by block index.
+    """
+
+    uri: str
+    config: Config
+    source: TensorSource
+    layout: Layout
+    sizes: Sizes
+    table: CostTable
+    forward: Mapping[int, ForwardRecord]
+    backward: Mapping[int, BackwardRecord]
+    events: Sequence[Event]
+    fingerprint: dict[str, Any]
+    calibration: CalibrationSet
+    peak_bytes: int
+    device: str | None

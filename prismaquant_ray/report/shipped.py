@@ -1,0 +1,264 @@
+"""What one repository ships: the part of a model card that the findings of its run do not have.
+
+Nothing in it depends on how many workers measured, or on where they ran.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from prismaquant_ray.allocation.plans import Choice
+from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config
+from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.layout import BlockKind, Layout
+from prismaquant_ray.records import MeasuredPlans, PlanRecord
+from prismaquant_ray.report.findings import MeasuredLosses
+from prismaquant_ray.report.group_findings import Gain, GroupColumns
+from prismaquant_ray.report.groups import group_columns, inside
+from prismaquant_ray.report.measurements import measured_choices
+from prismaquant_ray.report.rounding_gain import gain_of, roundings
+from prismaquant_ray.report.run_data import RunData
+from prismaquant_ray.report.source_card import Stated, stated
+from prismaquant_ray.repository.manifest import README
+from prismaquant_ray.repository.quantization_config import linears_by_format
+from prismaquant_ray.repository.writer import Written
+
+_LONGEST_NAME = 120
+_PARTS = {
+    BlockKind.VISION: "vision blocks",
+    BlockKind.MERGER: "vision merger",
+    BlockKind.DECODER: "decoder layers",
+    BlockKind.DRAFT: "draft head",
+    BlockKind.HEAD: "output head",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """The model that was quantized. `name` is as the user wrote it; `hub_id` only when it is one on the hub."""
+
+    title: str
+    name: str
+    hub_id: str | None
+    revision: str | None
+    stated: Stated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedFormat:
+    """A format that some groups have.
+
+    `width` columns of a matrix share a scale, None where any number may. vLLM loads it on CUDA capabilities (×10) from
+    `loads_from` on, 0 for any, and rounds activations from `full_from` on, None when they are never rounded.
+    """
+
+    name: str
+    quantized: bool
+    matrices: int
+    width: int | None
+    loads_from: int
+    full_from: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModuleRow:
+    """Fused groups that have the same place in blocks of a kind: how many have which format."""
+
+    kind: str
+    name: str
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ignored:
+    """Modules that stay as they are, for one reason: name with `*` for numbers → how many."""
+
+    reason: str
+    names: Mapping[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShippedRounding:
+    """What rounding gained of the matrices that ship in a format; geometric means."""
+
+    format: str
+    matrices: int
+    gain: Gain
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationProvenance:
+    """What the run was measured on; `tokens` counts those that stand for images, `fingerprint` is the tokens'."""
+
+    text: str
+    text_sha256: str
+    fingerprint: str
+    tokens: int
+    images: int
+    seed: int
+    labels: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipped:
+    """What one repository's card says that its findings do not.
+
+    `ruled` says that settings other than the budget limited the choice. `prices` are nats per token of true loss
+    (`token_fisher`), whatever the plan was chosen by. `config` is YAML. Sizes in bytes, `bpp` in bits per quantizable
+    parameter. `measured` has what was measured of a choice (a letter per group), whatever target that was made for.
+    """
+
+    source: Source
+    budget: str
+    ruled: bool
+    bpp: float
+    bits_all_parameters: float
+    weight_bytes: int
+    prices: GroupColumns
+    measured: Mapping[str, MeasuredLosses]
+    formats: tuple[ShippedFormat, ...]
+    modules: tuple[ModuleRow, ...]
+    ignored: tuple[Ignored, ...]
+    rounding: tuple[ShippedRounding, ...]
+    calibration: CalibrationProvenance
+    config: str
+    dtype: str
+    device: str | None
+
+
+def shipped(data: RunData, plan: PlanRecord, written: Written, measured: MeasuredPlans | None) -> Shipped:
+    """The repository of `plan`, as it was written."""
+    config = data.config
+    return Shipped(
+        source=_source(data),
+        budget=_budget(config.budget),
+        ruled=_is_ruled(config.allocation),
+        bpp=written.bpp,
+        bits_all_parameters=written.bits_all_parameters,
+        weight_bytes=written.weight_bytes,
+        prices=group_columns(data, "token_fisher"),
+        measured=measured_choices(measured, data.layout),
+        formats=tuple(_formats(data.layout, plan.choice)),
+        modules=_modules(data.layout, plan.choice),
+        ignored=_ignored(data.layout),
+        rounding=tuple(_rounding(data, plan.choice)),
+        calibration=_calibration(data),
+        config=_config(config),
+        dtype=config.model.dtype,
+        device=data.device,
+    )
+
+
+def named(location: Path | str) -> str:
+    """A place as the user wrote it; of a local one outside the working directory, or a long one, the name."""
+    path = Path(location)
+    if "://" in str(location):
+        return str(location)
+    return path.name if path.is_absolute() or ".." in path.parts or len(str(path)) > _LONGEST_NAME else str(path)
+
+
+def _source(data: RunData) -> Source:
+    model, source = data.config.model, data.source
+    on_hub = "://" not in model.source and not Path(model.source).is_dir()
+    readme = source.store.get(README).decode("utf-8", "replace") if README in source.other_files() else None
+    return Source(
+        title=model.source.rstrip("/").rpartition("/")[2],
+        name=named(model.source),
+        hub_id=model.source if on_hub else None,
+        revision=model.revision if on_hub else None,
+        stated=stated(readme),
+    )
+
+
+def _budget(budget: BudgetConfig) -> str:
+    if budget.bpp is not None:
+        return f"{budget.bpp:g} bits per quantizable parameter"
+    if budget.bytes is not None:
+        return f"{budget.bytes:,} bytes for the whole repository"
+    return f"{budget.vram:,} bytes of GPU memory, with {budget.sequences} sequences of {budget.context} tokens"
+
+
+def _is_ruled(allocation: AllocationConfig) -> bool:
+    """Whether more than the budget limits the choice."""
+    return bool(allocation.force or allocation.floor or allocation.max_bf16_fraction is not None)
+
+
+def _formats(layout: Layout, choice: Choice) -> Iterator[ShippedFormat]:
+    for name, linears in linears_by_format(layout, choice).items():
+        if not linears:
+            continue
+        format_ = FORMATS[name]
+        codec = format_.codec
+        widths = {codec.width(linear.in_features) for linear in linears} if codec else set()
+        yield ShippedFormat(
+            name=str(name),
+            quantized=codec is not None,
+            matrices=sum(len(linear.names) for linear in linears),
+            # A scale for a whole row does not mind where the row is cut.
+            width=max(widths) if codec and not widths & {linear.in_features for linear in linears} else None,
+            loads_from=format_.served.loads_from,
+            full_from=format_.served.full_from if format_.round_activation else None,
+        )
+
+
+def _modules(layout: Layout, choice: Choice) -> tuple[ModuleRow, ...]:
+    counts: dict[tuple[BlockKind, str], Counter[str]] = {}
+    for block in layout.blocks:
+        for group in block.groups:
+            place = (block.kind, _numberless(inside(group.name, block)))
+            counts.setdefault(place, Counter())[str(choice[group.name])] += 1
+    return tuple(ModuleRow(kind=_PARTS[kind], name=name, counts=found) for (kind, name), found in counts.items())
+
+
+def _ignored(layout: Layout) -> tuple[Ignored, ...]:
+    reasons: dict[str, Counter[str]] = {}
+    for name, reason in layout.ignored.items():
+        reasons.setdefault(reason, Counter())[_numberless(name)] += 1
+    return tuple(Ignored(reason=reason, names=names) for reason, names in reasons.items())
+
+
+def _numberless(name: str) -> str:
+    """`model.layers.*.mlp.gate`: one name for the same module of every block."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+def _rounding(data: RunData, choice: Choice) -> Iterator[ShippedRounding]:
+    for name, linears in linears_by_format(data.layout, choice).items():
+        if FORMATS[name].codec is None or not linears:
+            continue
+        gain = gain_of(roundings(data, name, [linear.name for linear in linears]))
+        yield ShippedRounding(format=str(name), matrices=sum(gain.won.values()), gain=gain)
+
+
+def _calibration(data: RunData) -> CalibrationProvenance:
+    calibration = data.config.calibration
+    return CalibrationProvenance(
+        text=named(calibration.text),
+        text_sha256=data.fingerprint["calibration.text"],
+        fingerprint=data.calibration.fingerprint,
+        tokens=data.calibration.positions,
+        images=len(data.calibration.images),
+        seed=calibration.seed,
+        labels=calibration.labels,
+    )
+
+
+def _config(config: Config) -> str:
+    """YAML of what decides the result and is not a default; of places only names, of the cluster only `threads`."""
+    body = config.model_dump(mode="json", exclude_defaults=True, exclude={"sweep", "cluster", "store"})
+    body["model"]["source"] = named(config.model.source)
+    body["formats"] = [str(name) for name in config.formats]
+    for name, section in (("calibration", config.calibration), ("evaluation", config.evaluation)):
+        for key in ("text", "images"):
+            location = getattr(section, key, None)
+            if location is not None:
+                body[name][key] = named(location)
+    if config.cluster.threads != 1:
+        body["cluster"] = {"threads": config.cluster.threads}
+    body["store"] = {"run": "run", "output": "repository"}
+    return yaml.safe_dump(body, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,101 @@
+"""How long everything took, and where: passes and their workers, machines, versions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from platform import platform, python_version
+
+from prismaquant_ray import __version__
+from prismaquant_ray.events import (
+    Event,
+    ObjectRepaired,
+    PassAttempt,
+    RunBegan,
+    StepDone,
+    WorkerLost,
+    WorkerReady,
+    busy_shares,
+    pass_attempts,
+)
+from prismaquant_ray.report.findings import Host, Machines, PassTiming, Timings, WorkerSpans
+
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "ray", "safetensors", "numpy")
+
+
+def timings(events: Sequence[Event], planning_seconds: float) -> Timings:
+    """Every attempt at a pass in which something was done."""
+    return Timings(
+        attempts=sum(isinstance(event, RunBegan) for event in events),
+        passes=[_pass(attempt) for attempt in pass_attempts(events) if attempt.steps],
+        planning_seconds=planning_seconds,
+    )
+
+
+def _pass(attempt: PassAttempt) -> PassTiming:
+    seconds, moved = attempt.seconds, attempt.moved()
+    return PassTiming(
+        stage=attempt.began.stage,
+        units=attempt.began.units,
+        seconds=seconds,
+        token_blocks_per_second=attempt.token_blocks / seconds if seconds > 0 else None,
+        hop_bytes=moved["hop"],
+        read_bytes=moved["read"],
+        written_bytes=moved["written"],
+        workers=_workers(attempt.steps, attempt.began.at),
+    )
+
+
+def _workers(steps: Sequence[StepDone], start: float) -> list[WorkerSpans]:
+    busy = busy_shares(steps)
+    found = []
+    for worker in sorted({step.worker for step in steps}):
+        own = [step for step in steps if step.worker == worker]
+        spans: dict[str, tuple[float, float]] = {}
+        for step in own:
+            begin = step.started - start
+            end = begin + step.seconds
+            low, high = spans.get(step.shard, (begin, end))
+            spans[step.shard] = min(low, begin), max(high, end)
+        found.append(
+            WorkerSpans(
+                worker=worker,
+                steps=len(own),
+                seconds=sum(step.seconds for step in own),
+                busy=busy.get(worker),
+                peak_bytes=max(step.peak_bytes for step in own),
+                spans=[(shard, round(begin, 2), round(end, 2)) for shard, (begin, end) in spans.items()],
+            )
+        )
+    return found
+
+
+def machines(events: Sequence[Event], peak_bytes: int) -> Machines:
+    """Where workers ran; `peak_bytes` is the most memory that one of them took."""
+    workers: dict[tuple[str, str, str], set[str]] = {}
+    host_bytes: dict[tuple[str, str, str], int] = {}
+    for event in events:
+        if isinstance(event, WorkerReady):
+            key = (event.host, event.device, event.version)
+            workers.setdefault(key, set()).add(event.worker)
+            host_bytes[key] = event.host_bytes
+    return Machines(
+        hosts=[
+            Host(host=host, device=device, version=code, host_bytes=host_bytes[host, device, code], workers=len(names))
+            for (host, device, code), names in workers.items()
+        ],
+        lost=sum(isinstance(event, WorkerLost) for event in events),
+        repairs=sum(isinstance(event, ObjectRepaired) for event in events),
+        peak_worker_bytes=peak_bytes,
+    )
+
+
+def versions() -> dict[str, str | None]:
+    """Of the machine that gathers; None for a package that is not installed there."""
+    found: dict[str, str | None] = {"prismaquant_ray": __version__, "python": python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return {**found, "platform": platform()}
