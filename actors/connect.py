@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
@@ -79,14 +80,25 @@ def _check_answers(address: str) -> None:
 
 @functools.cache
 def _token() -> str:
-    """One a process: Ray's client keeps the first token it sees."""
+    """One per process."""
     return secrets.token_hex(32)
+
+
+def _read_environment_again(*, loopback: bool) -> None:
+    """Ray reads these settings when it is imported, which a user of the library may have done before."""
+    import ray._raylet
+    from ray._private import ray_constants
+
+    raylet: Any = ray._raylet  # compiled; its stub lacks both names
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    ray_constants.ENABLE_RAY_CLUSTER = not loopback
 
 
 @contextmanager
 def _started(config: ClusterConfig) -> Iterator[None]:
-    # Before Ray is imported: without a mode it would write ~/.ray/auth_token and change how other Rays start, and
-    # without the last setting it would put the machine's outer address in place of loopback and listen there.
+    # Without a mode Ray would write ~/.ray/auth_token and change how other Rays start, and without the last setting it
+    # would put the machine's outer address in place of loopback and listen there.
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _token(),
@@ -97,6 +109,7 @@ def _started(config: ClusterConfig) -> Iterator[None]:
     os.environ.update(ours)
     import ray
 
+    _read_environment_again(loopback=True)
     # Unix socket paths are limited to 107 bytes, so not below a user's TMPDIR.
     directory = tempfile.mkdtemp(prefix="pq", dir="/tmp")
     cpus = config.threads * config.workers if config.workers != "auto" else os.cpu_count()
@@ -120,6 +133,7 @@ def _started(config: ClusterConfig) -> Iterator[None]:
             os.environ.pop(key)
             if value is not None:
                 os.environ[key] = value
+        _read_environment_again(loopback=False)
 
 
 def _remove(directory: str) -> None:

@@ -76,12 +76,12 @@ def test_a_stopped_job_ends_promptly_and_its_store_can_be_resumed(head: Head, tm
     wait_for(lambda: "stopped" in head.ray("job", "status", name).stdout.lower())
     # Ray kills a job that does not end within seconds: that would leave a lease, and could say nothing.
     assert not list(run.glob("lease/*")), "the next driver need not wait"
-    assert status.run(str(run))["state"].startswith("stopped")
+    assert status.run(str(run)).state.startswith("stopped")
     logs = head.ray("job", "logs", name).stdout
     assert "stopped; the same command continues" in logs
     again = head.submit("quantize", config, *slow(run))
     assert again.returncode == 0, again.stdout
-    assert status.run(str(run))["state"] == "measured"
+    assert status.run(str(run)).state == "measured"
 
 
 def test_metrics_are_where_prometheus_looks(head: Head, tmp_path: Path, qwen3: Path) -> None:
