@@ -1,8 +1,10 @@
-"""Tasks of blocks in the forward and the backward pass: each block has the core's block pass, and leaves a record."""
+"""Tasks of blocks in the forward and the backward pass: each runs the core's block pass and leaves a record."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,18 +18,41 @@ from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.records import to_json
 from prismaquant_ray.storage.record import Record
 
+_Pass = TypeVar("_Pass", BlockForward, BlockBackward, HeadBackward)
 
-class ForwardTask(UnitTask):
-    """Blocks of the forward pass: run, gather statistics, encode."""
+
+class BlocksTask(UnitTask, Generic[_Pass]):
+    """Blocks in one pass, by unit; each that must produce something leaves a record."""
+
+    @abstractmethod
+    def open(self, unit: Unit) -> _Pass:
+        """Load a block."""
+
+    @abstractmethod
+    def record(self, unit: Unit, block: _Pass) -> Record:
+        """Finish a block and store its product."""
 
     @override
     def load(self) -> None:
-        runner, rounding = self.context.runner, self.context.rounding
-        self.blocks: dict[Unit, BlockForward] = {
-            unit: BlockForward(runner, index_of(unit), self.attempt.formats(unit), rounding)
-            for unit in self.attempt.shard.units
-        }
+        self.blocks: dict[Unit, _Pass] = {unit: self.open(unit) for unit in self.attempt.shard.units}
         self.attempt.read_bytes += sum(block.block.source_bytes for block in self.blocks.values())
+
+    @override
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        for unit in self.attempt.producing:
+            yield unit, self.record(unit, self.blocks.pop(unit))
+
+    @override
+    def close(self) -> None:
+        self.blocks.clear()
+
+
+class ForwardTask(BlocksTask[BlockForward]):
+    """Blocks of the forward pass: run, gather statistics, encode."""
+
+    @override
+    def open(self, unit: Unit) -> BlockForward:
+        return BlockForward(self.context.runner, index_of(unit), self.attempt.formats(unit), self.context.rounding)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -36,32 +61,24 @@ class ForwardTask(UnitTask):
         return arriving
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        for unit in self.attempt.producing:
-            yield unit, self._record(unit, self.blocks.pop(unit))
-
-    def _record(self, unit: Unit, block: BlockForward) -> Record:
+    def record(self, unit: Unit, block: BlockForward) -> Record:
         candidates = block.finish()
         artifacts = {str(name): self.attempt.write(unit, name, each) for name, each in candidates.tensors.items()}
         return Record(artifacts=artifacts, metrics=to_json(candidates.record))
 
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
 
-
-class BackwardTask(UnitTask):
+class BackwardTask(BlocksTask[BlockBackward]):
     """Blocks of the backward pass: recomputed from the boundary below them, differentiated from the top, priced."""
 
     @override
     def load(self) -> None:
-        runner = self.context.runner
-        self.blocks: dict[Unit, BlockBackward] = {
-            unit: BlockBackward(runner, index_of(unit), self.attempt.formats(unit), candidates_of(self.attempt, unit))
-            for unit in self.attempt.shard.units
-        }
-        self.attempt.read_bytes += sum(block.block.source_bytes for block in self.blocks.values())
+        super().load()
         self.hidden = self.attempt.inbox(Stage.FORWARD, self.context.graph.below(self.attempt.shard.units[-1]))
+
+    @override
+    def open(self, unit: Unit) -> BlockBackward:
+        candidates = candidates_of(self.attempt, unit)
+        return BlockBackward(self.context.runner, index_of(unit), self.attempt.formats(unit), candidates)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -73,46 +90,36 @@ class BackwardTask(UnitTask):
         return arriving
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        for unit in self.attempt.producing:
-            yield unit, record_of(self.attempt, self.blocks.pop(unit))
-
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
+    def record(self, unit: Unit, block: BlockBackward) -> Record:
+        return Record(metrics=to_json(block.finish(self.context.calibration.positions)))
 
 
-class HeadBackwardTask(UnitTask):
+class HeadBackwardTask(BlocksTask[HeadBackward]):
     """A draft head or an output head in the backward pass: its own loss on the output of the last decoder block."""
 
     @override
     def load(self) -> None:
-        runner, attempt, loss = self.context.runner, self.attempt, self.context.loss
-        self.heads: dict[Unit, HeadBackward] = {
-            unit: HeadBackward(runner, index_of(unit), attempt.formats(unit), candidates_of(attempt, unit), loss)
-            for unit in attempt.shard.units
-        }
-        attempt.read_bytes += sum(head.block.source_bytes for head in self.heads.values())
-        self.hidden = attempt.inbox(Stage.FORWARD, self.context.graph.last)
+        super().load()
+        self.hidden = self.attempt.inbox(Stage.FORWARD, self.context.graph.last)
+
+    @override
+    def open(self, unit: Unit) -> HeadBackward:
+        formats, candidates = self.attempt.formats(unit), candidates_of(self.attempt, unit)
+        return HeadBackward(self.context.runner, index_of(unit), formats, candidates, self.context.loss)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
-        for head in self.heads.values():
+        for head in self.blocks.values():
             head.run(self.attempt.receive(self.hidden, microbatch), self.context.batches[microbatch])
         return arriving
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        for unit in self.attempt.producing:
-            yield unit, record_of(self.attempt, self.heads.pop(unit))
-
-    @override
-    def close(self) -> None:
-        self.heads.clear()
+    def record(self, unit: Unit, block: HeadBackward) -> Record:
+        return Record(metrics=to_json(block.finish(self.context.calibration.positions)))
 
 
 class HeadTask(UnitTask):
-    """A head in either pass: `task` beside the part of the model that it needs; nothing reads what it puts out."""
+    """A head in either pass: `task` with the other modules that it needs loaded; nothing reads its output."""
 
     is_read = False
 
@@ -141,7 +148,7 @@ class HeadTask(UnitTask):
 
 
 def candidates_of(attempt: Attempt, unit: Unit) -> CandidateTensors:
-    """The candidates that a block is priced with; none for one that is only run."""
+    """The candidates of a block that is priced; empty for one that is only run."""
     if not attempt.formats(unit):
         return {}
     tensors, size = attempt.context.candidates.get(index_of(unit))
@@ -149,12 +156,7 @@ def candidates_of(attempt: Attempt, unit: Unit) -> CandidateTensors:
     return tensors
 
 
-def record_of(attempt: Attempt, block: BlockBackward | HeadBackward) -> Record:
-    """The prices of a block, stored."""
-    return Record(metrics=to_json(block.finish(attempt.context.calibration.positions)))
-
-
 def index_of(unit: Unit) -> int:
-    """The block that a unit is."""
+    """The block index of a unit."""
     assert isinstance(unit, int)
     return unit

@@ -1,4 +1,4 @@
-"""Tasks at both ends of the model: what is before the vision tower, the embedding, the exit. They produce no record."""
+"""Tasks at both ends of the model: patch embedding, token embedding, exit. They produce no record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joining or starting Ray, and what the cluster has for workers."""
+"""Joining or starting Ray, and the cluster's capacity for workers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LOOPBACK = "127.0.0.1"
 
 @contextmanager
 def connected(config: ClusterConfig) -> Iterator[None]:
-    """Join or start Ray; it is left or ended with the with-block.
+    """Join or start Ray; it is left or stopped at the end of the with-block.
 
-    A Ray started here listens on loopback only, has a private token that no file holds and a private temporary
-    directory, so that it neither disturbs nor joins another Ray on the machine, and nobody else can use it.
+    A Ray started here listens on loopback only, has a token that no file holds and a private temporary directory,
+    so that it neither disturbs nor joins another Ray on the machine, and nobody else can use it.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    # Ray prints what it hears of its nodes on standard output, where results go.
+    # Ray prints messages of its nodes on standard output, where results go.
     with redirect_stdout(sys.stderr), _joined(config) if joins(config) else _started(config):
         # Ray ends a driver on SIGTERM by its own handler; the command line has a better one.
         if handler is not None and signal.getsignal(signal.SIGTERM) is not handler:
@@ -56,7 +56,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", namespace="prismaquant")
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        # A cluster that wants a token and gets none is reported as one that cannot be connected to.
+        # A cluster that requires a token reports a missing one as a connection error.
         raise ResourceError(
             f"Ray at {address} refuses: {str(error).splitlines()[0]}; if its nodes use token authentication, set "
             "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) here"
@@ -80,7 +80,11 @@ def _check_answers(address: str) -> None:
 
 @functools.cache
 def _token() -> str:
+<<<<<<< HEAD
     """One per process."""
+=======
+    """One per process: Ray's client keeps the first token it sees."""
+>>>>>>> h-how-merged
     return secrets.token_hex(32)
 
 
@@ -147,9 +151,9 @@ def _remove(directory: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """What the cluster has: nodes, how many workers fit, on GPUs or on CPU cores.
+    """The cluster's resources: nodes, and how many workers fit, on GPUs or on CPU cores.
 
-    `sharing` workers have to share the memory of the fullest node; a GPU's memory is its worker's own.
+    `sharing` is the largest number of workers on one node, which share its memory; 1 on GPUs.
     """
 
     nodes: int
@@ -194,7 +198,8 @@ def _has_labels(node: dict[str, object], config: ClusterConfig) -> bool:
 def worker_count(config: ClusterConfig, at_most: int) -> int:
     """Workers to ask for; more than `at_most` could never be busy.
 
-    Raises ResourceError, saying what there is, when they do not fit and no autoscaler is waited for.
+    Raises:
+        ResourceError: they do not fit, and no autoscaler is waited for (`cluster.wait`).
     """
     found = capacity(config)
     if config.wait > 0:

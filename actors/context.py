@@ -1,4 +1,4 @@
-"""What a worker has for all of its shards: model, calibration set, run store, threads."""
+"""State that a worker keeps across shards: model, calibration set, run store, threads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prismaquant_ray.storage.record import read_tensors
 
 @dataclass(kw_only=True, eq=False)
 class WorkerContext:
-    """What every shard task of a worker uses. The head stays loaded from one exit to the next."""
+    """State shared by all shard tasks of a worker. The head stays loaded from one exit to the next."""
 
     config: Config
     run_store: RunStore
@@ -36,17 +36,17 @@ class WorkerContext:
     head: ExitStack | None = None
 
     def __post_init__(self) -> None:
-        #: Candidates of blocks, as the backward pass takes them.
+        #: Candidates by block, for the backward pass.
         self.candidates: Prefetcher[int, tuple[CandidateTensors, int]] = Prefetcher(self._read_candidates)
 
     def _read_candidates(self, block: int) -> tuple[CandidateTensors, int]:
-        """With their bytes."""
+        """Tensors by format, and their total bytes."""
         artifacts = self.run_store.record(Stage.FORWARD, block).artifacts
         tensors = {FormatName(name): read_tensors(self.run_store.store, each) for name, each in artifacts.items()}
         return tensors, sum(each.size for each in artifacts.values())
 
     def prefetch(self, shard: Shard | None) -> None:
-        """Read what a shard loads ahead of it, or nothing; what was prefetched for another one is let go of."""
+        """Prefetch weights and candidates of a shard, or nothing; those prefetched for another one are dropped."""
         blocks = [unit for unit in shard.units if isinstance(unit, int)] if shard is not None else []
         self.runner.prefetcher.prefetch(blocks)
         backward = shard is not None and shard.stage is Stage.BACKWARD
@@ -59,7 +59,7 @@ class WorkerContext:
 
     @cached_property
     def graph(self) -> PassGraph:
-        """The units of every pass, and which of them reads which."""
+        """The units of every pass and their dependencies."""
         images = len(self.calibration.images)
         return PassGraph.of(self.runner.layout, texts=len(self.batches) - images, images=images)
 

@@ -1,7 +1,7 @@
-"""Driving a pass over workers that may be lost: hands out steps, takes receipts, replaces what dies.
+"""Driving a pass over workers that may be lost: hands out steps, takes receipts, replaces lost workers.
 
-It decides by `schedule.ring` (who runs what), `schedule.recovery` (whether to go on) and acts through `Workers`, which
-is Ray in a run and plain objects in tests. Nothing here imports Ray.
+Decisions come from `schedule.ring` (assignment of steps) and `schedule.recovery` (whether to go on); actions go through
+`Workers`, which is Ray in a run and plain objects in tests. Nothing here imports Ray.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class _Output:
-    """What a step put out: where another worker gets it."""
+    """Where a step's output can be read: from the worker that computed it, or from the run store."""
 
     reference: Any = None
     artifact: Artifact | None = None
@@ -38,8 +38,11 @@ class _Output:
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """The state of one pass. `unread` and `unfinished` are the shards that have not read a step's output, or not yet
-    finished with it."""
+    """The state of one pass.
+
+    `unread[step]` are the shards that have not read the step's output yet; `unfinished[step]` those that read it and
+    are not finished.
+    """
 
     shards: Sequence[Shard]
     ring: Ring
@@ -115,13 +118,13 @@ class Controller:
         return next(iter(self.ready.values()))
 
     def run_pass(self, shards: Sequence[Shard]) -> None:
-        """Run the shards in order; raises what a worker reports, or ResourceError when workers keep dying."""
+        """Run the shards in order; raises the error that a worker reports, or ResourceError when workers keep dying."""
         state = _Pass(shards, Ring([shard.microbatches for shard in shards], sources_of(shards)))
         while not state.ring.finished:
             self._turn(state)
 
     def abandon(self) -> None:
-        """After a pass that raised: wait for what is under way, then have every worker let go of its shard."""
+        """After a pass that raised: wait for the calls in flight, then have every worker drop its shard."""
         while any(flight.call.shard is not None for flight in self._flying.values()):
             self._stop_hung(None)
             for reply in self.workers.wait(0.5):
@@ -188,7 +191,7 @@ class Controller:
         self._flying[name] = _Flight(Call(kind=CallKind.HELLO), None, self.clock())
         self.workers.start(name)
 
-    # What comes back ------------------------------------------------------------------------------------------
+    # Replies -------------------------------------------------------------------------------------------------
 
     def _handle(self, state: _Pass | None, reply: Reply) -> None:
         flight = self._flying.pop(reply.worker)
@@ -225,7 +228,7 @@ class Controller:
         state.ring.done(reply.worker, step)
         before = state.ring.source(step)
         if before is not None:
-            # Once all have read it nobody does again, unless a worker is lost: then it is in the store.
+            # Once all have read it, only a restarted shard reads it again, and then from the store.
             state.unread[before].discard(step.shard)
             if not state.unread[before] and state.outputs[before].artifact is not None:
                 state.outputs[before].reference = None
@@ -271,14 +274,14 @@ class Controller:
     def _not_read(self, state: _Pass, flight: _Flight) -> None:
         """An output was lost with its node between two workers: read it from the store, or have it run again.
 
-        Of a finished shard everything is in the store, whether or not its worker lived to say where: its record does.
+        All outputs of a finished shard are in the store and named by its record, even if its worker died.
         """
         assert flight.step is not None
         before = state.ring.source(flight.step)
         assert before is not None
         output = state.outputs[before]
         if output.reference is not flight.call.arriving:
-            return  # it has been put out once more since
+            return  # it was computed again meanwhile
         output.reference = None
         if output.artifact is None and not state.ring.is_finished(before.shard):
             state.ring.vanished(before)
@@ -303,7 +306,7 @@ class Controller:
         self._start(delay=float(2**in_a_row) if in_a_row else 0.0)
 
     def _release(self, state: _Pass | None, worker: str) -> str | None:
-        """Free what a worker held; what it put out and had not stored went with it."""
+        """Free a worker's shard; those of its outputs that were not stored are lost."""
         index = state.ring.released(worker) if state is not None else None
         if state is None or index is None:
             return None
@@ -322,7 +325,7 @@ class Controller:
                 self._lost(state, worker, Cause.TIMEOUT, f"{flight.call.kind} took more than {self.timeout:.0f} s")
 
     def _unstall(self, state: _Pass) -> None:
-        """When every worker waits for a shard that nobody holds, have one give its own up after a while."""
+        """When every worker waits for a shard that nobody holds, have one yield its own after a while."""
         working = [flight for flight in self._flying.values() if flight.call.kind is not CallKind.HELLO]
         worker = None if working else yielding(state.ring.held, state.ring.blocking())
         if worker is None:
@@ -338,7 +341,7 @@ class Controller:
             self._send(worker, Call(kind=CallKind.DROP))
 
     def _nobody(self) -> float:
-        """No worker is left: when that began; ResourceError when it has lasted too long."""
+        """Since when no worker is left; ResourceError when that has lasted too long."""
         now = self.clock()
         since = now if self._stalled_since is None else self._stalled_since
         if now - since > self.first:
@@ -350,7 +353,7 @@ class Controller:
 
 
 def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
-    """For each shard and microbatch, the earlier shard of the pass that puts out what it reads."""
+    """For each shard and microbatch, the earlier shard of the pass whose output it reads."""
     ends = {shard.units[-1]: index for index, shard in enumerate(shards)}
     found = []
     for shard in shards:

@@ -1,6 +1,6 @@
 """Tasks of an evaluation: the source and its variants run side by side, from tokens to figures of every token.
 
-Boundaries between units have a leading dimension of rows, one for each model; of size 1 where all models still agree.
+Boundaries between units have a leading dimension of rows, one per model; size 1 where all models share the value.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class ExitEvaluation(UnitTask):
 
     @property
     def image_token(self) -> int:
-        """What is never predicted; a number that is no token where there are no images."""
+        """The token that is never predicted; without images an id that no token has."""
         token = self.context.runner.layout.image_token
         return IGNORED - 1 if token is None else token
 
@@ -156,5 +156,5 @@ class ExitEvaluation(UnitTask):
 
 
 def _distinct(runners: Sequence[ModelRunner]) -> list[ModelRunner]:
-    """The runner of each row, or the one that all rows have: then their inputs are the same."""
+    """The runner of each row; a single one when all rows share it, because their inputs are the same then."""
     return list(runners) if len(set(runners)) > 1 else [runners[0]]

@@ -1,4 +1,4 @@
-"""How much memory there is: a container's limit counts, not its machine's."""
+"""Available memory, within a container's limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CGROUPS = (
 
 
 def free_memory() -> int:
-    """Bytes that can still be taken on this machine or in this container."""
+    """Bytes available on this machine, within the container's limit."""
     free = int(psutil.virtual_memory().available)
     for limit, used in _CGROUPS:
         allowed = _number(limit)
@@ -24,7 +24,7 @@ def free_memory() -> int:
 
 
 def _reclaimable() -> int:
-    """Files the group has read and the kernel would drop: they count as used, but are there for the taking."""
+    """Page cache that the kernel can drop: it counts as used but is available."""
     try:
         lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
     except OSError:

@@ -22,9 +22,9 @@ BASE_BYTES = 700_000_000
 _EXIT_COPIES = 6
 # Float32 copies of a fused group while it is rounded: stacked weights, three attempts and their errors, codes.
 _ROUNDING_COPIES = 8
-# Bytes of a weight of a fused group while it is rounded: three attempts and the codes, a byte each.
+# Bytes per weight of a fused group while it is rounded: three attempts and the codes, one byte each.
 _COMPACT_COPIES = 4
-# Training and held-out Hessians of some experts, and what they are factored with.
+# Training and held-out Hessians of some experts, and temporaries of their factorization.
 _HESSIAN_COPIES = 5
 # Boundaries of a microbatch in flight: four to be written, two to be read, one in and one out.
 _BOUNDARIES = 8
@@ -32,11 +32,11 @@ _BOUNDARIES = 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Bytes. `block_*` are taken by each loaded block of the largest kind, the rest of a worker once.
+    """Bytes. `block_*` count once per loaded block, for the largest block; the rest once per worker.
 
-    `base` is the process, `working` what encoding one block and moving boundaries take, `exit` final norm, head and
-    logits (or what a draft or output head takes) while no other block is loaded. `candidate_bytes` and `boundary` (all
-    tokens, one place) are for the run store.
+    `base`: the process. `working`: encoding one block and moving boundaries. `exit`: final norm, head and logits, or a
+    draft or output head, while no other block is loaded. `candidate_bytes` and `boundary` (the output of one block for
+    all tokens) are in the run store.
     """
 
     base: int
@@ -76,7 +76,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSize:
-    """How many blocks a worker loads at a time, and why: what fits into `free` bytes, what the schedule wants."""
+    """Blocks that a worker loads at a time, and why: how many fit into `free` bytes, how many keep all workers busy."""
 
     blocks: int
     free: int
@@ -140,7 +140,7 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
 
 
 def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants: Sequence[Variant]) -> MemoryPlan:
-    """What a worker of an evaluation takes: weights once as computed with, and once as each format decodes them."""
+    """The plan of an evaluation: weights once in the compute dtype, and once as each format decodes them."""
     compute = config.model.bytes_per_value
     formats = {name for variant in variants for name in (variant.choice or {}).values()}
     # A repository's blocks are loaded beside the source's.
@@ -175,7 +175,7 @@ def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Bytes that one loaded block takes: its weights, and in each pass what comes beside them."""
+    """Bytes of one loaded block: its weights, Hessians of the forward pass, and the rest of the backward pass."""
 
     weights: int
     hessians: int
@@ -191,10 +191,10 @@ def _held(block: Block, layout: Layout, config: Config, compute: int) -> _Held:
     calibration = config.calibration
     parameters = sum(linear.parameters for linear in block.linears)
     has_experts = any(linear.experts for linear in block.linears)
-    # All experts together read one hidden state a token, which is kept until they are rounded.
+    # All experts together read one hidden state per token, which is kept until they are rounded.
     kept = calibration.sequences * calibration.length * layout.hidden_size * compute if has_experts else 0
-    # Inputs and outputs are held until gradients arrive, with the rounded input and one error; a token meets few
-    # experts. Of an output head a piece of logits is held at a time.
+    # Inputs and outputs are held until gradients arrive, with the rounded input and one error; a token is routed to
+    # top_k experts. An output head holds one piece of logits at a time.
     per_token = 4 * layout.hidden_size + sum(
         (layout.top_k if linear.experts else 1) * 2 * (linear.in_features + linear.out_features)
         for linear in block.linears

@@ -1,4 +1,4 @@
-"""What crosses between driver and workers: small, plain, picklable. Weights never do."""
+"""Messages between driver and workers: small, plain, picklable. Weights are never sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What is run beside the source: plans over the candidates of the run at `candidates`, or a `repository`, or both.
+    """Models compared with the source: plans over the candidates of the run at `candidates`, a `repository`, or both.
 
     Each is a URI or an absolute path; None where no variant needs it.
     """
@@ -32,7 +32,7 @@ class Evaluation:
 class WorkerSpec:
     """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory.
 
-    With an `evaluation` it takes part in that, and `run` is where that keeps what it has to.
+    With an `evaluation` it runs that instead of a measurement, and `run` is the evaluation's own store.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: PrismaquantError) -> Failure:
-        """What a worker returns instead of raising."""
+        """The failure that a worker returns instead of raising."""
         # The nearest class that users know; finer ones stay inside their module.
         kind = next(kind for kind in type(error).__mro__ if kind.__name__ in errors.__all__)
         return cls(
@@ -62,7 +62,7 @@ class Failure:
         )
 
     def error(self) -> PrismaquantError:
-        """What the driver raises for it."""
+        """The error that the driver raises for it."""
         if self.kind == DamagedError.__name__:
             return DamagedError(self.message, self.key)
         kind: type[PrismaquantError] = getattr(errors, self.kind)
@@ -71,9 +71,9 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What a worker says of one call: when it began (seconds since the epoch), its metrics, or why it failed.
+    """A worker's account of one call: when it began (seconds since the epoch), its metrics, or why it failed.
 
-    `machine` is there when the worker was asked for it. `stored` are the boundaries, by microbatch, that have reached
+    `machine` is set in reply to HELLO and SETUP. `stored` are the boundaries, by microbatch, that have reached
     the run store since the last receipt.
     """
 

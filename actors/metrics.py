@@ -6,7 +6,7 @@ from prismaquant_ray.events import Event, ShardDone, StepDone, WorkerLost
 
 
 class Metrics:
-    """Counts what happens; Ray exports every name with the prefix `ray_`. Make one when Ray is connected."""
+    """Counts events; Ray exports every name with the prefix `ray_`. Make one when Ray is connected."""
 
     def __init__(self, run: str) -> None:
         from ray.util.metrics import Counter, Gauge, Histogram

@@ -13,11 +13,10 @@ from actors.schedule.recovery import Cause
 from actors.worker import ShardWorker
 from prismaquant_ray.errors import ResourceError
 
-# For glibc. It gives every thread a heap of its own, and what a storage thread freed in one block is not there for the
-# next: with sixteen heaps a worker's memory grows with the number of blocks, with two it does not. Blocks above 16 MiB
-# are no part of a heap, where small ones that stay between them would pin them: by itself glibc raises that to 32 MiB,
-# and logits are as large. What a heap has free above 128 MiB goes back at once, the rest when a shard closes. Huge
-# pages, where the kernel offers them, for what is kept.
+# glibc settings. Arenas: by default every thread gets its own and cannot reuse memory that a storage thread freed; with
+# sixteen arenas a worker's memory grows with the number of blocks, with two it does not. Allocations above 16 MiB are
+# mapped directly, so that small neighbours cannot pin them (glibc would raise that threshold to 32 MiB, and logits are
+# as large). Free memory above 128 MiB is returned at once, the rest when a shard closes. Huge pages where available.
 WORKER_ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(2**24),
@@ -59,7 +58,7 @@ class RayWorkers:
         self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = worker, None
 
     def submit(self, worker: str, call: Call) -> None:
-        """Send a call; its name is what dashboards and process lists show."""
+        """Send a call under a name that dashboards and process lists show."""
         actor = self._actors[worker]
         output = None
         if call.kind is CallKind.SETUP:
@@ -133,7 +132,7 @@ class RayWorkers:
         ray.kill(self._actors.pop(worker))
 
     def describe(self) -> str:
-        """What the cluster has by now."""
+        """The cluster's current resources."""
         return str(capacity(self.spec.config.cluster))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What the controller asks of workers, and their replies: the seam between decisions and Ray."""
+"""The controller's calls to workers and their replies: the seam between decisions and Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from actors.schedule.units import Shard
 
 
 class CallKind(StrEnum):
-    """What a worker can be asked."""
+    """Kinds of calls."""
 
     HELLO = "hello"
     SETUP = "setup"
@@ -39,9 +39,9 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """What became of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
+    """The result of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
 
-    Neither means that what was to arrive could not be read, and the worker did nothing.
+    Neither means that the call's input could not be read, and the worker did nothing.
     """
 
     worker: str
@@ -70,5 +70,5 @@ class Workers(Protocol):
         ...
 
     def describe(self) -> str:
-        """What the cluster has, for an error about what it lacks."""
+        """The cluster's resources, for errors about missing ones."""
         ...

@@ -1,6 +1,6 @@
-"""A shard while a worker holds it: its loaded units, microbatch by microbatch, then what they leave behind.
+"""A shard while a worker holds it: its units are loaded, run by microbatch, and their products stored.
 
-`ShardTask` moves and commits; a `UnitTask` computes: one class for each kind of unit in each pass.
+`ShardTask` moves and commits data; a `UnitTask` computes: one class for each kind of unit in each pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_
 class Attempt:
     """One attempt at a shard, as its unit task sees it: inputs from the run store, keys that no other attempt uses.
 
-    `resident` holds parts of the model that are loaded until the end. `loss` is that of an exit's microbatch, in nats.
+    `resident` holds modules that stay loaded until the shard closes. `loss` is an exit's loss of a microbatch, in nats.
     """
 
     def __init__(self, context: WorkerContext, shard: Shard) -> None:
@@ -63,15 +63,15 @@ class Attempt:
         return boundary.to(self.context.runner.device)
 
     def write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
-        """Store what a unit produces."""
+        """Store tensors of a unit's product."""
         key = tensors_key(self.shard.stage, unit_key(unit), self.name, name)
         return write_tensors(self.context.run_store.store, key, tensors)
 
 
 class UnitTask(ABC):
-    """What the units of one kind do in one pass. Microbatches come in order, then `products`, then `close`."""
+    """The work of one kind of units in one pass. Microbatches come in order, then `products`, then `close`."""
 
-    #: Whether anything reads what the last unit puts out.
+    #: Whether anything reads the output of the last unit.
     is_read: ClassVar[bool] = True
 
     def __init__(self, attempt: Attempt) -> None:
@@ -87,15 +87,15 @@ class UnitTask(ABC):
         """The output of the last unit; empty where nothing reads it."""
 
     def products(self) -> Iterator[tuple[Unit, Record]]:
-        """The record of each unit that must produce something; its data is stored, and its weights are let go."""
+        """The record of each unit that must produce something; its data is stored and its weights released."""
         return iter(())
 
-    def close(self) -> None:  # noqa: B027 - what is loaded through `attempt.resident` needs no more
-        """Let go of what is loaded, beside the attempt's residents."""
+    def close(self) -> None:  # noqa: B027 - optional: `attempt.resident` closes itself
+        """Release weights other than those in `attempt.resident`."""
 
 
 class ShardTask:
-    """A loaded shard. Microbatches must come in order, then `finish`; `close` gives the weights up."""
+    """A loaded shard. Microbatches must come in order, then `finish`; `close` releases the weights."""
 
     def __init__(self, attempt: Attempt, task: UnitTask) -> None:
         self.attempt = attempt
@@ -108,7 +108,7 @@ class ShardTask:
         task.load()
 
     def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, StepMetrics]:
-        """One microbatch, with its metrics; the boundary goes to the store behind what follows."""
+        """One microbatch, with its metrics; the boundary is stored in the background."""
         leaving = self.task.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
         if self.task.is_read:
             name = f"boundary-{microbatch:05d}"
@@ -126,7 +126,7 @@ class ShardTask:
         return fresh
 
     def finish(self) -> None:
-        """Commit the boundary, then each unit's record: whatever is interrupted, what is recorded can be built on."""
+        """Commit the boundary, then each unit's record, so that an interruption leaves only complete records."""
         attempt, run_store = self.attempt, self.context.run_store
         if self.task.is_read:
             boundary = self.outbox.flush()
@@ -138,7 +138,7 @@ class ShardTask:
         self.close()
 
     def close(self) -> None:
-        """Let go of what is loaded."""
+        """Release all weights."""
         self.task.close()
         self.attempt.resident.close()
 

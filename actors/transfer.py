@@ -1,4 +1,4 @@
-"""Boundaries on their way: as bytes to another worker, and by a thread to and from the run store."""
+"""Moving boundaries: as bytes to another worker, and by a thread to and from the run store."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prismaquant_ray.storage.store import Store
 Activation = tuple[str, NDArray[Any]]
 
 _NAME = "boundary"
-# Boundaries that may wait to be written; the worker waits rather than hold more of them.
+# Boundaries queued for writing; beyond that `put` blocks.
 _WAITING = 4
 
 
 class Outbox:
-    """Writes boundaries in order, behind the computation. Errors rise where the results are asked for."""
+    """Writes boundaries in order, in the background. Errors are raised by `put`, `completed` and `flush`."""
 
     def __init__(self, store: Store, thread: ThreadPoolExecutor) -> None:
         self._store = store
@@ -39,13 +39,13 @@ class Outbox:
         self._pending[microbatch] = self._thread.submit(write_tensors, self._store, key, {_NAME: tensor})
 
     def completed(self) -> dict[int, Artifact]:
-        """What has been written by now."""
+        """The boundaries written so far, by microbatch."""
         for microbatch in [microbatch for microbatch, future in self._pending.items() if future.done()]:
             self._complete(microbatch)
         return dict(self.written)
 
     def flush(self) -> dict[int, Artifact]:
-        """Everything, once it is written."""
+        """Wait until all are written; every boundary, by microbatch."""
         for microbatch in list(self._pending):
             self._complete(microbatch)
         return dict(self.written)
@@ -55,7 +55,7 @@ class Outbox:
 
 
 class Inbox:
-    """Reads a shard's boundaries from the store, one microbatch ahead of what is asked for."""
+    """Reads a shard's boundaries from the store, one microbatch ahead."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Inbox:
         self._ahead: dict[int, Future[tuple[Tensor, int]]] = {}
 
     def get(self, microbatch: int) -> tuple[Tensor, int]:
-        """The boundary and its bytes; DamagedError when it is missing or another one."""
+        """The boundary and its bytes; DamagedError when it is missing or differs from its digest."""
         future = self._ahead.pop(microbatch, None)
         found = future.result() if future is not None else self._read(microbatch)
         following = self._following.get(microbatch)
@@ -100,7 +100,7 @@ def to_wire(tensor: Tensor) -> Activation:
 
 
 def from_wire(activation: Activation) -> Tensor:
-    """A tensor of its own: arrays from Ray's object store are read-only and shared."""
+    """A copy as a tensor: arrays from Ray's object store are read-only and shared."""
     name, array = activation
     tensor = torch.from_numpy(np.array(array, copy=True))
     return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor

@@ -59,7 +59,7 @@ from prismaquant_ray.storage.store import Store
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call while it is answered: what it puts out, its metrics, and in the end its receipt."""
+    """A call while it is answered: its output, its metrics, and in the end its receipt."""
 
     output: Activation | None = None
     machine: Machine | None = None
@@ -95,7 +95,7 @@ class ShardWorker:
     ) -> tuple[Activation | None, Receipt]:
         """One microbatch of a shard; its first one loads the shard.
 
-        `arriving` is the output of the shard's origin, or where that is stored; None when its record says where.
+        `arriving` is the output of the shard's origin or the artifact that holds it; None: look it up in the run store.
         """
         with self._answering() as call:
             if self.task is None or self.task.shard != shard:
@@ -106,7 +106,7 @@ class ShardWorker:
         return call.output, call.receipt
 
     def finish(self, shard: Shard, following: Shard | None = None) -> Receipt:
-        """Encode or price, commit the records, let go of the shard; `following` is read meanwhile."""
+        """Encode or price, commit the records, drop the shard; `following` is read meanwhile."""
         with self._answering() as call:
             self.context.prefetch(following)
             assert self.task is not None
@@ -124,7 +124,7 @@ class ShardWorker:
         return call.receipt
 
     def drop(self) -> Receipt:
-        """Let go of the shard without a result: another worker will run it."""
+        """Drop the shard without a result: another worker will run it."""
         with self._answering() as call:
             self.context.prefetch(None)
             self._close()
@@ -231,7 +231,7 @@ class ShardWorker:
 
 
 def open_task(context: WorkerContext, shard: Shard) -> ShardTask:
-    """Load a shard; the head, which only exits need, makes room for blocks."""
+    """Load a shard; blocks first unload the head, which only exits need."""
     if isinstance(shard.units[0], int):
         context.unload_head()
     attempt = Attempt(context, shard)
@@ -263,12 +263,12 @@ def _evaluation(attempt: Attempt) -> UnitTask:
 
 
 def peak_bytes() -> int:
-    """The most host memory this process has had."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system: glibc keeps it in pools, and the next block's would come on top."""
+    """Give freed memory back to the system: glibc would keep it and allocate the next block on top."""
     library = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
     if trim is not None:

@@ -55,7 +55,7 @@ EVALUATION = (
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A line of help, and parameters beside those of every command."""
+    """A command: one line of help, and its own parameters."""
 
     help: str
     parameters: Sequence[click.Parameter] = (CONFIG, SET)
@@ -75,7 +75,7 @@ COMMANDS = {
     "allocate": Command("The plan for the budget, from stored measurements."),
     "sweep": Command(
         "A plan for every target of `sweep:`, and the knee of the frontier.",
-        (CONFIG, SET, _flag("--measure", "Also evaluate every target and its controls (evaluation:).")),
+        (CONFIG, SET, _flag("--measure", "Also evaluate every target and its baselines (evaluation:).")),
     ),
     "assemble": Command("The repository for the budget's plan, verified.", (CONFIG, SET, FRESH)),
     "verify": Command("Re-read the repository: names, routing, bytes, sizes."),
@@ -110,7 +110,7 @@ COMMANDS = {
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM, as `ray job stop` and Kubernetes send it: end like Ctrl-C, in order, with what is done kept."""
+    """SIGTERM, as `ray job stop` and Kubernetes send it: stop like Ctrl-C and keep finished work."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -124,7 +124,7 @@ def cli() -> None:
 
 
 def _execute(name: str, /, *, as_json: bool, debug: bool, **values: Any) -> None:
-    """Run a command; turn what rises into one line and an exit code."""
+    """Run a command; report an error as one line and an exit code."""
     from prismaquant_ray.errors import PrismaquantError
 
     signal.signal(signal.SIGTERM, _stop)
@@ -139,7 +139,7 @@ def _execute(name: str, /, *, as_json: bool, debug: bool, **values: Any) -> None
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
     except Exception as error:
-        # The outermost frame: what nobody named is a bug of ours. It ends the command; nothing goes on after it.
+        # The outermost frame: any other exception is a bug of ours. It ends the command.
         if debug:
             raise
         summary = " ".join(str(error).split())[:500]
@@ -166,7 +166,7 @@ def _run(name: str, values: dict[str, Any], *, as_json: bool) -> int:
 
 
 def _imported(name: str) -> Any:
-    """A module. Nothing that imports make is garbage, and looking for some takes a fifth of their time."""
+    """Import a module with the garbage collector off: collecting takes a fifth of the import time and frees nothing."""
     gc.disable()
     try:
         return importlib.import_module(name)

@@ -18,7 +18,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "K
 
 
 def parse_bytes(value: Any) -> Any:
-    """19000000000 from 19GB (decimal) or 17.7GiB (binary); other types pass through to be judged."""
+    """19000000000 from 19GB (decimal) or 17.7GiB (binary); other types pass through to validation."""
     if not isinstance(value, str):
         return value
     found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
@@ -332,7 +332,8 @@ class Config(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides (values are YAML).
 
-    Raises ConfigError, one line naming the key, for anything that cannot be used.
+    Raises:
+        ConfigError: the file or an override cannot be used; one line that names the key.
     """
     try:
         body = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ PrismaquantError          exit 1
     └── DamagedError      exit 3   one stored object is missing or is not what its record says
 ```
 
-Anything else that rises is a bug and ends with exit code 1. Instances survive pickling between
+Any other exception is a bug and ends with exit code 1. Instances survive pickling between
 actors unchanged.
 """
 

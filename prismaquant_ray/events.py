@@ -1,8 +1,8 @@
-"""What happens during a run, as typed events: one place that says it, many that listen (log, terminal, metrics).
+"""Typed events of a run: one emitter, many listeners (log, terminal, metrics).
 
 The log is `events.jsonl` in the run store: one JSON object per line, oldest first, over all attempts of the run. Only
-the driver that holds the run's lease writes it. Object stores cannot append, so the whole object is put again, less and
-less often as it grows.
+the driver that holds the run's lease writes it. Object stores cannot append, so the whole object is rewritten, less
+often as it grows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Event:
     at: float = field(default_factory=time.time)
 
     def body(self) -> dict[str, Any]:
-        """Its kind under `event`, its time, and its own fields; without figures that it does not have."""
+        """JSON values: its kind under `event`, its time, and its fields; step metrics that are None are left out."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "at"}
         present = {key: value for key, value in fields.items() if not (value is None and key in _OPTIONAL)}
         return {"at": self.at, "event": self.kind, **present}
@@ -56,8 +56,11 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """Figures of a step. A microbatch has tokens and bytes that came from another worker, an exit its loss in nats;
-    the end of a shard has bytes read from and written to the stores."""
+    """Figures of a step.
+
+    A microbatch has `tokens` and `hop_bytes` (from another worker), an exit also its `loss` in nats; the end of a shard
+    has `read_bytes` and `written_bytes` (from and to the stores).
+    """
 
     tokens: int | None = None
     hop_bytes: int | None = None
@@ -196,7 +199,7 @@ class Notice(Event):
     message: str
 
 
-# Left out of a line where they are None: figures that only some steps have.
+# Left out of a line where they are None.
 _OPTIONAL = frozenset(f.name for f in dataclasses.fields(StepMetrics))
 _KINDS: dict[str, type[Event]] = {
     kind.kind: kind
@@ -215,7 +218,7 @@ _KINDS: dict[str, type[Event]] = {
     )
 }
 
-#: Told of every event, in order.
+#: Called with every event, in order.
 Listener = Callable[[Event], None]
 
 
@@ -333,7 +336,7 @@ def pass_attempts(events: Sequence[Event]) -> list[PassAttempt]:
         later = range(begin + 1, len(events))
         stop = next((i for i in later if isinstance(events[i], PassBegan | RunEnded | RunBegan)), len(events))
         inside = events[begin:stop]
-        # The driver of an attempt that a new driver follows was killed: when, nobody said.
+        # If the next driver's beginning follows, this driver was killed at an unknown time.
         ended = events[stop].at if stop < len(events) and not isinstance(events[stop], RunBegan) else None
         found.append(
             PassAttempt(

@@ -1,6 +1,6 @@
 """The parts of a model as names and shapes: blocks, Linears, and how Linears belong together.
 
-A layout is built from the configuration and the safetensors headers only (`models.layout_builder`). It is the one
+A layout is built from the configuration and the safetensors headers only (`model.layout_builder`). It is the one
 place where module names are parsed; everything after works with these objects.
 """
 
@@ -17,7 +17,7 @@ EXPERT = "{}"
 
 
 class BlockKind(StrEnum):
-    """What a block is, and with it where it stands: images, then decoder, then what reads the decoder's output."""
+    """The kind of a block, in the order in which blocks run."""
 
     VISION = "vision"
     MERGER = "merger"
@@ -26,7 +26,7 @@ class BlockKind(StrEnum):
     HEAD = "head"
 
 
-#: Blocks with a loss of their own behind the last decoder layer: nothing reads what they put out.
+#: Blocks behind the last decoder layer with their own loss; nothing reads their output.
 HEADS = (BlockKind.DRAFT, BlockKind.HEAD)
 
 
@@ -35,7 +35,7 @@ class LinearSpec:
     """One Linear that may be quantized, or the same Linear of every expert of a layer.
 
     `name` is its module path in the repository, with `{}` for the expert's number; `experts` how many there are, None
-    for one Linear by itself. `sources` are the checkpoint tensors that hold it: one, one an expert, or a packed tensor.
+    for one Linear by itself. `sources` are the checkpoint tensors that hold it: one, one per expert, or a packed tensor.
     """
 
     name: str
@@ -59,7 +59,7 @@ class LinearSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matrix:
-    """Linears that the runtime holds as one matrix (one an expert), stacked along the rows: q/k/v, gate/up.
+    """Linears that the runtime holds as one matrix (per expert), stacked along the rows: q/k/v, gate/up.
 
     They read the tensor that `input` names and share NVFP4's global scales. `parameters` are the weights in the block's
     module: one of each Linear, or one packed (experts, rows, columns).
@@ -115,7 +115,7 @@ class FusedGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputGroup:
-    """Matrices that read the same tensor: one Hessian, one Cholesky factor (one an expert)."""
+    """Matrices that read the same tensor: one Hessian and one Cholesky factor (per expert)."""
 
     name: str
     matrices: tuple[Matrix, ...]
@@ -162,12 +162,16 @@ class Block:
 
     @cached_property
     def inputs(self) -> tuple[InputGroup, ...]:
-        """Its matrices by what they read, in order of first appearance."""
+        """Its matrices by input, in order of first appearance."""
         found: dict[str, list[Matrix]] = {}
         for group in self.groups:
             for matrix in group.matrices:
                 found.setdefault(matrix.input, []).append(matrix)
         return tuple(InputGroup(name=name, matrices=tuple(matrices)) for name, matrices in found.items())
+
+    def reading(self, group: InputGroup) -> list[tuple[FusedGroup, Matrix]]:
+        """The matrices that read an input, each with its fused group, in the order of the groups."""
+        return [(fused, matrix) for fused in self.groups for matrix in fused.matrices if matrix.input == group.name]
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -177,7 +181,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NameAlias:
-    """What different runtimes call a part of module names, whole dotted words; `names` begins with the checkpoint's."""
+    """The runtimes' names for a part of module names, in whole dotted words; the checkpoint's name comes first."""
 
     part: str
     names: tuple[str, ...]
@@ -193,7 +197,7 @@ class Layout:
 
     `embedding`, `pixels` and `head` name the tensors that the entry of the model, the entry of its vision tower and its
     exit load (entry and exit share the embedding when it is tied). `ignored` gives the reason for every matrix that
-    stays as it is, by module path. `guesses` is empty for a known family; otherwise it says what was assumed.
+    stays as it is, by module path. `guesses` is empty for a known family; otherwise it lists assumptions.
     `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets.
     """
 

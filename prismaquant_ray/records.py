@@ -42,7 +42,7 @@ REPORT = "report/"
 EVALUATIONS = "evaluations"
 RUNNING_EVALUATION = f"{EVALUATIONS}/running"
 
-#: Under a pass and a unit: what the unit produced, and what left it.
+#: Under a pass and a unit: its product, and its output.
 RECORD = "record.json"
 BOUNDARY = "boundary.json"
 
@@ -72,7 +72,7 @@ def evaluation_key(digest: str) -> str:
     return f"{EVALUATIONS}/{digest}/{RECORD}"
 
 
-# What a block's records hold ----------------------------------------------------------------------------------------
+# Records of blocks -------------------------------------------------------------------------------------------------
 
 #: Ways to round a weight, in order of simplicity: a tie goes to the first.
 Method = Literal["nearest", "search", "gptq"]
@@ -83,7 +83,7 @@ class LinearRounding:
     """How one Linear was rounded by one codec; of experts every figure is a list with an entry per expert.
 
     `holdout_error` is Σ_t |ΔW x_t|² over held-out tokens per (token × output) of every method that was tried, `method`
-    the one that won, `weight_mse` mean ΔW² of what ships.
+    the one that won, `weight_mse` the mean ΔW² of its result.
     """
 
     method: Method | list[Method]
@@ -117,7 +117,7 @@ def _chained(parts: Iterable[T | list[T]]) -> list[T]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardRecord:
-    """What the forward pass found of a block: rounding by Linear and codec, calibration tokens per expert by group."""
+    """The forward pass's record of a block: rounding by Linear and codec, calibration tokens per expert by group."""
 
     linears: dict[str, dict[str, LinearRounding]]
     experts: dict[str, list[int]]
@@ -127,7 +127,7 @@ class ForwardRecord:
 class Price:
     """The loss that one fused group costs in one format, in nats per token.
 
-    `weight_cost` and `activation_cost` are what rounded weights and rounded activations would cost alone;
+    `weight_cost` and `activation_cost` are those of rounded weights alone and of rounded activations alone;
     `standard_error` is that of `cost`, by jackknife over sequences.
     """
 
@@ -139,7 +139,7 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackwardRecord:
-    """What the backward pass found of a block: prices by fused group and format, Fisher traces by Linear.
+    """The backward pass's record of a block: prices by fused group and format, Fisher traces by Linear.
 
     `tokens` is the N of the prices. `agreement` is, for a draft head, how often its best guess is the model's, by the
     format of the whole head.
@@ -153,7 +153,7 @@ class BackwardRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftRecord:
-    """What an evaluation found of the draft head: predictions that agree with their own model, by row; predictions."""
+    """A draft head in an evaluation: by row, predictions that agree with their own model; number of predictions."""
 
     agreed: list[int]
     tokens: int
@@ -168,7 +168,7 @@ class CalibrationRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """KL(source ‖ quantized) over all tokens, in nats per token, and what else is asked of a quantized model.
+    """KL(source ‖ quantized) over all tokens, in nats per token, and other measures of a quantized model.
 
     `kl_standard_error` is that of the mean, with sequences as the independent samples; `top1_agreement` is the share of
     tokens where both find the same token most likely; `loss` is the model's cross-entropy in nats per predicted token,
@@ -186,12 +186,12 @@ class Divergence:
     draft_agreement: float | None = None
 
 
-# What the run store holds beside blocks -----------------------------------------------------------------------------
+# Other objects of the run store ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """`run.json`: what measurements and candidates depend on, by the name a refusal shows, and the configuration."""
+    """`run.json`: the configuration, and the values that measurements and candidates depend on, by displayed name."""
 
     fingerprint: dict[str, Any]
     config: dict[str, Any]
@@ -282,7 +282,7 @@ class SweepRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationText:
-    """What plans were measured on."""
+    """The evaluation data that plans were measured on."""
 
     file: str
     sha256: str

@@ -58,7 +58,7 @@ from prismaquant_ray.report.shipped import (
     ShippedFormat,
     ShippedRounding,
     Source,
-    shipped,
+    gather_shipped,
 )
 from prismaquant_ray.report.source_card import Stated, stated
 from prismaquant_ray.repository.manifest import MANIFEST, README
@@ -435,7 +435,7 @@ def found(known: Measured, plan: PlanRecord, output: Path) -> CardView:
     views: list[CardView] = []
 
     def card_of_written(written: Written) -> bytes:
-        ships = shipped(known.data, plan, written, known.measured_plans())
+        ships = gather_shipped(known.data, plan, written, known.measured_plans())
         views.append(CardView(findings=known.findings(plan), shipped=ships))
         return b""
 
@@ -574,17 +574,18 @@ def test_a_card_does_not_depend_on_what_was_asked_before(dense: Config, tmp_path
     store.delete([records.SWEEP])
     view = found(opened(dense), plan, output)
     assert text_of(view) == before
-    assert view.swept
+    assert len(view.findings.plans) > 1
     out_of_reach = opened(dense.model_copy(update={"sweep": (1.0, 20.0)}))
     view = found(out_of_reach, plan, output)
-    assert not view.swept and view.findings.knee is None and view.sweep == [view.plan]
+    assert view.findings.plans == [view.plan] and view.findings.knee is None and view.sweep == [view.plan]
     assert "No target of the sweep" in text_of(view)
 
 
 def test_a_long_sweep_is_shown_around_the_plan(dense: Config, tmp_path: Path) -> None:
     known = opened(dense.model_copy(update={"sweep": tuple(4.75 + n / 8 for n in range(28))}))
     view = found(known, known.plan, tmp_path / "repository")
-    assert len(view.sweep) + view.more_targets in (28, 29)
+    plans = len(view.findings.plans)
+    assert plans in (28, 29) and f"\n{plans - 12} more budgets were swept.\n" in text_of(view)
     assert view.sweep.count(view.plan) == 1 and len(view.sweep) == 12
 
 
@@ -611,7 +612,7 @@ def test_a_repository_with_its_card_is_verified_and_counted(dense: Config, tmp_p
     output = tmp_path / "repository"
 
     def readme(written: Written) -> bytes:
-        return card(known.findings(plan), shipped(known.data, plan, written, None)).encode()
+        return card(known.findings(plan), gather_shipped(known.data, plan, written, None)).encode()
 
     repository = write(known, plan, output, readme)
     report = verify_repository(Store(output), known.source, known.layout, plan.choice, known.candidates)

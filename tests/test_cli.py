@@ -16,6 +16,7 @@ from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.errors import InputError
 from tests.inprocess import in_process
+from tests.light import light
 from tests.runs import configuration, quantized
 from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family
@@ -122,11 +123,16 @@ def test_ctrl_c_says_that_the_run_continues(finished: Path, monkeypatch: pytest.
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv=['x','--help']\ntry:\n import jobs.__main__ as m; m.main()\nexcept SystemExit: pass\n"
-    code += "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "quantize" in done.stdout
+    overall, *each = light(("--help",), *((name, "--help") for name in COMMANDS))
+    assert all(name in overall for name in COMMANDS)
+    for (name, command), text in zip(COMMANDS.items(), each, strict=True):
+        assert f"prismaquant-ray {name}" in text or f"cli {name}" in text
+        assert command.help.split()[0] in text
+
+
+def test_status_needs_no_torch(finished: Path) -> None:
+    (status,) = light(("status", finished.parent / "run", "--json"))
+    assert json.loads(status)["state"] == "measured"
 
 
 @pytest.mark.slow

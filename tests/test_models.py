@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import FusedRule, family_of
 from prismaquant_ray.model.capture import capture_activations
-from prismaquant_ray.model.layout_builder import build_layout, load_config
+from prismaquant_ray.model.layout_builder import build_layout, transformers_config
 from prismaquant_ray.model.meta_model import longest_layer_list
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
@@ -204,7 +204,7 @@ def test_older_rotary_settings_are_read_as_transformers_reads_them(tmp_path: Pat
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config |= {"rope_theta": 500000.0, "rope_scaling": {**scaling, "original_max_position_embeddings": 32}}
     (directory / "config.json").write_text(json.dumps(config))
-    ours = load_config(Checkpoint(Store(directory)))
+    ours = transformers_config(Checkpoint(Store(directory)))
     assert ours.to_dict() == {**AutoConfig.from_pretrained(directory).to_dict(), "_name_or_path": ours.name_or_path}
     tokens = random_tokens(1, 48)
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

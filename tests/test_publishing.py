@@ -35,6 +35,7 @@ from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import CUT, FINE, LOST, ORGANIZATION, READER, STRANGER, TOKEN, USER, HubServer
 from tests.hub_server import Repository as HubRepositoryState
+from tests.light import light
 from tests.repositories import make_model, uniform
 from tests.s3_server import S3Server
 
@@ -269,6 +270,13 @@ def test_a_killed_process_is_continued_by_the_same_command(first: Path, hub: Hub
     assert [line.split()[0] for line in lines if " sent: " in line][-3:] == [MANIFEST, INDEX, CONFIG]
     assert hub.content(NAME) == content(first)
     assert hub.blobs_received == weights
+
+
+def test_the_command_needs_no_torch(first: Path, hub: HubServer) -> None:
+    _, options = command_line(first, hub, HF_HUB_DISABLE_XET="1")
+    (published,) = light(("publish", first, TARGET, "--json"), environment=options["env"])
+    assert json.loads(published)["verified"] == len(content(first))
+    assert hub.content(NAME) == content(first)
 
 
 @pytest.mark.slow
@@ -668,6 +676,13 @@ def test_in_a_bucket_everything_arrives_and_config_comes_last(first: Path, prefi
     again = copy(first, f"{prefix}/")
     assert (again.sent, again.bytes_sent) == ((), 0)
     assert watch.written == []
+
+
+@pytest.mark.s3
+def test_in_a_bucket_the_command_needs_no_torch(first: Path, prefix: str) -> None:
+    (published,) = light(("publish", first, prefix, "--json"))
+    assert json.loads(published)["verified"] == len(content(first))
+    assert stored(prefix) == content(first)
 
 
 @pytest.mark.s3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -36,7 +37,6 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.records import ForwardRecord
 from prismaquant_ray.report import gather as gathering
-from prismaquant_ray.report import groups as columns_of
 from prismaquant_ray.report.chart import Axis, chart
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.measurements import measured_findings, measured_of
@@ -133,7 +133,7 @@ def test_one_format_everywhere_costs_the_sum_of_its_column(everything: Measured,
         spread = float(np.sqrt(np.square(table.standard_error[:, column]).sum()))
         assert entry.standard_error == pytest.approx(spread)
     cost = {**found.groups.cost, "NVFP4": [None, *found.groups.cost["NVFP4"][1:]]}
-    entries = columns_of.uniform(replace(found.groups, cost=cost), found.formats, sizes)
+    entries = gathering.uniform(replace(found.groups, cost=cost), found.formats, sizes, None)
     assert {entry.format: entry for entry in entries}["NVFP4"].predicted_loss is None
 
 
@@ -271,6 +271,22 @@ def test_one_gathering_and_one_sweep_give_every_figure_of_a_run(
     )
     assert f"predicted loss {formatting.with_error(loss, error)}" in page(findings)
     assert [plan.target for plan in done.sweep.targets] == [plan.target for plan in findings.plans]
+
+
+@pytest.mark.parametrize("name", ["report", "assemble", "sweep"])
+def test_a_command_solves_the_sweep_once(
+    dense: Measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    solved = []
+
+    def sweep(*arguments: Any, **more: Any) -> Any:
+        solved.append(arguments)
+        return frontier.sweep(*arguments, **more)
+
+    monkeypatch.setattr("prismaquant_ray.allocation.plans.sweep", sweep)
+    store = dense.config.store.model_copy(update={"output": tmp_path / "repository"})
+    importlib.import_module(f"jobs.commands.{name}").run(dense.config.model_copy(update={"store": store}))
+    assert len(solved) == 1
 
 
 def test_the_summary_prices_the_loss_whatever_a_plan_minimises(dense: Measured) -> None:

@@ -1,1 +1,1 @@
-"""The schedule of a run: units, what reads what, shards, who runs which, keys of the run store. No Ray, no clock."""
+"""The schedule of a run: units, their dependencies, shards, their assignment, run store keys. No Ray, no clock."""

@@ -1,10 +1,10 @@
-"""The units of every pass and which of them reads which: all that planning needs to know of a model.
+"""The units of every pass and their dependencies: all that planning needs to know of a model.
 
 Forward:    pixels → vision blocks → merger → entry → decoder blocks → draft, head
 Backward:   exits → decoder blocks → merger → vision blocks; draft and head by themselves, each with its own loss
 Evaluation: pixels → vision blocks → merger → entry → decoder blocks → draft, exits
 
-Images run through every unit, text enters at the entry. What stands in parentheses below may be missing.
+Images run through every unit, text enters at the entry. Parts in parentheses below are optional.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class PassGraph:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Draft and head: they read what the last decoder block puts out, and nothing reads them."""
+        """Draft and head: they read the output of the last decoder block, and nothing reads theirs."""
         return tuple(range(self.last + 1, self.blocks))
 
     @property
@@ -73,7 +73,7 @@ class PassGraph:
         return tuple(Exit(microbatch) for microbatch in self.every)
 
     def order(self, stage: Stage) -> list[Unit]:
-        """The units of a pass, each behind what it reads; the exits that a backward pass begins with are left out."""
+        """The units of a pass, each behind the units it reads; without the exits that a backward pass begins with."""
         if stage is Stage.BACKWARD:
             return [*range(self.last, -1, -1), *self.heads]
         tower: list[Unit] = ["pixels", *range(self.vision)] if self.vision and self._sees(stage) else []
@@ -92,7 +92,7 @@ class PassGraph:
         return set(range(self.blocks))
 
     def reads(self, stage: Stage, unit: Unit) -> tuple[Unit, ...]:
-        """The units whose output a unit gets as its input."""
+        """The units whose output is the input of a unit."""
         if isinstance(unit, Exit):
             return (self.last,) if stage is Stage.EVALUATION else ()
         if unit == "pixels":
@@ -115,7 +115,7 @@ class PassGraph:
         return "pixels" if unit == 0 else unit - 1
 
     def reader(self, unit: Unit) -> Unit | None:
-        """The block that takes a unit's gradient further down; None when there is none."""
+        """The block that reads a unit's gradient; None when there is none."""
         if isinstance(unit, Exit):
             return self.last
         return unit - 1 if isinstance(unit, int) and unit > 0 and unit not in self.heads else None
@@ -141,5 +141,5 @@ class PassGraph:
         return (first < self.first) == (second < self.first)
 
     def readers_of_last(self) -> Iterable[Unit]:
-        """Everything of the backward pass that reads what the last decoder block put out."""
+        """The units of the backward pass that read the output of the last decoder block."""
         return (self.last, *self.exits, *self.heads)

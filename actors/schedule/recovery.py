@@ -1,7 +1,7 @@
-"""What to do when workers are lost, as pure functions of what happened; nothing here waits, counts time or calls Ray.
+"""Decisions after lost workers, as pure functions of the losses; nothing here waits, reads a clock or calls Ray.
 
-Two budgets: nodes come and go on rented clusters, so their loss is only bounded against a cluster that never works; but
-a shard whose workers die by themselves kills the next one too.
+Two budgets: nodes of rented clusters are preempted routinely, so many such losses are allowed; but a shard whose
+workers keep crashing is a bug or too large, and a few losses end the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LostWorker:
-    """A lost worker. `shard` is what it held, as people read it; None when it held nothing. `message` is Ray's."""
+    """A lost worker. `shard` is a readable name of the shard it held, None without one. `message` is Ray's."""
 
     worker: str
     cause: Cause
@@ -58,9 +58,9 @@ class Recovery:
 
 
 def yielding(held: Mapping[str, int], blocking: Sequence[int]) -> str | None:
-    """The worker that must give its shard up so that the first blocking one can run; None when none should.
+    """The worker that must yield its shard so that the first blocking one can run; None when none should.
 
-    To be asked when every worker waits. Whoever holds the last shard loses the least, if it is behind the blocking one.
+    Call it when every worker waits. The holder of the last shard loses least, if that is behind the blocking one.
     """
     if not held or not blocking:
         return None

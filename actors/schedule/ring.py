@@ -1,15 +1,14 @@
-"""The schedule of a pass, as a pure state machine: who runs what next.
+"""The schedule of a pass, as a pure state machine: which worker runs which step next.
 
-Shards form a pipeline over microbatches: step (s, m) needs what step (r, m) put out, where r is the shard before s, or
-one of the shards that share the work before it by microbatches. A worker holds one shard at a
-time and takes its microbatches in order, then its FINISH step (encode or price), which nothing waits for; then it takes
-the first shard that nobody holds. While it has nothing to run, or only its FINISH, it is told which shard that will
-most likely be, to read it ahead: the first that neither a worker holds nor another one expects. With equal workers
-shard s ends up with worker s mod W, and while worker 0 runs microbatch m of a shard, worker 1 runs m−1 of the next one.
-A faster worker takes more shards.
+Shards form a pipeline over microbatches: step (s, m) reads the output of step (r, m), where r is the shard before s, or
+one of several shards before it that split the microbatches. A worker holds one shard at a time and takes its
+microbatches in order, then its FINISH step (encode or price), which nothing waits for; then it takes the first free
+shard. While it idles, or runs FINISH, it prefetches the shard that it will most likely get: the first that is free and
+that no other worker expects. With equal workers shard s ends up with worker s mod W, and while worker 0 runs microbatch
+m of a shard, worker 1 runs m−1 of the next one. A faster worker takes more shards.
 
-A lost worker's shard goes back to the ones that nobody holds. It starts again from its first microbatch, which is how
-every sum stays the same; what it had put out and stored remains valid, so the shards behind it just go on.
+A lost worker's shard becomes free again. It restarts from its first microbatch, so every sum is the same; its stored
+outputs remain valid, so the shards behind it just go on.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Step:
 
 
 class Ring:
-    """Which step each worker takes next.
+    """Assigns steps to workers.
 
     `microbatches[s]` are those that shard s takes, in order; `sources[s]` gives, for each of them that another shard
     of this pass puts out, which shard that is. The others are read from the store.
@@ -50,7 +49,7 @@ class Ring:
         self._out: set[Step] = set()
 
     def order(self, workers: Iterable[str]) -> list[str]:
-        """Workers as they should be asked for their next step: first those whose expected shard can run."""
+        """Workers in the order in which to call `next`: first those whose expected shard can run."""
         return sorted(workers, key=lambda worker: (not self._is_due(worker), worker))
 
     def _is_due(self, worker: str) -> bool:
@@ -61,7 +60,7 @@ class Ring:
         """The worker's next step if it can run now; the worker holds the shard from then on."""
         shard = self.held.get(worker)
         if shard is None:
-            # What it expects comes first, what others expect last: they have read it already.
+            # Its own expected shard first, those of others last: they have prefetched them.
             ours, theirs = self.expected.get(worker), set(self.expected.values())
             able = (s for s in self._free() if self._can_run(s))
             shard = min(able, key=lambda s: (s != ours, s in theirs, s), default=None)
@@ -72,7 +71,7 @@ class Ring:
         return self._at(shard) if self._can_run(shard) else None
 
     def prefetch(self, worker: str) -> int | None:
-        """The shard that the worker should read ahead, when that is news to it."""
+        """The shard that the worker should prefetch; None when there is none or it already does."""
         taken = {shard for other, shard in self.expected.items() if other != worker}
         shard = next((s for s in self._free() if s not in taken), None)
         if shard is None or self.expected.get(worker) == shard:
@@ -81,7 +80,11 @@ class Ring:
         return shard
 
     def done(self, worker: str, step: Step) -> None:
-        """The step's result is there."""
+        """The worker has completed the step.
+
+        Raises:
+            ValueError: the worker does not hold that shard, or it is at another step.
+        """
         shard = step.shard
         if self.held.get(worker) != shard or step != self._at(shard):
             raise ValueError(f"{worker} cannot have done {step}: it holds {self.held.get(worker)}")
@@ -93,7 +96,7 @@ class Ring:
             self._out.add(step)
 
     def released(self, worker: str) -> int | None:
-        """The worker is gone, or gives its shard up; the shard starts again with whoever takes it next."""
+        """The worker is lost or yields its shard, which restarts with the next worker that takes it."""
         self.expected.pop(worker, None)
         shard = self.held.pop(worker, None)
         if shard is not None:
@@ -101,11 +104,11 @@ class Ring:
         return shard
 
     def vanished(self, step: Step) -> None:
-        """What a step put out can no longer be read; the shard that still needs it waits for it to appear again."""
+        """A step's output can no longer be read; the shard that still needs it waits until it appears again."""
         self._out.discard(step)
 
     def appeared(self, step: Step) -> None:
-        """What a step put out can be read, because it has reached the store."""
+        """A step's output can be read, because it has reached the store."""
         self._out.add(step)
 
     def blocking(self) -> list[int]:

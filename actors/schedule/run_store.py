@@ -1,7 +1,7 @@
 """The run store of a model's passes, by unit: its keys, its records, and how they are forgotten.
 
-Two records a unit: `record.json` for its candidates or prices, `boundary.json` for what left it, which exists only at
-the end of a shard and only until it has been used. Either may be missing; `shards` plans the work that is left.
+Two records per unit: `record.json` for its candidates or prices, `boundary.json` for its output, which exists only at
+the end of a shard and only until it has been used. Either may be missing; `shards` plans the remaining work.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prismaquant_ray.storage.store import Store
 
 T = TypeVar("T")
 
-#: Requests of one process that may wait for an object store at a time.
+#: Concurrent requests of one process.
 REQUESTS = 8
 
 
@@ -38,7 +38,7 @@ class RunStore:
         self.store = store
 
     def recorded(self, stage: Stage) -> Recorded:
-        """Everything that is recorded of a pass, by one listing."""
+        """The recorded units of a pass, found by one listing."""
         found: dict[str, set[Unit]] = {RECORD: set(), BOUNDARY: set()}
         for key in self.store.list(str(stage)):
             _, name, *rest = key.split("/")
@@ -51,13 +51,13 @@ class RunStore:
         return self._read(record_key(stage, unit_key(unit)))
 
     def records(self, stage: Stage, units: Iterable[Unit]) -> dict[Unit, Record]:
-        """The records of many units; an object store takes its time for each, so several are asked for at once."""
+        """The records of many units; object stores are slow per request, so several are read at once."""
         units = list(units)
         with ThreadPoolExecutor(REQUESTS, thread_name_prefix="records") as threads:
             return dict(zip(units, threads.map(lambda unit: self.record(stage, unit), units), strict=True))
 
     def typed(self, kind: type[T], stage: Stage, records: Mapping[int, Record]) -> dict[int, T]:
-        """The metrics of each block's record as what they are; DamagedError when they are something else."""
+        """The metrics of each block's record as a `kind`; DamagedError when they do not fit it."""
         found = {}
         for block, record in records.items():
             try:
@@ -68,7 +68,7 @@ class RunStore:
         return found
 
     def boundary(self, stage: Stage, *units: Unit) -> dict[int, Artifact]:
-        """Where what left the units is, by microbatch; DamagedError when it is not there."""
+        """The stored outputs of the units, by microbatch; DamagedError when one has no record."""
         records = [self._read(boundary_key(stage, unit_key(unit))) for unit in units]
         return {int(m): artifact for record in records for m, artifact in record.artifacts.items()}
 
@@ -77,12 +77,12 @@ class RunStore:
         write_record(self.store, record_key(stage, unit_key(unit)), record)
 
     def write_boundary(self, stage: Stage, unit: Unit, artifacts: Mapping[int, Artifact]) -> None:
-        """Commit what left a unit, every microbatch that it takes."""
+        """Commit the output of a unit for every microbatch that it takes."""
         named = {str(microbatch): artifact for microbatch, artifact in sorted(artifacts.items())}
         write_record(self.store, boundary_key(stage, unit_key(unit)), Record(artifacts=named))
 
     def drop_boundary(self, stage: Stage, unit: Unit) -> None:
-        """Delete a boundary that nothing needs any more; the record first, so that it never names what is gone."""
+        """Delete a boundary that nothing needs any more; the record first, so that it never names deleted objects."""
         key = boundary_key(stage, unit_key(unit))
         record = read_record(self.store, key)
         if record is not None:
@@ -90,7 +90,7 @@ class RunStore:
             self.store.delete(artifact.key for artifact in record.artifacts.values())
 
     def forget(self, key: str) -> list[str]:
-        """Delete every record that names the damaged object `key`, or is it; what was deleted."""
+        """Delete every record that names the damaged object `key` or is that object; the keys deleted."""
         directory = "/".join(key.split("/")[:2])
         deleted = []
         for name in (RECORD, BOUNDARY):
@@ -101,7 +101,7 @@ class RunStore:
         return deleted
 
     def tidy(self) -> None:
-        """Delete what no record of a finished run needs: boundaries, and data of attempts that were stopped."""
+        """Delete everything that no record of a finished run names: boundaries, and data of interrupted attempts."""
         for stage in PASSES:
             kept = set()
             for unit, record in self.records(stage, self.recorded(stage).done).items():

@@ -1,7 +1,7 @@
-"""The shards that are left of a pass: pure functions of its records.
+"""The remaining shards of a pass: pure functions of its records.
 
-A pass runs through its units in order. A unit must run when its own product is missing, or when a unit behind it needs
-what it puts out and that is not stored. Runs of such units are cut into shards of at most `limit` blocks. The same
+A pass runs through its units in order. A unit must run when its own product is missing, or when a later unit needs
+its output and that is not stored. Runs of such units are cut into shards of at most `limit` blocks. The same
 rule serves a first run, a resumed one, another shard size, and the repair of a single damaged object.
 """
 
@@ -15,14 +15,13 @@ from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import Recorded
 from actors.schedule.units import Exit, Shard, Stage, Unit
 
-#: Shards that a worker should get in a pass: filling and draining the pipeline costs about one divided by this of its
-#: time.
+#: Shards that a worker should get in a pass; filling and draining the pipeline takes about 1 / SHARDS_PER_WORKER of it.
 SHARDS_PER_WORKER = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What is left to do."""
+    """The remaining shards of a measurement."""
 
     forward: tuple[Shard, ...]
     backward: tuple[Shard, ...]
@@ -58,7 +57,7 @@ def pending_shards(graph: PassGraph, forward: Recorded, backward: Recorded, *, l
 
 
 def pending_evaluation_shards(graph: PassGraph, recorded: Recorded, *, limit: int) -> tuple[Shard, ...]:
-    """The shards that are left of an evaluation, at most `limit` blocks each."""
+    """The remaining shards of an evaluation, at most `limit` blocks each."""
     order = graph.order(Stage.EVALUATION)
     missing = [unit for unit in order if unit in graph.products(Stage.EVALUATION) - recorded.done]
     needed = _needed(graph, Stage.EVALUATION, missing, recorded.boundaries)
@@ -79,7 +78,7 @@ def _shard(graph: PassGraph, stage: Stage, piece: list[Unit], missing: Collectio
 def droppable_boundaries(
     graph: PassGraph, finished: Collection[Unit], left: Collection[Unit]
 ) -> list[tuple[Stage, Unit]]:
-    """Boundaries that nobody needs once these units of the backward pass are finished; `left` are those that are not.
+    """Boundaries that are not needed once the `finished` units of the backward pass are; `left` are unfinished.
 
     A gradient goes when its producer and its consumer are done, in either order: a lost producer is run again and reads
     its own input once more. A forward boundary goes when everything that recomputes from it is done.
@@ -170,7 +169,7 @@ def _cut_backward(graph: PassGraph, run: list[Unit], limit: int, stored: Collect
 
 
 def _even(units: list[Unit], limit: int) -> list[list[Unit]]:
-    """As few pieces of at most `limit` as there can be, the longer ones first."""
+    """The fewest pieces of at most `limit` units, of equal length ± 1, the longer ones first."""
     count = math.ceil(len(units) / limit)
     short, longer = divmod(len(units), count)
     pieces, start = [], 0

@@ -8,7 +8,7 @@ from typing import Literal
 
 
 class Stage(StrEnum):
-    """A pass over the blocks: two that measure a model, and one that runs it beside what became of it."""
+    """A pass over the blocks: two that measure a model, and one that runs it beside its quantized variants."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -21,12 +21,12 @@ PASSES = (Stage.FORWARD, Stage.BACKWARD)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Exit:
-    """The final norm and head for one microbatch: they keep nothing between microbatches, so any worker takes any."""
+    """The final norm and head for one microbatch: stateless between microbatches, so any worker can run any of them."""
 
     microbatch: int
 
 
-#: The smallest piece of a pass: what is before the vision tower, the embedding, a block by index, an exit.
+#: The smallest piece of a pass: patch embedding ("pixels"), token embedding ("entry"), a block by index, an exit.
 Unit = int | Literal["pixels", "entry"] | Exit
 
 
@@ -48,8 +48,8 @@ def unit_of(key: str) -> Unit:
 class Shard:
     """Consecutive units, in the order of their pass, that one worker holds at a time.
 
-    `produce` are the blocks whose candidates or prices are missing; the others are run only because something behind
-    them needs what they put out. `origins` are the units whose output the first one reads: a block or the entry,
+    `produce` are the blocks whose candidates or prices are missing; the others are run only because a later
+    unit needs their output. `origins` are the units whose output the first one reads: a block or the entry,
     every exit for the last decoder block of the backward pass; the entry reads the merger, for images.
     """
 

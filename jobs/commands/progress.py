@@ -128,7 +128,7 @@ class UploadProgress(_Display):
         self.task: Any = None
 
     def begin(self, what: str, files: int, size: int) -> None:
-        """A stage begins."""
+        """A stage begins: `files` files of `size` bytes in total."""
         text = f"{what} {files} files, {size / 1e6:,.1f} MB"
         if self.bars is None:
             self.say(text)
@@ -139,12 +139,12 @@ class UploadProgress(_Display):
         self.task = self.bars.add_task(text, total=size)
 
     def advance(self, size: int) -> None:
-        """So many bytes more."""
+        """`size` more bytes are done."""
         if self.bars is not None:
             self.bars.advance(self.task, size)
 
     def done(self, name: str, what: str, size: int) -> None:
-        """A file is there."""
+        """A file is done."""
         self.say(f"{name} {what}: {size / 1e6:,.1f} MB in {time.monotonic() - self.spoke:,.1f} s")
 
 

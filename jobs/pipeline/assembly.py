@@ -1,4 +1,4 @@
-"""The repository of a plan: written, verified, and put in place only when it is right."""
+"""Assembling a plan's repository: write, verify, then publish at its place; and verifying an existing one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prismaquant_ray.events import Listener, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.records import PlanRecord, PlanSummary
 from prismaquant_ray.report.card import card
-from prismaquant_ray.report.shipped import shipped
+from prismaquant_ray.report.shipped import gather_shipped
 from prismaquant_ray.repository.manifest import MANIFEST, is_dequantized
 from prismaquant_ray.repository.staging import check_output, staged_output
 from prismaquant_ray.repository.verify import verify_repository
@@ -30,7 +30,7 @@ from prismaquant_ray.storage.store import Store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssembledRepository:
-    """A verified repository: bytes of every file, digests of the shards, and the plan that it was written for."""
+    """A verified repository: bytes of every file, SHA-256 of every shard, and its plan."""
 
     repository: str
     total_bytes: int
@@ -43,7 +43,7 @@ class AssembledRepository:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifiedRepository:
-    """What `verify` found: every problem, Linears by format, tensors, bytes; the exit code is 2 where it is wrong."""
+    """Result of `verify`: problems, Linears by format, tensors, bytes; the exit code is 2 if there are problems."""
 
     repository: str
     ok: bool
@@ -56,13 +56,13 @@ class VerifiedRepository:
 
 
 def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str | None = None) -> AssembledRepository:
-    """Write, verify, publish. Nothing appears at `output`, or `store.output`, unless the repository is right."""
+    """Write and verify a plan's repository. It appears at `output` (default `store.output`) only if it is correct."""
     started = time.monotonic()
     output = run.config.store.output if output is None else output
     check_output(output)
     layout, candidates = measured.layout, measured.candidates
     used = {(layout.block_of[group].index, name) for group, name in plan.choice.items() if FORMATS[name].codec}
-    # Before anything is written: a damaged store is not a bug of the writer.
+    # Checked before writing, so that a damaged store is not reported as a bug of the writer.
     candidates.check(sorted(used))
     findings, known = measured.findings(plan), measured.measured_plans()
     manifest = {
@@ -74,7 +74,7 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
     }
 
     def readme(written: Written) -> bytes:
-        return card(findings, shipped(measured.data, plan, written, known)).encode()
+        return card(findings, gather_shipped(measured.data, plan, written, known)).encode()
 
     with staged_output(output) as store:
         repository = write_repository(
@@ -107,10 +107,10 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
 
 
 def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, total_bytes: int) -> None:
-    """What was written keeps the budget: every byte of the repository, or every tensor as a server loads it."""
+    """Check the budget against the written bytes, or against the tensors as a server loads them."""
     budget, serving = measured.config.budget, measured.sizes.serving
     if plan.target != budget.target:
-        return  # a plan for another budget, which its maker keeps
+        return  # made for another budget, checked when it was planned
     exceeded = budget.bytes is not None and total_bytes > budget.bytes
     if budget.vram is not None:
         assert serving is not None
@@ -123,12 +123,12 @@ def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, total_byt
 
 
 def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepository:
-    """Check the repository at `store.output`, whatever budget it was made for, against the run and the source.
+    """Check the repository at `store.output`, for any budget, against the run and the source.
 
-    Names, routing, bytes and sizes are those that a runtime would see.
+    Checks names, routing, bytes and sizes as a runtime sees them.
 
     Raises:
-        InputError: there is no repository of ours.
+        InputError: there is no complete quantized repository of ours.
     """
     output = config.store.output
     if not checks.exists(output, MANIFEST):

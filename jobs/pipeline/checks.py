@@ -1,4 +1,4 @@
-"""What a run is refused for before anything expensive."""
+"""Checks before anything expensive: stores, weights, memory, disk, and the fingerprint of the run."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prismaquant_ray.records import RunRecord
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store, check_directory
 
-# Files that decide what text and images become: of the tokenizer, and of the processor.
+# Prefixes of the files of tokenizer and processor, which determine the tokens.
 _PREPARING = ("tokenizer", "processor", "preprocessor", "chat_template")
 
 
 def exists(location: Path | str, key: str) -> bool:
-    """Whether a run store or repository has an object; looking does not create the place."""
+    """Whether a run store or repository has an object; does not create the place."""
     if isinstance(location, Path):
         return (location / key).is_file()
     store = Store(location)
@@ -35,27 +35,25 @@ def exists(location: Path | str, key: str) -> bool:
 
 
 def empty(store: Store, *, keep: str) -> None:
-    """Delete everything but what is below `keep`."""
+    """Delete all objects except those under the prefix `keep`."""
     store.delete(key for key in store.list() if not key.startswith(keep))
 
 
 def check_stores(config: Config) -> None:
-    """InputError or StoreError unless the run store and the output can be written."""
+    """Raise InputError or StoreError unless the run store and the output are writable."""
     for location in (config.store.run, config.store.output):
         Store(location, create=False).check_writable() if isinstance(location, str) else check_directory(location)
 
 
 def check_weights(source: TensorSource, layout: Layout) -> None:
-    """InputError naming the first tensor with a NaN or an infinity; one block in memory at a time."""
+    """Raise InputError for the first tensor with NaN or infinity; holds one tensor in memory at a time."""
     for names in (layout.embedding, layout.head, *(block.tensors for block in layout.blocks)):
         for name in names:
             check_finite(source.read([name]), source.store.uri)
 
 
 def check_room(config: Config, plan: MemoryPlan) -> ShardSize:
-    """Blocks a worker of this machine will load at a time.
-
-    Of other machines' memory nothing is known here; their workers say what they have when they are there.
+    """Blocks that a worker of this machine will load at a time. Workers of other machines report their own memory.
 
     Raises:
         InputError: memory or disk cannot hold the run; the message has the plan's figures.
@@ -75,7 +73,7 @@ def check_room(config: Config, plan: MemoryPlan) -> ShardSize:
 
 
 def _check_disk(config: Config, plan: MemoryPlan, blocks: int) -> None:
-    """InputError unless run store and repository fit on their disks; object stores have no end."""
+    """Raise InputError unless run store and repository fit on their local disks."""
     sizes = {config.store.run: plan.run_store(blocks), config.store.output: plan.repository}
     wanted: dict[int, tuple[Path, int]] = {}
     for path, bytes_ in sizes.items():
@@ -95,7 +93,7 @@ def _check_disk(config: Config, plan: MemoryPlan, blocks: int) -> None:
 
 
 def expected_workers(config: Config) -> int:
-    """Workers a run on this machine will have; for planning, before Ray is there."""
+    """Number of workers of a run on this machine, for planning before Ray has started."""
     if config.cluster.workers != "auto":
         return config.cluster.workers
     import torch
@@ -105,7 +103,7 @@ def expected_workers(config: Config) -> int:
 
 
 def free_device_memory(config: Config) -> int:
-    """Bytes free where workers of this machine would compute, of all of them together."""
+    """Free bytes, in total, on the devices of this machine's workers."""
     import torch
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
@@ -114,7 +112,7 @@ def free_device_memory(config: Config) -> int:
 
 
 def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
-    """Everything the measurements and candidates depend on, by the name a refusal shows."""
+    """Everything that measurements and candidates depend on, by the name shown on a mismatch."""
     calibration = config.calibration
     text = calibration.text
     try:
@@ -146,7 +144,7 @@ def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
 
 
 def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
-    """InputError naming the first thing in which the run in the store is another one."""
+    """Raise InputError naming the first difference between `fingerprint` and that of the stored run."""
     try:
         stored = records.loads(RunRecord, store.get(records.RUN)).fingerprint
     except (ValueError, KeyError) as error:

@@ -15,7 +15,7 @@ from prismaquant_ray.storage.store import Store, check_directory, existing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DequantizedRepository:
-    """A repository in BF16: modules by their former format, bytes of weights before and after, digests of shards."""
+    """A repository in BF16: modules by original format, bytes of weights before and after, SHA-256 of shards."""
 
     source: str
     repository: str
@@ -29,10 +29,10 @@ class DequantizedRepository:
 
 
 def dequantize(repository: str, output: str) -> DequantizedRepository:
-    """Decode every quantized weight as vLLM does. Nothing appears at `output` unless it is complete.
+    """Decode every quantized weight as vLLM does. The result appears at `output` only when it is complete.
 
     Raises:
-        InputError: `repository` is none that can be decoded, or `output` cannot take the result.
+        InputError: `repository` cannot be decoded, or `output` cannot hold the result.
     """
     quantized = QuantizedRepository(existing(repository))
     check_place(repository, output)
@@ -53,7 +53,7 @@ def dequantize(repository: str, output: str) -> DequantizedRepository:
 
 
 def _check_room(output: str, size: int) -> None:
-    """InputError or StoreError unless so many bytes can be written there, as far as that can be known."""
+    """Raise InputError or StoreError unless `size` bytes can be written; an object store's free space is unknown."""
     path = local_path(output)
     if path is None:
         Store(output, create=False).check_writable()

@@ -1,7 +1,7 @@
-"""Measuring variants of a model against it on text: those that are not known yet are run, and kept beside the run.
+"""Measuring variants of a model against the source on text; results are cached in the run store.
 
-The store holds `evaluations/<digest>/`: a record of each measured variant with its figures of every token, by what was
-measured on what text. While an evaluation runs it has a store of its own below `evaluations/running/`.
+The store holds `evaluations/<digest>/`, one record per variant and text, with figures per token. A running evaluation
+has its own store below `evaluations/running/`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,19 @@ from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summari
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.events import Events
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import Divergence, DraftRecord, Excess
+from prismaquant_ray.records import Divergence, DraftRecord, Excess, SourceFigures
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
 from prismaquant_ray.storage.store import Store
 
-# Hidden states of a microbatch, of all models together, that go from one worker to the next.
+# Bytes of hidden states of a microbatch, over all models, that one worker hands to the next.
 _HOP_BYTES = 1 << 28
+
+
+def source_figures(found: Divergence) -> SourceFigures:
+    """The source's own figures, from its divergence from itself."""
+    return SourceFigures(loss=found.loss, perplexity=found.perplexity, draft_agreement=found.draft_agreement)
 
 
 class EvaluationPass(Passes):
@@ -62,7 +67,7 @@ class EvaluationPass(Passes):
     @override
     def repair(self, error: DamagedError) -> None:
         if not error.key.startswith(f"{Stage.EVALUATION}/"):
-            raise error  # a candidate, which its own run makes again
+            raise error  # a candidate; its own run repairs it
         super().repair(error)
 
 
@@ -70,8 +75,8 @@ class EvaluationPass(Passes):
 class EvaluationSession:
     """One model and one text, on which variants are measured.
 
-    `store` keeps the results; variants are made of the `candidates` of a run store, or are the `repository`. A draft
-    head is left out unless `drafts`. `check` raises when the evaluation must end.
+    `store` keeps the results. Variants use the `candidates` of a run store, or the `repository`. Without `drafts` the
+    draft head is not run. `check` raises when the evaluation must stop.
     """
 
     config: Config
@@ -99,16 +104,16 @@ class EvaluationSession:
         return [records.from_json(Divergence, record.metrics) for record in found if record is not None]
 
     def excess(self, variant: Variant, other: Variant) -> Excess:
-        """How much higher the mean KL of one measured variant is than another's.
+        """The mean KL of one measured variant minus another's.
 
-        Both are of the same tokens, so that the differences between sequences cancel in the standard error.
+        Both use the same tokens, so variation between sequences cancels in the standard error.
         """
         ours, theirs = self._tokens(variant), self._tokens(other)
         found = mean_of(ours["kl"].double() - theirs["kl"].double(), ours["sequence"])
         return Excess(kl=found.mean, standard_error=found.standard_error)
 
     def _tokens(self, variant: Variant) -> dict[str, Tensor]:
-        """kl, agrees, loss and sequence of every token (tokens,) of a measured variant."""
+        """kl, agrees, loss and sequence per token (tokens,) of a measured variant."""
         record = self._read(self._key(variant))
         assert record is not None, "measure comes first"
         return read_tensors(self.store, record.artifacts["tokens"])
@@ -117,7 +122,7 @@ class EvaluationSession:
 
     def _run(self, pairs: Sequence[tuple[str, Variant]]) -> None:
         variants = tuple(variant for _, variant in pairs)
-        # What is stored of an interrupted evaluation is by microbatches; with others it begins anew.
+        # An interrupted evaluation is stored by microbatch, so another microbatch size starts anew.
         parts = [str(self.config.calibration.microbatch), *(key for key, _ in pairs)]
         digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
         place = f"{self.store.uri.rstrip('/')}/{records.RUNNING_EVALUATION}/{digest}"
@@ -145,7 +150,7 @@ class EvaluationSession:
         )
         evaluation.run(self.open_workers)
         self._keep(running, graph, [self._key(None), *(key for key, _ in pairs)])
-        # Also of one that was interrupted and never asked for again.
+        # This also deletes abandoned evaluations.
         self.store.delete(self.store.list(records.RUNNING_EVALUATION))
 
     def _keep(self, running: Store, graph: PassGraph, keys: Sequence[str]) -> None:
@@ -178,14 +183,14 @@ class EvaluationSession:
         return graph if self.drafts else replace(graph, draft=False)
 
     def _at_once(self) -> int:
-        """Variants per pass: the activations that travel between workers grow with them."""
+        """Variants per pass, limited by the activations sent between workers."""
         width = self.layout.hidden_size * self.config.model.bytes_per_value
         one = self.config.calibration.microbatch * self.text.tokens.shape[1] * width
         return max(1, _HOP_BYTES // one - 1)
 
     @cached_property
     def _depends_on(self) -> dict[str, str]:
-        """Of every figure: what is run, and on what."""
+        """The inputs that all figures depend on."""
         found = {
             "code": __version__,
             "model": self.source.fingerprint(),
@@ -196,7 +201,7 @@ class EvaluationSession:
         return found if self.repository is None else {**found, "repository": self.repository.fingerprint()}
 
     def _key(self, variant: Variant | None) -> str:
-        """The name of a variant's record: a digest of everything its figures depend on."""
+        """The key of a variant's record: a digest of everything that its figures depend on; None is the source."""
         body: dict[str, Any] = dict(self._depends_on)
         if variant is not None:
             body["activations"] = variant.activations

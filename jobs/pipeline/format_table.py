@@ -1,4 +1,4 @@
-"""What every format stores, what a runtime needs for it, and how many groups of a model can take it."""
+"""The table of formats: storage, runtime requirements, and the number of groups of a model that can take each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXAMPLE = (4096, 4096)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FormatEntry:
-    """A format; `groups` of all `of` fused groups can take it, None where no model was given."""
+    """A format; `groups` of `of` fused groups can take it, None without a model."""
 
     format: str
     bits: float
@@ -34,7 +34,7 @@ class FormatTable:
 
 
 def format_table(config: Config | None) -> FormatTable:
-    """Every format; with a configuration also how many fused groups of its model can take each."""
+    """Every format; with a configuration also the number of fused groups of its model that can take each."""
     groups = None if config is None else Run(config).layout.groups
     return FormatTable(
         formats=[

@@ -1,4 +1,4 @@
-"""What a run would do, from headers only: layout, candidates, bounds of the budget, memory and disk."""
+"""The plan of a run, from headers only: layout, candidates, budget, memory and disk."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MACHINE = re.compile(r"(\d+)x(.+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachinePlan:
-    """How a run would go on `workers` devices of a size, e.g. 8x80GB; sizes in bytes.
+    """The plan of a run on `workers` devices of a given size, e.g. 8x80GB; sizes in bytes.
 
-    `fitting` blocks fit into a device, `wanted` give every worker enough visits.
+    `fitting` blocks fit on a device; `wanted` blocks per shard give every worker enough visits.
     """
 
     machine: str
@@ -42,10 +42,10 @@ class MachinePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """Everything that is known of a run before it measures. Sizes in bytes.
+    """Properties of a run before it measures. Sizes in bytes.
 
-    `groups` counts fused groups by the last part of their name, `groups_per_format` those that can take a format;
-    `kept` has the reason of every module that stays as it is; `vram` is of the largest plan in the budget.
+    `groups` counts fused groups by the last part of their name, `groups_per_format` those that can take a format.
+    `kept` has the reason for every unquantized module; `vram` is that of the largest plan in the budget.
     """
 
     architecture: str
@@ -72,7 +72,7 @@ class Inspection:
 def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
     """Layout, candidates, budget bounds, memory and disk plan.
 
-    With `machines`, e.g. 8x80GB, the plan is for those instead of this one; no weights need to be there.
+    With `machines`, e.g. 8x80GB, the plan is for those instead of this one, and weights may be missing.
 
     Raises:
         InputError: the configuration cannot be used, or its run cannot fit on this machine.
@@ -111,12 +111,12 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
 
 
 def _stored(sizes: Sizes, config: Config, limit: int) -> int:
-    """Most bytes of candidates within the budget; in `bpp` their scalars do not count, so all are added."""
+    """Upper bound on the bytes of candidates; `bpp` does not count scalars, so the most scalars are added."""
     return limit if config.budget.bpp is None else limit + int((sizes.stored - sizes.weights).max(axis=1).sum())
 
 
 def _machine(text: str) -> tuple[int, int]:
-    """Workers and bytes of each from 8x80GB."""
+    """Number of workers and bytes per worker from 8x80GB."""
     found = _MACHINE.fullmatch(text)
     try:
         count, size = (int(found[1]), parse_bytes(found[2])) if found else (0, 0)
@@ -128,7 +128,7 @@ def _machine(text: str) -> tuple[int, int]:
 
 
 def _plan(config: Config, plan: MemoryPlan, machine: str, workers: int, memory: int) -> MachinePlan:
-    """How a run would go on a machine with that many devices."""
+    """The plan for a machine with `workers` devices of `memory` bytes each."""
     elsewhere = config.model_copy(update={"cluster": config.cluster.model_copy(update={"memory": "auto"})})
     size = shard_size(plan, elsewhere, workers=workers, free=memory)
     blocks = max(1, size.blocks)
@@ -145,7 +145,7 @@ def _plan(config: Config, plan: MemoryPlan, machine: str, workers: int, memory: 
 
 
 def _assumed(source: TensorSource) -> Iterator[str]:
-    """What is taken for granted because there are no weights."""
+    """Assumptions made because there are no weights."""
     if isinstance(source, ConfigOnlyCheckpoint):
         yield "no weights are there: names and shapes are those of the configuration, in BF16"
         names = source.unexplained()

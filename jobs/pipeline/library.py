@@ -1,6 +1,6 @@
 """The stages of a run for Python: `prismaquant_ray` exports these names, and docs/api.md describes them.
 
-Nothing is printed. `on_event` is called with every `prismaquant_ray.Event`, from the thread that called.
+Nothing is printed. `on_event` is called with every `prismaquant_ray.Event`, on the calling thread.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["OpenRun", "dequantize", "evaluate", "inspect", "open_run", "quantize
 
 
 def open_run(config: Config, *, fresh: bool = False, on_event: Listener | None = None) -> OpenRun:
-    """The run of a configuration, to be measured or measured already.
+    """The run of a configuration; it may be measured already.
 
     Raises:
         InputError: the model cannot be opened.
@@ -92,7 +92,7 @@ class OpenRun:
         """The plan for a budget, by default the configured one. Nothing is run again for another budget.
 
         Raises:
-            InputError: no plan has that many bytes; the message has both bounds.
+            InputError: no plan has that size; the message has both bounds.
         """
         return self._run.repairing(lambda known: known.plan if budget is None else known.planner.plan_for(budget))
 
@@ -115,7 +115,7 @@ class OpenRun:
         return stages.sweep_and_measure(self._run)
 
     def assemble(self, plan: PlanRecord | None = None, output: Path | str | None = None) -> AssembledRepository:
-        """The repository of a plan at `output`, verified before it is there; by default the configured ones."""
+        """Write and verify the repository of a plan at `output`; both default to the configured ones."""
         self._run.check()
         with self._run.claimed():
             return self._run.repairing(
@@ -123,7 +123,7 @@ class OpenRun:
             )
 
     def findings(self, plan: PlanRecord | None = None) -> Findings:
-        """Everything that the report and the card say, typed."""
+        """The findings that report and card are made from."""
         return self._run.repairing(lambda known: known.findings(known.plan if plan is None else plan))
 
     def explain(self, name: str) -> Explanation:

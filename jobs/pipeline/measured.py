@@ -1,4 +1,4 @@
-"""What a measured run knows: records, prices, plans and candidates, each read when it is first asked for."""
+"""A measured run: records, prices, plans and candidates, each read on first use."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """A run whose passes are complete. Whatever is found damaged raises DamagedError: see `Run.repairing`."""
+    """A run whose passes are complete. Damaged objects raise DamagedError, see `Run.repairing`."""
 
     config: Config
     source: TensorSource
@@ -65,17 +65,17 @@ class Measured:
 
     @cached_property
     def forward(self) -> Mapping[int, ForwardRecord]:
-        """What the forward pass found, by block index."""
+        """Records of the forward pass, by block index."""
         return self.run_store.typed(ForwardRecord, Stage.FORWARD, self._records[Stage.FORWARD])
 
     @cached_property
     def backward(self) -> Mapping[int, BackwardRecord]:
-        """What the backward pass found, by block index."""
+        """Records of the backward pass, by block index."""
         return self.run_store.typed(BackwardRecord, Stage.BACKWARD, self._records[Stage.BACKWARD])
 
     @cached_property
     def planner(self) -> Planner:
-        """Prices, and the plans that follow from them."""
+        """Prices and plans."""
         table = cost_table(
             self.layout,
             self.config.formats,
@@ -116,9 +116,14 @@ class Measured:
         return found
 
     def findings(self, plan: PlanRecord) -> Findings:
+<<<<<<< HEAD
         """Everything that the run found, with `plan` as the budget's. Gathered once per plan."""
         known = self._findings.get(plan.target)
         if known is None or known[0] != plan:
+=======
+        """The findings of the run, with `plan` as the budget's. Gathered once per target."""
+        if plan.target not in self._findings:
+>>>>>>> h-how-merged
             started = time.perf_counter()
             try:
                 sweep = self.sweep
@@ -140,20 +145,16 @@ class Measured:
         return {}
 
     def measured_plans(self) -> MeasuredPlans | None:
-        """What was measured of plans; None before anything was."""
+        """Measured losses of plans; None if none were measured."""
         return self.stored(MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
 
     def stored(self, kind: type[T], key: str, made_by: str) -> T | None:
-        """A record of the run store, None when there is none.
-
-        Raises:
-            StoreError: it is damaged; the message names the command that makes it.
-        """
+        """See `read_stored`."""
         return read_stored(self.store, kind, key, made_by)
 
     @cached_property
     def data(self) -> RunData:
-        """Everything that findings are gathered from."""
+        """The input of `gather`."""
         run = self.stored(RunRecord, records.RUN, made_by="quantize --fresh")
         measured = self.stored(MeasuredRecord, records.MEASURED, made_by="quantize --fresh")
         device = self.stored(DeviceRecord, records.DEVICE, made_by="quantize --fresh")
@@ -177,7 +178,11 @@ class Measured:
 
 
 def read_stored(store: Store, kind: type[T], key: str, made_by: str) -> T | None:
-    """A record of a run store, None when there is none; StoreError, naming the command that makes it, when damaged."""
+    """A record of a run store, None when there is none.
+
+    Raises:
+        StoreError: it is damaged; the message names the command `made_by` that makes it.
+    """
     try:
         return records.loads(kind, store.get(key))
     except KeyError:

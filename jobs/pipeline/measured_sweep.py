@@ -1,4 +1,4 @@
-"""The measured loss of plans and their baselines, from the stored candidates. It changes no plan."""
+"""Measuring the loss of plans and their baselines from the stored candidates. Plans do not change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from jobs.pipeline import sources
-from jobs.pipeline.evaluation import EvaluationSession
+from jobs.pipeline.evaluation import EvaluationSession, source_figures
 from jobs.pipeline.measured import Measured
 from jobs.pipeline.run import Run
 from prismaquant_ray import __version__, records
@@ -28,7 +28,6 @@ from prismaquant_ray.records import (
     MeasuredPlan,
     MeasuredPlans,
     PlanRecord,
-    SourceFigures,
 )
 from prismaquant_ray.storage.connection import absolute
 
@@ -43,7 +42,7 @@ def measure_sweep(run: Run, measured: Measured) -> MeasuredPlans:
 
 
 def measure_plan(run: Run, measured: Measured, plan: PlanRecord) -> MeasuredPlans:
-    """Measure one plan; it joins what is stored of the same text, in the place of an earlier plan for its target."""
+    """Measure one plan. It is added to stored results of the same text, replacing an earlier plan for its target."""
     result = _measure(run, measured, [LabelledPlan.of(plan)])
     before = measured.measured_plans()
     if before is not None and before.text == result.text and before.code == result.code:
@@ -55,10 +54,10 @@ def measure_plan(run: Run, measured: Measured, plan: PlanRecord) -> MeasuredPlan
 
 
 def load_evaluation_text(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
-    """What plans are measured on.
+    """The settings and tokens of the evaluation.
 
     Raises:
-        InputError: the configuration does not say, or the text is too short.
+        InputError: `evaluation` is not configured, or the text is too short.
     """
     settings = run.config.evaluation
     if settings is None:
@@ -112,14 +111,14 @@ def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> Mea
             images=len(text.images),
         ),
         calibration_tokens=measured.calibration.positions,
-        source=SourceFigures(loss=source.loss, perplexity=source.perplexity, draft_agreement=source.draft_agreement),
+        source=source_figures(source),
         plans=entries,
         knee=measured_knee(curve),
     )
 
 
 def _behind(session: EvaluationSession, plans: Sequence[LabelledPlan]) -> list[Excess | None]:
-    """By how much each baseline's KL is above the plan's for the same target; None without such a plan."""
+    """Excess of each baseline's KL over that of the plan for the same target; None without such a plan."""
     plan_of = {plan.target: plan for plan in plans if plan.kind == "plan"}
     found: list[Excess | None] = []
     for plan in plans:
@@ -131,7 +130,7 @@ def _behind(session: EvaluationSession, plans: Sequence[LabelledPlan]) -> list[E
 
 
 def _ways(plan: LabelledPlan) -> tuple[bool, ...]:
-    """With activations always; plans and single formats also without."""
+    """Whether activations are rounded, for each measurement: always with; plans and single formats also without."""
     return (False, True) if plan.kind in ("plan", "uniform") else (True,)
 
 
@@ -142,7 +141,7 @@ def _variant(choice: Choice, activations: bool) -> Variant:
 def _entry(
     measured: Measured, plan: LabelledPlan, weights: Divergence | None, activations: Divergence, behind: Excess | None
 ) -> MeasuredPlan:
-    """A plan with its predictions, which are of what is measured: no draft head is in them."""
+    """A measured plan with its predictions, both without the draft head."""
     layout, sizes, table = measured.layout, measured.sizes, measured.planner.table
     columns = columns_of(plan.choice, layout, sizes.formats)
     rows = np.arange(len(columns))

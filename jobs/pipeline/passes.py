@@ -1,7 +1,6 @@
-"""Passes over the workers, from the records that the store has to those that are missing.
+"""Running passes on the workers, to fill in the records that the store lacks.
 
-Anything that is damaged on the way is forgotten and planned again with the rest; `actors.schedule.shards` finds the
-least that must run for it.
+Records of damaged objects are forgotten and planned again; `actors.schedule.shards` finds the least work for that.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from prismaquant_ray.errors import DamagedError, InputError, StoreError
 from prismaquant_ray.events import Event, Events, Machine, ObjectRepaired, PassBegan, ShardDone, ShardsSized
 from prismaquant_ray.records import DeviceRecord
 
-#: A store that damages what is written again and again is not repaired by writing once more.
+#: Repairs in a row after which the store is considered unusable.
 REPAIRS = 10
 # Seconds the first worker may take to start on a cluster that has room for it.
 _FIRST = 60.0
 
 
 class Passes(ABC):
-    """Passes over one store. `check` raises when they must end, e.g. because a lease is lost."""
+    """Passes over one store. `check` raises when they must stop, e.g. because the lease is lost."""
 
     #: In order.
     stages: ClassVar[tuple[Stage, ...]]
@@ -63,10 +62,10 @@ class Passes(ABC):
 
     @abstractmethod
     def droppable(self, stage: Stage, finished: Collection[Unit], left: Collection[Unit]) -> list[tuple[Stage, Unit]]:
-        """Boundaries that nobody needs once these units of a pass are finished; `left` are those that are not."""
+        """Boundaries no longer needed once the units `finished` of a pass are done; `left` are the unfinished units."""
 
     def run(self, open_workers: OpenWorkers) -> None:
-        """Do what is missing; opens no worker when nothing is."""
+        """Run missing shards; opens no worker when there are none."""
         if not any(self.pending(stage, limit=1) for stage in self.stages):
             return
         with (
@@ -137,7 +136,7 @@ class Passes(ABC):
                 drops.append(threads.submit(self._drop, self.droppable(stage, units, frozenset(left))))
 
         with ExitStack() as stack:
-            # Deleting takes many requests, and workers wait for the driver. Who stops a run does not wait for it.
+            # Deleting takes many requests while workers wait for the driver, so threads do it. Stopping cancels them.
             threads = ThreadPoolExecutor(REQUESTS, thread_name_prefix="drop")
             stack.callback(threads.shutdown, cancel_futures=True)
             stack.enter_context(self.events.listening(finished))
@@ -161,7 +160,7 @@ class Passes(ABC):
             self.run_store.drop_boundary(stage, unit)
 
     def admit(self, worker: Machine) -> None:
-        """InputError unless a worker computes on the kind of device the run began with: others round differently."""
+        """Raise InputError unless the worker has the kind of device the run began with; others round differently."""
         store = self.run_store.store
         if store.create(records.DEVICE, records.dumps(DeviceRecord(device=worker.device))):
             return

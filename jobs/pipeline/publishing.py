@@ -1,4 +1,4 @@
-"""A finished repository on the hub or in an object store, compared after it arrived."""
+"""Publishing a finished repository to the hub or an object store, with a comparison after arrival."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prismaquant_ray.publishing.finished import FinishedRepository, Listener, Pu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedRepository:
-    """What is at the target: files that were sent, there already, or removed; those that the manifest does not list.
+    """The files sent, already present, and removed at the target; `unlisted` files are not in the manifest.
 
     `public` is None where a bucket's policy decides.
     """
@@ -30,10 +30,10 @@ class PublishedRepository:
 
 
 def publish(repository: str, target: str, *, public: bool = False, listener: Listener) -> PublishedRepository:
-    """Send the files that are not at the target yet. Nothing is sent before repository and target are checked.
+    """Send the files that are not at the target yet, after checking repository and target.
 
     Raises:
-        InputError: the repository is not complete, or `target` is no place for it.
+        InputError: the repository is not complete, or `target` cannot take it.
     """
     _check_target(target, public=public)
     source = open_finished(repository)
@@ -65,7 +65,7 @@ def _check_target(target: str, *, public: bool) -> None:
 
 
 def _to_hub(source: FinishedRepository, target: str, listener: Listener, *, public: bool) -> Published:
-    # Not needed for buckets, and not quick to import.
+    # Slow to import, and not needed for buckets.
     from huggingface_hub import HfApi
 
     from prismaquant_ray.publishing.hub import check_hub, publish_to_hub

@@ -14,7 +14,7 @@ from prismaquant_ray.storage.store import Store, check_directory
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenReport:
-    """Where the page is, every file of the report, and whether measured losses are in it."""
+    """The page, all files of the report, and whether it has measured losses."""
 
     report: str
     files: list[str]
@@ -38,11 +38,11 @@ def report(run: Run, *, out: str | None = None) -> WrittenReport:
 
 
 def write_report(findings: Findings, store: Store, prefix: str) -> list[str]:
-    """Draw everything, then put it into the store; the page last, so that it never shows what is not there.
+    """Render everything, then write it, the page last, so that its links are valid.
 
     Without matplotlib (the extra `plots`) there are no PNGs.
     """
-    # Not at the top: other commands do without jinja2.
+    # Not at the top: other commands do not need jinja2.
     from prismaquant_ray.report.page import page
 
     objects = {f"{name}.png": data for name, data in _plots(findings).items()}

@@ -1,19 +1,20 @@
-"""Any compressed-tensors repository measured against the model it was made from, token by token.
+"""Measuring any compressed-tensors repository against its source model, token by token.
 
 Both run side by side, block by block, on the workers of a cluster.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jobs.pipeline import sources
-from jobs.pipeline.evaluation import EvaluationSession
+from jobs.pipeline.evaluation import EvaluationSession, source_figures
 from jobs.pipeline.workers import OpenWorkers, ray_workers
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import read_text
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, checked
@@ -31,7 +32,7 @@ from prismaquant_ray.storage.store import Store, existing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFigures:
-    """What was measured on: sequences of so many tokens, and images."""
+    """The text: `sequences` of `length` tokens, and the number of images."""
 
     file: str
     sequences: int
@@ -41,7 +42,7 @@ class TextFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bits:
-    """Bits per parameter: of quantized Linears (None without any), of all parameters, and by all bytes of all files."""
+    """Bits per parameter: of quantized Linears (None without any), of all tensors, and of all files."""
 
     quantized_linears: float | None
     all_parameters: float
@@ -50,9 +51,9 @@ class Bits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedRepository:
-    """A repository beside its source: with its weights as they decode, and with activations rounded as well.
+    """Divergence of a repository from its source: with decoded weights, and with rounded activations too.
 
-    `formats` counts modules by format; `notes` are sentences that a reader of the figures must know.
+    `formats` counts modules by format; `notes` are caveats of the figures.
     """
 
     repository: str
@@ -81,15 +82,15 @@ def evaluate(
 ) -> EvaluatedRepository:
     """KL, perplexity and top-1 agreement of any compressed-tensors repository against its source, on a text.
 
-    `sequences` of `length` tokens are measured, and `images`, a JSONL file with captions. `store` keeps what several
-    machines must share, and what an interrupted evaluation continues from; a temporary directory takes its place.
-    `overrides` are settings of model, cluster and calibration, e.g. `cluster.workers=8`.
+    It measures `sequences` of `length` tokens, and `images`, a JSONL file with captions. `store` is shared by all
+    machines, and an interrupted evaluation continues from it; the default is a temporary directory. `overrides` are
+    settings of model, cluster and calibration, e.g. `cluster.workers=8`.
 
     Raises:
-        InputError: one of them cannot be read, or the repository was made from another model.
+        InputError: an input cannot be read, or the repository was made from another model.
     """
     text = Path(text)
-    with _place(store) as place:
+    with nullcontext(store) if store is not None else TemporaryDirectory(prefix="prismaquant-evaluate-") as place:
         config = _config(source, text, images, place, overrides)
         original = sources.open_source(config.model)
         view = RepositoryView(existing(repository))
@@ -97,49 +98,25 @@ def evaluate(
         kinds = _check_same_model(original, layout, view)
         if images is not None and layout.image_token is None:
             raise InputError(f"--images is given, but {layout.architecture} has no vision tower that is known here")
+        seed = config.calibration.seed
         tokens = sources.load_tokens(
-            original,
-            layout,
-            text,
-            images,
-            sequences=sequences,
-            length=length,
-            seed=config.calibration.seed,
-            holdout=0.0,
+            original, layout, text, images, sequences=sequences, length=length, seed=seed, holdout=0.0
         )
+        drafts = BlockKind.DRAFT in kinds
         notes = [*view.caveats, *_check_tokenizer(original, view, text)]
-        if layout.of(BlockKind.DRAFT) and BlockKind.DRAFT not in kinds:
+        if layout.of(BlockKind.DRAFT) and not drafts:
             notes.append("the repository has no draft head; the source's was not measured")
-        kept = Store(place)
-        with held(kept) as lease:
-            log = EventLog(kept)
-            session = EvaluationSession(
-                config=config,
-                source=original,
-                layout=layout,
-                text=tokens,
-                store=kept,
-                events=Events(log) if on_event is None else Events(log, on_event),
-                check=lease.check,
-                open_workers=open_workers,
-                repository=view,
-                drafts=BlockKind.DRAFT in kinds,
+        with _session(config, original, layout, tokens, view, drafts, on_event, open_workers) as session:
+            reference, weights, activations = session.measure(
+                [Variant(choice=None, activations=activations) for activations in (False, True)]
             )
-            try:
-                reference, weights, activations = session.measure(
-                    [Variant(choice=None, activations=activations) for activations in (False, True)]
-                )
-            finally:
-                log.flush()
     return EvaluatedRepository(
         repository=repository,
         source=source,
         text=TextFigures(file=str(text), sequences=tokens.texts, length=length, images=len(tokens.images)),
         formats=dict(view.formats),
         bits=_bits(view),
-        source_figures=SourceFigures(
-            loss=reference.loss, perplexity=reference.perplexity, draft_agreement=reference.draft_agreement
-        ),
+        source_figures=source_figures(reference),
         weights=weights,
         activations=activations,
         notes=notes,
@@ -147,16 +124,39 @@ def evaluate(
 
 
 @contextmanager
-def _place(store: str | None) -> Iterator[str]:
-    if store is not None:
-        yield store
-        return
-    with tempfile.TemporaryDirectory(prefix="prismaquant-evaluate-") as directory:
-        yield directory
+def _session(
+    config: Config,
+    source: TensorSource,
+    layout: Layout,
+    text: CalibrationSet,
+    repository: RepositoryView,
+    drafts: bool,
+    on_event: Listener | None,
+    open_workers: OpenWorkers,
+) -> Iterator[EvaluationSession]:
+    """A session with the lease of its store, and with its event log there."""
+    store = Store(config.store.run)
+    with held(store) as lease:
+        log = EventLog(store)
+        try:
+            yield EvaluationSession(
+                config=config,
+                source=source,
+                layout=layout,
+                text=text,
+                store=store,
+                events=Events(log) if on_event is None else Events(log, on_event),
+                check=lease.check,
+                open_workers=open_workers,
+                repository=repository,
+                drafts=drafts,
+            )
+        finally:
+            log.flush()
 
 
 def _config(source: str, text: Path, images: Path | None, place: str, overrides: Sequence[str]) -> Config:
-    """The configuration of a run, of which an evaluation reads model, cluster and microbatch."""
+    """A configuration; an evaluation uses its model, cluster and microbatch."""
     body = {
         "model": {"source": source},
         "calibration": {"text": str(text), "images": None if images is None else str(images)},
@@ -167,9 +167,9 @@ def _config(source: str, text: Path, images: Path | None, place: str, overrides:
 
 
 def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView) -> set[BlockKind]:
-    """The kinds of blocks that the repository has; InputError unless what it has is what the source has.
+    """The kinds of blocks in the repository; InputError unless names and shapes are the source's.
 
-    It may do without a draft head, which transformers does not save.
+    A draft head may be missing: transformers does not save it.
     """
     found: set[BlockKind] = set()
     parts = [(None, (*layout.embedding, *layout.pixels, *layout.head)), *((b.kind, b.tensors) for b in layout.blocks)]
@@ -192,7 +192,7 @@ def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView
 
 
 def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> list[str]:
-    """InputError unless both tokenizers read the text alike; a note when the repository has none."""
+    """Raise InputError unless both tokenizers give the same tokens; a note if the repository has none."""
     if not any(name.startswith(("tokenizer", "vocab")) for name in view.other_files()):
         return ["the repository has no tokenizer of its own; the source's was used"]
     sample = read_text(text, "The evaluation text")
@@ -211,7 +211,7 @@ def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> 
 
 
 def _bits(view: RepositoryView) -> Bits:
-    """Bits per parameter, by three denominators."""
+    """Bits per parameter, by three definitions."""
     sizes = view.sizes()
     return Bits(
         quantized_linears=8 * sizes.linear_bytes / sizes.linear_parameters if sizes.linear_parameters else None,

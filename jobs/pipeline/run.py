@@ -1,4 +1,4 @@
-"""A run: its inputs, its store, and both passes, which are done when their records are there."""
+"""A run: its inputs, its store, and both passes, which are done when all records are stored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError
 from prismaquant_ray.events import Event, EventLog, Events, Listener, Notice, ObjectRepaired, RunBegan, RunEnded
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.model.layout_builder import build_layout, load_config, scope_of
+from prismaquant_ray.model.layout_builder import build_layout, scope_of, transformers_config
 from prismaquant_ray.records import MeasuredRecord, RunRecord
 from prismaquant_ray.repository.staging import check_output
 from prismaquant_ray.source.protocol import TensorSource
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 class Run:
-    """One configuration over one run store. Opening checks the inputs; stages run when asked for."""
+    """One configuration over one run store. Opening checks the inputs; stages run on demand."""
 
     def __init__(
         self,
@@ -52,10 +52,9 @@ class Run:
         fresh: bool = False,
         weights: bool = True,
     ) -> None:
-        """`open_workers` gives the workers; `fresh` deletes what the run store holds before anything is measured.
+        """`open_workers` opens the workers; `fresh` empties the run store before measuring.
 
-        Without `weights` the model may be a configuration only, and nothing but its layout and memory plan can be
-        asked for.
+        Without `weights` the model may be a configuration only; then only layout and memory plan are available.
         """
         self.config = config
         self.listeners = () if on_event is None else (on_event,)
@@ -69,7 +68,7 @@ class Run:
 
     @cached_property
     def store(self) -> Store:
-        """The run store, created and claimed on first use; refused when another run's measurements are in it."""
+        """The run store, created on first use; raises InputError if it holds another run."""
         fingerprint = checks.fingerprint(self.config, self.source)
         store = Store(self.config.store.run)
         record = RunRecord(fingerprint=fingerprint, config=self.config.model_dump(mode="json"))
@@ -84,7 +83,7 @@ class Run:
 
     @cached_property
     def layout(self) -> Layout:
-        """From the run store when it is there, else from the headers and the model's own classes."""
+        """The layout, from the run store if it is there, else from headers and the model's own classes."""
         if self.is_measured:
             try:
                 return _LAYOUT.validate_json(self.store.get(records.LAYOUT))
@@ -97,7 +96,7 @@ class Run:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes of every candidate and of everything else, with what the configuration rules out."""
+        """Bytes of every candidate and of everything else, with the configured constraints."""
         quantizable = {source for linear in self.layout.linears() for source in linear.sources}
         ignored = [info for name, info in self.source.tensors.items() if name not in quantizable]
         files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
@@ -111,11 +110,11 @@ class Run:
         return constrained(sizes, self.layout, self.config.allocation)
 
     def _serving(self) -> Serving | None:
-        """What a server holds beside the weights, when the budget says for how long a context."""
+        """A server's memory beside the weights, if the budget has a context."""
         budget = self.config.budget
         if budget.context is None:
             return None
-        text = load_config(self.source).get_text_config()
+        text = transformers_config(self.source).get_text_config()
         drafts = draft_layers(text, self.source.tensors)
         return Serving(
             cache=kv_cache(text, kv_cache=budget.kv_cache, draft_layers=drafts),
@@ -126,7 +125,7 @@ class Run:
 
     @cached_property
     def memory_plan(self) -> MemoryPlan:
-        """Memory and disk the run will take."""
+        """Memory and disk that the run needs."""
         sizes = self.sizes
         largest = int(sizes.of(self.config.budget).max(axis=1).sum())
         budget = min(sizes.limit(self.config.budget), largest)
@@ -134,7 +133,11 @@ class Run:
 
     @cached_property
     def calibration(self) -> CalibrationSet:
-        """Texts and images; InputError when the text is too short, or what prepares them is not there."""
+        """Texts and images.
+
+        Raises:
+            InputError: the text is too short, or tokenizer or processor are missing.
+        """
         calibration = self.config.calibration
         if calibration.images is not None and self.layout.image_token is None:
             raise InputError(
@@ -160,7 +163,7 @@ class Run:
         return PassGraph.of(self.layout, texts=texts, images=images)
 
     def check(self) -> None:
-        """Everything that can be refused before the first expensive step."""
+        """All checks before the first expensive step; raises InputError or StoreError."""
         checks.check_stores(self.config)
         self.sizes.limit(self.config.budget)
         check_output(self.config.store.output)
@@ -169,14 +172,14 @@ class Run:
         checks.check_room(self.config, self.memory_plan)
         _ = self.calibration
         if self.source.store.path is not None:
-            # Elsewhere reading everything here would cost what the workers are for; they check what they load.
+            # Not for object stores: workers check the tensors they load.
             checks.check_weights(self.source, self.layout)
 
     # Measuring --------------------------------------------------------------------------------------------------
 
     @property
     def _exists(self) -> bool:
-        """Whether the store is there already; looking must not make one."""
+        """Whether the store exists; does not create it."""
         return checks.exists(self.config.store.run, records.RUN)
 
     @cached_property
@@ -186,7 +189,7 @@ class Run:
 
     @contextmanager
     def claimed(self) -> Iterator[Lease]:
-        """No other driver works on the run store inside the with-block; ResourceError when one does already."""
+        """Hold the lease of the run store inside the with-block; raises ResourceError if another driver holds it."""
         if self.lease is not None:
             yield self.lease
             return
@@ -209,7 +212,7 @@ class Run:
         )
 
     def measure(self) -> None:
-        """Run what is missing of both passes."""
+        """Run the missing parts of both passes."""
         if self.is_measured:
             return
         self.check()
@@ -237,7 +240,7 @@ class Run:
         self.is_measured = True
 
     def measured(self) -> Measured:
-        """What the passes found; runs what is missing of them first."""
+        """The measured run; runs the missing parts of both passes first."""
         if self._measured is None:
             self.measure()
             self._measured = Measured(
@@ -250,7 +253,7 @@ class Run:
         return self._measured
 
     def repairing(self, action: Callable[[Measured], T]) -> T:
-        """What `action` returns of what was measured; a stored object that it finds damaged is made again first."""
+        """The result of `action` on the measured run; damaged objects that it finds are made again."""
         for _ in range(REPAIRS):
             try:
                 return action(self.measured())
@@ -276,7 +279,7 @@ class Run:
 
     @contextmanager
     def logged(self) -> Iterator[tuple[Events, EventLog]]:
-        """Events inside the with-block are told to the listeners, and kept in the run store."""
+        """Inside the with-block, events go to the listeners and to the log in the run store."""
         log = EventLog(self.store)
         events = Events(log, *self.listeners)
         events(RunBegan(workers=self.config.cluster.workers))
@@ -289,7 +292,7 @@ class Run:
             log.flush()
 
     def note(self, event: Event) -> None:
-        """Tell the listeners of an event, and add it to the run's log."""
+        """Send one event to the listeners and to the run's log."""
         log = EventLog(self.store)
         Events(log, *self.listeners)(event)
         log.flush()

@@ -1,4 +1,4 @@
-"""The model that a run starts from, and the tokens that its text and images become."""
+"""Opening the source model, and tokenizing text and images."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from prismaquant_ray.storage.connection import absolute
 
 
 def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
-    """The checkpoint, as given or from the hub.
-
-    Where `weights` are not needed, a directory with nothing but a configuration will do.
-    """
+    """The checkpoint, as given or from the hub. Without `weights` a directory with only a configuration is accepted."""
     store = resolve(model.source, model.revision)
     if store.path is None:
         store.check_readable()
@@ -31,12 +28,16 @@ def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
 
 
 def absolute_source(model: ModelConfig) -> str:
-    """`model.source` as a worker in another directory understands it; a hub id stays one, for each node's own cache."""
+    """`model.source` as an absolute place; a hub id is unchanged, because each node has its own cache."""
     return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
 
 
 def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
-    """The model's tokenizer, from a directory that has its files; InputError when there is none."""
+    """The model's tokenizer, from a directory with its files.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     uri = source.store.uri
@@ -55,7 +56,11 @@ def load_tokens(
     seed: int,
     holdout: float,
 ) -> CalibrationSet:
-    """Texts and images, as the model's own tokenizer and processor make them; InputError when the text is too short."""
+    """Texts and images, prepared by the model's own tokenizer and processor.
+
+    Raises:
+        InputError: the text is too short, or an input cannot be read.
+    """
     with local_files(source) as directory:
         tokenizer = load_tokenizer(source, directory)
         texts = load_sequences(text, tokenizer, sequences=sequences, length=length, seed=seed, holdout=holdout)

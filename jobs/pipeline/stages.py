@@ -1,4 +1,4 @@
-"""Every stage as a function: a configuration in, a typed result out; what happens meanwhile is told to listeners."""
+"""Every stage as a function from a configuration to a typed result; progress goes to listeners as events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Seconds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quantized:
-    """Everything that `quantize` did; `evaluation` is None where the configuration names no text."""
+    """Results of all stages of `quantize`; `evaluation` is None if the configuration names no text."""
 
     probe: ProbeSummary
     sweep: SweepRecord
@@ -39,7 +39,7 @@ class Quantized:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredSweep(SweepRecord):
-    """A sweep with what was measured of its plans and their baselines."""
+    """A sweep with the measured losses of its plans and baselines."""
 
     measured: MeasuredPlans
 
@@ -53,7 +53,7 @@ def quantize(
 ) -> Quantized:
     """Every stage, from the source to a verified repository; run again, it continues.
 
-    `fresh` deletes what `store.run` holds and starts over. `on_event` is told of everything that happens meanwhile.
+    `fresh` deletes the contents of `store.run` and starts over. `on_event` is called with every event.
 
     Raises:
         InputError: the configuration, the model or the calibration data cannot be used.
@@ -69,7 +69,7 @@ def quantize(
         run.measure()
         measured = time.monotonic()
         plan = run.repairing(lambda known: known.plan)
-        # Before the repository, so that its card can say it.
+        # Before the repository, so that its card has the figures.
         evaluation = None if config.evaluation is None else run.repairing(lambda known: measure_plan(run, known, plan))
         evaluated = time.monotonic()
 
@@ -92,7 +92,7 @@ def quantize(
 
 
 def sweep_and_measure(run: Run) -> MeasuredSweep:
-    """The sweep, every plan of it and every baseline measured."""
+    """The sweep, with measured losses of every plan and baseline."""
     load_evaluation_text(run)
 
     def both(known: Measured) -> MeasuredSweep:

@@ -1,4 +1,4 @@
-"""The state of a run, from its store alone: no cluster and no model is needed."""
+"""The state of a run, from its store alone, without cluster or model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from prismaquant_ray.events import (
     RepositoryWritten,
     RunBegan,
     ShardsSized,
-    StepDone,
     WorkerLost,
     WorkerReady,
     busy_shares,
@@ -30,13 +29,13 @@ from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.lease import holder
 from prismaquant_ray.storage.store import Store
 
-# A driver says something at least this often while workers work.
+# Seconds; a running driver logs events more often than this.
 _SILENCE = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockCounts:
-    """Blocks with candidates, blocks with prices, blocks of the model; None before any worker was ready."""
+    """Blocks with candidates, blocks with prices, blocks of the model (None before any worker was ready)."""
 
     encoded: int
     priced: int
@@ -53,9 +52,9 @@ class Driver:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassStatus:
-    """One attempt at a pass: units, those done, seconds, seconds left, rate, bytes moved, and its workers.
+    """One attempt at a pass: units, units done, seconds, seconds left, rate, bytes moved by kind, busy share by worker.
 
-    `workers` has the shard and the microbatch that each worker was at.
+    `workers` has the last shard and microbatch of each worker.
     """
 
     stage: str
@@ -125,7 +124,7 @@ def _open(uri: str) -> tuple[Store, RunRecord]:
     except (KeyError, ValueError, StoreError) as error:
         path = local_path(uri)
         if isinstance(error, StoreError) and (path is None or path.is_dir()):
-            raise  # the place is there: something else is wrong
+            raise  # the place exists: something else is wrong
         raise InputError(f"{uri} is not a run store; give the store.run of a run") from error
 
 
@@ -151,12 +150,11 @@ def _pass(attempt: PassAttempt) -> PassStatus:
         token_blocks_per_second=attempt.token_blocks / attempt.seconds if attempt.seconds else 0.0,
         bytes=attempt.moved(),
         busy=busy_shares(attempt.steps),
-        workers={step.worker: f"{step.shard} at {_at(step)}" for step in attempt.steps},
+        workers={
+            step.worker: f"{step.shard} at {'end' if step.microbatch is None else step.microbatch + 1}"
+            for step in attempt.steps
+        },
     )
-
-
-def _at(step: StepDone) -> str:
-    return "end" if step.microbatch is None else str(step.microbatch + 1)
 
 
 def _workers(events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Plans that know no prices, or other ones: what a plan of the same bytes is compared with.
+"""Baselines: plans of the same size that ignore the prices, or use other prices.
 
-One format for all groups, an even mixture of two formats with at least the bytes of the plan that it is compared with,
-and the plan that `fisher_trace` makes for the same budget.
+One format for all groups; an even mixture of two formats, at least as large as the plan that it is compared with; and
+the plan of the objective `fisher_trace` for the same budget.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.records import PlanRecord
 
-# Steps of the golden ratio are spread evenly over depth, however many are taken.
+# Multiples of the golden ratio, modulo 1, are spread evenly over depth for any number of steps.
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -37,7 +37,7 @@ class LabelledPlan:
 
     @classmethod
     def of(cls, plan: PlanRecord) -> LabelledPlan:
-        """A plan itself."""
+        """The plan of a record, labelled with its target."""
         return cls(kind="plan", label=plan.target, target=plan.target, objective=plan.objective, choice=plan.choice)
 
 
@@ -72,16 +72,16 @@ def _choice(layout: Layout, sizes: Sizes, columns: NDArray[np.int64]) -> Choice:
 
 
 def _uniform(sizes: Sizes, name: FormatName) -> NDArray[np.int64]:
-    """Column of each group: a format, or the smallest that a group can take instead."""
+    """Column of each group: the format, or the smallest allowed one where the group cannot take it."""
     smallest = np.where(sizes.allowed, sizes.weights, np.iinfo(np.int64).max).argmin(axis=1)
     column = sizes.formats.index(name)
     return np.where(sizes.allowed[:, column], column, smallest)
 
 
 def _evenly_mixed(sizes: Sizes, least: int) -> NDArray[np.int64] | None:
-    """The two neighbouring formats of a size, spread evenly over depth, with at least so many bytes of weights.
+    """A mixture of two formats of neighbouring size, spread evenly over depth, with at least `least` bytes of weights.
 
-    None when the smallest format already has them, or no mixture of neighbours reaches them.
+    None when the smallest format already has `least` bytes, or no such mixture reaches them.
     """
     rows = np.arange(len(sizes.weights))
     uniform = sorted((_uniform(sizes, name) for name in sizes.formats), key=lambda c: int(sizes.weights[rows, c].sum()))

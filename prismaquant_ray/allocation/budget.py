@@ -1,9 +1,9 @@
-"""From a layout and a budget to integer bytes: what each candidate weighs and what may be spent.
+"""From a layout and a budget to integer bytes: the size of each candidate, and the bytes that may be spent.
 
 `bpp` counts codes and group scales of quantizable Linears and nothing else. The two 4-byte scalars of an NVFP4
 Linear are left out of it (they would put uniform NVFP4 at 4.5001 and out of a 4.5 budget); `bytes` counts every
 byte of the repository, with a bound in place of the few that depend on the plan (names in headers and index) and an
-allowance for the model card; `vram` counts every tensor as it is loaded, and what a server holds beside them.
+allowance for the model card; `vram` counts every tensor as it is loaded, plus a server's KV cache and margin.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CARD_BYTES = 1 << 15
 class Sizes:
     """Bytes of every candidate: `weights` (groups, formats) int64 counts codes and group scales, `stored` also scalars.
 
-    `allowed` is False where a group cannot take a format, or must not. `ignored` are the tensors that stay as they are,
-    `fixed` everything the repository holds beside candidates, those among it. `serving` is what a server holds beside
-    the tensors, when that was asked; `second` the limit on BF16, when there is one.
+    `allowed` is False where a group cannot take a format or a rule forbids it. `ignored` is the size of unquantized
+    tensors; `fixed` is the size of everything except candidates, including `ignored`. `serving` is a server's memory
+    beside the tensors, for a `vram` budget; `second` is the limit on BF16, if any.
     """
 
     formats: tuple[FormatName, ...]
@@ -51,13 +51,14 @@ class Sizes:
     second: SecondLimit | None = None
 
     def of(self, budget: BudgetConfig) -> NDArray[np.int64]:
-        """The table this kind of budget counts."""
+        """(groups, formats) bytes as this kind of budget counts them."""
         return self.weights if budget.bpp is not None else self.stored
 
     def limit(self, budget: BudgetConfig) -> int:
-        """Bytes of candidates the budget allows; InputError, with both bounds, outside what plans can weigh.
+        """Bytes of candidates that the budget allows. A `vram` budget may exceed the largest plan.
 
-        Memory may be larger than any plan.
+        Raises:
+            InputError: no plan has that size; the message has both bounds.
         """
         table = self.of(budget)
         smallest = int(np.where(self.allowed, table, np.iinfo(np.int64).max).min(axis=1).sum())
@@ -94,7 +95,7 @@ class Sizes:
         )
 
     def loaded(self, choice_stored: int) -> int:
-        """Bytes of all tensors as a server loads them, with so many of candidates."""
+        """Bytes of all tensors as a server loads them, for this many bytes of candidates."""
         return self.ignored + choice_stored
 
     def bpp(self, choice_weights: int) -> float:
@@ -110,9 +111,10 @@ def measure(
     other_bytes: int,
     serving: Serving | None = None,
 ) -> Sizes:
-    """Sizes of every candidate. `ignored_bytes` are those of unquantized tensors, the others their entries and files.
+    """Sizes of every candidate. `ignored_bytes` counts unquantized tensors, `other_bytes` their entries and files.
 
-    Raises InputError when a group can take none of the formats, or a format no group.
+    Raises:
+        InputError: a group can take none of the formats, or a format fits no group.
     """
     shape = (len(layout.groups), len(formats))
     weights, stored = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -149,5 +151,5 @@ def measure(
 
 
 def entry_bytes(name: str) -> int:
-    """Bound on what a tensor's name costs: its entries in a shard's header, the index, the manifest and the config."""
+    """Upper bound on the bytes of a tensor's entries in shard header, index, manifest and config."""
     return 3 * len(name) + 200

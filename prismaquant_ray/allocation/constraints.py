@@ -1,7 +1,7 @@
-"""What a user rules out beside the budget: formats by name pattern, and too many parameters in BF16.
+"""Constraints beside the budget: formats forced or ruled out by name pattern, and a limit on parameters in BF16.
 
-Patterns are resolved against the layout before anything is measured; what they rule out is one mask, so every plan,
-frontier and knee that is made with it keeps them.
+Patterns are resolved against the layout before anything is measured. They become one mask, which every plan,
+frontier and knee respects.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _NOMINAL = (4096, 4096)
 
 
 def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> Sizes:
-    """The sizes with only those formats allowed that `force` and `floor` leave, and the limit on BF16.
+    """Sizes with the formats that `force` and `floor` leave, and with the limit on BF16.
 
-    Raises InputError for a pattern that matches nothing or a part of a fused group, a format that a group cannot take,
-    and settings that contradict each other.
+    Raises:
+        InputError: a pattern matches nothing or part of a fused group, a group cannot take a format, or settings
+            contradict each other.
     """
     allowed = sizes.allowed.copy()
     forced: dict[int, FormatRule] = {}
@@ -69,7 +70,7 @@ def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> S
 
 
 def ruled_out(layout: Layout, allocation: AllocationConfig, group: FusedGroup, name: FormatName) -> str | None:
-    """Why settings keep a format from a group whose shape it fits, or None."""
+    """The rule that forbids a format for a group, or None."""
     row = layout.groups.index(group)
     for rule in allocation.force:
         if name != rule.format and row in _matched(layout, rule, f"allocation.force {rule.match}"):
@@ -82,7 +83,7 @@ def ruled_out(layout: Layout, allocation: AllocationConfig, group: FusedGroup, n
 
 
 def restricted(sizes: Sizes, layout: Layout) -> int:
-    """Groups that constraints leave fewer formats than their shapes do."""
+    """Number of groups with fewer formats than their shapes allow."""
     takes = np.array([[refusal(name, group) is None for name in sizes.formats] for group in layout.groups])
     return int((takes != sizes.allowed).any(axis=1).sum())
 
@@ -135,7 +136,7 @@ def _names(group: FusedGroup) -> Iterator[str]:
 
 
 def _bits(name: FormatName, group: FusedGroup) -> float:
-    """Bits a parameter of a group in a format, scales included."""
+    """Bits per parameter of a group in a format, scales included."""
     spec = FORMATS[name]
     if refusal(name, group):
         return spec.bits(*_NOMINAL)

@@ -1,9 +1,9 @@
-"""What serving keeps for every sequence, from the model's configuration: keys and values, and recurrent states.
+"""Memory per sequence when serving, from the model's configuration: KV cache and recurrent states.
 
-The rules are vLLM's (`v1/kv_cache_interface.py` and `layers/mamba/mamba_utils.py` of 0.32): a page a layer, a token
-entry of 2 · heads · head size, one latent vector under multi-head latent attention, a constant state in linear
-attention. Left to the margin is what depends on its settings: the last block of a sequence that is not full, the tokens
-of one prefill step beyond a window, and layer groups that it pads to one length.
+The rules are vLLM's (`v1/kv_cache_interface.py` and `layers/mamba/mamba_utils.py` of 0.32): one page per layer, 2 ·
+heads · head size elements per token, one latent vector under multi-head latent attention, a constant state in linear
+attention. The margin covers the rest, which depends on vLLM's settings: the partly filled last block of a sequence, the
+tokens of one prefill step beyond a window, and the padding of layer groups to one length.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attent
 _BYTES = {"auto": 2, "bf16": 2, "fp8": 1}
 # vLLM's prefix cache, on by default, keeps the state before the current step beside the current one.
 _STATES = 2
-# A draft head is served with one token of speculation: one more state, one more column of the convolution's.
+# A draft head speculates one token: one more state, and one more column of the convolution state.
 _SPECULATIVE = 1
-# Parts that change what is cached in ways not modelled here.
+# Configuration keys that change the cache in ways not modelled here.
 _UNKNOWN = ("num_kv_shared_layers", "global_head_dim", "index_head_dim", "attention_k_eq_v")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KvCache:
-    """Layers by kind, and bytes: of a token in every layer of a kind, of a sequence in every linear-attention layer.
+    """Layers by kind; bytes per token and attention layer, and per sequence and linear-attention layer.
 
-    `window` is what sliding layers keep at most, in tokens. Draft layers attend to everything, like full ones.
+    Sliding layers keep at most `window` tokens. Draft layers attend to the whole context, like full ones.
     """
 
     full_layers: int
@@ -43,7 +43,7 @@ class KvCache:
     window: int
 
     def parts(self, context: int, sequences: int) -> dict[str, int]:
-        """Bytes by kind of layer, for so many sequences of `context` tokens."""
+        """Bytes by kind of layer, for `sequences` sequences of `context` tokens."""
         per_token = sequences * self.token_bytes
         return {
             "full_attention": per_token * context * self.full_layers,
@@ -58,9 +58,10 @@ class KvCache:
 
 
 def kv_cache(text: Any, *, kv_cache: str, draft_layers: int = 0) -> KvCache:
-    """From the text part of a transformers configuration; `kv_cache` is auto, bf16 or fp8.
+    """The cache from the text part of a transformers configuration; `kv_cache` is auto, bf16 or fp8.
 
-    Raises InputError for a model whose cache is not understood: it can still be given `bytes` or `bpp`.
+    Raises:
+        InputError: the model's cache is not understood; a budget in `bytes` or `bpp` still works.
     """
     for name in _UNKNOWN:
         if getattr(text, name, None):
@@ -98,7 +99,7 @@ def _layer_kinds(text: Any) -> list[str]:
 
 
 def _token_elements(text: Any) -> int:
-    """Numbers kept of a token in one layer."""
+    """Cached elements per token and layer."""
     if getattr(text, "kv_lora_rank", None):
         return _positive(text, "kv_lora_rank") + _positive(text, "qk_rope_head_dim")
     heads = _positive(text, "num_attention_heads")
@@ -108,8 +109,8 @@ def _token_elements(text: Any) -> int:
 
 
 def _state_bytes(text: Any, speculative: int) -> int:
-    """States of a gated delta net layer (Yang et al., arXiv 2412.06464): the last inputs of the convolution, in 16
-    bits, and a key × value matrix a head, in float32 unless the configuration has another type.
+    """State bytes of a gated delta net layer (Yang et al., arXiv 2412.06464): the last inputs of the convolution in
+    16 bits, and one key × value matrix per head, in float32 unless the configuration has another type.
     """
     key_heads, key = _positive(text, "linear_num_key_heads"), _positive(text, "linear_key_head_dim")
     value_heads, value = _positive(text, "linear_num_value_heads"), _positive(text, "linear_value_head_dim")
@@ -132,7 +133,7 @@ def _unknown(what: str) -> InputError:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Serving:
-    """What a server has to hold beside the weights: `cache` for `sequences` sequences of `context` tokens, a margin.
+    """A server's memory beside the weights: `cache` for `sequences` sequences of `context` tokens, and a margin.
 
     A `margin` that is a float is a share of the whole memory, an int bytes.
     """
@@ -153,7 +154,7 @@ class Serving:
         return memory - margin - self.cache_bytes
 
     def needed(self, weights: int) -> int:
-        """The least memory with room for so many bytes of weights."""
+        """The least memory, in bytes, that has room for `weights` bytes of weights."""
         held = weights + self.cache_bytes
         if not isinstance(self.margin, float):
             return held + self.margin
@@ -161,7 +162,7 @@ class Serving:
         return memory if self.room(memory) >= weights else memory + 1
 
     def memory(self, weights: int) -> ServerMemory:
-        """The least memory with room for so many bytes of weights, by its parts."""
+        """The least memory that has room for `weights` bytes of weights, by part."""
         total, parts = self.needed(weights), self.cache.parts(self.context, self.sequences)
         return ServerMemory(
             total=total,

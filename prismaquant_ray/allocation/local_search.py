@@ -1,4 +1,4 @@
-"""From a plan to one that no change of one or two groups improves, within every resource."""
+"""Local search: improve a plan by changing one or two groups at a time, within every resource limit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from prismaquant_ray.allocation.problem import Floats, Ints
 
 __all__ = ["Resource", "improved"]
 
-# A change must lower the cost by more than rounding, or equal plans could take turns.
+# A change must lower the cost by more than rounding, or the search could alternate between equal plans.
 _WORTH = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Resource:
-    """What every choice takes, `use` (groups, formats) int64, and how much a plan may take."""
+    """Use of a resource by every choice, `use` (groups, formats) int64, and the most a plan may use."""
 
     use: Ints
     limit: int
 
 
 def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource]) -> Ints:
-    """Columns (groups,) of a plan that no change of one group, or of two at once, makes cheaper within the resources.
+    """Columns (groups,) of a plan that is optimal under changes of one or two groups within the resources.
 
     A plan costs Σ cost[g, f(g)], NaN where a format is not allowed. Every step takes the change that saves most, the
-    first among equals, so the result is a function of the input. The plan given must keep the resources.
+    first among equals, so the result is deterministic. The given plan must keep the limits.
     """
     groups, formats = cost.shape
     group_of = np.repeat(np.arange(groups), formats)

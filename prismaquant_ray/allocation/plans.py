@@ -31,7 +31,7 @@ _CURVE = 65
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Planner:
-    """The plans of one measured run. The sweep is solved when it is first asked for, and then known."""
+    """The plans of one measured run. The sweep is solved on first use and cached."""
 
     config: Config
     layout: Layout
@@ -83,7 +83,7 @@ class Planner:
 
     @cached_property
     def sweep(self) -> SweepRecord:
-        """A plan for every target that a plan exists for, the others listed, and the knee of the frontier.
+        """A plan for every target within reach, the targets that are not, and the knee of the frontier.
 
         Raises:
             InputError: no target is within reach of the formats.
@@ -158,7 +158,7 @@ class Planner:
             return np.array([plan.budget for plan in plans]), np.array([plan.cost for plan in plans])
         curve = frontier(problem)
         inside = np.flatnonzero((curve.bytes >= low) & (curve.bytes <= high))
-        # The breakpoint just below the first target belongs to the range: it is the plan that this budget buys.
+        # The breakpoint just below the first target belongs to the range: it is the plan for this budget.
         first = int(np.searchsorted(curve.bytes, low, side="right")) - 1
         points = np.union1d(inside, [first]) if first >= 0 else inside
         return curve.bytes[points], curve.cost[points]
@@ -171,6 +171,6 @@ def columns_of(choice: Choice, layout: Layout, formats: tuple[FormatName, ...]) 
 
 
 def count_groups(choice: Choice, formats: tuple[FormatName, ...]) -> dict[FormatName, int]:
-    """Groups by format, with the formats that no group has."""
+    """Number of groups by format; 0 for unused formats."""
     counts = Counter(choice.values())
     return {name: counts.get(name, 0) for name in formats}

@@ -1,4 +1,4 @@
-"""What the allocator is asked, what it answers, and the linear relaxation in between.
+"""The allocation problem, its solution, and the linear relaxation in between.
 
 A multiple-choice knapsack in integer bytes: one item per fused group, one choice per item. Nothing here knows how
 costs were measured or what a format is: both are columns of numbers with names, so the same code plans targets,

@@ -3,9 +3,9 @@
 One of the two limits is priced instead of enforced: with μ nats for every unit above it, min cost + μ·(use − limit)
 within the other is a knapsack again, and its optimum is a lower bound of every plan that keeps both (Geoffrion 1974,
 "Lagrangean relaxation for integer programming"). μ is found by the secant between the best plan known on either side
-of the limit, which ends at the μ with the highest bound. Both limits take their turn, because the one that matters more
-should be the one that is exact. What is left between bound and plan is the plan's gap: never hidden, and nothing where
-only one of the two binds.
+of the limit, which ends at the μ with the highest bound. Each limit is priced in turn, because the tighter one should
+be enforced exactly. The remaining distance between bound and plan is the plan's gap. It is always reported, and it is
+zero where only one of the two binds.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from prismaquant_ray.errors import InputError
 
 __all__ = ["LimitedSolver", "SecondLimit", "solver"]
 
-# The secant ends at the highest bound after few steps; this is only against a float that never settles.
+# The secant reaches the highest bound after few steps; this only guards against rounding that never settles.
 _STEPS = 60
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SecondLimit:
-    """What every choice takes of a second resource, `use` (groups, formats) int64, and how much there is of it."""
+    """Use of a second resource by every choice, `use` (groups, formats) int64, and the most a plan may use."""
 
     use: Ints
     limit: int
 
     def used(self, problem: AllocationProblem, plan: Plan) -> int:
-        """What a plan takes."""
+        """Units that a plan uses."""
         return _taken(self.use, problem.columns(plan.choice))
 
 
@@ -42,7 +42,10 @@ class LimitedSolver:
     """Plans within bytes and within a second limit, for any number of budgets.
 
     The second resource must be taken by no format but the largest of each group, as BF16 is, so that the smallest plan
-    takes least of it. Raises InputError when no plan keeps the second limit.
+    takes least of it.
+
+    Raises:
+        InputError: no plan keeps the second limit.
     """
 
     def __init__(self, problem: AllocationProblem, second: SecondLimit) -> None:
@@ -74,7 +77,7 @@ class LimitedSolver:
 
 
 def solver(problem: AllocationProblem, second: SecondLimit | None) -> Solver | LimitedSolver:
-    """Plans for any number of budgets, within a second limit when there is one."""
+    """A solver for any number of budgets, within a second limit if there is one."""
     return Solver(problem) if second is None else LimitedSolver(problem, second)
 
 

@@ -96,7 +96,7 @@ class _Step(NamedTuple):
 
 
 class _Search:
-    """What separates the Lagrangian plan from the optimum, at one budget.
+    """The search between the Lagrangian plan and the optimum, at one budget.
 
     With λ the slope at the budget, every point has a reduced cost r = Δcost + λ·Δsize ≥ 0 against the Lagrangian
     plan, and a plan with w spare bytes costs Σr + λ·w above the linear bound: its excess. The search looks for the
@@ -111,10 +111,10 @@ class _Search:
         change = relaxed.cost - np.take_along_axis(relaxed.cost, start[:, None], 1)
         price = self.slope * self.added
         reduced = change + price
-        # Rounding must not make a difference where there is none, or ties are searched in full.
+        # Differences within rounding count as zero; otherwise ties would be searched in full.
         noise = 4 * _EPSILON * (np.abs(change) + np.abs(price))
         self.reduced = np.where(np.isinf(change) | (reduced > noise), reduced, 0.0)
-        self.worth = worth  # a smaller improvement is none
+        self.worth = worth  # smaller improvements are ignored
         self.floor = 0.0  # plans better than `excess - worth` have at least this excess
         self.best, self.excess = start, self.slope * spare
         # Alone, or with the next edge, which overruns the budget until another group pays for it.
@@ -134,8 +134,8 @@ class _Search:
     def run(self, width: int, state_limit: int) -> None:
         """Merge group after group, keeping at most `width` partial plans at a time.
 
-        Lowers `excess` and `best` as better plans turn up, and raises `floor` to what the plans dropped for want of
-        room could have reached.
+        Lowers `excess` and updates `best` when a better plan is found, and raises `floor` to the best bound among the
+        partial plans that were dropped for lack of room.
         """
         groups, least = self._core()
         rest = _Rest(self, groups)
@@ -165,7 +165,7 @@ class _Search:
             dropped = min(dropped, lost)
             kept = keep
             if found is not None:
-                # Stored for the walk back; there is nothing more to find behind it.
+                # Stored for the walk back only: it is a complete plan.
                 trail = (len(steps), len(keep))
                 kept = np.append(keep, found)
             steps.append(_Step(group, (kept % count).astype(np.int32), points[kept // count].astype(np.int16)))
@@ -177,8 +177,8 @@ class _Search:
     def _core(self) -> tuple[Ints, Floats]:
         """Groups that a better plan may change, and the least reduced cost of changing each.
 
-        Those with the least reduced cost a byte come first: the steeper the rest, the dearer it is for a partial
-        plan to be far from the budget, and the more of them can be dropped (Pisinger's order).
+        Those with the least reduced cost per byte come first: the steeper the remaining groups, the more it costs a
+        partial plan to be far from the budget, and the more of them can be dropped (Pisinger's order).
         """
         changes = self.reduced.copy()
         np.put_along_axis(changes, self.start[:, None], np.inf, axis=1)
@@ -214,7 +214,7 @@ class _Search:
 
 
 class _Rest:
-    """Linear relaxation of the groups not merged yet: the least excess that some spare bytes can still end with."""
+    """Linear relaxation of the groups not merged yet: a lower bound on the excess, by spare bytes."""
 
     def __init__(self, search: _Search, groups: Ints) -> None:
         self._slope = search.slope
@@ -224,7 +224,7 @@ class _Rest:
         added, reduced = search.added[groups], search.reduced[groups].copy()
         reduced[reduced >= search.excess - search.worth] = np.inf
         np.put_along_axis(reduced, start[:, None], 0.0, axis=1)
-        # Growing uses spare bytes; shrinking pays back an overrun, so it is the same picture in a mirror.
+        # Growing uses spare bytes; shrinking pays back an overrun. The two are mirror images.
         grow = np.where(points >= start[:, None], reduced, np.inf)
         shrink = np.where(points <= start[:, None], reduced, np.inf)[:, ::-1]
         self._grow = _sorted_edges(added, grow, start)
@@ -232,7 +232,7 @@ class _Rest:
         self._overrun, self._at = np.zeros(1), np.zeros(1)
 
     def least_excess(self, rank: int, spare: Ints) -> Floats:
-        """(states,) lower bound on what the groups after `rank` and the unused bytes add; inf when nothing fits."""
+        """(states,) lower bound on the excess that groups after `rank` and unused bytes add; inf if nothing fits."""
         if rank % self._refresh == 0:
             room, room_cost = _cumulate(self._grow, rank)
             debt, debt_cost = _cumulate(self._shrink, rank)
@@ -287,7 +287,7 @@ def _narrow(keep: Ints, bound: Floats, width: int) -> tuple[Ints, float]:
 
 
 def _undominated(spare: Ints, total: Floats) -> Ints:
-    """Indices of the states, by falling spare bytes, that no state with as many spare bytes undercuts."""
+    """Indices of the Pareto-optimal states, by falling spare bytes."""
     order = np.argsort(-spare, kind="stable")
     total = total[order]
     lower = np.ones(len(order), dtype=bool)

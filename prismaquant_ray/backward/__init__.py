@@ -1,1 +1,1 @@
-"""How much the loss minds: Fisher probe and predicted cost."""
+"""Sensitivity of the loss: Fisher probe and predicted cost."""

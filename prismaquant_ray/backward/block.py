@@ -49,14 +49,14 @@ class BlockBackward:
         self.pricing = Pricing(self.block, self.module, formats, candidates, runner.device)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What leaves the block for hidden (sequences, tokens, H); its graph is held until `backward`."""
+        """The block's output for hidden (sequences, tokens, H); its graph is held until `backward`."""
         self._graph = self.recompute(hidden, batch)
         return self._graph.output.detach()
 
     def backward(self, grad_output: Tensor, batch: Batch) -> Tensor:
         """∂L/∂hidden for ∂L/∂output, both (sequences, tokens, H); prices every candidate on the way.
 
-        The merger takes the gradient of all that enters the decoder: its own are the positions that stand for images.
+        The merger gets the gradient of the decoder's whole input and uses the positions of image tokens.
         """
         assert self._graph is not None, "forward comes first"
         graph, self._graph = self._graph, None
@@ -76,7 +76,7 @@ class BlockBackward:
         return Recomputed(hidden, output, captured)
 
     def differentiate(self, graph: Recomputed, grad_output: Tensor, sequences: int) -> Tensor:
-        """∂L/∂hidden of so many sequences; what is differentiated on the way prices every candidate."""
+        """∂L/∂hidden of so many sequences; the gradients inside the block price every candidate."""
         captured = graph.captured
         parameters = list(captured.outputs)
         watched = [captured.entries[name] for name in parameters] + [captured.outputs[name] for name in parameters]
@@ -95,7 +95,7 @@ class BlockBackward:
 
 
 class HeadBackward:
-    """The block pass of a draft head or an output head: it has a loss of its own, and passes no gradient on.
+    """The block pass of a draft head or an output head: it has its own loss, and passes no gradient on.
 
     Call `run` for each microbatch inside the runner's `beside`, then `finish`.
     """
@@ -108,11 +108,11 @@ class HeadBackward:
         self.block = self.block_pass.block
         self.loss = loss
         self.tokens = 0
-        #: Positions where the draft guessed what the model says, by the format of the whole draft head.
+        #: Positions where draft and model agree on the token, by the format of the whole draft head.
         self.agreed: dict[str, int] = {}
 
     def run(self, hidden: Tensor, batch: Batch) -> None:
-        """Price a microbatch, for what left the last decoder layer (sequences, tokens, H)."""
+        """Price a microbatch, for the last decoder layer's output (sequences, tokens, H)."""
         if self.block.kind is BlockKind.DRAFT:
             drafted = self.block_pass.forward(hidden, batch)
             gradient, _ = self.loss.gradient(self.runner.draft_logits, drafted, batch, stream=DRAFT)
@@ -158,7 +158,7 @@ class HeadBackward:
         self.agreed[name] = self.agreed.get(name, 0) + int((guessed == spoken).sum())
 
     def finish(self, tokens: int) -> BackwardRecord:
-        """Prices per token that it saw: the draft's loss is one of its own."""
+        """Prices per token of `tokens`; of a draft head per token of its own loss."""
         found = self.block_pass.finish(self.tokens if self.block.kind is BlockKind.DRAFT else tokens)
         if not self.agreed:
             return found

@@ -45,7 +45,7 @@ def cost_table(
 ) -> CostTable:
     """Prices from each block's records, by block index.
 
-    A draft head's loss is one of its own: `draft_weight` nats of the model's are worth one of it.
+    A draft head has its own loss; one nat of it counts as `draft_weight` nats of the model's.
     """
     shape = (len(layout.groups), len(formats))
     token, trace, error = (np.full(shape, np.nan) for _ in range(3))

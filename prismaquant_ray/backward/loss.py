@@ -98,7 +98,7 @@ class PieceLoss:
         counted = (target != IGNORED).unsqueeze(-1)
         loss = float(torch.where(counted, behind - largest.log(), 0.0).sum())
         probabilities.scatter_add_(-1, label, torch.full_like(largest, -1.0))
-        # Not a product with 0: what is not counted may be no number.
+        # Not a product with 0: rows that are not counted may hold NaN.
         return probabilities.masked_fill_(~counted, 0.0).to(logits.dtype), loss
 
 

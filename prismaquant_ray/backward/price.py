@@ -30,7 +30,7 @@ def weight_projection(x: Tensor, difference: Tensor) -> Tensor:
 
 
 def activation_projection(input_error: Tensor, difference: Tensor, grad_input: Tensor) -> Tensor:
-    """g_t · (Q(x_t) − x_t) Ŵᵀ = (Q(x_t) − x_t) · (D_t + g_t W) (tokens,): what rounded inputs add to p.
+    """g_t · (Q(x_t) − x_t) Ŵᵀ = (Q(x_t) − x_t) · (D_t + g_t W) (tokens,): the contribution of rounded inputs to p.
 
     All are (tokens, I): `input_error` Q(x) − x, `difference` D, which is overwritten, and `grad_input` g W. With
     `weight_projection` it adds up to p_t = g_t · (Q(x_t) Ŵᵀ − x_t Wᵀ).

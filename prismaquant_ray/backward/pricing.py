@@ -1,9 +1,9 @@
 """Pricing every candidate of a block while its gradients go by.
 
-One matrix product per parameter and format, D = g (Ŵ − W), is all a format adds: `price.weight_projection` and
-`price.activation_projection` take both parts of the error from it, because g W has been computed already: it is the
-gradient that goes on to x. No large numbers are subtracted, so the product may be in the model's own type. Nothing is
-differentiated with respect to weights.
+Each format costs one matrix product per parameter, D = g (Ŵ − W). `price.weight_projection` and
+`price.activation_projection` derive both parts of the error from it, because g W is known: it is the gradient with
+respect to x. No large numbers are subtracted, so the product can be in the model's own dtype. Nothing is differentiated
+with respect to weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
-from prismaquant_ray.layout import Block, FusedGroup, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations
 from prismaquant_ray.model.experts import Routing
 from prismaquant_ray.records import BackwardRecord
@@ -39,8 +39,8 @@ from prismaquant_ray.records import BackwardRecord
 class _Priced:
     """One format of one fused group while microbatches arrive.
 
-    Weights stay in the BF16 they decode to: float32 copies of every format would be the largest thing in memory.
-    `parts` is ½ Σ p² of either cause of the error alone.
+    Weights stay in the BF16 they decode to: float32 copies of every format would dominate memory. `parts` (2,) is
+    ½ Σ p² of rounded weights alone and of rounded activations alone.
     """
 
     decoded: Decoded
@@ -56,7 +56,7 @@ class Passed(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """p of every token (tokens,) by cause: the rounded weights at exact inputs, and what rounded inputs add."""
+    """p of every token (tokens,) by cause: rounded weights at exact inputs, and the addition of rounded inputs."""
 
     weights: Tensor
     activations: Tensor
@@ -93,7 +93,7 @@ class Pricing:
         }
 
     def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
-        """One microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
+        """Add a microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
         self._add_traces(captured, passed)
         sound = True
         for (group, name), parts in self.projections(captured, passed).items():
@@ -115,7 +115,7 @@ class Pricing:
         for entry in self.block.inputs:
             x, routing = _input(captured, entry.name)
             input_errors: dict[FormatName, Tensor] = {}
-            for group, matrix in self._reading(entry.name):
+            for group, matrix in self.block.reading(entry):
                 flat = {name: _flat(passed[name]) for name in matrix.parameters}
                 grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
                 for name, priced in self.priced[group.name].items():
@@ -149,13 +149,10 @@ class Pricing:
         pieces = enumerate(gradient.split(routing.counts.tolist()))
         return torch.cat([weight_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
 
-    def _reading(self, name: str) -> list[tuple[FusedGroup, Matrix]]:
-        return [(group, matrix) for group in self.block.groups for matrix in group.matrices if matrix.input == name]
-
     def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
         for entry in self.block.inputs:
             x, routing = _input(captured, entry.name)
-            for _, matrix in self._reading(entry.name):
+            for _, matrix in self.block.reading(entry):
                 for parameter in matrix.parameters:
                     self._add_trace(parameter, _flat(passed[parameter]).at_output.float(), x, routing)
 
@@ -202,7 +199,7 @@ def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:
 
 
 def _input(captured: CapturedActivations, name: str) -> tuple[Tensor, Routing | None]:
-    """An input (rows, I) in float32, and which tokens its rows are of."""
+    """An input (rows, I) in float32, and the routing of its rows for experts."""
     return captured.inputs[name].detach().flatten(0, -2).float(), captured.routing.get(name)
 
 

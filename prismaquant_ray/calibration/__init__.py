@@ -1,1 +1,1 @@
-"""Calibration data: what is run through the model to measure it."""
+"""Calibration data: the text and images that a model is measured on."""

@@ -1,4 +1,4 @@
-"""The calibration set: what a model is run on, cut into microbatches."""
+"""The calibration set: token sequences and images, cut into microbatches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: The id of a token as the model's forward calls it.
+#: The argument of the model's forward that holds token ids.
 TOKENS = "input_ids"
 
 
@@ -17,8 +17,8 @@ TOKENS = "input_ids"
 class Batch:
     """One microbatch: the keyword arguments of the model's forward, `input_ids` (sequences, tokens) among them.
 
-    `holdout` (sequences,) marks what judges rounding instead of driving it; `first_sequence` is the position of the
-    first sequence in the calibration set.
+    `holdout` (sequences,) marks the sequences that judge rounding instead of driving it; `first_sequence` is the position
+    of the first sequence in the calibration set.
     """
 
     inputs: Mapping[str, Tensor]
@@ -86,7 +86,7 @@ class CalibrationSet:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Tensor]) -> CalibrationSet:
-        """From what `state` gave."""
+        """The inverse of `state`."""
         images: dict[int, dict[str, Tensor]] = {}
         for name, tensor in state.items():
             kind, _, rest = name.partition("/")

@@ -1,4 +1,4 @@
-"""Reading what users give: text files, and what libraries make of a model's tokenizer and processor files."""
+"""Reading users' text files, and loading a model's tokenizer and processor files with libraries."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 
 from prismaquant_ray.errors import InputError
 
-# What transformers raises for a model's file that is missing, is not JSON, or is JSON of another shape.
+# transformers raises these for a model's file that is missing, is not JSON, or is JSON of another shape.
 _DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def read_text(path: Path, name: str) -> str:
-    """The contents of a UTF-8 file, with or without a byte order mark; InputError, by its name, when it is none."""
+    """The contents of a UTF-8 file, with or without a byte order mark; InputError, with `name`, when it is none."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ImageSequence", "files_digest", "load_images"]
 
 REQUEST = "Describe the image."
-# Pillow has no error of its own for a damaged file: what rises is whatever its decoder for the format meets.
+# Pillow has no error class for damaged files: its decoders raise any of these.
 _DAMAGED_IMAGE = (
     OSError,
     SyntaxError,
@@ -77,8 +77,9 @@ def load_images(
 
     `directory` is the model's, with its processor's files; `image_token` is the id its config gives the image token.
 
-    Raises InputError for a line that is not as described above, an image that cannot be read, a model without a
-    processor that can be loaded, and a processor whose output would not reach the vision tower.
+    Raises:
+        InputError: a line is not as described above, an image cannot be read, the model has no processor that can be
+            loaded, or the processor's output would not reach the vision tower.
     """
     entries = tuple(islice(_entries(path), limit))
     if not entries:
@@ -153,7 +154,7 @@ def _images_only(directory: Path) -> ProcessorMixin:
 
 
 def _processor_class(directory: Path) -> Any:
-    """What AutoProcessor would choose; itself it cannot be asked without loading what needs torchvision."""
+    """The class that AutoProcessor would choose; AutoProcessor itself would load parts that need torchvision."""
     import transformers
     from transformers import PROCESSOR_MAPPING, AutoConfig
 

@@ -33,18 +33,20 @@ def load_sequences(
 ) -> CalibrationSet:
     """Draw `sequences` non-overlapping windows of `length` tokens, BOS included.
 
-    A `Path` is read, a `str` is the text itself.
+    A `Path` is read, a `str` is the text itself. The windows keep the order in which they are drawn, so with one seed a
+    smaller set is the start of a larger one. `holdout` is the share held out: at least one sequence when above zero.
 
-    The windows keep the order in which they are drawn, so with one seed a smaller set is the start of a larger one.
-    `holdout` is the share of sequences held out: at least one when it is above zero.
+    Raises:
+        InputError: the text cannot be read, is not UTF-8, or is too short.
     """
     if isinstance(path_or_text, Path):
         name, text = str(path_or_text), read_text(path_or_text, "The text")
     else:
         name, text = "The text", path_or_text
-    # verbose=False: a text longer than the model's context is what we want, not a mistake to warn about.
+    # verbose=False: a text longer than the model's context is intended here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = _beginning(tokenizer)
+    special = tokenizer("")["input_ids"]
+    start = special[:1] if special and special[0] == tokenizer.bos_token_id else []
     width = length - len(start)
     windows = len(ids) // width
     if windows < sequences:
@@ -56,9 +58,3 @@ def load_sequences(
     text_tokens = torch.tensor(ids[: windows * width], dtype=torch.long).view(windows, width)[torch.from_numpy(chosen)]
     tokens = torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), text_tokens], dim=1)
     return CalibrationSet(tokens=tokens, holdout=spread_evenly(sequences, holdout))
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The BOS token if the tokenizer begins texts with it, else nothing."""
-    special = tokenizer("")["input_ids"]
-    return special[:1] if special and special[0] == tokenizer.bos_token_id else []

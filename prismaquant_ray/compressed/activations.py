@@ -1,6 +1,6 @@
-"""How the inputs of a quantized module are rounded: by our formats where they are theirs, else by compressed-tensors.
+"""Rounding the inputs of quantized modules: by one of our formats if it matches, else by compressed-tensors.
 
-Everything is computed in float32: scales that a repository stores in BF16 are taken as the numbers that they are.
+Everything is computed in float32; scales stored in BF16 are converted exactly.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from prismaquant_ray.formats.base import ActivationRounding, Format
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, INPUT_ZERO_POINT
 from prismaquant_ray.source.checkpoint import Checkpoint
 
-#: Inputs (…, I), every row a token, → the same as the runtime rounds them, in their dtype.
+#: Inputs (…, I), one row per token, → inputs as the runtime rounds them, in their dtype.
 InputRounding = Callable[[Tensor], Tensor]
 
-# Where the stored weights are MX, so are activations of the same width: not every writer says it of both.
+# With MX weights, activations of the same width are MX too; some writers do not state it.
 _MX = {FormatName.MXFP4: 4, FormatName.MXFP8: 8}
 
 
 def static_tensors(args: QuantizationArgs) -> tuple[str, ...]:
-    """Suffixes of what the rounding needs from the repository."""
+    """Suffixes of the tensors that the rounding needs."""
     if args.strategy == "tensor_group":
         return (INPUT_GLOBAL_SCALE,)
     if args.dynamic:
@@ -58,18 +58,18 @@ def unroundable_because(module: QuantizedModule, args: QuantizationArgs) -> str 
 
 
 def format_of_weights(module: QuantizedModule) -> FormatName | None:
-    """The format of ours that a module's weights are in, or None."""
+    """Our format of a module's weights, or None."""
     return module.format if isinstance(module, Module) else None
 
 
 def format_of_inputs(args: QuantizationArgs, weights: FormatName | None) -> Format | None:
-    """The format of ours that rounds activations so, for weights of this format."""
+    """Our format with this activation rounding, for weights of this format, or None."""
     key = _key(args, _MX.get(weights) == args.num_bits if weights is not None else False)
     return next((FORMATS[name] for name, known in _OURS.items() if known == key), None)
 
 
 def input_rounding(args: QuantizationArgs, weights: FormatName | None, static: Mapping[str, Tensor]) -> InputRounding:
-    """The rounding; `static` holds what `static_tensors` names."""
+    """The rounding; `static` has the tensors that `static_tensors` names, by suffix."""
     ours = format_of_inputs(args, weights)
     scales = {
         suffix: tensor.to(torch.float32).reshape(1) for suffix, tensor in static.items() if suffix != INPUT_ZERO_POINT
@@ -90,10 +90,10 @@ def input_rounding(args: QuantizationArgs, weights: FormatName | None, static: M
 
 
 class StoredRoundings(Mapping[str, InputRounding]):
-    """By module, those whose scheme quantizes its inputs.
+    """Input roundings by module, for modules whose scheme quantizes inputs.
 
-    Static scales are read as they are asked for: a worker needs those of its blocks, of tens of thousands that a
-    repository of experts has. InputError for one that is no positive number.
+    Static scales are read on access: a worker needs only those of its blocks, out of tens of thousands in a repository
+    with experts. A scale that is not a positive number raises InputError.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ def _by_format(round_activation: ActivationRounding, divisor: Tensor | None, x: 
 
 
 def _dynamic(args: QuantizationArgs, divisor: Tensor | None, x: Tensor) -> Tensor:
-    # compressed-tensors takes a scale by token of (batch, tokens, features); of (rows, features) it would take one.
+    # compressed-tensors has one scale per token for (batch, tokens, features), but a single one for (rows, features).
     batch, divisor = x.unsqueeze(0), _there(divisor, x)
     scale, zero = compute_dynamic_scales_and_zp(batch, args, module=None, global_scale=divisor)
     rounded: Tensor = fake_quantize(batch, scale, zero, args, divisor)
@@ -155,8 +155,8 @@ def _there(tensor: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _key(args: QuantizationArgs, mx: bool) -> tuple[Any, ...]:
-    """What of quantization arguments decides how activations are rounded."""
-    local = args.strategy == "tensor_group"  # a divisor is stored, and groups' scales are dynamic, whatever it says
+    """The quantization arguments that determine how activations are rounded."""
+    local = args.strategy == "tensor_group"  # a stored divisor and dynamic group scales, whatever `dynamic` says
     scales = torch.uint8 if mx else None if local else args.scale_dtype
     width = args.num_bits, args.type, args.symmetric
     return (*width, args.strategy, args.group_size, local or bool(args.dynamic), scales)

@@ -1,4 +1,4 @@
-"""What an evaluation of a repository does not show: what is not rounded, and what vLLM does not apply as stored."""
+"""Limits of an evaluation: quantization that is not simulated, and scales that vLLM does not apply as stored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prismaquant_ray.compressed.quantized_modules import QuantizedModule
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.source.checkpoint import Checkpoint
 
-# Scalars of which vLLM has one for several fused matrices, and what becomes of the others.
+# Scalars that vLLM keeps once per fused matrix, and how it merges different ones.
 _FUSED = {
     INPUT_GLOBAL_SCALE: "applies the largest to all",
     INPUT_SCALE: "applies the largest to all",
@@ -25,7 +25,7 @@ _CACHE = tuple(f"{part}_{what}" for part in ("q", "k", "v", "output") for what i
 
 
 def scheme_caveats(scheme: Mapping[str, Any], schemes: Mapping[str, QuantizationScheme]) -> Iterator[str]:
-    """One line each about what of a quantization_config is not followed."""
+    """One line for each part of a quantization_config that is not simulated."""
     if scheme.get("kv_cache_scheme"):
         yield "the keys and values of the cache are not rounded (kv_cache_scheme)"
     for route, group in schemes.items():
@@ -41,7 +41,7 @@ def scheme_caveats(scheme: Mapping[str, Any], schemes: Mapping[str, Quantization
 def cache_tensors(
     source: Checkpoint, scheme: Mapping[str, Any], schemes: Mapping[str, QuantizationScheme]
 ) -> frozenset[str]:
-    """Scales of the cache, of attention and of outputs, which the model that was quantized does not have."""
+    """Names of scales of KV cache, attention and outputs, which the original model does not have."""
     groups = schemes.values()
     rounded = any(group.weights is None or group.output_activations is not None for group in groups)
     if not scheme.get("kv_cache_scheme") and not rounded:
@@ -50,9 +50,9 @@ def cache_tensors(
 
 
 def fused_caveats(source: Checkpoint, modules: Mapping[str, QuantizedModule]) -> Iterator[str]:
-    """One line each about scales that vLLM, which fuses matrices, does not apply as they are stored.
+    """One line for each kind of scale that vLLM, which fuses matrices, does not apply as stored.
 
-    Scalars of all modules are read, in one request a file; of a layer's experts those of the first.
+    Reads the scalars of all modules, in one request per file; of a layer's experts only those of the first.
     """
     names: dict[str, dict[str, str]] = {suffix: {} for suffix in (WEIGHT_GLOBAL_SCALE, *_FUSED)}
     for module in modules.values():

@@ -1,8 +1,8 @@
-"""What a quantized repository decodes to, by tensor: the names, shapes and bytes of the model that was quantized.
+"""Decoded tensors of a quantized repository, with the names, shapes and bytes of the original model.
 
-Experts are packed again, (E, 2I, H) with gate above up and (E, H, I), in architectures whose checkpoints have them
-packed, and where another layer of the repository still has: so the result is the same whichever layers were quantized,
-and what reads the source reads it. Elsewhere every expert keeps tensors of its own, as in those checkpoints.
+Experts are packed again, (E, 2I, H) with gate above up and (E, H, I), if checkpoints of the architecture have them
+packed or another layer of the repository does. So the result does not depend on which layers were quantized, and tools
+that read the source can read it. Otherwise each expert keeps its own tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prismaquant_ray.source.protocol import Piece
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# Qwen3.5's checkpoints have experts packed; those of its architectures that are dense have none.
+# Checkpoints of Qwen3.5 have packed experts; its dense architectures have no experts.
 _PACKED = frozenset((*qwen_hybrid.VISION_LANGUAGE.architectures, *qwen_hybrid.TEXT.architectures))
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FLOATS = ("BF16", "F16")
@@ -35,7 +35,7 @@ _FLOATS = ("BF16", "F16")
 def decoded_outputs(
     source: Checkpoint, modules: Iterable[QuantizedModule], decoder: ModuleDecoder, left_out: Collection[str] = ()
 ) -> tuple[Output, ...]:
-    """Every tensor, each weight at the place of the first of those that it is decoded from."""
+    """Every tensor; a decoded weight takes the place of the first tensor it is decoded from."""
     modules = tuple(modules)
     owner = {info.name: module for module in modules for info in module.tensors.values()}
     found: dict[str, Output] = {}
@@ -154,7 +154,7 @@ def _fused(names: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _packed_again(outputs: Mapping[str, Output], decoded: set[str], config: Mapping[str, Any]) -> dict[str, Output]:
-    """The same with experts packed where they were: see the module."""
+    """The outputs with experts packed; see the module docstring."""
     stacks: dict[str, dict[tuple[int, str], str]] = {}
     for name in outputs:
         if found := _EXPERT.fullmatch(name):
@@ -171,7 +171,7 @@ def _packed_again(outputs: Mapping[str, Output], decoded: set[str], config: Mapp
 
 
 def _stacked(stack: str, members: Mapping[tuple[int, str], Output]) -> list[Output]:
-    """The packed tensors of one layer's experts; none when an expert is missing or is not like the others."""
+    """The packed tensors of one layer's experts; empty if an expert is missing or differs in dtype or shape."""
     experts = len({number for number, _ in members})
     found = []
     for packed, leaves in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
@@ -187,7 +187,7 @@ def _stacked(stack: str, members: Mapping[tuple[int, str], Output]) -> list[Outp
 
 
 def _was_packed(packed: Sequence[Output], outputs: Mapping[str, Output], config: Mapping[str, Any]) -> bool:
-    """Whether the source has such experts packed: its architecture does, or other layers are, in the same shapes."""
+    """Whether the source has its experts packed: by its architecture, or in other layers of the same shapes."""
     if any(tensor.name in outputs for tensor in packed):
         return False
     if not _PACKED.isdisjoint(config.get("architectures") or ()):

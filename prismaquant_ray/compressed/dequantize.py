@@ -1,8 +1,8 @@
-"""Decoding a compressed-tensors repository to BF16: the weights that vLLM computes, for what cannot read their codes.
+"""Decoding a compressed-tensors repository to BF16: the weights that vLLM computes, for tools that cannot decode.
 
-Only the repository is read. What a module is says its config group, found by vLLM's rules, and its tensors must be
-those of that format; what is wrong is refused before anything is written. Weights are decoded while shards are
-written, a batch at a time, under the names and in the shapes of the model that was quantized.
+Only the repository is read. A module's format is that of its config group, resolved by vLLM's matching rules, and its
+tensors must be those of that format; errors are raised before anything is written. Weights are decoded while shards
+are written, a batch at a time, with the names and shapes of the original model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dequantized:
-    """What was written; `caveats` are one line each about weights on which runtimes do not agree."""
+    """The written files; each of `caveats` is one line about weights on which runtimes disagree."""
 
     files: dict[str, int]
     sha256: dict[str, str]
@@ -39,9 +39,10 @@ class Dequantized:
 
 
 class QuantizedRepository:
-    """A repository and what it decodes to. Opening reads headers and config.json only.
+    """A repository and its decoded tensors. Opening reads headers and config.json only.
 
-    InputError for one that is not quantized or cannot be decoded; it names the first module and its scheme.
+    Raises:
+        InputError: it is not quantized or cannot be decoded; the message names the first module and its scheme.
     """
 
     def __init__(self, store: Store) -> None:
@@ -63,20 +64,21 @@ class QuantizedRepository:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all tensors as they will be."""
+        """Bytes of all tensors when decoded."""
         return sum(output.nbytes for output in self.outputs)
 
     def write(self, output: Prefix, *, max_shard_bytes: int = 5_000_000_000) -> Dequantized:
         """Write the BF16 repository where nothing or an earlier result is (`check_place`), config.json last.
 
-        InputError, with the repository incomplete, for weights that only decoding shows to be wrong.
+        Raises:
+            InputError: decoding found invalid weights; the output is left incomplete.
         """
         head = {"schema": SCHEMA, "kind": DEQUANTIZED}
         stale = claim(output, head)
         shards = write_shards(output, self.outputs, limit=max_shard_bytes)
         files = dict(shards.files)
         for file in self.source.other_files():
-            if file not in (*REWRITTEN, README):  # the card is about the quantized model
+            if file not in (*REWRITTEN, README):  # the card describes the quantized model
                 data = self.source.store.get(file)
                 output.put(file, data)
                 files[file] = len(data)
@@ -89,7 +91,7 @@ class QuantizedRepository:
         output.put(INDEX, index)
         output.put(CONFIG, config)
         output.delete(file for file in stale if file not in files)
-        found = self._decoder.divisors  # as threads came upon them
+        found = self._decoder.divisors  # in the order of threads
         divisors = {module.name: found[module.name] for module in self.modules if module.name in found}
         return Dequantized(files=files, sha256=shards.sha256, caveats=tuple(divisor_caveats(divisors)))
 
@@ -98,7 +100,11 @@ class QuantizedRepository:
 
 
 def check_place(repository: str, output: str) -> None:
-    """InputError unless the result may be put at `output`: nothing is there, or an earlier one."""
+    """Check that `output` is empty or holds an earlier result.
+
+    Raises:
+        InputError: it holds something else, or overlaps with `repository`.
+    """
     places = _segments(repository), _segments(output)
     if all(left == right for left, right in zip(*places, strict=False)):
         raise InputError(f"{output} and {repository} are one place, or one lies in the other; choose another output")

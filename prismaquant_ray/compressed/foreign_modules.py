@@ -1,6 +1,6 @@
-"""Quantized modules that are not of a format of ours: compressed-tensors itself decodes them.
+"""Quantized modules in none of our formats: compressed-tensors decodes them.
 
-What a module must hold is known before anything is read, so that one that cannot be decoded is refused by its header.
+The expected tensors are known before reading, so a module that cannot be decoded is refused by its header.
 Limits: integers of up to 8 bits, E2M1, E2M3 and E4M3; scales by tensor, channel, group and block; no transforms, and no
 sparsity.
 """
@@ -56,7 +56,7 @@ Expected = dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ForeignModule(QuantizedModule):
-    """One that compressed-tensors decodes."""
+    """A module that compressed-tensors decodes."""
 
     scheme: QuantizationScheme
 
@@ -67,14 +67,14 @@ class ForeignModule(QuantizedModule):
 
     @property
     def dtype(self) -> str:
-        """F16 in a repository of F16, whose scales are; else BF16, whatever the dtype of the scales."""
+        """F16 if its scales are F16, else BF16."""
         return "F16" if self.tensors["weight_scale"].dtype == "F16" else "BF16"
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """By the format's compressor; InputError for a g_idx that is no grouping of the columns."""
+        """Decode with the format's compressor; InputError if g_idx does not group the columns."""
         own = {suffix: tensor for suffix, tensor in tensors.items() if suffix not in OF_INPUTS}
         if self.args.symmetric:
-            own.pop(_ZERO, None)  # older writers left zeros there; loading leaves them out
+            own.pop(_ZERO, None)  # older writers stored zeros, which loading ignores
         order = self._order(own.pop(_G_IDX, None))
         if order is not None:
             shape = torch.Size((self.rows, self.columns))
@@ -180,7 +180,7 @@ def _codes(scheme: QuantizationScheme) -> str:
 
 
 def _columns(scheme: QuantizationScheme, codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> int:
-    """Columns of whole codes; of words, of the groups that their scales are for."""
+    """Columns, from the shape of whole codes, or from the groups of the scales for packed words."""
     if scheme.format in _PLAIN:
         return codes.shape[1]
     bits = scheme.weights.num_bits
@@ -191,7 +191,7 @@ def _columns(scheme: QuantizationScheme, codes: TensorInfo, tensors: Mapping[str
 
 
 def _misfits(module: ForeignModule) -> Iterator[str]:
-    """Suffixes of what is missing, unknown, or of another dtype or shape."""
+    """Suffixes of tensors that are missing, unknown, or have another dtype or shape."""
     expected = _expected(module)
     for suffix, (dtypes, shapes) in expected.items():
         info = module.tensors.get(suffix)
@@ -210,7 +210,7 @@ def _misfits(module: ForeignModule) -> Iterator[str]:
 
 
 def _expected(module: ForeignModule) -> Expected:
-    """Suffix → dtypes and shapes that it may have."""
+    """Allowed dtypes and shapes by suffix."""
     args, kind, rows, columns = module.args, module.scheme.format, module.rows, module.columns
     bits = int(args.num_bits)
     grid = _grid(args, rows, columns)
@@ -233,7 +233,7 @@ def _expected(module: ForeignModule) -> Expected:
 
 
 def _grid(args: QuantizationArgs, rows: int, columns: int) -> tuple[tuple[int, ...], ...]:
-    """Shapes that scales may have."""
+    """Allowed shapes of scales."""
     if args.strategy == "tensor":
         return (1,), (), (1, 1)
     if args.strategy == "channel":

@@ -1,10 +1,12 @@
 """Reading a compressed-tensors configuration: which modules of a repository are quantized, and in which format.
 
-What a module is says its config group, found by vLLM's rules, and its tensors must be those of that format.
+A module's format is that of its config group, resolved by vLLM's matching rules; its tensors must be those of that
+format.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
@@ -18,7 +20,6 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import family_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
-from prismaquant_ray.formats.int4 import WIDTHS
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import shipped
 from prismaquant_ray.layout import LinearSpec, NameAlias, aliases_of
@@ -27,11 +28,11 @@ from prismaquant_ray.source.block_fp8 import KEY
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.header import TensorInfo
 
-# A tensor of such a name makes its module a quantized one.
+# A module with a tensor of one of these names is quantized.
 _MARKS = frozenset(
     ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", INPUT_SCALE)
 ) | {WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE}
-# A weight of such a dtype is no weight.
+# A `weight` of one of these dtypes holds codes.
 _CODES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32")
 
 
@@ -52,39 +53,39 @@ class QuantizedModule(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """What its weights are stored as."""
+        """The storage format of its weights, for people."""
 
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """Of the decoded weight, as safetensors calls it."""
+        """Dtype of the decoded weight, in safetensors' spelling."""
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Weight (rows, columns) from its tensors by suffix; those of activations are not needed."""
+        """Weight (rows, columns) from its tensors by suffix; scales of activations are not needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Module(QuantizedModule):
-    """One in a format of ours."""
+    """A module in one of our formats."""
 
     format: FormatName
 
     @property
     def codec(self) -> Codec:
-        """What decodes it."""
+        """The codec of its format."""
         codec = FORMATS[self.format].codec
         assert codec is not None
         return codec
 
     @property
     def kind(self) -> str:
-        """The format; how activations are rounded only tells NVFP4 from NVFP4A16."""
+        """The format. Activation rounding only distinguishes NVFP4 from NVFP4A16."""
         return str(self.format)
 
     @property
     def dtype(self) -> str:
-        """As our codecs decode."""
+        """Our codecs decode to BF16."""
         return "BF16"
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -96,7 +97,7 @@ class Module(QuantizedModule):
 
 
 def is_quantized(source: Checkpoint) -> bool:
-    """Whether config.json speaks of a quantization that reading the checkpoint does not undo."""
+    """Whether config.json has a quantization_config that `Checkpoint` does not already decode."""
     return any(part.get(KEY) for part in _parts(source.config))
 
 
@@ -105,7 +106,8 @@ def read_quantization_config(
 ) -> dict[str, Any]:
     """The quantization_config, each group with its storage format, without `actorder`.
 
-    InputError when there is none, or it alone shows that it cannot be decoded: it has something of `beyond_weights`.
+    Raises:
+        InputError: there is none, it is unreadable, or it has one of the keys `beyond_weights`.
     """
     uri = source.store.uri
     scheme: Any = next((part[KEY] for part in _parts(source.source_config) if part.get(KEY)), None)
@@ -122,7 +124,7 @@ def read_quantization_config(
         value = scheme.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
             raise InputError(f"{uri}: {KEY} has a {key}, which BF16 weights cannot express")
-    # A group's own format, where it has one, is the one that counts.
+    # The format of a group overrides that of the configuration.
     groups = {
         name: {"format": scheme.get("format")} | _stated(group) for name, group in scheme["config_groups"].items()
     }
@@ -134,7 +136,7 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _without_order(scheme: dict[str, Any]) -> dict[str, Any]:
-    """The same without `actorder`: g_idx says all there is to say, and compressed-tensors refuses to read `group`."""
+    """The scheme without `actorder`: g_idx has the same information, and compressed-tensors rejects `group`."""
     groups = scheme.get("config_groups")
     if not isinstance(groups, dict):
         return scheme
@@ -152,7 +154,7 @@ def _stated(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of the same model, not quantized."""
+    """The config.json without its quantization_config."""
     kept = {key: value for key, value in config.items() if key != KEY}
     if isinstance(kept.get("text_config"), dict):
         kept["text_config"] = {key: value for key, value in kept["text_config"].items() if key != KEY}
@@ -160,24 +162,24 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_of(group: Mapping[str, Any]) -> FormatName | None:
-    """The format of a group's weights. How it rounds activations only tells NVFP4 from NVFP4A16."""
+    """The format of a group's weights. Activation rounding only distinguishes NVFP4 from NVFP4A16."""
     if "weights" not in group:
         return None
     weights = QuantizationArgs.model_validate(group["weights"])
     found: dict[bool, FormatName] = {}
     for name, spec in FORMATS.items():
-        if spec.scheme is None or spec.compression != group["format"]:
+        if spec.codec is None or spec.scheme is None or spec.compression != group["format"]:
             continue
-        arguments, activations = spec.scheme(WIDTHS[0])
-        if name is FormatName.INT4 and weights.group_size in WIDTHS:
-            arguments["group_size"] = weights.group_size  # the widest is our choice, not the format's
+        arguments, activations = spec.scheme(math.lcm(*spec.codec.widths))
+        if weights.group_size in spec.codec.widths:
+            arguments["group_size"] = weights.group_size  # any of them is this format; we write one by shape
         if _stored_as(QuantizationArgs.model_validate(arguments)) == _stored_as(weights):
             found.setdefault(activations is not None, name)
     return found.get("input_activations" in group, next(iter(found.values()), None))
 
 
 def _stored_as(args: QuantizationArgs) -> tuple[Any, ...]:
-    """What of quantization arguments decides how weights are stored."""
+    """The quantization arguments that determine how weights are stored."""
     return args.num_bits, args.type, args.strategy, args.group_size, args.symmetric, args.dynamic
 
 
@@ -201,7 +203,7 @@ class Coded:
     group: Mapping[str, Any]
 
     def misfit(self, uri: str, what: str) -> InputError:
-        """The error when the tensors are not those of the group."""
+        """The error for tensors that do not fit the group."""
         return InputError(
             f"{uri}: {self.name} has the scheme {self.route} ({describe_weights(self.group)}), but holds "
             f"{_listed(self.tensors)}, which is not {what}; config.json and the weights do not belong together"
@@ -209,9 +211,10 @@ class Coded:
 
 
 def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Collection[str] = ()) -> Iterator[Coded]:
-    """Every module that holds codes, in the repository's order. InputError for one that the scheme does not know.
+    """Every module that holds codes, in the repository's order. Tensors in `left_out` belong to no module.
 
-    `left_out` are tensors that belong to no module.
+    Raises:
+        InputError: no config group matches such a module.
     """
     by_module: dict[str, dict[str, TensorInfo]] = {}
     for info in source.stored.values():
@@ -236,7 +239,11 @@ def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Colle
 
 
 def modules_of(source: Checkpoint) -> tuple[Module, ...]:
-    """Every quantized module, in the repository's order. InputError for one that is not of a format of ours."""
+    """Every quantized module, in the repository's order.
+
+    Raises:
+        InputError: a module is in none of our formats.
+    """
     uri, scheme = source.store.uri, read_quantization_config(source)
     formats = {name: format_of(group) for name, group in scheme["config_groups"].items()}
     found = []
@@ -261,7 +268,7 @@ def _aliases(source: Checkpoint) -> tuple[NameAlias, ...]:
 
 
 def _is_named(scheme: Mapping[str, Any], module: str) -> bool:
-    """Whether a target spells a module's last word: a pattern for whole layers reaches routers and norms, too."""
+    """Whether a target contains the last part of a module's name; patterns for whole layers also match routers."""
     word = re.compile(rf"(?<!\w){re.escape(module.rpartition('.')[2])}(?!\w)")
     return not is_ignored(scheme, module) and any(
         word.search(target) and (re.match(target[3:], module) if target.startswith("re:") else target == module)
@@ -271,7 +278,7 @@ def _is_named(scheme: Mapping[str, Any], module: str) -> bool:
 
 
 def module_of(coded: Coded, format_name: FormatName) -> Module | None:
-    """The module if its tensors are those of its format."""
+    """The module, or None if its tensors are not those of the format."""
     spec, tensors = FORMATS[format_name], coded.tensors
     assert spec.codec is not None
     codes = tensors.get(spec.codec.codes)
@@ -283,12 +290,14 @@ def module_of(coded: Coded, format_name: FormatName) -> Module | None:
         return None
     linear = LinearSpec(name=coded.name, out_features=rows, in_features=columns, sources=())
     expected = dict(shipped(format_name, linear))
-    if format_name is FormatName.INT4:
+    dtype, (_, groups) = expected["weight_scale"]
+    if spec.codec.widths:
         width = coded.group["weights"]["group_size"]
-        expected["weight_scale"] = ("BF16", (rows, columns // width if columns % width == 0 else 0))
+        groups = columns // width if columns % width == 0 else 0
     scale = tensors.get("weight_scale")
-    if format_name is FormatName.FP8 and scale is not None and scale.dtype == "F32":
-        expected["weight_scale"] = ("F32", (rows, 1))  # the runtime holds them in float32
+    if scale is not None and scale.dtype in spec.codec.scales_read:
+        dtype = scale.dtype
+    expected["weight_scale"] = (dtype, (rows, groups))
     if {suffix: (info.dtype, info.shape) for suffix, info in tensors.items()} != expected:
         return None
     return Module(name=coded.name, group=coded.group, tensors=tensors, rows=rows, columns=columns, format=format_name)

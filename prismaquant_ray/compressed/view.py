@@ -1,8 +1,8 @@
-"""A compressed-tensors repository, of any maker, as the model that it computes with.
+"""A compressed-tensors repository of any origin, viewed as the BF16 model that a runtime computes with.
 
-Weights are decoded when they are read, and all else is the repository's own: methods that quantize also change norms.
-Names and shapes are those of the model that was quantized, so a `ModelRunner` runs both alike. Modules in formats of
-ours are decoded by our codecs, all others by compressed-tensors.
+Weights are decoded on reading. Everything else is the repository's own, because some methods also change norms. Names
+and shapes are those of the original model, so a `ModelRunner` can run it. Modules in our formats are decoded by our
+codecs, all others by compressed-tensors.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ from prismaquant_ray.storage.store import Store
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# Bits per parameter count what grows with a matrix; what there is one of beside it are some bytes.
+# Not counted in bits per parameter: tensors with a constant size per matrix.
 _SCALARS = ("weight_shape", WEIGHT_GLOBAL_SCALE, *OF_INPUTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepositorySizes:
-    """Bytes of a repository and what they are of.
+    """Bytes and parameters of a repository.
 
-    `linear_bytes` are those of quantized Linears, codes and scales, without scalars and biases, and
-    `linear_parameters` their weights; `tensor_bytes` all tensors as stored and `parameters` all of the model's;
-    `file_bytes` all files but other copies of the weights.
+    `linear_bytes` counts codes and scales of quantized Linears, without scalars and biases; `linear_parameters` their
+    weights. `tensor_bytes` counts all stored tensors, `parameters` those of the model. `file_bytes` counts all files
+    except further copies of the weights.
     """
 
     linear_bytes: int
@@ -77,13 +77,14 @@ class RepositorySizes:
 class RepositoryView:
     """A repository as the BF16 model it computes with; one that is not quantized is itself.
 
-    `modules` are the quantized Linears by their name in the repository. `tensors` are those of the model, decoded, and
-    `config` is its own; `stored` is what the files say. Opening reads headers, and of integers packed without groups
-    their shapes. InputError for a module that cannot be decoded, or whose inputs cannot be rounded, naming it and its
-    scheme.
+    `modules` are the quantized Linears by their name in the repository. `tensors` and `config` are those of the decoded
+    model, `stored` the tensors in the files. Opening reads headers, and the shapes of integers packed without groups.
+
+    Raises:
+        InputError: a module cannot be decoded, or its inputs cannot be rounded; the message names it and its scheme.
     """
 
-    #: Decoded tensors are asked for whole.
+    #: Decoded tensors are read whole.
     divisible = False
 
     def __init__(self, store: Store) -> None:
@@ -118,13 +119,17 @@ class RepositoryView:
         return self._source.other_files()
 
     def fingerprint(self) -> str:
-        """SHA-256 over what the files say and samples of what they hold."""
+        """SHA-256 over the headers and samples of the tensor data."""
         return self._source.fingerprint()
 
     # Weights ----------------------------------------------------------------------------------------------------
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of the model, decoded; InputError for one that is missing or decodes to no numbers."""
+        """Decoded tensors of the model.
+
+        Raises:
+            InputError: a tensor is missing or decodes to NaN or infinity.
+        """
         if self._outputs is None:
             return self._source.read(names)
         outputs = [self._outputs[tensor_info(self, name).name] for name in names]
@@ -141,12 +146,12 @@ class RepositoryView:
         return found
 
     def piece(self, name: str) -> Piece:
-        """A tensor's decoded bytes, as read_pieces takes them."""
+        """A tensor's decoded bytes, for read_pieces."""
         return self._source.piece(name) if self._outputs is None else (self, tensor_info(self, name))
 
     @property
     def uri(self) -> str:
-        """Where the codes are."""
+        """URI of the repository."""
         return self.store.uri
 
     def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
@@ -157,9 +162,9 @@ class RepositoryView:
     # Activations ------------------------------------------------------------------------------------------------
 
     def roundings(self) -> Mapping[str, InputRounding]:
-        """What rounds the inputs of each module whose scheme quantizes them, by name; absent otherwise.
+        """Input roundings by module name, for modules whose scheme quantizes inputs.
 
-        A static scale is read when its module is asked for; InputError for one that is no positive number.
+        A static scale is read on access of its module; InputError if it is not a positive number.
         """
         return StoredRoundings(self._source, self.modules, self._schemes)
 
@@ -167,20 +172,20 @@ class RepositoryView:
 
     @property
     def formats(self) -> dict[str, int]:
-        """Modules by format, by ours where it is one, most first."""
+        """Number of modules by format, most frequent first."""
         labels = Counter(_label(module, self._schemes[name]) for name, module in self.modules.items())
         return dict(labels.most_common())
 
     @cached_property
     def caveats(self) -> tuple[str, ...]:
-        """One line each about what is not measured, and about scales that vLLM does not apply as they are stored.
+        """One line for each property that is not measured, and for scales that vLLM does not apply as stored.
 
-        For the latter every module's scalars are read; of a layer's experts only those of the first.
+        Reads the scalars of every module; of a layer's experts only those of the first.
         """
         return (*self._caveats, *fused_caveats(self._source, self.modules))
 
     def sizes(self) -> RepositorySizes:
-        """What the repository takes; asks the store for the size of every file."""
+        """Bytes and parameters; asks the store for the size of every file."""
         files = [*self._source.files, *self.other_files(), INDEX]
         return RepositorySizes(
             linear_bytes=sum(_module_bytes(module) for module in self.modules.values()),
@@ -191,7 +196,7 @@ class RepositoryView:
         )
 
     def linear_bytes(self, linear: LinearSpec) -> int:
-        """Bytes of a Linear as it is stored, of every expert's: codes and scales, or the weight where it is kept."""
+        """Stored bytes of a Linear, of all experts: codes and scales, or the weight where it is not quantized."""
         quantized = [self.modules[name] for name in linear.names if name in self.modules]
         kept = len(linear.names) - len(quantized)
         if not kept:
@@ -207,7 +212,7 @@ class RepositoryView:
 def _modules(
     source: Checkpoint, coded: Sequence[Coded], schemes: Mapping[str, QuantizationScheme]
 ) -> Iterator[QuantizedModule]:
-    """Each decoded by our codec where its tensors are those of a format of ours, else by compressed-tensors."""
+    """Modules, decoded by our codec if their tensors are in one of our formats, else by compressed-tensors."""
     uri = source.store.uri
     formats = {module.route: format_of(module.group) for module in coded}
     shapes = {
@@ -247,7 +252,7 @@ def _info(output: Output) -> TensorInfo:
 
 
 def _label(module: QuantizedModule, scheme: QuantizationScheme) -> str:
-    """The format of ours; else the widths, the type and the scales of weights and inputs."""
+    """The name of our format; else widths, type and scales of weights and inputs."""
     weights, inputs = scheme.weights, scheme.input_activations
     name = format_of_weights(module)
     if name is not None:

@@ -1,4 +1,4 @@
-"""What a measured frontier says: where its knee is, and how much that depends on the range."""
+"""The knee of a measured frontier, and its stability under shorter ranges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from prismaquant_ray.allocation.frontier import knee
 from prismaquant_ray.records import KneeRange, MeasuredKnee
 
-# A knee needs three points; a range that could have it anywhere but in the middle needs more.
+# Three points allow only one knee, the middle one.
 _POINTS = 4
 
 

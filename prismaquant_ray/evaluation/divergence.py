@@ -1,4 +1,4 @@
-"""How far a quantized model's predictions are from the source's, token by token."""
+"""Divergence of a quantized model's predictions from the source's, per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prismaquant_ray.records import Divergence
 
 
 class TokenFigures(NamedTuple):
-    """Figures of every token (tokens,): KL in nats, same most likely token or not, loss (NaN where none is taken)."""
+    """Figures per token (tokens,): KL in nats, whether the most likely tokens agree, loss (NaN where not taken)."""
 
     kl: Tensor
     agrees: Tensor
@@ -21,9 +21,9 @@ class TokenFigures(NamedTuple):
 
 
 class SourceLogits:
-    """The source's logits (tokens, V) of a piece of text, against which models are compared one after the other.
+    """The source's logits (tokens, V) for a piece of text; other models are compared with them.
 
-    `following` (tokens,) are the tokens to be predicted; negative where no loss is taken.
+    `following` (tokens,) holds the next token ids, negative where no loss is taken.
     """
 
     def __init__(self, logits: Tensor, following: Tensor) -> None:
@@ -45,7 +45,7 @@ class SourceLogits:
 
 
 def summarize(figures: TokenFigures, sequence: Tensor) -> Divergence:
-    """From figures of every token, and the sequence (tokens,) each of them is in."""
+    """Summary of per-token figures; `sequence` (tokens,) is the index of each token's sequence."""
     kl = figures.kl.double()
     mean = mean_of(kl, sequence)
     loss = float(figures.loss.double().nanmean())
@@ -69,7 +69,7 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Tensor, sequence: Tensor) -> Mean:
-    """Of a figure of every token, and the sequence each of them is in, both (tokens,)."""
+    """Mean of `values` (tokens,), with a jackknife over sequences; `sequence` (tokens,) is each token's sequence."""
     totals, counts = _sums(values, sequence), _sums(torch.ones_like(values), sequence)
     left_out = (totals.sum() - totals) / (counts.sum() - counts)
     return Mean(float(values.mean()), standard_error(left_out))
@@ -80,7 +80,7 @@ def _sums(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    # torch.quantile takes no more than 2^24 values.
+    # torch.quantile accepts at most 2^24 values.
     position = share * (values.numel() - 1)
     low = math.floor(position)
     ordered = values.sort().values

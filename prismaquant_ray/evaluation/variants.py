@@ -1,6 +1,6 @@
-"""Models that are run side by side: the source, plans over its stored candidates, and a quantized repository.
+"""Models run side by side: the source, plans over its stored candidates, and a quantized repository.
 
-They are run block by block on the same tokens. Row 0 of everything is the source; every variant has a row of its own.
+They run block by block on the same tokens. Row 0 is the source; each variant has its own row.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Replacement:
-    """What takes the place of a parameter (its own where None), and what rounds its input, if anything does."""
+    """A substitute for a parameter (None keeps it), and the rounding of its input, if any."""
 
     weight: Tensor | None
     rounding: InputRounding | None
@@ -49,14 +49,14 @@ Replacements = Mapping[str, Replacement]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class QuantizedModel:
-    """A repository as it runs: a runner of its decoded weights, and what rounds the input of a module, by name."""
+    """A repository as it runs: a runner of its decoded weights, and input roundings by module name."""
 
     runner: ModelRunner
     roundings: Mapping[str, InputRounding]
 
 
 class Variants:
-    """The source and its variants, on one device. `repository` is there if a variant is without a choice."""
+    """The source and its variants, on one device. A variant without a choice needs `repository`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Variants:
 
     @property
     def rows(self) -> int:
-        """Models that are run: the source and the variants."""
+        """Number of models: the source and the variants."""
         return 1 + len(self.variants)
 
     @cached_property
@@ -104,7 +104,7 @@ class Variants:
 
     @cached_property
     def _heads(self) -> list[Replacements]:
-        """Exits come one by one, for a microbatch each: what is decoded for one serves all."""
+        """Cached, because exits run once per microbatch."""
         heads = self.source.layout.of(BlockKind.HEAD)
         return self._replacements(heads[0]) if heads else self._head_roundings(self.source.head_name)
 
@@ -115,7 +115,7 @@ class Variants:
         return self.repository.runner
 
     def _replacements(self, block: Block) -> list[Replacements]:
-        """For every row what is not the block of its runner."""
+        """Replacements in the block of each row's runner."""
         chosen = [
             {group.name: variant.choice[group.name] for group in block.groups} if variant.choice else {}
             for variant in self.variants
@@ -148,7 +148,7 @@ class Variants:
         return rows
 
     def _roundings(self, block: Block) -> Replacements:
-        """What rounds the inputs of a repository's block, by parameter."""
+        """Input roundings of a repository's block, by parameter."""
         assert self.repository is not None
         modules = {
             parameter.name: parameter.tensors[0].removesuffix(".weight")
@@ -158,7 +158,7 @@ class Variants:
         for group in block.groups:
             for matrix in group.matrices:
                 if matrix.experts is not None:
-                    # One scale for all experts of a layer, and for gate and up: what runtimes apply.
+                    # Runtimes apply one scale to all experts of a layer, and to gate and up.
                     modules[matrix.parameters[0]] = matrix.linears[0].names[0]
         known = self.repository.roundings
         return {
@@ -195,11 +195,11 @@ class LoadedBlock:
 
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What leaves the block of every row (rows, …) for what enters it (rows, …), or (1, …) where all have one."""
+        """Output of the block per row (rows, …), for inputs (rows, …), or (1, …) when all rows share one input."""
         return torch.stack([self.row(row, hidden[row if len(hidden) > 1 else 0], batch) for row in range(self.rows)])
 
     def row(self, row: int, hidden: Tensor, batch: Batch) -> Tensor:
-        """What leaves the block of one row."""
+        """Output of the block of one row."""
         runner = self.runners[row]
         module = self.modules[runner]
         with replaced(module, self.replacements[row], runner.dtype):
@@ -212,7 +212,7 @@ class LoadedBlock:
 
 
 class Shared:
-    """A rounding that several matrices apply to one tensor, one after the other: it is computed once."""
+    """A rounding that several matrices apply to the same tensor in turn; it is computed once."""
 
     def __init__(self, rounding: InputRounding) -> None:
         self.rounding = rounding
@@ -225,7 +225,7 @@ class Shared:
         return self._last[1]
 
     def forget(self) -> None:
-        """Let go of the tensor."""
+        """Release the tensor."""
         self._last = None
 
 
@@ -237,7 +237,7 @@ def _rounding(name: FormatName, scale: Tensor | None) -> Shared:
 
 @contextmanager
 def replaced(module: nn.Module, replacements: Replacements, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters of the module, by path, are others inside the with-block, and their inputs are rounded."""
+    """Inside the with-block, replace parameters of the module (by path) and round their inputs."""
     with ExitStack() as stack:
         roundings: dict[nn.Module, dict[str, InputRounding]] = {}
         for path, replacement in replacements.items():
@@ -256,7 +256,7 @@ def replaced(module: nn.Module, replacements: Replacements, dtype: torch.dtype) 
             else:
                 roundings.setdefault(holder, {})[leaf] = replacement.rounding
         for holder, found in roundings.items():
-            # Packed experts: `models.experts` asks for it.
+            # Packed experts: read by `model.experts`.
             holder.roundings = found  # type: ignore[assignment]
             stack.callback(delattr, holder, "roundings")
         yield

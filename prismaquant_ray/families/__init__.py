@@ -1,6 +1,6 @@
-"""Families: what cannot be derived from a model's own code. One short file each, listed here.
+"""Families: facts that cannot be derived from a model's own code. One short file each, listed here.
 
-To add one, state which projections the serving runtime fuses and what must stay unquantized, and why:
+To add one, state which projections the serving runtime fuses and which modules must stay unquantized, and why:
 docs/adding-a-model.md.
 """
 

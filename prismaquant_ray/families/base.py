@@ -1,4 +1,4 @@
-"""What a family states."""
+"""The description of a model family."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class FusedRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertNames:
-    """What the repository calls the three Linears of one expert: `experts.7.gate_proj`."""
+    """The repository's names of the three Linears of one expert: `experts.7.gate_proj`."""
 
     gate: str = "gate_proj"
     up: str = "up_proj"
@@ -26,7 +26,7 @@ class ExpertNames:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vision:
-    """A vision tower: its module, and below it the list of blocks, the merger behind them, and what is before them."""
+    """A vision tower: its module, and in it the list of blocks, the merger behind them, the modules before them."""
 
     tower: str
     blocks: str
@@ -56,6 +56,12 @@ class Family:
     aliases: tuple[NameAlias, ...] = ()
     vision: Vision | None = None
     draft: str | None = None
+
+    def checkpoint_name(self, name: str) -> str:
+        """The checkpoint's name of a module or tensor of transformers."""
+        for ours, theirs in self.renamed:
+            name = name.replace(ours, theirs)
+        return name
 
 
 ATTENTION = FusedRule(name="qkv_proj", members=("q_proj", "k_proj", "v_proj"))

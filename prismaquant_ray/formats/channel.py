@@ -1,4 +1,4 @@
-"""What FP8 and INT4 share: BF16 scales chosen per row group, searched by clipping."""
+"""Shared by FP8 and INT4: BF16 scales per group of a row, searched by clipping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FP8 and MXFP8 share: E4M3 codes stored as they are, under scales that only have to avoid clipping."""
+"""Shared by FP8 and MXFP8: E4M3 codes, under scales that only have to avoid clipping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prismaquant_ray.formats.grids import E4M3_MAX, e4m3_value, round_e4m3
 
 
 class E4m3Codec(Codec):
-    """`weight` F8_E4M3 (O, I) and `weight_scale`; what a scale is, the other base of a codec says."""
+    """`weight` F8_E4M3 (O, I) and `weight_scale`; the scale type comes from the codec's other base class."""
 
     code_bits = 8
     grid_max = E4M3_MAX

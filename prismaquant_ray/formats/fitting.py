@@ -1,4 +1,4 @@
-"""Which formats a fused group can take: by shape, and by what the runtime has a loader for."""
+"""Which formats a fused group can take: by shape, and by the runtime's loaders."""
 
 from __future__ import annotations
 

@@ -21,14 +21,12 @@ class Fp8Codec(E4m3Codec, Bf16ScaleCodec):
     """E4M3 under one BF16 scale per row; vLLM refuses a 1-D scale."""
 
     name = "fp8"
+    # Other writers store them as the runtime holds them.
+    scales_read = ("F32",)
 
     def width(self, in_features: int) -> int:
         """The whole row."""
         return in_features
-
-    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
-        """Every shape can be stored."""
-        return None
 
 
 def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001 - scales are dynamic

@@ -23,17 +23,15 @@ class Int4Codec(Bf16ScaleCodec):
     """Integers −8…7 under BF16 scales."""
 
     name = "int4"
+    widths = WIDTHS
     code_bits = 4
     # compressed-tensors maps amax to half the range of 16 codes.
     grid_max = 7.5
+    multiple = WIDTHS[-1]
 
     def width(self, in_features: int) -> int:
         """The widest of 128, 64, 32 that divides the row."""
         return next(width for width in WIDTHS if in_features % width == 0)
-
-    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
-        """Rows must split into groups of 32 at least."""
-        return None if in_features % WIDTHS[-1] == 0 else f"in_features {in_features} is not a multiple of {WIDTHS[-1]}"
 
     def round(self, x: Tensor) -> Tensor:
         """Nearest integer in −8…7, ties to even."""

@@ -1,4 +1,4 @@
-"""What MXFP4 and MXFP8 share: groups of 32 columns under an E8M0 (power of two) scale, stored as U8.
+"""Shared by MXFP4 and MXFP8: groups of 32 columns under an E8M0 (power of two) scale, stored as U8.
 
 Source: OCP Microscaling Formats (MX) Specification v1.0, section 5. The E8M0 dtype of torch is never stored:
 vLLM and compressed-tensors read it by value and get other weights.
@@ -23,14 +23,11 @@ class MxCodec(Codec):
     """A grid under E8M0 scales."""
 
     scale_bits = 8
+    multiple = WIDTH
 
     def width(self, in_features: int) -> int:  # noqa: ARG002 - the same for every shape
         """32 columns."""
         return WIDTH
-
-    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
-        """Groups are never padded."""
-        return None if in_features % WIDTH == 0 else f"in_features {in_features} is not a multiple of {WIDTH}"
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
         """Smallest power of two at which amax does not saturate."""
@@ -67,15 +64,16 @@ def runtime_exponent(amax: Tensor, grid_max: float) -> Tensor:
     return exponent.clamp_(1, 254).to(torch.uint8)
 
 
-def args(num_bits: int, *, dynamic: bool) -> dict[str, Any]:
-    """Quantization arguments; vLLM recognises MXFP8 by `scale_dtype`."""
-    return {
+def scheme(num_bits: int) -> Callable[[int], tuple[dict[str, Any], dict[str, Any]]]:
+    """`Format.scheme` of MXFP4 or MXFP8, the same for every in_features; vLLM recognises MXFP8 by `scale_dtype`."""
+    weights = {
         "num_bits": num_bits,
         "type": "float",
         "strategy": "group",
         "group_size": WIDTH,
         "symmetric": True,
-        "dynamic": dynamic,
+        "dynamic": False,
         "scale_dtype": "torch.uint8",
         "zp_dtype": "torch.uint8",
     }
+    return lambda _: ({**weights}, {**weights, "dynamic": True})

@@ -5,8 +5,6 @@ Tensors: `weight` F8_E4M3 (O, I), `weight_scale` U8 (O, I/32), the biased expone
 
 from __future__ import annotations
 
-from typing import Any
-
 from prismaquant_ray.formats import FormatName, mx
 from prismaquant_ray.formats.base import Format, Served
 from prismaquant_ray.formats.e4m3 import E4m3Codec
@@ -19,17 +17,13 @@ class MxFp8Codec(E4m3Codec, mx.MxCodec):
     name = "mxfp8"
 
 
-def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - one scheme for all shapes
-    return mx.args(8, dynamic=False), mx.args(8, dynamic=True)
-
-
 FORMAT = Format(
     name=FormatName.MXFP8,
     codec=MxFp8Codec(),
     round_activation=mx.round_activation(E4M3_MAX, round_e4m3),
     static_input_scale=False,
     compression="mxfp8-quantized",
-    scheme=_scheme,
+    scheme=mx.scheme(8),
     summary="8-bit float weights and activations, power-of-two scales per 32",
     letter="M",
     colours=("#e8853d", "#2b1000"),

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Codec, Format, Served, grouped
-from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
+from prismaquant_ray.formats.base import Format, Served, grouped
+from prismaquant_ray.formats.e2m1 import E2m1Codec
+from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, round_e2m1
 
 WIDTH = 16
 #: a searched group scale may exceed the one that maps amax to 6 by this factor and must still fit in E4M3
@@ -36,33 +37,21 @@ def divisor(amax: float | Tensor, headroom: float) -> Tensor:
     return torch.where(largest == 0, 1.0, (exact.view(torch.int32) & -65536).view(torch.float32))
 
 
-class NvFp4Codec(Codec):
+class NvFp4Codec(E2m1Codec):
     """Two-level scaled E2M1."""
 
     name = "nvfp4"
-    code_bits = 4
     scale_bits = 8
-    grid_max = E2M1_MAX
+    # vLLM has no padding: a padded scale loads, and the last group is dropped.
+    multiple = WIDTH
 
     def width(self, in_features: int) -> int:  # noqa: ARG002 - the same for every shape
         """16 columns."""
         return WIDTH
 
-    def refusal(self, out_features: int, in_features: int) -> str | None:  # noqa: ARG002
-        """vLLM has no padding: a padded scale loads and drops the last group."""
-        return None if in_features % WIDTH == 0 else f"in_features {in_features} is not a multiple of {WIDTH}"
-
     def global_scale(self, amax: float | Tensor) -> Tensor:
         """Shared by every member of a fused group, because vLLM applies the largest to all of them."""
         return divisor(amax, HEADROOM)
-
-    def round(self, x: Tensor) -> Tensor:
-        """E2M1."""
-        return round_e2m1(x)
-
-    def snap(self, x: Tensor) -> Tensor:
-        """E2M1 but for the sign of zero."""
-        return snap_e2m1(x)
 
     def _stored(self, scale: Tensor) -> Tensor:
         stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
@@ -85,16 +74,8 @@ class NvFp4Codec(Codec):
         base = amax / E2M1_MAX * global_scale
         return iter(self._stored(base * multipliers.to(base).view(-1, *[1] * base.dim())).unbind())
 
-    def packed(self, values: Tensor) -> Tensor:
-        """Two codes a byte."""
-        return pack_e2m1(values)
 
-    def unpacked(self, codes: Tensor) -> Tensor:
-        """E2M1."""
-        return unpack_e2m1(codes)
-
-
-def round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:
+def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:
     """Round x (T, I) as the W4A4 kernel does: E4M3 scale per 16 values below a static divisor, E2M1 codes."""
     assert input_scale is not None
     values = grouped(x, x.shape[-1] // WIDTH)
@@ -122,7 +103,7 @@ def scheme_a16(in_features: int) -> tuple[dict[str, Any], None]:  # noqa: ARG001
     return _args(dynamic=False), None
 
 
-def scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
+def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
     """Weights, and activations with a static divisor and dynamic group scales."""
     return _args(dynamic=False), _args(dynamic="local")
 
@@ -131,10 +112,10 @@ CODEC = NvFp4Codec()
 FORMAT = Format(
     name=FormatName.NVFP4,
     codec=CODEC,
-    round_activation=round_activation,
+    round_activation=_round_activation,
     static_input_scale=True,
     compression="nvfp4-pack-quantized",
-    scheme=scheme,
+    scheme=_scheme,
     summary="4-bit float weights and activations, scales per 16",
     letter="N",
     colours=("#9ccbee", "#06263f"),

@@ -1,10 +1,10 @@
 """Suffixes of a quantized module's tensors, as compressed-tensors names them."""
 
-#: Divides NVFP4's group scales: one of a matrix.
+#: Divisor of NVFP4's group scales, one per matrix.
 WEIGHT_GLOBAL_SCALE = "weight_global_scale"
-#: Divides the scales of an input's groups: one of a module.
+#: Divisor of the group scales of an input, one per module.
 INPUT_GLOBAL_SCALE = "input_global_scale"
 INPUT_SCALE = "input_scale"
 INPUT_ZERO_POINT = "input_zero_point"
-#: What only rounds inputs; a weight is decoded without it.
+#: Tensors that only affect inputs; a weight is decoded without them.
 OF_INPUTS = (INPUT_GLOBAL_SCALE, INPUT_SCALE, INPUT_ZERO_POINT)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.errors import InputError
@@ -25,8 +25,8 @@ from prismaquant_ray.model.capture import CapturedActivations, capture_activatio
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.records import ForwardRecord, LinearRounding
 
-# The divisor of an NVFP4 input allows activations twice as large as any calibration token showed: too small a
-# divisor costs almost nothing over four octaves, too large a one clips.
+# The divisor of an NVFP4 input allows for activations twice as large as in calibration: a divisor too small costs
+# almost nothing over four octaves, one too large clips.
 INPUT_MARGIN = 2.0
 
 
@@ -57,13 +57,14 @@ class BlockForward:
                 self.dense[group.name] = InputSums(group.in_features, runner.device)
         for fused in self.block.groups if formats else ():
             if fused.experts is not None:
-                self.routed[fused.name] = RoutedInputs(_experts(self.module, fused), runner.device)
+                experts = self.module.get_submodule(fused.matrices[0].parameters[0].rpartition(".")[0])
+                self.routed[fused.name] = RoutedInputs(experts, runner.device)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What leaves the block for hidden (sequences, tokens, H), or (patches, width) in the vision tower."""
+        """The block's output for hidden (sequences, tokens, H), or (patches, width) in the vision tower."""
         if self.block.kind is BlockKind.HEAD:
-            # Its logits would be the largest tensor of all, and nothing reads them.
+            # Logits would be the largest tensor of all, and nothing reads them.
             read = CapturedActivations()
             read.inputs[self.block.inputs[0].name] = self.runner.normed(hidden)
             self._gather(read, batch.holdout.to(hidden.device))
@@ -78,7 +79,7 @@ class BlockForward:
 
     def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
         for name, sums in self.dense.items():
-            # Patches of an image and tokens of a sequence alike: rows that share their sequence's fate.
+            # Rows are tokens of a sequence or patches of an image; `held_out` holds for all rows of one.
             x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
             sums.add(x, held_out)
         for fused in self.block.groups:
@@ -111,7 +112,7 @@ class BlockForward:
 
     def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
         factor = self.rounding.factor(statistics)
-        for fused, matrix in _reading(self.block, group):
+        for fused, matrix in self.block.reading(group):
             self._encode(fused, matrix, self._weights(matrix), statistics, factor, found, slice(0, 1))
 
     def _encode(
@@ -139,7 +140,7 @@ class BlockForward:
 
 
 class _Encoded:
-    """Candidates and figures of a block, as they come."""
+    """Candidates and figures of a block, added Linear by Linear."""
 
     def __init__(self, formats: Sequence[FormatName]) -> None:
         self.tensors: dict[FormatName, Tensors] = {name: {} for name in formats if FORMATS[name].codec is not None}
@@ -153,22 +154,14 @@ class _Encoded:
             if FORMATS[name].codec is not codec:
                 continue
             for module, tensors in zip(linear.names[at], each, strict=True):
-                # On a device, memory is for what is still to be rounded.
+                # Device memory is kept for the weights that are still to be rounded.
                 found.update({f"{module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()})
                 if FORMATS[name].static_input_scale:
-                    # One value for all experts of a layer: the runtime applies one of theirs to all.
+                    # One value for all experts of a layer, because the runtime applies one to all.
                     found[f"{module}.input_global_scale"] = divisor(amax, INPUT_MARGIN)
         by_codec = self.linears.setdefault(linear.name, {})
         before, figures = by_codec.get(codec.name), result.figures
         by_codec[codec.name] = figures if before is None else LinearRounding.joined([before, figures])
-
-
-def _experts(module: nn.Module, fused: FusedGroup) -> nn.Module:
-    return module.get_submodule(fused.matrices[0].parameters[0].rpartition(".")[0])
-
-
-def _reading(block: Block, group: InputGroup) -> Iterator[tuple[FusedGroup, Matrix]]:
-    return ((fused, matrix) for fused in block.groups for matrix in fused.matrices if matrix.input == group.name)
 
 
 def hessian_bytes(group: InputGroup) -> int:

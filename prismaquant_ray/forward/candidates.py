@@ -27,7 +27,7 @@ from prismaquant_ray.storage.store import Store
 def shipped(name: FormatName, linear: LinearSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Suffix → (dtype, shape) of everything a Linear (of each expert) ships in a format; empty for BF16.
 
-    Only these may exist beside each other: vLLM refuses a tensor it does not expect and does not miss one it does.
+    The set must be exact: vLLM refuses an unexpected tensor and does not notice a missing one.
     """
     return _shipped(name, linear.out_features, linear.in_features)
 
@@ -37,7 +37,7 @@ def _shipped(name: FormatName, out_features: int, in_features: int) -> dict[str,
     spec = FORMATS[name]
     if spec.codec is None:
         return {}
-    # The codec packs a weight without data, so that names, dtypes and shapes are written down once.
+    # The codec packs a weight on the meta device, so that names, dtypes and shapes are defined once.
     divisor = spec.codec.global_scale(1.0)
     divisor = divisor.to("meta") if divisor is not None else None
     amax = torch.empty(out_features, in_features // spec.codec.width(in_features), device="meta")
@@ -70,7 +70,7 @@ class CandidateFile:
         return {info.name: as_tensor(buffer, info.dtype, info.shape) for info, buffer in pairs}
 
     def of(self, name: FormatName, linear: LinearSpec) -> dict[str, list[TensorInfo]]:
-        """What a Linear ships from here, by module, in file order; StoreError unless that is what the format stores."""
+        """Shipped tensors of a Linear by module, in file order; StoreError unless they are those of the format."""
         expected = shipped(name, linear)
         found = {module: self._by_module.get(module, []) for module in linear.names}
         for module, infos in found.items():

@@ -1,8 +1,8 @@
-"""From a fused group's weights to what ships: global scale, scale search, GPTQ, acceptance on held-out tokens."""
+"""From a fused group's weights to their codes: global scale, scale search, GPTQ, acceptance on held-out tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from prismaquant_ray.records import LinearRounding, Method
 
 # Methods in order of simplicity, so that a tie goes to the first.
 METHODS: tuple[Method, ...] = ("nearest", "search", "gptq")
-# Weights of a group, or of some experts of one, that are in float32 at a time.
+# Weights that are in float32 at a time.
 AT_ONCE = 1 << 26
 
 
@@ -30,8 +30,8 @@ class Rounding:
     def factor(self, statistics: InputStatistics) -> HessianFactor | None:
         """The Cholesky factor that everything reading this input shares.
 
-        Of an expert that saw no training token it is the unit matrix: no error is pushed on, and GPTQ leaves what the
-        search found.
+        For an expert without training tokens it is the unit matrix: no error is propagated, and GPTQ returns the
+        searched rounding.
         """
         if self.gptq is None:
             return None
@@ -45,7 +45,7 @@ class Rounding:
 class EncodedLinear:
     """One Linear on a codec's grid, with the figures that explain the choice; or the same Linear of every expert.
 
-    The figures are of the BF16 weights that the runtime decodes; an expert's prior counts as tokens.
+    The figures are of the BF16 weights that the runtime decodes; an expert's tokens include its prior's.
     """
 
     rounded: Rounded
@@ -59,10 +59,10 @@ def encode_group(
     factor: HessianFactor | None,
     rounding: Rounding,
 ) -> list[EncodedLinear]:
-    """Round the members of one fused group, each (O, I) or (E, O, I), under one global scale (one an expert).
+    """Round the members of one fused group, each (O, I) or (E, O, I), under one global scale (per expert).
 
-    They are stacked along their rows for one search and one GPTQ call; acceptance is decided for each Linear (of each
-    expert). At most a constant number of weights is in float32 at a time: some experts, or some rows.
+    They are stacked along their rows for one search and one GPTQ call; acceptance is decided per Linear (and expert). To
+    bound memory, at most `AT_ONCE` weights are in float32 at a time: a chunk of experts, or of rows.
     """
     if weights[0].dim() == 2:
         return _encode(weights, codec, statistics, factor, rounding)
@@ -94,14 +94,12 @@ def _encode(
     held_out = bool((statistics.holdout_weight > 0).any())
     judge = statistics.holdout if held_out else statistics.train
     tokens = statistics.holdout_weight if held_out else statistics.train_weight
-    # Every attempt at every row is kept, in a byte a weight, until the rows of a Linear can be judged together.
+    # Every attempt is kept, in one byte per weight, until the rows of a Linear can be judged together.
     kept: list[Tensor] = []
     scales: list[list[Tensor]] = []
     judged: list[Tensor] = []
-    row = 0
-    for piece in _in_rows(stacked):
-        rows = slice(row, row + piece.shape[-2])
-        row = rows.stop
+    at_once = max(1, AT_ONCE * stacked.shape[-2] // stacked.numel())
+    for rows, piece in _with_rows(stacked.split(at_once, dim=-2)):
         found = _attempts(piece.to(torch.float32), codec, global_scale, statistics, factor, rounding)
         kept = kept or [torch.empty_like(stacked, dtype=torch.float8_e4m3fn) for _ in found]
         for values, rounded in zip(kept, found, strict=True):
@@ -114,18 +112,16 @@ def _encode(
     ]
     output_errors, squares = torch.cat(judged, dim=-1)
     encoded = []
-    row = 0
-    for weight in weights:
-        rows = slice(row, row + weight.shape[-2])
-        row = rows.stop
+    for rows, weight in _with_rows(weights):
         scores = output_errors[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
         mean_squares = squares[..., rows].sum(-1) / weight.shape[-2:].numel()
         choice = scores.argmin(0)
+        winner = choice.tolist()
         encoded.append(
             EncodedLinear(
                 rounded=_chosen([each.rows(rows.start, rows.stop) for each in tried], choice),
                 figures=LinearRounding(
-                    method=_names(choice.tolist()),
+                    method=[METHODS[each] for each in winner] if isinstance(winner, list) else METHODS[winner],
                     holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
                     weight_mse=mean_squares.gather(0, choice.unsqueeze(0))[0].tolist(),
                 ),
@@ -142,10 +138,10 @@ def _attempts(
     factor: HessianFactor | None,
     rounding: Rounding,
 ) -> list[Rounded]:
-    """By each of METHODS, weight in float32; without the last where there is no factor."""
+    """One rounding per entry of METHODS, for float32 weight; without GPTQ when there is no factor."""
     near = nearest(weight, codec, global_scale)
     search = searched(weight, codec, global_scale, statistics.importance, rounding.scale_search)
-    # A codec whose scales leave no choice.
+    # Equal scales give the same rounding.
     found = [near, near if torch.equal(_raw(search.scale), _raw(near.scale)) else search]
     return [*found, gptq(weight, search, codec, factor)] if factor else found
 
@@ -154,14 +150,9 @@ def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tenso
     """Output error and ΔW² of every row, (2, methods, …, O); a rounding that occurs twice is judged once."""
     errors = {}
     for rounded in dict.fromkeys(found):
-        delta = _delta(codec, rounded, weight)
+        delta = codec.dequantized(rounded).to(torch.float32).sub_(weight)
         errors[rounded] = torch.stack([output_error(delta, judge), delta.square().sum(-1)])
     return torch.stack([errors[rounded] for rounded in found], dim=1)
-
-
-def _delta(codec: Codec, rounded: Rounded, weight: Tensor) -> Tensor:
-    """ΔW in float32, of the BF16 weight the runtime decodes."""
-    return codec.dequantized(rounded).to(torch.float32).sub_(weight)
 
 
 def _chosen(tried: Sequence[Rounded], choice: Tensor) -> Rounded:
@@ -177,22 +168,20 @@ def _chosen(tried: Sequence[Rounded], choice: Tensor) -> Rounded:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """Bytes: float8 has no arithmetic."""
+    """As bytes: float8 has no arithmetic."""
     return tensor.view(torch.uint8)
 
 
-def _in_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    """In pieces of at most a constant number of weights, along the rows."""
-    pieces: tuple[Tensor, ...] = weight.split(max(1, AT_ONCE * weight.shape[-2] // weight.numel()), dim=-2)
-    return pieces
-
-
-def _names(choice: int | list[int]) -> Method | list[Method]:
-    return [METHODS[each] for each in choice] if isinstance(choice, list) else METHODS[choice]
+def _with_rows(pieces: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces stacked along the rows, each with its rows in the stack."""
+    stop = 0
+    for piece in pieces:
+        start, stop = stop, stop + piece.shape[-2]
+        yield slice(start, stop), piece
 
 
 def _joined(parts: Sequence[EncodedLinear]) -> EncodedLinear:
-    """One stack of several."""
+    """Stacks of experts concatenated."""
     if len(parts) == 1:
         return parts[0]
     scales = [part.rounded.global_scale for part in parts if part.rounded.global_scale is not None]

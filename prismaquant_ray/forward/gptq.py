@@ -9,8 +9,8 @@ H = U D Uᵀ, U upper triangular with a unit diagonal, the output error of ΔW =
 
     tr(ΔW H ΔWᵀ) = Σ_k D_k |ΔW u_k|²,    ΔW u_k = Δw_k + Σ_{j<k} Δw_j U_jk,
 
-so that column k, once those before it are rounded, is best rounded from w_k + Σ_{j<k} Δw_j U_jk: the value that GPTQ
-has there.
+so that column k, once those before it are rounded, is best rounded from w_k + Σ_{j<k} Δw_j U_jk, which is the value
+that GPTQ computes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec, Rounded
 
-# Columns after which errors are pushed on by matrix products; a power of two.
+# Columns per block, between which errors are propagated by matrix products; a power of two.
 _BLOCK = 8
-# Rows taken together, of all experts: blocks of them stay in cache, and are too small to be shared out to threads,
-# which would cost more than it saves. The matrix products use all threads.
+# Rows processed together, of all experts: they stay in cache, and are too few for torch to split over threads, which
+# would cost more than it saves. The matrix products use all threads.
 _ROWS = 1 << 12
 # Elements of the Hessians factorized together: they are copied a few times.
 _CHUNK = 1 << 24
@@ -40,7 +40,7 @@ class Gptq:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HessianFactor:
-    """U (I, I) of H = U D Uᵀ, its columns and rows in the `order` (I,) in which columns are visited; or one an expert.
+    """U (I, I) of H = U D Uᵀ, rows and columns permuted to the `order` (I,) of visits; or per expert, (E, I, I), (E, I).
 
     `upper` is upper triangular and has a unit diagonal.
     """
@@ -56,8 +56,8 @@ class HessianFactor:
 def factorize(hessian: Tensor, settings: Gptq) -> HessianFactor:
     """Factor H = Σ x xᵀ (I, I) or (E, I, I) once for everything that reads x.
 
-    A column that was never active gets a unit diagonal: its weights do not matter and are rounded to nearest.
-    Damping grows tenfold until the factorization succeeds in float32, for the experts for which it does not.
+    A column that was never active gets the mean of the diagonal: its weights do not matter and are rounded to nearest.
+    For experts whose factorization fails in float32, damping grows tenfold until it succeeds.
     """
     stacked = hessian.view(-1, *hessian.shape[-2:])
     order = torch.argsort(stacked.diagonal(dim1=1, dim2=2), descending=True, stable=True)
@@ -104,7 +104,7 @@ def _permuted(hessian: Tensor, order: Tensor) -> Tensor:
 
 
 def _flat(order: Tensor, count: int | None = None) -> Tensor:
-    """Where entries `order` (E, n) of every expert are when all experts' are in a row; `count` entries each, or n."""
+    """Flat indices of entries `order` (E, n) in an (E, count) array; count defaults to n."""
     experts = torch.arange(len(order), device=order.device).unsqueeze(1)
     return (experts * (count or order.shape[1]) + order).flatten()
 
@@ -131,8 +131,8 @@ def _gptq(weight: Tensor, scales: Tensor, upper: Tensor, order: Tensor, codec: C
     """Grid values (E, I, O), by column, for weight (E, O, I), scales (E, O, G), upper (E, I, I) and order (E, I)."""
     experts, rows, columns = weight.shape
     groups = scales.shape[2]
-    # Columns become contiguous rows, in the order of each expert: what is rounded, then its values, and ΔW, as yet W.
-    # Fresh memory costs more than what is done with it, so what has served its turn is written over.
+    # Columns become contiguous rows, in visiting order. `work` holds targets, then grid values; `delta` W, then ΔW.
+    # Buffers are reused, because faulting in fresh memory costs more than the arithmetic on it.
     delta = _transposed(weight, torch.empty(experts, columns, rows, device=weight.device))
     work = delta.flatten(0, 1).index_select(0, _flat(order)).view_as(delta)
     delta.copy_(work)

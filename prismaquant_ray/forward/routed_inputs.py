@@ -1,7 +1,7 @@
-"""What the experts of a layer read, kept until every microbatch is in.
+"""Inputs of a layer's experts, kept until every microbatch is in.
 
-A Hessian for each of hundreds of experts would not fit; one row a token and the router's choices do. At the end some
-experts at a time get their rows, their Hessians and their codes.
+A Hessian for each of hundreds of experts would not fit; one hidden state per token and the router's choices do. At the
+end experts are processed in chunks: gather rows, compute Hessians, encode.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ExpertsAtOnce:
 
 
 class RoutedInputs:
-    """Inputs of one experts module: of `gate_up_proj` what was routed, of `down_proj` what comes out between them."""
+    """Inputs of one experts module: the routed hidden states of `gate_up_proj`, the gated activations of `down_proj`."""
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module
@@ -80,7 +80,7 @@ class RoutedInputs:
             yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics)
 
     def _inner(self, rows: Tensor, counts: Tensor, start: int, stop: int) -> Tensor:
-        """What `down_proj` reads, again: keeping it would take top_k times the memory."""
+        """Recompute the input of `down_proj`: keeping it would take top_k times the memory."""
         if not len(rows):
             return rows.new_zeros(0, self.module.down_proj.shape[2])
         projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts)

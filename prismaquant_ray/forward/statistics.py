@@ -1,4 +1,4 @@
-"""Statistics of a Linear's input over the calibration set: what rounding needs to know of the data.
+"""Statistics of a Linear's input over the calibration set, for rounding.
 
 X is the input of one input group, (tokens, I). Training tokens drive scale search and GPTQ; held-out tokens
 decide whether GPTQ is accepted. Each of E experts reads its own share of the tokens, and has its own statistics.
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: An expert's statistics count as many tokens of its layer's mean as this share of its columns. With fewer tokens than
-#: columns a Hessian is singular and fits noise; a quarter is enough to fill it up and vanishes beside many tokens.
+#: Shrinkage: κ = PRIOR_SHARE × in_features pseudo-tokens of the layer's mean are added to each expert's statistics. With
+#: fewer tokens than columns a Hessian is singular and fits noise; a quarter regularizes it and is negligible beside many.
 PRIOR_SHARE = 0.25
 
 # Rows summed by one product. A constant, so that an expert's sums do not depend on which experts it is batched with.
@@ -25,10 +25,10 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Prior:
-    """What every expert of a layer is taken to have seen besides its own tokens: κ times the layer's mean of x xᵀ.
+    """Shrinkage: κ pseudo-tokens of the layer's mean x xᵀ, added to every expert's statistics.
 
-    `train` and `holdout` (I, I) float32 weigh as `train_tokens` and `holdout_tokens` tokens: κ, or 0 where there were
-    no tokens at all.
+    `train` and `holdout` (I, I) float32 are sums over `train_tokens` and `holdout_tokens` pseudo-tokens: κ, or 0 where
+    there were no tokens at all.
     """
 
     train: Tensor
@@ -38,7 +38,7 @@ class Prior:
 
     @classmethod
     def of(cls, pooled: InputStatistics) -> Prior:
-        """From the sums over all rows of a layer, each counted once for every expert that it goes to."""
+        """From sums over all rows of a layer; a token counts once per expert that it is routed to."""
         return cls._scaled(pooled.train, pooled.holdout, int(pooled.train_tokens), int(pooled.holdout_tokens))
 
     @classmethod
@@ -56,8 +56,8 @@ class Prior:
 class InputStatistics:
     """Sums over tokens: `train` and `holdout` are Σ x xᵀ (I, I) float32; `amax` is max |x| over all tokens.
 
-    Of E experts: (E, I, I), with the prior in it; the numbers of their own tokens are int64 (E,), those of the prior
-    `train_prior` and `holdout_prior`; `amax` is one number for all, because they share one input scale.
+    For E experts: (E, I, I), prior included; their own token counts are int64 (E,), the prior's `train_prior` and
+    `holdout_prior`; `amax` is one number for all, because they share one input scale.
     """
 
     train: Tensor
@@ -140,14 +140,14 @@ class InputSums:
         for place, chosen in enumerate((~held_out, held_out)):
             rows = x[chosen].flatten(0, 1).to(torch.float32)
             self._tokens[place] += len(rows)
-            # Σ x xᵀ is symmetric: what is below the diagonal waits for the end.
+            # Σ x xᵀ is symmetric: the part below the diagonal is copied at the end.
             for start in range(0, rows.shape[1], _PANEL):
                 panel = slice(start, start + _PANEL)
                 self._sums[place, : panel.stop, panel].addmm_(rows[:, : panel.stop].T, rows[:, panel])
         self._amax = max(self._amax, float(x.abs().max()))
 
     def statistics(self) -> InputStatistics:
-        """Of all that was added. They are the sums themselves: nothing may be added afterwards."""
+        """The statistics of all microbatches. They share memory with the sums, so `add` must not follow."""
         for matrix in self._sums:
             for start in range(0, matrix.shape[0], _PANEL):
                 panel = slice(start, start + _PANEL)
@@ -161,7 +161,7 @@ class InputSums:
 def output_error(delta: Tensor, hessian: Tensor) -> Tensor:
     """Per output row (…, O): Σ_t (ΔW x_t)² = diag(ΔW H ΔWᵀ), for ΔW (…, O, I) and symmetric H = Σ x xᵀ (…, I, I).
 
-    What is above the diagonal counts twice, and what is below is not read.
+    The part above the diagonal counts twice, the part below is not read.
     """
     total = torch.zeros(delta.shape[:-1], device=delta.device)
     for start in range(0, delta.shape[-1], _PANEL):

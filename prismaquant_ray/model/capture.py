@@ -1,4 +1,4 @@
-"""Watching what a block's matrices read and write while the block runs."""
+"""Recording the inputs and outputs of a block's matrices while the block runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from prismaquant_ray.model.experts import Routing
 class CapturedActivations:
     """Filled by running the block once inside `capture_activations`.
 
-    `inputs` by input group: (sequences, tokens, I), or the rows (R, I) sorted by expert, whose `routing` is there too.
+    `inputs` by input group: (sequences, tokens, I), or for experts rows (R, I) sorted by expert, with their `routing`.
     `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by
-    parameter: its input as nothing else reads it, so that the gradient there is what comes through it alone.
+    parameter: a view of its input that nothing else reads, so that its gradient is that through this parameter alone.
     """
 
     def __init__(self) -> None:
@@ -32,8 +32,9 @@ class CapturedActivations:
 def capture_activations(module: nn.Module, block: Block) -> Iterator[CapturedActivations]:
     """Record every input group and the output of every parameter of its matrices.
 
-    Raises InputError when Linears that should share an input do not: the family's fused rules are wrong then, and
-    every Hessian would be too.
+    Raises:
+        InputError: Linears that should share an input do not. Then the family's fused rules are wrong, and every
+            Hessian would be, too.
     """
     captured = CapturedActivations()
     handles = []

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.families import Family, family_of
-from prismaquant_ray.model.layout_builder import architecture_of, load_config
+from prismaquant_ray.families import family_of
+from prismaquant_ray.model.layout_builder import architecture_of, transformers_config
 from prismaquant_ray.model.meta_model import MetaModel, build_on_meta
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.source.checkpoint import read_json
@@ -29,7 +29,10 @@ class ConfigOnlyCheckpoint:
         self.store = store
         self.config = read_json(store, "config.json")
         self.tensors: dict[str, TensorInfo] = {}
-        self.tensors = {name: _bf16(name, shape) for name, shape in _shapes(self)}
+        for name, shape in _shapes(self):
+            self.tensors[name] = TensorInfo(
+                name=name, file="", dtype="BF16", shape=shape, start=0, stop=2 * math.prod(shape)
+            )
 
     @classmethod
     def fits(cls, store: Store) -> bool:
@@ -60,7 +63,7 @@ class ConfigOnlyCheckpoint:
         return files_beside_weights(self.store)
 
     def unexplained(self) -> list[str]:
-        """Names in the index that the configuration does not lead to; experts stored one by one are left out."""
+        """Names in the index that the configuration does not imply; experts stored one by one are left out."""
         if self.store.size(INDEX) is None:
             return []
         names = read_json(self.store, INDEX).get("weight_map") or {}
@@ -72,7 +75,7 @@ class ConfigOnlyCheckpoint:
 
 def _shapes(checkpoint: ConfigOnlyCheckpoint) -> Iterator[tuple[str, tuple[int, ...]]]:
     architecture = architecture_of(checkpoint)
-    config = load_config(checkpoint)
+    config = transformers_config(checkpoint)
     family = family_of(architecture)
     model = build_on_meta(config, architecture)
     persistent = (
@@ -82,19 +85,9 @@ def _shapes(checkpoint: ConfigOnlyCheckpoint) -> Iterator[tuple[str, tuple[int, 
         if name not in module._non_persistent_buffers_set
     )
     for name, tensor in (*model.named_parameters(), *persistent):
-        yield _renamed(family, name), tuple(tensor.shape)
+        yield family.checkpoint_name(name) if family else name, tuple(tensor.shape)
     text = checkpoint.config.get("text_config") or checkpoint.config
     if family is not None and family.draft is not None and text.get("mtp_num_hidden_layers"):
         meta_model = MetaModel(config, architecture, blocks_path=family.blocks, vision=family.vision)
         for name, tensor in DraftHead(meta_model).state_dict().items():
             yield f"{family.draft}.{name}", tuple(tensor.shape)
-
-
-def _renamed(family: Family | None, name: str) -> str:
-    for ours, theirs in family.renamed if family else ():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def _bf16(name: str, shape: tuple[int, ...]) -> TensorInfo:
-    return TensorInfo(name=name, file="", dtype="BF16", shape=shape, start=0, stop=2 * math.prod(shape))

@@ -1,7 +1,7 @@
-"""Routed experts: a forward of our own for transformers' packed experts, so that their inputs can be watched.
+"""Routed experts: our own forward for transformers' packed experts, so that their inputs can be captured.
 
 transformers lets a model's experts be computed by any registered function. This one sorts rows by expert, multiplies
-each expert's rows by its matrix, and adds up in the router's order, so a result does not depend on a race.
+each expert's rows by its matrix, and sums in the router's order, so that results are deterministic.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Routing:
         return pairs.view(-1, self.top_k, *rows.shape[1:]).sum(1)
 
 
-#: Called with the parameter's name, the rows that enter (R, I), those that leave (R, O), and whose they are.
+#: Called with the parameter's name, its input rows (R, I), its output rows (R, O), and their routing.
 Watcher = Callable[[str, Tensor, Tensor, Routing], None]
-#: What a packed parameter reads instead of its rows (R, I), by its name; an attribute `roundings` of the module.
+#: Functions applied to the input rows (R, I) of a packed parameter, by its name; the module's attribute `roundings`.
 Roundings = Mapping[str, Callable[[Tensor], Tensor]]
 
 
@@ -84,7 +84,7 @@ def register() -> None:
 def is_packed(module: nn.Module) -> bool:
     """Whether a module holds experts as packed (experts, rows, columns) parameters and runs by a registered function.
 
-    A few models (Llama 4) pack their experts and compute them by code of their own, which nothing can watch.
+    A few models (Llama 4) pack their experts but compute them by their own code, which cannot be captured.
     """
     packed = all(getattr(getattr(module, name, None), "ndim", 0) == 3 for name in ("gate_up_proj", "down_proj"))
     return packed and hasattr(module, "is_concatenated")

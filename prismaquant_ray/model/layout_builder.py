@@ -23,18 +23,18 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scope:
-    """What of a model is measured beside its decoder: the vision tower (there are images to run), the output head."""
+    """Parts that are measured beside the decoder: the vision tower (`images` to calibrate it), the output head."""
 
     images: bool = False
     head: bool = False
 
 
 def scope_of(config: Config) -> Scope:
-    """What a run measures."""
+    """The scope of a run's configuration."""
     return Scope(images=config.calibration.images is not None, head=config.model.quantize_lm_head)
 
 
-def load_config(checkpoint: TensorSource) -> Any:
+def transformers_config(checkpoint: TensorSource) -> Any:
     """The transformers configuration object of a checkpoint; InputError when transformers does not know it."""
     from transformers import CONFIG_MAPPING
 
@@ -59,10 +59,14 @@ def architecture_of(checkpoint: TensorSource) -> str:
 
 
 def build_layout(checkpoint: TensorSource, scope: Scope = Scope()) -> tuple[MetaModel, Layout]:
-    """MetaModel and layout of a checkpoint; InputError when a tensor is missing or has another shape."""
+    """MetaModel and layout of a checkpoint.
+
+    Raises:
+        InputError: a tensor is missing or has another shape, or transformers cannot build the model.
+    """
     architecture = architecture_of(checkpoint)
     known = family_of(architecture)
-    config = load_config(checkpoint)
+    config = transformers_config(checkpoint)
     if known is not None:
         meta_model = MetaModel(config, architecture, blocks_path=known.blocks, vision=known.vision)
         return meta_model, _Builder(checkpoint, meta_model, known, scope).layout(architecture, ())
@@ -196,7 +200,7 @@ class _Builder:
         self._append(BlockKind.HEAD, "", self._parameters("", nn.ModuleDict({path: module})), (matrix,))
 
     def _copied(self, loaded: set[str]) -> tuple[str, ...]:
-        """Keep the tensors that no part of the model loads, and say so."""
+        """Mark the tensors that no part of the model loads as copied; a note about them."""
         loaded |= {tensor for block in self.blocks for tensor in block.tensors}
         known = [f"{name}." for name in self.ignored]
         left = [
@@ -241,7 +245,7 @@ class _Builder:
         found = []
         for name, tensor in module.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
-            full = self._renamed(f"{prefix}.{name}" if prefix else name)
+            full = self.family.checkpoint_name(f"{prefix}.{name}" if prefix else name)
             if f"{path}." in packed and full not in self.checkpoint.tensors and tensor.ndim == 3:
                 tensors = self._unpacked(full.rpartition(".")[0], leaf, tuple(tensor.shape))
             else:
@@ -261,12 +265,12 @@ class _Builder:
         )
 
     def _matrices(self, prefix: str, module: nn.Module, relative: str = "") -> list[Matrix]:
-        """Matrices that may be quantized; everything else with rows and columns is kept, with the reason."""
+        """Matrices that may be quantized; every other matrix is ignored, with the reason."""
         found: dict[str, list[tuple[LinearSpec, str]]] = {}
         experts: list[Matrix] = []
         for path, entry in module.named_modules():
             inside = ".".join(part for part in (relative, path) if part)
-            name = self._renamed(".".join(part for part in (prefix, path) if part))
+            name = self.family.checkpoint_name(".".join(part for part in (prefix, path) if part))
             shapes = [parameter.ndim for parameter in entry.parameters(recurse=False)]
             if not any(ndim > 1 for ndim in shapes):
                 continue
@@ -327,19 +331,13 @@ class _Builder:
 
     # Names ----------------------------------------------------------------------------------------------------
 
-    def _renamed(self, name: str) -> str:
-        """The checkpoint's name for a module or tensor of transformers."""
-        for ours, theirs in self.family.renamed:
-            name = name.replace(ours, theirs)
-        return name
-
     def _ignore_tensors(self, prefix: str, reason: str) -> None:
         for name, info in self.checkpoint.tensors.items():
             if name.startswith(f"{prefix}.") and len(info.shape) > 1:
                 self.ignored[name.removesuffix(_WEIGHT)] = reason
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> str:
-        """The name, once it is known to be there in this shape."""
+        """The name; InputError unless the checkpoint has it in this shape."""
         info = tensor_info(self.checkpoint, name)
         if info.shape != shape:
             raise InputError(

@@ -2,8 +2,8 @@
 
 The model's own `forward` computes masks, rotary tables, embedding scales, soft-capping and where images go; a stub
 injects the hidden state where a block is to run and stops the pass behind it. So blocks run one at a time, exactly as
-in the whole model, whatever the architecture. What is before a block is not loaded then: it answers with a tensor of
-the right shape, which the stub ignores.
+in the whole model, whatever the architecture. Modules before the block are not loaded: they return a tensor of the
+right shape, which the stub ignores.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.families.base import Vision
 from prismaquant_ray.model.experts import IMPLEMENTATION, register
 
-#: What the model's forward takes for one microbatch: input_ids (sequences, tokens), and what images come with.
+#: Keyword arguments of the model's forward for one microbatch: input_ids (sequences, tokens), and those of images.
 Inputs = Mapping[str, Tensor]
-#: What takes only part in a forward that runs the vision tower.
+#: The argument that makes the model's forward run its vision tower.
 PIXELS = "pixel_values"
 
 
@@ -35,21 +35,24 @@ class _Captured(Exception):  # noqa: N818 - control flow, not an error
 
 
 class _Stub(nn.Module):
-    """Stands in for one layer: passes its input on, or does what `act` says.
+    """Replaces one layer: returns its input, or the result of `act`.
 
     Attributes the model reads from its layers (attention_type, layer_idx, …) come from the layer it replaces.
     """
 
+    layer: nn.Module
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: its parameters are not the model's any more
+        # Not a submodule: its parameters are not the model's any more.
+        object.__setattr__(self, "layer", layer)
         self.act: Any = None
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["layer"], name)
+            return getattr(self.layer, name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.act is None:
@@ -91,7 +94,7 @@ class MetaModel:
         return copy.deepcopy(self.layers[index])
 
     def embed(self, inputs: Inputs, features: Tensor | None = None) -> Tensor:
-        """What enters decoder layer 0. The embedding must be loaded; `features` are what the merger put out."""
+        """The input of decoder layer 0. The embedding must be loaded; `features` are the merger's output."""
         with ExitStack() as stack:
             if features is None:
                 inputs = {name: value for name, value in inputs.items() if name != PIXELS}
@@ -100,7 +103,7 @@ class MetaModel:
             return self._until(self._stubs[0], lambda hidden, *_, **__: hidden, inputs)
 
     def run_layer(self, index: int, layer: Callable[..., Any], hidden: Tensor, inputs: Inputs) -> Tensor:
-        """What leaves `layer`, called as the model calls decoder layer `index`, when `hidden` enters it."""
+        """The output of `layer` for `hidden`, called as the model calls decoder layer `index`."""
 
         def act(_: Tensor, *args: Any, **kwargs: Any) -> Any:
             output = layer(hidden, *args, **kwargs)
@@ -111,9 +114,9 @@ class MetaModel:
             return self._until(self._stubs[index], act, inputs)
 
     def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Logits for what left the last layer; pointwise in tokens. Final norm and head must be loaded.
+        """Logits for the last layer's output; pointwise in tokens. Final norm and head must be loaded.
 
-        `head` takes the place of the model's own output head.
+        `head` replaces the model's own output head.
         """
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
         stub = self._stubs[-1]
@@ -129,7 +132,7 @@ class MetaModel:
         return logits
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the head reads for what left the last layer: the final norm's output. The norm must be loaded."""
+        """The final norm of the last layer's output: the input of the head. The norm must be loaded."""
 
         def stop(x: Tensor) -> Tensor:
             raise _Captured(x)
@@ -143,22 +146,22 @@ class MetaModel:
     # Vision tower ---------------------------------------------------------------------------------------------
 
     def patches(self, inputs: Inputs) -> Tensor:
-        """What enters vision block 0 (patches, width). What is before the blocks must be loaded."""
+        """The input of vision block 0 (patches, width). The modules before the blocks must be loaded."""
         return self._until(self._vision_stubs[0], lambda hidden, *_, **__: hidden, inputs)
 
     def run_vision(self, index: int, layer: Callable[..., Any], hidden: Tensor, inputs: Inputs) -> Tensor:
-        """What leaves vision block `index`."""
+        """The output of `layer` for `hidden` (patches, width), called as vision block `index`."""
         with self._passing(hidden):
             return self._until(self._vision_stubs[index], lambda _, *a, **k: layer(hidden, *a, **k), inputs)
 
     @contextmanager
     def _passing(self, features: Tensor) -> Iterator[None]:
-        """The tower computes nothing: its entry makes zeros, its blocks pass them on, its merger gives `features`."""
+        """The tower computes nothing: its entry returns zeros, its blocks their input, its merger `features`."""
         assert self.vision is not None
         width = self.config.vision_config.hidden_size
 
         def zeros(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            # One row a patch (pixels, float) or one an entry of an index (positions).
+            # One row per patch (pixels, float) or per index (positions).
             rows = x.shape[:1] if x.is_floating_point() else x.shape
             return torch.zeros(*rows, width, device=features.device)
 
@@ -184,8 +187,8 @@ class MetaModel:
 
 @contextmanager
 def _answering(module: Any, answer: Callable[..., Any]) -> Iterator[None]:
-    """Calls of the module are answered by a function inside the with-block."""
-    # An instance's own attribute goes before its class's; setattr would make a module of `answer` a child.
+    """Inside the with-block the module's forward is `answer`."""
+    # __dict__: setattr would register `answer` as a child when it is a module.
     module.__dict__["forward"] = answer
     try:
         yield
@@ -216,27 +219,20 @@ def build_on_meta(config: Any, architecture: str) -> Any:
         raise InputError(f"transformers has no class {architecture} for model_type {config.model_type!r}")
     register()
     with torch.device("meta"):
-        model = model_class._from_config(config, **_experts_of(model_class))
+        routed = {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}
+        model = model_class._from_config(config, **routed)
     model.eval()
     for module in model.modules():
-        own = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        volatile = [name for name in own if name in module._non_persistent_buffers_set]
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        volatile = [name for name in meta if name in module._non_persistent_buffers_set]
         for name in volatile:
+            buffer = torch.zeros_like(getattr(module, name), device="cpu")
             # NaN shows up in the first hidden state if the model does not fill the buffer itself.
-            setattr(module, name, _unset(getattr(module, name)))
+            setattr(module, name, buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer)
         if volatile:
             # transformers fills non-persistent buffers here after it has built a model on the meta device.
             model._init_weights(module)
     return model
-
-
-def _experts_of(model_class: Any) -> dict[str, str]:
-    return {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}
-
-
-def _unset(buffer: Tensor) -> Tensor:
-    value = torch.empty_like(buffer, device="cpu")
-    return value.fill_(float("nan")) if value.is_floating_point() else value.zero_()
 
 
 def longest_layer_list(model: nn.Module) -> str:

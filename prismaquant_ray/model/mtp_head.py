@@ -1,4 +1,4 @@
-"""The multi-token-prediction head: a decoder layer that guesses one token further, for speculative decoding.
+"""The multi-token-prediction head: a decoder layer that predicts one token further, for speculative decoding.
 
 transformers drops it, so it is built from the model's own layers. From the final hidden state h_t and the embedding of
 token t+1 it predicts token t+2: norm(layer(fc[norm(embed_{t+1}); norm(h_t)])), then the model's own head. Source:
@@ -40,7 +40,7 @@ class DraftHead(nn.Module):
         self.pre_fc_norm_hidden = copy.deepcopy(norm)
 
     def run(self, meta_model: MetaModel, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """What the head reads, (sequences, tokens - 1, H), for what left the last decoder layer.
+        """The input of the output head, (sequences, tokens - 1, H), for the last decoder layer's output `hidden`.
 
         The embedding and the final norm must be loaded. The last token has no successor and is left out.
         """
@@ -54,7 +54,7 @@ class DraftHead(nn.Module):
 
 
 def attention_layer(meta_model: MetaModel) -> int:
-    """The first decoder layer with full attention, which is what a draft layer is."""
+    """The index of the first decoder layer with full attention, the kind that draft layers are."""
     config: Any = meta_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(meta_model.layers)
     if "full_attention" not in kinds:

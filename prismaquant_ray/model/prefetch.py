@@ -1,4 +1,4 @@
-"""Reading what will be needed next while something else is computed."""
+"""Reading ahead in a thread while something else is computed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _Value = TypeVar("_Value")
 
 
 class Prefetcher(Generic[_Key, _Value]):
-    """Values that take long to read, read by a thread before they are asked for.
+    """Values that a thread reads before they are requested.
 
-    A thread is enough: reading waits for storage, and copies outside Python's lock. What reading raises is raised where
-    the value is asked for.
+    A thread is enough: reading waits for storage, and copies outside Python's lock. Errors are raised by `get`.
     """
 
     def __init__(self, read: Callable[[_Key], _Value]) -> None:
@@ -23,7 +22,7 @@ class Prefetcher(Generic[_Key, _Value]):
         self._pending: dict[_Key, Future[_Value]] = {}
 
     def prefetch(self, keys: Iterable[_Key]) -> None:
-        """Begin to read these, in order, and let go of any others."""
+        """Begin to read these, in order, and drop any others."""
         before, self._pending = self._pending, {}
         for key in keys:
             self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="prefetch")

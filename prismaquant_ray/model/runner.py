@@ -1,10 +1,10 @@
-"""Loading a block's weights from the checkpoint into the meta model, running it, and letting go of them again."""
+"""Running a checkpoint block by block: a block's weights are loaded, used and released."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
@@ -21,7 +21,7 @@ from prismaquant_ray.source.protocol import TensorSource
 
 
 class ModelRunner:
-    """Runs a checkpoint block by block in `dtype` on `device`; holds only what the caller has loaded.
+    """Runs a checkpoint block by block in `dtype` on `device`; holds only the weights that the caller has loaded.
 
     Weights never require gradients: the probe differentiates with respect to activations.
     """
@@ -54,16 +54,18 @@ class ModelRunner:
         module = self._new(block)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         weights = self.prefetcher.get(index)
-        state = {
-            parameter.name: _joined([weights.pop(name) for name in parameter.tensors], shapes[parameter.name])
-            for parameter in block.parameters
-        }
+        state = {}
+        for parameter in block.parameters:
+            tensors = [weights.pop(name) for name in parameter.tensors]
+            # Experts stored one by one are concatenated along the rows.
+            joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors).view(shapes[parameter.name])
+            state[parameter.name] = joined
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).to(self.device, non_blocking=True)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         weights = self._read(self.layout.blocks[index].tensors)
-        # From memory that cannot be paged out a GPU copies by itself.
+        # Pinned memory makes copies to the GPU asynchronous.
         return {name: w.pin_memory() for name, w in weights.items()} if self.device.type == "cuda" else weights
 
     def _new(self, block: Block) -> nn.Module:
@@ -84,51 +86,43 @@ class ModelRunner:
         output = self.meta_model.model.get_output_embeddings()
         return str(next(path for path, module in self.meta_model.model.named_modules() if module is output))
 
-    @contextmanager
-    def entry(self) -> Iterator[None]:
+    def entry(self) -> AbstractContextManager[None]:
         """The embedding is loaded inside the with-block."""
-        with self._resident(self.layout.embedding):
-            yield
+        return self._resident(self.layout.embedding)
 
-    @contextmanager
-    def pixels(self) -> Iterator[None]:
-        """What is before the vision tower's blocks is loaded inside the with-block."""
-        with self._resident(self.layout.pixels):
-            yield
+    def pixels(self) -> AbstractContextManager[None]:
+        """The vision tower's modules before its blocks are loaded inside the with-block."""
+        return self._resident(self.layout.pixels)
 
-    @contextmanager
-    def exit(self) -> Iterator[None]:
+    def exit(self) -> AbstractContextManager[None]:
         """Final norm and head are loaded inside the with-block."""
-        with self._resident(self.layout.head):
-            yield
+        return self._resident(self.layout.head)
 
-    @contextmanager
-    def beside(self, index: int) -> Iterator[None]:
-        """What a block needs of the rest of the model is loaded inside the with-block."""
+    def beside(self, index: int) -> AbstractContextManager[None]:
+        """The other modules that a head's forward uses are loaded inside the with-block."""
         block = self.layout.blocks[index]
         wanted: dict[str, None] = {}
         if block.kind is BlockKind.DRAFT:
             wanted = dict.fromkeys([*self.layout.embedding, *self.layout.head])
         elif block.kind is BlockKind.HEAD:
             wanted = dict.fromkeys(name for name in self.layout.head if name not in block.tensors)
-        with self._resident([*wanted]):
-            yield
+        return self._resident([*wanted])
 
     # Running --------------------------------------------------------------------------------------------------
 
     def embed(self, inputs: Inputs, features: Tensor | None = None) -> Tensor:
-        """What enters the first decoder layer; call inside `entry()`. `features` are what the merger put out."""
+        """The input of the first decoder layer; call inside `entry()`. `features` are the merger's output."""
         return self.meta_model.embed(self._there(inputs), features)
 
     def patches(self, inputs: Inputs) -> Tensor:
-        """What enters the first vision block (patches, width); call inside `pixels()`."""
+        """The input of the first vision block (patches, width); call inside `pixels()`."""
         return self.meta_model.patches(self._there(inputs))
 
     def run_block(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
-        """What leaves a block; differentiable in `hidden`.
+        """The output of a block; differentiable in `hidden`.
 
-        A draft head puts out what the output head reads, one token less; an output head its logits. Call both inside
-        `beside(index)`.
+        A draft head returns the input of the output head, for one token less; an output head returns logits. Call both
+        inside `beside(index)`.
         """
         kind, inputs = self.layout.blocks[index].kind, self._there(inputs)
         if kind is BlockKind.DECODER:
@@ -143,15 +137,15 @@ class ModelRunner:
         return self.meta_model.logits(hidden, head)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (sequences, tokens, vocabulary) for what left the last decoder layer; call inside `exit()`."""
+        """Logits (sequences, tokens, vocabulary) for the output of the last decoder layer; call inside `exit()`."""
         return self.meta_model.logits(hidden)
 
     def normed(self, hidden: Tensor) -> Tensor:
-        """What the output head reads for what left the last decoder layer; call inside `exit()`."""
+        """The final norm of the last decoder layer's output: the input of the output head. Call inside `exit()`."""
         return self.meta_model.normed(hidden)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """Logits for what a draft head put out; call inside `beside` of it."""
+        """Logits for the output of a draft head; call inside `beside` of it."""
         return cast(Tensor, self.meta_model.model.get_output_embeddings()(hidden))
 
     def _there(self, inputs: Inputs) -> Inputs:
@@ -180,11 +174,6 @@ class ModelRunner:
         finally:
             for module, leaf, parameter in replaced:
                 setattr(module, leaf, parameter)
-
-
-def _joined(tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """One tensor of the module from those of the checkpoint: the same, or experts one by one along the rows."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors)).view(shape)
 
 
 def check_finite(weights: dict[str, Tensor], where: str) -> None:

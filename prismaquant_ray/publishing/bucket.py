@@ -1,7 +1,7 @@
 """Publishing to s3:// or gs://: every object is read back and compared, and config.json is written last.
 
-What is there already is known by reading it, too: stores have no digest in common that a client could ask for. While
-an earlier version is replaced there is no config.json, so readers see no mixture of two versions.
+Objects already present are read as well, because stores have no common digest that a client could ask for. While an
+earlier version is replaced there is no config.json, so readers never see a mixture of two versions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from prismaquant_ray.storage.store import Store
 
 
 def check_bucket(source: FinishedRepository, target: str) -> None:
-    """Within seconds: InputError or StoreError unless the repository may be put there."""
+    """Check within seconds that the repository may be written to `target`.
+
+    Raises:
+        InputError: something else is there, or source and target overlap.
+        StoreError: the target cannot be written.
+    """
     if source.store.path is None:
         places = absolute(source.store.uri).split("/"), absolute(target).split("/")
         if all(left == right for left, right in zip(*places, strict=False)):
@@ -32,7 +37,12 @@ def check_bucket(source: FinishedRepository, target: str) -> None:
 
 
 def publish_to_bucket(source: FinishedRepository, files: Sequence[File], target: str, listener: Listener) -> Published:
-    """Copy what is not there yet. InputError when the target holds something else, StoreError after the retries."""
+    """Copy the files that are not at the target yet.
+
+    Raises:
+        InputError: the target holds something else.
+        StoreError: a request failed after all retries, or a file did not arrive intact.
+    """
     check_output(target, dequantized=source.dequantized)
     remote = Store(target)
     before = set(remote.list())
@@ -83,7 +93,7 @@ def _check_arrived(remote: Store, file: File, listener: Listener) -> None:
 
 
 def _arrived(remote: Store, file: File, listener: Listener) -> bool:
-    """Whether the target has exactly the bytes of a file: it is read."""
+    """Whether the target has exactly the bytes of a file, by reading them."""
     if remote.size(file.name) != file.size:
         return False
     digests = Digests(file.size)

@@ -15,15 +15,15 @@ from prismaquant_ray.repository.staging import LAST
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.store import Store, existing
 
-#: Files are read in pieces of so many bytes.
+#: Bytes per piece when reading files.
 PIECE = 16 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """Files that were sent, that were there already, and that an earlier version left and were removed.
+    """A publication: files sent, already present, and removed leftovers of an earlier version.
 
-    `place` is where people find it; `public` is None where that is not this project's to say.
+    `place` is the address for people; `public` is None for buckets, where a policy decides.
     """
 
     place: str
@@ -35,21 +35,21 @@ class Published:
 
 
 class Listener(Protocol):
-    """Told how far a publication is; sizes are bytes."""
+    """Receives the progress of a publication; sizes are bytes."""
 
     def begin(self, what: str, files: int, size: int) -> None:
-        """A stage begins: so many files of so many bytes together."""
+        """A stage begins: number of files and their total size."""
 
     def advance(self, size: int) -> None:
-        """So many more bytes of the stage are done."""
+        """`size` more bytes of the stage are done."""
 
     def done(self, name: str, what: str, size: int) -> None:
-        """A file is done, and what was done with it."""
+        """A file is done; `what` says how, for people."""
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file by content: `blob_id` is git's name of it, SHA-1 over `blob SIZE\\0` and the bytes."""
+    """A file by content; `blob_id` is its git object id, SHA-1 over `blob SIZE\\0` and the bytes."""
 
     name: str
     size: int
@@ -65,7 +65,7 @@ class File:
 
 
 class Digests:
-    """Both digests of a file of `size` bytes, in one reading."""
+    """Both digests of a file of `size` bytes, in one pass."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -86,7 +86,8 @@ class Digests:
 class FinishedRepository:
     """A complete repository by its manifest.
 
-    `sizes` has every file to publish, in that order: small files, weights, `LAST`; `unlisted` are files beside them.
+    `sizes` has every file to publish, in this order: small files, weights, `LAST`. `unlisted` are files not in the
+    manifest.
     """
 
     store: Store
@@ -100,7 +101,11 @@ class FinishedRepository:
         return is_dequantized(json.dumps(self.manifest).encode())
 
     def digest(self, listener: Listener) -> tuple[File, ...]:
-        """Every file, read once. InputError when weights are not what the manifest says."""
+        """Read every file once.
+
+        Raises:
+            InputError: weights do not have the digest in the manifest.
+        """
         weights: Mapping[str, str] = self.manifest["sha256"]
         listener.begin("checking", len(self.sizes), sum(self.sizes.values()))
         files = []
@@ -123,20 +128,25 @@ class FinishedRepository:
         return name in self.manifest["sha256"]
 
     def claim(self, stale: Iterable[str]) -> bytes:
-        """A manifest that says whose a place is and that it is incomplete; it names what may be left there."""
+        """A manifest that marks a place as ours and incomplete; it lists its files and the `stale` ones."""
         head = {key: self.manifest[key] for key in ("schema", "kind") if key in self.manifest}
         return as_json(head | {"complete": False, "files": {**dict.fromkeys(stale, 0), **self.manifest["files"]}})
 
     def get(self, file: File) -> bytes:
-        """The bytes of a small file. StoreError when they are no longer what was digested."""
+        """The bytes of a small file.
+
+        Raises:
+            StoreError: it changed since it was digested.
+        """
         data = self.store.get(file.name)
         self._check_same(file, File.of(file.name, data))
         return data
 
     def copy(self, file: File, write: Callable[[bytes], object], advance: Callable[[int], None]) -> None:
-        """Write the bytes of a file. StoreError, after the last, when they are no longer what was digested.
+        """Write the bytes of a file. `advance` gets the bytes written, and their negative sum if the copy fails.
 
-        `advance` is told of bytes that are written, and takes them back when the copy fails.
+        Raises:
+            StoreError: after the last byte, if the file changed since it was digested.
         """
         digests, copied = Digests(file.size), 0
         with ExitStack() as failed:
@@ -164,7 +174,11 @@ def pieces(store: Store, name: str, size: int) -> Iterator[bytes]:
 
 
 def open_finished(uri: str) -> FinishedRepository:
-    """The repository at `uri`; only its manifest is read. InputError when it is not complete or a size is another."""
+    """The repository at `uri`; only its manifest is read.
+
+    Raises:
+        InputError: it is not complete, or a file has another size.
+    """
     store = existing(uri)
     manifest = _manifest(store)
     listed: dict[str, int] = manifest["files"]
@@ -190,7 +204,7 @@ def open_finished(uri: str) -> FinishedRepository:
 
 
 def _manifest(store: Store) -> dict[str, Any]:
-    """The manifest of a complete repository; InputError for anything else."""
+    """The manifest of a complete repository; raises InputError for anything else."""
     try:
         body = json.loads(store.get(MANIFEST))
     except KeyError:

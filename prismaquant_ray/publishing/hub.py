@@ -1,8 +1,8 @@
-"""Publishing to the Hugging Face hub: private unless asked otherwise, and never half a repository for readers.
+"""Publishing to the Hugging Face hub: private by default, and atomic for readers.
 
-The bytes of weights are stored first, shard by shard, and then one commit adds and removes everything: readers see the
-repository as it was or as it is to be, and an interrupted upload goes on where it stopped. What the hub lists, sizes
-and digests, is compared in the end: it checks bytes against digests when they arrive, and nothing is downloaded again.
+Weights are uploaded first, shard by shard. Then one commit adds and removes all files, so readers see either the old or
+the new version, and an interrupted upload resumes. At the end the sizes and digests that the hub lists are compared;
+nothing is downloaded, because the hub verifies digests on arrival.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ from prismaquant_ray.publishing.finished import PIECE, File, FinishedRepository,
 from prismaquant_ray.publishing.hub_client import HubRepository, Snapshot, quiet
 from prismaquant_ray.repository.manifest import MANIFEST, README, is_dequantized
 
-# The hub puts it into every new repository.
+# The hub adds this file to every new repository.
 _OF_THE_HUB = ".gitattributes"
 
 
+@quiet()
 def check_hub(source: FinishedRepository, repository: HubRepository, *, public: bool) -> None:
-    """Within seconds: InputError or StoreError unless the repository may be put there. Nothing is made."""
+    """Check within seconds that the repository may be published there; creates nothing.
+
+    Raises:
+        InputError: the token may not write there, or the target is public or holds something else.
+        ResourceError: the temporary directory is too small.
+        StoreError: the hub cannot be reached.
+    """
     repository = repository.hasty()
-    with quiet():
-        owners = repository.check_token()
-        snapshot = repository.look()
-        owner = repository.id.partition("/")[0]
-        if snapshot is not None:
-            _check_free(source, repository, snapshot, public=public)
-        elif owners is not None and owner not in owners:
-            raise InputError(
-                f"{repository.uri} does not exist and this token may not make it: it is for {', '.join(sorted(owners))}"
-            )
-        if source.store.path is None:
-            _check_room(source)
+    owners = repository.check_token()
+    snapshot = repository.look()
+    owner = repository.id.partition("/")[0]
+    if snapshot is not None:
+        _check_free(source, repository, snapshot, public=public)
+    elif owners is not None and owner not in owners:
+        raise InputError(
+            f"{repository.uri} does not exist and this token may not make it: it is for {', '.join(sorted(owners))}"
+        )
+    if source.store.path is None:
+        _check_room(source)
 
 
+@quiet()
 def publish_to_hub(
     source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
 ) -> Published:
-    """Bring the repository to exactly these files, beside those that others put there.
+    """Make the repository hold these files, beside files that others added.
 
-    InputError when the target holds something else or is public and `public` is false; StoreError after the retries,
-    or when what arrived is not what was sent.
+    Raises:
+        InputError: the target holds something else, or is public and `public` is false.
+        StoreError: a request failed after all retries, or a file did not arrive intact.
     """
-    with quiet():
-        return _publish(source, files, repository, listener, public=public)
-
-
-def _publish(
-    source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener, *, public: bool
-) -> Published:
     before = repository.look()
     if before is None:
         repository.create()
@@ -70,7 +71,7 @@ def _publish(
         small = [file for file in missing if not source.is_weights(file.name)]
         weights = [file for file in missing if source.is_weights(file.name)]
         card = next((file for file in small if file.name == README), None)
-        if card is not None:  # refused front matter is said before hours of sending
+        if card is not None:  # invalid front matter is reported before hours of uploading
             repository.check_card(source.get(card).decode("utf-8", "replace"))
         additions = _uploaded(source, weights, repository, listener)
         additions += [CommitOperationAdd(file.name, source.get(file)) for file in small]
@@ -97,7 +98,7 @@ def _publish(
 def _check_free(
     source: FinishedRepository, repository: HubRepository, snapshot: Snapshot, *, public: bool
 ) -> Mapping[str, int]:
-    """The files that a manifest of ours there names; InputError when something else is there, or all can see it."""
+    """Files that our manifest at the target lists; InputError if it holds something else or is public."""
     if not snapshot.private and not public:
         raise InputError(
             f"{repository.uri} exists and is public; add --public to publish there for everybody, or make it private "
@@ -133,7 +134,7 @@ def _has(snapshot: Snapshot, file: File) -> bool:
 
 
 def _check_all(repository: HubRepository, snapshot: Snapshot, files: Sequence[File]) -> None:
-    """StoreError unless the hub lists every file with its size and digest."""
+    """Raise StoreError unless the hub lists every file with its size and digest."""
     wrong = [file.name for file in files if not _has(snapshot, file)]
     if wrong:
         first = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -149,7 +150,7 @@ def _check_all(repository: HubRepository, snapshot: Snapshot, files: Sequence[Fi
 def _uploaded(
     source: FinishedRepository, files: Sequence[File], repository: HubRepository, listener: Listener
 ) -> list[CommitOperationAdd]:
-    """Files that are at the hub, one after the other, but in no commit yet."""
+    """Upload files one after the other, without a commit."""
     operations = []
     for file in files:
         with _content(source, file) as content:
@@ -162,8 +163,8 @@ def _uploaded(
 
 @contextmanager
 def _content(source: FinishedRepository, file: File) -> Iterator[Path | bytes]:
-    """What the client uploads: bytes, or a path. A large file of an object store is copied to this machine's disk."""
-    if file.size <= PIECE:  # the hub may take it into git itself, when it is committed
+    """Bytes or path to upload; a large file in an object store is first copied to the local disk."""
+    if file.size <= PIECE:  # the hub may store it in git, as part of the commit
         yield source.get(file)
     elif source.store.path is not None:
         yield source.store.path / file.name

@@ -1,4 +1,4 @@
-"""One model repository on the Hugging Face hub, through huggingface_hub, with failures repeated for a bounded time."""
+"""One model repository on the Hugging Face hub, through huggingface_hub, with retries for a bounded time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prismaquant_ray.publishing.hub_failures import HUB_FAILURES, diagnose_hub, 
 from prismaquant_ray.storage.retry import retried
 from prismaquant_ray.storage.store import CHECK_SECONDS, RETRY_SECONDS
 
-# Seconds of silence after which a server is taken for gone. A commit of many files may take a minute.
+# Read timeout in seconds. A commit of many files may take a minute.
 _SILENCE = 120.0
 _CONNECT = 10.0
 _T = TypeVar("_T")
@@ -35,21 +35,21 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file as the hub lists it; `sha256` of those that git holds by reference."""
+    """A file as the hub lists it; `sha256` for LFS files, else None."""
 
     size: int | None
     sha256: str | None
     blob_id: str | None
 
     def is_same(self, file: File) -> bool:
-        """Whether it has the bytes of a file, by size and digest."""
+        """Whether its size and digest are those of a file."""
         digest = self.blob_id == file.blob_id if self.sha256 is None else self.sha256 == file.sha256
         return digest and self.size == file.size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """A repository at one commit; None for one without any."""
+    """A repository at one commit; `commit` is None for an empty one."""
 
     commit: str | None
     private: bool
@@ -57,9 +57,11 @@ class Snapshot:
 
 
 class HubRepository:
-    """`hf://org/name` behind few calls. Each repeats what may pass for `seconds`, then raises StoreError.
+    """Client for `hf://org/name`. Calls retry transient failures for `seconds`.
 
-    InputError means that the token, the name or the rights are wrong.
+    Raises:
+        InputError: the token, the name or the rights are wrong.
+        StoreError: the hub failed until the end of the retries.
     """
 
     def __init__(self, uri: str, api: HfApi, *, seconds: float = RETRY_SECONDS) -> None:
@@ -70,18 +72,19 @@ class HubRepository:
         self._silence = min(_SILENCE, max(_CONNECT, seconds))
 
     def hasty(self) -> HubRepository:
-        """The same for people who wait: it gives up within about 20 seconds."""
+        """A copy for checks while somebody waits; it gives up within about 20 seconds."""
         return HubRepository(self.uri, self.api, seconds=min(self._seconds, CHECK_SECONDS))
 
     @property
     def url(self) -> str:
-        """Where people find it."""
+        """Address of the repository for people."""
         return f"{self.api.endpoint}/{self.id}"
 
     def check_token(self) -> frozenset[str] | None:
-        """Whose repositories the token may make, None when that is not known.
+        """The owners for which the token may create repositories; None if unknown.
 
-        InputError unless there is a token that the hub knows and that is not for reading only.
+        Raises:
+            InputError: there is no valid token, or it is read-only.
         """
         token = self.api.token
         if token is False or not (isinstance(token, str) or get_token()):
@@ -92,12 +95,12 @@ class HubRepository:
         access = (account.get("auth") or {}).get("accessToken") or {}
         if access.get("role") == "read":
             raise InputError(f"{self.uri}: the Hugging Face token may only read; use one that may write")
-        if access.get("role") != "write":  # of a fine-grained token the hub does not list every organization
+        if access.get("role") != "write":  # the hub does not list all organizations of a fine-grained token
             return None
         return frozenset([account["name"], *(entry["name"] for entry in account.get("orgs") or ())])
 
     def look(self) -> Snapshot | None:
-        """The repository now; None when there is none that this account can see."""
+        """The current state of the repository; None if it does not exist or is not visible to this account."""
 
         def ask() -> Snapshot | None:
             try:
@@ -115,11 +118,11 @@ class HubRepository:
         return self._ask("cannot be looked at", ask)
 
     def create(self) -> None:
-        """Make the repository, private."""
+        """Create the repository as private."""
         self._ask("cannot be created", lambda: self.api.create_repo(self.id, private=True, exist_ok=True))
 
     def make_public(self) -> None:
-        """Let everybody read it."""
+        """Make the repository public."""
         self._ask("cannot be made public", lambda: self.api.update_repo_settings(self.id, private=False))
 
     def get(self, name: str, commit: str | None) -> bytes:
@@ -132,20 +135,20 @@ class HubRepository:
         return self._ask(f"{name} cannot be read", fetch)
 
     def upload(self, operation: CommitOperationAdd) -> None:
-        """Store the bytes of a large file, which a commit then refers to; sends nothing that the hub has already."""
+        """Upload a large file for a later commit; skipped if the hub has it already."""
 
         def send() -> None:
             try:
                 self.api.preupload_lfs_files(self.id, additions=[operation])
             except HUB_FAILURES:
                 raise
-            except ValueError as error:  # what the client says of an answer that it does not understand
+            except ValueError as error:  # the client could not parse the answer
                 raise StoreError(f"{self.uri}: {operation.path_in_repo} cannot be sent ({tidy(str(error))})") from None
 
         self._ask(f"{operation.path_in_repo} cannot be sent", send, (*HUB_FAILURES, RuntimeError))
 
     def check_card(self, readme: str) -> None:
-        """InputError when the hub refuses the front matter of this README.md."""
+        """Raise InputError if the hub refuses the front matter of this README.md."""
 
         def ask() -> None:
             body = {"content": readme, "repoType": "model"}
@@ -156,9 +159,11 @@ class HubRepository:
     def commit(
         self, message: str, additions: Iterable[CommitOperationAdd], removed: Iterable[str], parent: str | None
     ) -> None:
-        """Add and remove files at once, unless somebody else's commit came after `parent`. Look at what became of it.
+        """Add and remove files in one commit on `parent`; the caller must check the result.
 
-        InputError when the hub refuses the front matter of README.md.
+        Raises:
+            InputError: the hub refuses the front matter of README.md.
+            StoreError: there is another commit after `parent`.
         """
         operations: list[CommitOperationAdd | CommitOperationDelete] = [*additions]
         operations += (CommitOperationDelete(name, is_folder=False) for name in removed)
@@ -185,7 +190,7 @@ class HubRepository:
 
     def _ask(self, what: str, call: Callable[[], _T], failures: tuple[type[Exception], ...] = HUB_FAILURES) -> _T:
         def attempt() -> _T:
-            # The client waits for ever unless told otherwise, and may have been made anew.
+            # The client has no timeout by default, and may be a new one.
             session = get_session()
             session.timeout = type(session.timeout)(self._silence, connect=_CONNECT)
             return call()
@@ -196,7 +201,7 @@ class HubRepository:
 
 
 def repository_id(uri: str) -> str:
-    """org/name of hf://org/name; InputError for anything else."""
+    """org/name of hf://org/name; raises InputError for anything else."""
     name = uri.removeprefix("hf://").rstrip("/")
     try:
         validate_repo_id(name)
@@ -210,7 +215,7 @@ def repository_id(uri: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the client's own bars and warnings, which repeat signed addresses."""
+    """Suppress the client's progress bars and warnings, which contain signed URLs."""
     bars, verbosity = not are_progress_bars_disabled(), get_verbosity()
     set_verbosity(logging.ERROR)
     disable_progress_bars()

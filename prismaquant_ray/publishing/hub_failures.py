@@ -1,4 +1,4 @@
-"""What errors of the hub's client mean, in one line without the token."""
+"""Diagnosing errors of the hub's client, in one line without the token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LIMIT = 120
 
 
 def diagnose_hub(error: BaseException) -> Problem:
-    """Whose fault it is, and whether waiting may help."""
+    """The cause of an error, a remedy, and whether it is transient."""
     cause = _cause(error)
     if isinstance(cause, OfflineModeIsEnabled):
         return Problem("HF_HUB_OFFLINE is set", "unset it to publish", input=True)
@@ -34,18 +34,18 @@ def diagnose_hub(error: BaseException) -> Problem:
 
 
 def _elsewhere(error: BaseException) -> Problem:
-    """A failure of this machine, or of the native uploader, whose errors have a status in their text only."""
+    """A local failure, or one of the native uploader, whose errors have the HTTP status only in their text."""
     text = tidy(str(error))
     if refused := re.search(r"client error \((4\d\d)", text):
         remedy = f"set HF_HUB_DISABLE_XET=1 if this hub has no xet storage, and {_AGAIN}"
         return Problem(f"the native uploader met HTTP {refused[1]}", remedy, passing=refused[1] in ("408", "429"))
-    # Python's own errors of files have a number, and waiting does not help; the native uploader's have none.
+    # Python's file errors have an errno and are permanent; those of the native uploader have none.
     passing = not isinstance(error, OSError) or error.errno is None
     return Problem(f"{type(error).__name__}: {short(text, _LIMIT)}", _AGAIN, passing=passing)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The failed request that an error speaks of, or the error."""
+    """The request error behind an error, or the error itself."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HTTPError | OfflineModeIsEnabled):
         cause = cause.__cause__
@@ -84,7 +84,7 @@ def _silence(error: BaseException) -> str:
 
 
 def tidy(text: str) -> str:
-    """One line without the token and without the parameters of signed addresses."""
+    """One line without the token and without query parameters of signed URLs."""
     token = get_token()
     if token:
         text = text.replace(token, "…")

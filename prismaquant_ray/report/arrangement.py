@@ -71,7 +71,7 @@ class SensitiveGroup:
 
 
 def sensitive(findings: Findings) -> list[SensitiveGroup]:
-    """Every group, the one that loses most in the smallest format it can take first."""
+    """Every group, by falling cost in its smallest format."""
     columns, names = findings.groups, [entry.name for entry in findings.formats]
     found = []
     for row, (name, chosen) in enumerate(
@@ -107,7 +107,7 @@ class StripRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Strip:
-    """The spread of what rounding gained by one codec, which some formats share."""
+    """The spread of the rounding gain of one codec and the formats that share it."""
 
     codec: str
     formats: list[str]
@@ -115,7 +115,7 @@ class Strip:
 
 
 def strips(findings: Findings) -> list[Strip]:
-    """By codec, every kind of Linear with the ratios that ship."""
+    """Ratios as shipped, by codec and kind of Linear."""
     kinds = {block.index: block.kind for block in findings.blocks}
     found: dict[str, dict[str, list[float]]] = {}
     for entry in findings.rounding.linears:

@@ -1,7 +1,7 @@
 """The model card: README.md of a repository.
 
-Front matter goes through a YAML writer and every value of the text through `markdown.escaped`: names of models, files
-and modules come from outside.
+Front matter goes through a YAML writer and every value in the text through `markdown.escaped`, because names of models,
+files and modules are untrusted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import jinja2
 import yaml
 
+from prismaquant_ray.formats.base import VLLM
 from prismaquant_ray.records import Divergence
 from prismaquant_ray.report.card_view import CardView
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.markdown import Markdown, code, escaped, fenced, line, table
-from prismaquant_ray.report.shipped import Shipped
+from prismaquant_ray.report.shipped import Shipped, named
 
-# Rows of a table, and names after one reason: a card is read, the whole plan is in prismaquant.json.
+# Limits on table rows, and on names per reason; the whole plan is in prismaquant.json.
 _ROWS = 24
 _NAMES = 6
 _METHODS = {"search": "scales searched", "gptq": "GPTQ"}
@@ -73,7 +74,7 @@ class _Tables:
         self.view, self.findings, self.shipped = view, view.findings, view.shipped
 
     def glance(self) -> Markdown:
-        """What one wants to know first."""
+        """Size, bits, formats and losses."""
         return table(["", ""], self._glance(), words=2)
 
     def _glance(self) -> Iterator[tuple[str, Any]]:
@@ -106,7 +107,7 @@ class _Tables:
                 yield f"Measured KL, {what} rounded", f"{_loss(divergence)} nats per token from the source"
 
     def mix(self) -> Markdown:
-        """What each format holds."""
+        """Contents of each format."""
         everything = self.findings.composition.all.parameters
         rows = [
             (
@@ -124,7 +125,7 @@ class _Tables:
         return table(titles, rows, words=2)
 
     def modules(self) -> Markdown:
-        """Which kinds of groups have which format."""
+        """Kinds of groups, counted by format."""
         formats = [entry.name for entry in self.shipped.formats]
         rows = [
             (row.kind, code(row.name), *(row.counts.get(name) or "" for name in formats))
@@ -133,12 +134,12 @@ class _Tables:
         return table(["in", "group", *formats], rows, words=2)
 
     def ignored(self) -> Markdown:
-        """What was no candidate, and why."""
+        """Modules that were not candidates, by reason."""
         rows = [(_names(entry.names), entry.reason) for entry in self.shipped.ignored[:_ROWS]]
         return table(["modules", "why"], rows, words=2)
 
     def rounding(self) -> Markdown:
-        """What each way of rounding gained; 1 where there was no error to begin with."""
+        """Gain of each rounding method; 1 where round-to-nearest has no error."""
         found = self.shipped.rounding
         methods = list(dict.fromkeys(name for entry in found for name in sorted(entry.gain.ratio, reverse=True)))
         rows = [
@@ -159,7 +160,7 @@ class _Tables:
         )
 
     def sweep(self) -> Markdown:
-        """What other budgets would have given; this one is marked."""
+        """Plans of other budgets; this one is marked."""
         plans = self.view.sweep
         formats = list(dict.fromkeys(name for plan in plans for name in plan.groups))
         found = [self.view.measured_of(plan) for plan in plans]
@@ -182,7 +183,7 @@ class _Tables:
         return table(["budget", "bits", *formats, "repository, MB at most", "predicted", *shown], rows, words=1)
 
     def measured(self) -> Markdown:
-        """What was measured of this plan."""
+        """Measured losses of this plan."""
         found, known = self.view.measured, self.findings.measured
         assert found is not None
         assert known is not None
@@ -205,12 +206,12 @@ class _Tables:
         return table(["", "source", *there], rows, words=1)
 
     def versions(self) -> Markdown:
-        """What the repository was made with."""
+        """Versions that made the repository."""
         return Markdown(", ".join(f"{escaped(name)} {escaped(number)}" for name, number in self.view.versions))
 
 
 def _names(names: Mapping[str, int]) -> Markdown:
-    """Modules with how many there are, the first few by name."""
+    """The first few module names with their counts."""
     shown = [f"{code(name)}{f' ×{count}' if count > 1 else ''}" for name, count in list(names.items())[:_NAMES]]
     more = len(names) - _NAMES
     return Markdown(", ".join(shown) + (f" and {more} other names" if more > 0 else ""))
@@ -250,6 +251,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"code": code, "fenced": fenced, "listed": _listed}
+    environment.filters |= {"code": code, "fenced": fenced, "listed": _listed, "named": named}
+    environment.globals["vllm"] = VLLM
     source = files("prismaquant_ray.report").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
     return environment.from_string(source)

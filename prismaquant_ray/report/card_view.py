@@ -1,4 +1,4 @@
-"""A card's figures, from the findings of a run and from what its repository ships."""
+"""A card's figures, from the findings of a run and the contents of its repository."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.base import VLLM
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.report.findings import Findings, MeasuredLosses, PlanFindings
 from prismaquant_ray.report.group_findings import FormatShare, Share
 from prismaquant_ray.report.groups import decoded, predicted_loss, share
-from prismaquant_ray.report.shipped import Shipped, ShippedFormat, named
+from prismaquant_ray.report.shipped import Shipped, ShippedFormat
 
 # Budgets of a sweep that a card shows: this one and its neighbours.
 _BUDGETS = 12
@@ -21,7 +20,7 @@ _VERSIONS = ("torch", "transformers", "compressed-tensors", "ray", "python")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertCoverage:
-    """Routed experts: layers that have them, experts a layer, calibration tokens of the one that saw fewest."""
+    """Routed experts: layers, experts per layer, fewest calibration tokens, experts without tokens."""
 
     layers: int
     each: int
@@ -31,24 +30,14 @@ class ExpertCoverage:
 
 @dataclass(frozen=True, kw_only=True)
 class CardView:
-    """Everything a card says. Losses are nats per token, under `token_fisher` whatever the plan was chosen by."""
+    """The figures of a card. Losses are nats per token, under `token_fisher` for any objective."""
 
     findings: Findings
     shipped: Shipped
 
     @property
-    def version(self) -> str:
-        """Of prismaquant-ray."""
-        return str(self.findings.versions["prismaquant_ray"])
-
-    @property
-    def vllm(self) -> str:
-        """The version that the formats were tried with."""
-        return VLLM
-
-    @property
     def versions(self) -> Iterator[tuple[str, str]]:
-        """Packages that assembled it, and Python."""
+        """Installed packages and Python, with versions."""
         for name in _VERSIONS:
             found = self.findings.versions[name]
             if found is not None:
@@ -72,26 +61,15 @@ class CardView:
         return share(self.shipped.prices, range(len(self.chosen)), self.chosen)
 
     @property
-    def gap(self) -> float:
-        """How far the plan may be from the best one."""
-        return self.plan.gap if self.findings.objective == "token_fisher" else 0.0
-
-    @property
     def measured(self) -> MeasuredLosses | None:
-        """What was measured of exactly this choice."""
+        """Measured losses of exactly this choice."""
         return self.measured_of(self.plan)
-
-    @property
-    def measured_file(self) -> str:
-        """The text that it was measured on."""
-        assert self.findings.measured is not None
-        return named(self.findings.measured.text.file)
 
     # Formats ------------------------------------------------------------------------------------------------------
 
     @cached_property
     def formats(self) -> list[tuple[ShippedFormat, FormatShare, str]]:
-        """Formats in use, what they hold, and what they are."""
+        """Formats in use, with their contents and summaries."""
         shares = {entry.format: entry for entry in self.findings.composition.formats}
         summaries = {entry.name: entry.summary for entry in self.findings.formats}
         return [(entry, shares[entry.name], summaries[entry.name]) for entry in self.shipped.formats]
@@ -102,13 +80,8 @@ class CardView:
         return tuple(entry for entry in self.shipped.formats if entry.quantized)
 
     @property
-    def has_bf16(self) -> bool:
-        """Whether the plan leaves groups in BF16."""
-        return any(not entry.quantized for entry in self.shipped.formats)
-
-    @property
     def waiting(self) -> list[str]:
-        """Formats that load on GPUs which do not round their activations."""
+        """Formats that load on some GPUs without activation rounding."""
         return [entry.name for entry in self.quantized if (entry.full_from or 0) > entry.loads_from]
 
     @property
@@ -118,7 +91,7 @@ class CardView:
 
     @property
     def expert_formats(self) -> list[str]:
-        """Formats of experts that transformers gets wrong."""
+        """Formats of experts that transformers does not compute correctly."""
         of_experts = {name for name, count in zip(self.chosen, self.findings.groups.experts, strict=True) if count}
         return [str(name) for name in FormatName if name in of_experts and not FORMATS[name].in_transformers]
 
@@ -139,7 +112,7 @@ class CardView:
 
     @property
     def vision_blocks(self) -> int:
-        """Blocks of the vision tower, the merger apart."""
+        """Number of blocks of the vision tower, without the merger."""
         return sum(block.kind == BlockKind.VISION for block in self.findings.blocks)
 
     @property
@@ -151,34 +124,24 @@ class CardView:
 
     @property
     def base_models(self) -> tuple[str, ...]:
-        """Hub ids of the model that was quantized, as far as that can be known."""
+        """Hub ids of the quantized model, if known."""
         source = self.shipped.source
         return (source.hub_id,) if source.hub_id else source.stated.quantized_from
 
     # The sweep ----------------------------------------------------------------------------------------------------
 
-    @property
-    def swept(self) -> bool:
-        """Whether a plan of another budget is there."""
-        return len(self.findings.plans) > 1
-
     @cached_property
     def sweep(self) -> list[PlanFindings]:
-        """This plan among its neighbours of the sweep, by bits."""
+        """This plan and its neighbours in the sweep, by bits."""
         plans = sorted(self.findings.plans, key=lambda plan: (plan.bpp, plan is not self.plan))
         place = next(index for index, plan in enumerate(plans) if plan is self.plan)
         start = max(0, min(place - _BUDGETS // 2, len(plans) - _BUDGETS))
         return plans[start : start + _BUDGETS]
 
-    @property
-    def more_targets(self) -> int:
-        """Plans of the sweep that are not among them."""
-        return len(self.findings.plans) - len(self.sweep)
-
     def predicted_loss(self, plan: PlanFindings) -> float | None:
-        """Of any plan."""
+        """Predicted loss of a plan."""
         return predicted_loss(self.shipped.prices, decoded(plan.choice, self.findings.formats))
 
     def measured_of(self, plan: PlanFindings) -> MeasuredLosses | None:
-        """What was measured of any plan's choice."""
+        """Measured losses of a plan's choice."""
         return self.shipped.measured.get(plan.choice)

@@ -1,4 +1,4 @@
-"""Where the frontier's points stand on the page, in percent of the plot, on a linear and on a logarithmic loss axis."""
+"""Positions of the frontier's points, in percent of the plot, on a linear and a logarithmic loss axis."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prismaquant_ray.report.findings import Findings, FrontierCurve, MeasuredLos
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """A stretch of numbers; `log` ones are placed by their logarithm."""
+    """An interval of values, linear or logarithmic."""
 
     low: float
     high: float
     log: bool = False
 
     def place(self, value: float) -> float | None:
-        """Percent from the low end; None for what a logarithmic axis cannot show."""
+        """Percent from the low end; None if a logarithmic axis cannot show the value."""
         low, high = self.low, self.high
         if self.log:
             if value <= 0:
@@ -44,7 +44,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Point:
-    """A mark of one `series` at `bpp` bits and `loss` ± `error` nats per token; `text` says all of it."""
+    """A mark of one `series` at `bpp` bits and `loss` ± `error` nats per token; `text` is its tooltip."""
 
     series: str
     label: str
@@ -122,12 +122,12 @@ class Chart:
 
     @property
     def series(self) -> dict[str, str]:
-        """What is explained below it."""
+        """The legend: series that have a mark."""
         there = {point.series for point in self.points}
         return {key: text for key, text in SERIES.items() if key in there}
 
     def style(self, point: Point) -> str:
-        """CSS variables of a mark: x, and on both axes y and the ends of its error bar; none where it has no place."""
+        """CSS variables of a mark: x, and on both axes y and the ends of its error bar, where they exist."""
         values: list[tuple[str, float | None]] = [("x", self.x.place(point.bpp))]
         error = point.error or 0.0
         for name, axis in (("y", self.linear), ("l", self.log)):
@@ -143,7 +143,7 @@ def _down(axis: Axis, value: float) -> float | None:
 
 
 def chart(findings: Findings) -> Chart:
-    """Axes that hold every mark; the frontier is cut to them."""
+    """Axes that hold every mark; the frontier is clipped to them."""
     marks = points(findings)
     xs = [point.bpp for point in marks]
     margin = max(0.02, 0.03 * (max(xs) - min(xs)))

@@ -1,8 +1,8 @@
-"""Why a module has its format: what each format would have cost it, beside what a byte is worth under the budget.
+"""Why a module has its format: the cost of each format, against the price of a byte under the budget.
 
-With λ the slope of the frontier at the plan's bytes (nats per token that one more byte would save), a group by itself
-is best off in the format of least cost + λ · bytes. A plan departs from that for the few groups that use up the bytes
-which are left over, since formats come in whole.
+Let λ be the slope of the frontier at the plan's bytes: nats per token saved by one more byte. A single group is best in
+the format of least cost + λ · bytes. A plan departs from that only for the few groups that use up the bytes left over
+by indivisible formats.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NEAREST = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Alternative:
-    """A format of the run for one group; `refused` is why the group cannot have it, and then it has no figures.
+    """A format of the run for one group. `refused` says why the group cannot take it; then there are no figures.
 
     `bytes` are as the budget counts them and `predicted_loss` is nats per token under the plan's objective.
     `loss_per_byte_saved` compares it with the next larger format that the group can take; None for the largest, and
@@ -36,19 +36,19 @@ class Alternative:
     """
 
     format: FormatName
-    refused: str | None
-    bytes: int | None
-    predicted_loss: float | None
-    loss_per_byte_saved: float | None
+    refused: str | None = None
+    bytes: int | None = None
+    predicted_loss: float | None = None
+    loss_per_byte_saved: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Explanation:
     """Why a module has its format, or none.
 
-    `group` is the fused group that it belongs to, None for a module that stays as it is; `format` is what the plan for
-    `target` gives that group. `nats_per_byte` is λ; None under a limit on BF16, where no single number decides.
-    `alternatives` are by size, the smallest first, refused ones last.
+    `group` is its fused group, None for an unquantized module; `format` is the group's format in the plan for `target`.
+    `nats_per_byte` is λ; None under a limit on BF16, where no single number decides. `alternatives` are by size, the
+    smallest first, refused ones last.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Explanation:
     reason: str
 
     def lines(self) -> Iterator[str]:
-        """For people."""
+        """The explanation as text."""
         if self.group is None:
             yield f"{self.name} stays as it is: {self.reason}"
             return
@@ -113,7 +113,7 @@ def explain(planner: Planner, plan: PlanRecord, name: str) -> Explanation:
 
 
 def nats_per_byte(planner: Planner, plan: PlanRecord) -> float | None:
-    """λ: what one more byte would save at the bytes of a plan, in nats per token; None under a limit on BF16."""
+    """λ: nats per token saved by one more byte at the size of a plan; None under a limit on BF16."""
     if planner.sizes.second is not None:
         return None
     problem = planner.problem(planner.config.budget)
@@ -125,7 +125,7 @@ def nats_per_byte(planner: Planner, plan: PlanRecord) -> float | None:
 
 
 def _names(layout: Layout) -> tuple[Mapping[str, FusedGroup], Mapping[str, str]]:
-    """Every name of every group, and of every ignored module the one that the layout has."""
+    """Groups by all their names; layout names of ignored modules by all their names."""
     groups: dict[str, FusedGroup] = {}
     for group in layout.groups:
         linears = (name for linear in group.linears for name in (linear.name, *linear.names))
@@ -143,52 +143,31 @@ def _alternatives(planner: Planner, group: FusedGroup) -> list[Alternative]:
     for column, name in enumerate(planner.table.formats):
         if problem.allowed[row, column]:
             allowed.append((int(problem.size[row, column]), float(problem.cost[row, column]), name))
-            continue
-        reason = refusal(name, group) or ruled_out(planner.layout, planner.config.allocation, group, name)
-        refused.append(
-            Alternative(
-                format=name,
-                refused=reason or "it was not priced",
-                bytes=None,
-                predicted_loss=None,
-                loss_per_byte_saved=None,
-            )
-        )
-    allowed.sort()
-    following = [*allowed[1:], None]
-    return [
-        Alternative(
-            format=name,
-            refused=None,
-            bytes=bytes_,
-            predicted_loss=cost,
-            loss_per_byte_saved=None
-            if larger is None or larger[0] == bytes_
-            else (cost - larger[1]) / (larger[0] - bytes_),
-        )
-        for (bytes_, cost, name), larger in zip(allowed, following, strict=True)
-    ] + refused
+        else:
+            reason = refusal(name, group) or ruled_out(planner.layout, planner.config.allocation, group, name)
+            refused.append(Alternative(format=name, refused=reason or "it was not priced"))
+    found = []
+    larger: tuple[int, float] | None = None
+    for bytes_, cost, name in sorted(allowed, reverse=True):
+        rate = None if larger is None or larger[0] == bytes_ else (cost - larger[1]) / (larger[0] - bytes_)
+        found.append(Alternative(format=name, bytes=bytes_, predicted_loss=cost, loss_per_byte_saved=rate))
+        larger = bytes_, cost
+    return [*reversed(found), *refused]
 
 
 def _reason(chosen: FormatName, multiplier: float | None, alternatives: list[Alternative]) -> str:
     """One sentence: chosen because …"""
-    there = {entry.format: _figures(entry) for entry in alternatives if entry.refused is None}
+    there = {entry.format: entry for entry in alternatives if entry.refused is None}
     if len(there) == 1:
         return "chosen because it is the only format that the group can have"
     if multiplier is None:
         return "chosen together with all other groups, because the limit on BF16 counts beside the budget"
-    worth = {name: loss + multiplier * bytes_ for name, (bytes_, loss) in there.items()}
+    size_of = {name: entry.bytes or 0 for name, entry in there.items()}
+    worth = {name: (entry.predicted_loss or 0.0) + multiplier * size_of[name] for name, entry in there.items()}
     best = min(worth, key=lambda name: worth[name])
     # Two formats on one edge of the frontier are worth the same.
     if worth[chosen] <= worth[best] + 1e-9 * abs(worth[best]):
         return "chosen because no other format of the group has less loss and bytes together, at what a byte is worth"
-    way = (
-        "fill bytes that the budget has left" if there[chosen][0] > there[best][0] else "pay for bytes of other groups"
-    )
+    larger = size_of[chosen] > size_of[best]
+    way = "fill bytes that the budget has left" if larger else "pay for bytes of other groups"
     return f"chosen to {way}: by itself the group would be {best}"
-
-
-def _figures(entry: Alternative) -> tuple[int, float]:
-    assert entry.bytes is not None
-    assert entry.predicted_loss is not None
-    return entry.bytes, entry.predicted_loss

@@ -1,7 +1,7 @@
-"""Everything that a run found, gathered once: the terminal's summary, the page, its JSON and the card only arrange it.
+"""All findings of a run, gathered once; terminal summary, page, JSON and card only arrange them.
 
-Losses are nats per token; a draft head's are weighted as the plan weights them. Sizes are bytes. A figure that does not
-exist is None. The fields are the keys of `report.json`, which docs/report.md describes; `schema` counts its versions.
+Losses are nats per token; those of a draft head have the plan's weight. Sizes are bytes. Missing figures are None. The
+fields are the keys of `report.json`, which docs/report.md describes; `schema` counts its versions.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FormatFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredLosses:
-    """What was measured of exactly this choice: with rounded weights only, and with rounded activations too."""
+    """Measured losses of exactly this choice: with rounded weights only, and with rounded activations too."""
 
     weights: Divergence | None
     activations: Divergence | None
@@ -101,7 +101,7 @@ class FrontierCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OtherMeasured:
-    """A measured plan that is none of the report's: a control, or another objective's."""
+    """A measured plan that is not one of the report's: a baseline, or a plan of another objective."""
 
     kind: str
     label: str
@@ -116,7 +116,7 @@ class OtherMeasured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredFindings:
-    """What was measured, on what; `stale` are labels of plans that have changed since they were measured."""
+    """Measured losses and their text; `stale` has the labels of plans that changed after they were measured."""
 
     text: EvaluationText
     calibration_tokens: int
@@ -128,7 +128,7 @@ class MeasuredFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenFindings:
-    """A repository that was written: bytes of all its files, bits per quantizable parameter, seconds that it took."""
+    """A written repository: bytes of all files, bits per quantizable parameter, seconds it took to write."""
 
     uri: str
     target: str
@@ -139,7 +139,7 @@ class WrittenFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepositoryFindings:
-    """What the repository of the budget's plan holds; `written` is the last one that was, or None."""
+    """Contents of the repository of the budget's plan; `written` is the last one written, or None."""
 
     written: WrittenFindings | None
     quantizable_bytes: int
@@ -150,7 +150,7 @@ class RepositoryFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationFindings:
-    """What the run was measured on; `priced_tokens` is the N of the prices, `fingerprint` that of the run."""
+    """The calibration data; `priced_tokens` is the N of the prices, `fingerprint` that of the run."""
 
     text: str
     sequences: int
@@ -164,7 +164,7 @@ class CalibrationFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSpans:
-    """What a worker did in a pass: `spans` are shard, first and last second since the pass began."""
+    """A worker in a pass; each of `spans` is a shard with its first and last second since the pass began."""
 
     worker: str
     steps: int
@@ -220,7 +220,7 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """Everything that a run found. `budget` is the place among `plans` of the configured budget's plan."""
+    """All findings of a run. `budget` is the index in `plans` of the configured budget's plan."""
 
     schema: int
     made: str

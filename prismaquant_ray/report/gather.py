@@ -1,6 +1,6 @@
 """Gathering the findings of a run from its records, prices, plans and events.
 
-Pure but for the clock and the versions of this machine: nothing is read from a store, and nothing is solved.
+Pure except for the clock and installed versions: no store is read, and nothing is solved.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 
+from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.config import ModelConfig
 from prismaquant_ray.events import RepositoryWritten
@@ -33,13 +33,13 @@ from prismaquant_ray.report.findings import (
     UniformFindings,
     WrittenFindings,
 )
-from prismaquant_ray.report.group_findings import BlockFindings, ExpertFindings
+from prismaquant_ray.report.group_findings import BlockFindings, ExpertFindings, GroupColumns
 from prismaquant_ray.report.measurements import measured_findings, measured_of, measured_uniform
 from prismaquant_ray.report.rounding_gain import rounding
 from prismaquant_ray.report.run_data import RunData
 from prismaquant_ray.report.timings import machines, timings, versions
 
-#: An expert is cold when it saw less than this share of what it would see if all were used equally.
+#: An expert is cold when it saw less than this share of the mean of its layer.
 COLD = 0.1
 _EXAMPLE = (4096, 4096)
 
@@ -72,7 +72,7 @@ def gather(
         budget=place,
         plans=plans,
         out_of_reach=sweep.out_of_reach if sweep else sorted(set(config.sweep)),
-        uniform=[_with_measured(entry, measured) for entry in groups.uniform(columns, formats, data.sizes)],
+        uniform=uniform(columns, formats, data.sizes, measured),
         frontier=_frontier(planner),
         knee=sweep.knee if sweep else None,
         measured=measured_findings(
@@ -171,7 +171,7 @@ def _model(data: RunData) -> ModelFindings:
 
 
 def _title(model: ModelConfig) -> str:
-    """A hub id as it is, of anything that is a place its last part."""
+    """The hub id, or the last part of a path or URI."""
     if "://" in model.source or Path(model.source).is_dir():
         return model.source.rstrip("/").rpartition("/")[2]
     return model.source
@@ -194,12 +194,33 @@ def _plan(plan: PlanRecord, layout: Layout, measured: MeasuredPlans | None) -> P
     )
 
 
-def _with_measured(entry: UniformFindings, measured: MeasuredPlans | None) -> UniformFindings:
-    return replace(entry, measured=measured_uniform(measured, entry.format))
+def uniform(
+    columns: GroupColumns, formats: Sequence[FormatFindings], sizes: Sizes, measured: MeasuredPlans | None
+) -> list[UniformFindings]:
+    """Every group in one format."""
+    parameters = sum(columns.parameters)
+    stored = {str(name): int(sizes.stored[:, i].sum()) + sizes.fixed for i, name in enumerate(sizes.formats)}
+    found = []
+    for name in (entry.name for entry in formats):
+        there = [size for size in columns.bytes[name] if size is not None]
+        size = sum(there) if len(there) == len(columns.name) else None
+        cost = groups.total(columns.cost[name])
+        found.append(
+            UniformFindings(
+                format=name,
+                bpp=None if size is None else 8 * size / parameters,
+                weight_bytes=size,
+                repository_bytes_at_most=None if size is None else stored[name],
+                predicted_loss=cost,
+                standard_error=None if cost is None else groups.root_sum_square(columns.standard_error[name]),
+                measured=measured_uniform(measured, name),
+            )
+        )
+    return found
 
 
 def _frontier(planner: Planner) -> FrontierCurve | None:
-    """Every breakpoint of the whole frontier; None where a second limit leaves it without any."""
+    """Every breakpoint of the whole frontier; None under a second limit."""
     curve = planner.curve()
     if curve is None:
         return None

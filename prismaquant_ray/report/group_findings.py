@@ -1,7 +1,6 @@
-"""What a run found of blocks, fused groups and Linears: prices, where a plan's bits went, what rounding gained.
+"""Findings of blocks, fused groups and Linears: prices, composition of the budget's plan, gains of rounding.
 
-Losses are nats per token; a draft head's are weighted as the plan weights them. Sizes are bytes. A figure that does not
-exist is None.
+Losses are nats per token; those of a draft head have the plan's weight. Sizes are bytes. Missing figures are None.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ class BlockFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupColumns:
-    """Columns with an entry per fused group; those by format hold None where the group cannot take it.
+    """Columns with one entry per fused group; those by format hold None where the group cannot take it.
 
-    `module` is the name within the block. `weight_cost` and `activation_cost` are the parts of `cost` that rounding
-    weights alone and rounding activations alone would cause (the rest is their cross term). `standard_error` and the
-    parts belong to the objective token_fisher and are None with another one.
+    `module` is the name within the block. `weight_cost` and `activation_cost` are the parts of `cost` from rounding
+    weights alone and activations alone; the rest is their cross term. `standard_error` and these parts are None under
+    an objective other than token_fisher.
     """
 
     name: list[str]
@@ -43,7 +42,7 @@ class GroupColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """Bytes and predicted loss of some groups under the budget's plan; None where a part of the sum does not exist."""
+    """Bytes and predicted loss of some groups under the budget's plan; a sum is None if one of its terms is."""
 
     groups: int
     parameters: int
@@ -59,7 +58,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleKind:
-    """A place in blocks of one kind: `module` is the name within the block, `label` names it for people."""
+    """A module position in blocks of one kind: `module` is the name within the block, `label` the name for people."""
 
     kind: str
     module: str
@@ -69,7 +68,7 @@ class ModuleKind:
 # JSON has the fields of the last base first.
 @dataclass(frozen=True, kw_only=True)
 class ModuleShare(Share, ModuleKind):
-    """The groups that have the same place in blocks of one kind."""
+    """The groups at the same position in blocks of one kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ class FormatShare(Share, InFormat):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Composition:
-    """Where the bits of the budget's plan went and what they cost."""
+    """Bytes and predicted loss of the budget's plan, by module and by format."""
 
     modules: list[ModuleShare]
     formats: list[FormatShare]
@@ -97,9 +96,9 @@ class Composition:
 class Gain:
     """Held-out output error of some matrices against round-to-nearest.
 
-    `ratio` has an entry per method that was tried, `shipped` is that of the methods that won, `low` and `high` its
-    first and last decile; None where nothing can be judged. `won` counts matrices by winning method; `judged` are those
-    of which round-to-nearest makes an error.
+    `ratio` has one entry per method tried. `shipped` is the ratio of the winning methods, `low` and `high` its first
+    and last decile; None without matrices to judge. `won` counts matrices by winning method; `judged` counts those with
+    a nonzero round-to-nearest error.
     """
 
     ratio: dict[str, float]
@@ -112,7 +111,7 @@ class Gain:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecMatrices:
-    """The formats of a codec, and how many matrices were rounded by it."""
+    """The formats of a codec, and the number of matrices it rounded."""
 
     formats: list[str]
     matrices: int
@@ -120,12 +119,12 @@ class CodecMatrices:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecGain(Gain, CodecMatrices):
-    """All matrices by one codec: geometric means."""
+    """Gain of one codec over all matrices, as geometric means."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedLinear:
-    """One Linear, or that of all experts of a layer, by one codec."""
+    """One Linear, or all experts' copies of it in a layer, and one codec."""
 
     linear: str
     block: int
@@ -136,12 +135,12 @@ class RoundedLinear:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearGain(Gain, RoundedLinear):
-    """One Linear by one codec; of experts the median."""
+    """Gain of one codec on one Linear; the median over experts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundingFindings:
-    """What rounding gained, by codec and by Linear."""
+    """Gains of rounding, by codec and by Linear."""
 
     codecs: dict[str, CodecGain]
     linears: list[LinearGain]
@@ -149,9 +148,9 @@ class RoundingFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertFindings:
-    """Calibration tokens of a layer's experts; `even` is what each would see if all were used equally.
+    """Calibration tokens of a layer's experts; `even` is their mean per expert.
 
-    A cold expert saw less than a tenth of that, but something.
+    A cold expert saw at least one token, but less than a tenth of `even`.
     """
 
     group: str
@@ -168,7 +167,7 @@ class ExpertFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DraftFindings:
-    """The draft head: how often its best guess is the model's by format, its weighted part of every uniform loss."""
+    """The draft head: top-1 agreement with the model by format, and its weighted share of each uniform loss."""
 
     prefix: str
     groups: int

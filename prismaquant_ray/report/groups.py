@@ -1,7 +1,7 @@
 """Prices and bytes of fused groups, and sums of them: by kind of module, by format, with one format everywhere.
 
-The only place where predicted losses are added up for people. Losses are nats per token; a draft head's are weighted as
-the plan weights them. A figure that does not exist is None, and so is a sum with such a part.
+Predicted losses shown to people are summed only here. Losses are nats per token; those of a draft head have the plan's
+weight. A missing figure is None, and so is a sum with such a term.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prismaquant_ray.backward.cost_table import Objective
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind, Layout
 from prismaquant_ray.records import BackwardRecord, Price
-from prismaquant_ray.report.findings import FormatFindings, UniformFindings
+from prismaquant_ray.report.findings import FormatFindings
 from prismaquant_ray.report.group_findings import (
     BlockFindings,
     Composition,
@@ -33,17 +33,17 @@ from prismaquant_ray.report.run_data import RunData
 
 
 def inside(name: str, block: Block) -> str:
-    """A module's name within its block; the same for the same module of every layer."""
+    """A module's name within its block; it does not depend on the layer."""
     return name.removeprefix(f"{block.prefix}.") if block.prefix else name
 
 
 def label(kind: str, module: str) -> str:
-    """A module for people: the decoder's by their name, others with what they are part of."""
+    """A module's name for people, with the kind of block outside the decoder."""
     return module if kind == BlockKind.DECODER else f"{kind}: {module}"
 
 
 def encoded(choice: Mapping[str, FormatName], layout: Layout) -> str:
-    """A plan as one letter per group, in the groups' order."""
+    """A choice as one letter per group, in layout order."""
     return "".join(FORMATS[choice[group.name]].letter for group in layout.groups)
 
 
@@ -93,7 +93,7 @@ def _bytes(sizes: Sizes) -> dict[str, list[int | None]]:
 
 
 def _parts(data: RunData, part: Any) -> dict[str, list[float | None]]:
-    """A part of every price; 0 where nothing is rounded."""
+    """One part of every price; 0 for BF16."""
     return {
         str(name): [_part_of(data, group.name, name, part) for group in data.layout.groups]
         for name in data.table.formats
@@ -114,7 +114,7 @@ def _part_of(data: RunData, group: str, name: FormatName, part: Any) -> float | 
 
 
 def total(values: Iterable[float | None]) -> float | None:
-    """The sum; None when a part of it does not exist."""
+    """The sum, or None if a value is None."""
     listed = list(values)
     there = [value for value in listed if value is not None]
     if len(there) < len(listed):
@@ -123,17 +123,17 @@ def total(values: Iterable[float | None]) -> float | None:
 
 
 def root_sum_square(errors: Iterable[float | None]) -> float | None:
-    """The standard error of a sum whose parts are taken as independent."""
+    """The standard error of a sum of independent terms."""
     return None if (squares := total(None if e is None else e * e for e in errors)) is None else math.sqrt(squares)
 
 
 def predicted_loss(columns: GroupColumns, chosen: Sequence[str]) -> float | None:
-    """Of a plan, given as the format of every group."""
+    """Predicted loss of a plan, given as the format of every group."""
     return total(columns.cost[name][row] for row, name in enumerate(chosen))
 
 
 def share(columns: GroupColumns, rows: Sequence[int], chosen: Sequence[str]) -> Share:
-    """Some groups of a plan, given as the format of every group."""
+    """Sums over some groups of a plan; `chosen` has the format of every group."""
     return Share(**_share(columns, rows, chosen))
 
 
@@ -165,7 +165,7 @@ def _share(columns: GroupColumns, rows: Sequence[int], chosen: Sequence[str]) ->
 def composition(
     columns: GroupColumns, blocks: Sequence[BlockFindings], formats: Sequence[FormatFindings], choice: str
 ) -> Composition:
-    """Where the bits of a plan went and what they cost; `choice` has a letter per group."""
+    """Bytes and predicted loss of a plan by module and format; `choice` has one letter per group."""
     chosen, kinds = decoded(choice, formats), {block.index: block.kind for block in blocks}
     modules: dict[tuple[str, str], list[int]] = {}
     for row, module in enumerate(columns.module):
@@ -181,41 +181,18 @@ def composition(
     )
 
 
-def uniform(columns: GroupColumns, formats: Sequence[FormatFindings], sizes: Sizes) -> list[UniformFindings]:
-    """Every group in one format; nothing of it is measured yet."""
-    parameters = sum(columns.parameters)
-    stored = {str(name): int(sizes.stored[:, i].sum()) + sizes.fixed for i, name in enumerate(sizes.formats)}
-    found = []
-    for name in (entry.name for entry in formats):
-        there = [size for size in columns.bytes[name] if size is not None]
-        size = sum(there) if len(there) == len(columns.name) else None
-        cost = total(columns.cost[name])
-        found.append(
-            UniformFindings(
-                format=name,
-                bpp=None if size is None else 8 * size / parameters,
-                weight_bytes=size,
-                repository_bytes_at_most=None if size is None else stored[name],
-                predicted_loss=cost,
-                standard_error=None if cost is None else root_sum_square(columns.standard_error[name]),
-                measured=None,
-            )
-        )
-    return found
-
-
 # Draft head -----------------------------------------------------------------------------------------------------------
 
 
 def agreement(layout: Layout, backward: Mapping[int, BackwardRecord]) -> dict[str, float] | None:
-    """How often the draft head's best guess is the model's, by format of the whole head; None without a draft head."""
+    """Top-1 agreement of the draft head with the model, by format of the whole head; None without a draft head."""
     for block in layout.of(BlockKind.DRAFT):
         return dict(backward[block.index].agreement or {})
     return None
 
 
 def draft(data: RunData, columns: GroupColumns, formats: Sequence[FormatFindings]) -> DraftFindings | None:
-    """The draft head and its weighted part of every uniform loss."""
+    """Findings of the draft head; None without one."""
     for block in data.layout.of(BlockKind.DRAFT):
         rows = [row for row, index in enumerate(columns.block) if index == block.index]
         return DraftFindings(

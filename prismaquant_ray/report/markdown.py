@@ -1,4 +1,4 @@
-"""Markdown from text that may hold anything: nothing of it is read as Markdown, HTML or the end of a table's cell."""
+"""Markdown from untrusted text, escaped so that it is not parsed as Markdown, HTML or the end of a table cell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 LONGEST = 200
-# An underscore between letters is one in every Markdown.
+# An underscore between letters is literal in every Markdown dialect.
 _SPECIAL = re.compile(r"([\\`*\[\]<>|#&~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")
 
 
@@ -18,20 +18,20 @@ class Markdown(str):
 
 
 def line(text: str) -> str:
-    """One line of printable text, cut where nobody reads on."""
+    """One line of printable text, truncated to `LONGEST`."""
     found = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return found if len(found) <= LONGEST else f"{found[: LONGEST - 1]}…"
 
 
 def escaped(value: Any) -> Any:
-    """Text on one line with every sign that Markdown or HTML would read; what is no text, or Markdown, as it is."""
+    """Text on one line with Markdown and HTML escaped; other values, and Markdown, are returned unchanged."""
     if not isinstance(value, str) or isinstance(value, Markdown):
         return value
     return Markdown(_SPECIAL.sub(r"\\\1", line(value)))
 
 
 def code(text: str) -> Markdown:
-    """A code span. A bar becomes a broken one: inside a table it would end the cell, and outside it needs no escape."""
+    """A code span. `|` becomes `¦`, because it would end a table cell."""
     text = line(text).replace("|", "¦") or "?"
     if "`" not in text:
         return Markdown(f"`{text}`")
@@ -46,7 +46,7 @@ def fenced(text: str, language: str) -> Markdown:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[Any]], *, words: int) -> Markdown:
-    """A table whose first `words` columns are text and the others numbers, to the right."""
+    """A table; columns after the first `words` are numbers, aligned right."""
     rule = ["---" if column < words else "---:" for column in range(len(titles))]
     lines = [_row(titles), f"|{'|'.join(rule)}|", *(_row(row) for row in rows)]
     return Markdown("\n".join(lines))
@@ -57,5 +57,5 @@ def _row(cells: Sequence[Any]) -> str:
 
 
 def _fence(text: str, least: int) -> str:
-    """Backticks, more than the text has in a row."""
+    """A fence longer than any run of backticks in the text."""
     return "`" * max(least, 1 + max((len(run) for run in re.findall("`+", text)), default=0))

@@ -1,4 +1,4 @@
-"""What was measured of plans, joined to the plans of a run: only figures of exactly these choices are theirs."""
+"""Measured losses, matched to the plans of a run by their exact choice of formats."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from prismaquant_ray.report.groups import encoded
 
 
 def measured_of(measured: MeasuredPlans | None, plan: PlanRecord) -> MeasuredLosses | None:
-    """What was measured of exactly this plan: for its target, and of its choice; None when nothing was."""
+    """Measured losses of a plan, matched by target and choice; None if there are none."""
     plans = [entry for entry in measured.plans if entry.kind == "plan"] if measured else []
     same = [entry for entry in plans if entry.target == plan.target and entry.choice == plan.choice]
     return _losses(same[-1]) if same else None
 
 
 def measured_choices(measured: MeasuredPlans | None, layout: Layout) -> dict[str, MeasuredLosses]:
-    """What was measured of every choice, whatever it was made for; a choice has one letter per group."""
+    """Measured losses by choice (one letter per group), for any target."""
     found: dict[str, MeasuredLosses] = {}
     for entry in measured.plans if measured else ():
         if entry.choice.keys() == layout.block_of.keys():
@@ -28,7 +28,7 @@ def measured_choices(measured: MeasuredPlans | None, layout: Layout) -> dict[str
 
 
 def measured_uniform(measured: MeasuredPlans | None, name: str) -> MeasuredLosses | None:
-    """What was measured with one format everywhere."""
+    """Measured losses with one format everywhere."""
     entries = [entry for entry in measured.plans if _uniform(entry) == name] if measured else []
     return _losses(entries[-1]) if entries else None
 
@@ -36,7 +36,7 @@ def measured_uniform(measured: MeasuredPlans | None, name: str) -> MeasuredLosse
 def measured_findings(
     measured: MeasuredPlans | None, choices: Mapping[str, Mapping[str, FormatName]], formats: Sequence[str]
 ) -> MeasuredFindings | None:
-    """What was measured, on what; `choices` has the choice of every target's plan, `formats` those of the run."""
+    """The measured findings; `choices` has the choice of every target's plan, `formats` the formats of the run."""
     if measured is None:
         return None
     plans = [entry for entry in measured.plans if entry.kind == "plan"]

@@ -1,6 +1,6 @@
-"""The report as one HTML page: no file, font or script from anywhere else, readable without JavaScript.
+"""The report as one self-contained HTML page, readable without JavaScript.
 
-Names of models, modules and files are escaped by the template, and JSON inside the page cannot end its own element.
+The template escapes names of models, modules and files; embedded JSON cannot close its own element.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from prismaquant_ray.report.arrangement import sections, sensitive, strips
 from prismaquant_ray.report.chart import chart
 from prismaquant_ray.report.findings import Findings, PlanFindings, UniformFindings
 
-#: What to do for figures that are not there.
+#: Hint for missing measured figures.
 HOW_TO_MEASURE = "not measured: run sweep --measure"
-#: Groups in the table of the most sensitive ones that is open at first.
+#: Rows shown at first in the table of the most sensitive groups.
 MOST_SENSITIVE = 12
 
 
@@ -48,11 +48,11 @@ def page(findings: Findings) -> str:
     )
 
 
-# What the first screen says ---------------------------------------------------------------------------------
+# First screen ---------------------------------------------------------------------------------
 
 
 def reasons(findings: Findings) -> list[str]:
-    """Why this budget, in short sentences; only what the figures say."""
+    """Why this budget, in short sentences derived from the figures."""
     plan, knee = findings.plan, findings.knee
     found = [f"The plan for {formatting.target(plan.target)} takes {plan.bpp:.4f} bits per parameter."]
     if knee is None:
@@ -83,7 +83,7 @@ def _beside(bits: float) -> str:
 
 
 def _kl(entry: PlanFindings | UniformFindings) -> float | None:
-    """What was measured with everything rounded that the runtime rounds."""
+    """Measured KL with weights and activations rounded."""
     if entry.measured is None or entry.measured.activations is None:
         return None
     return entry.measured.activations.kl_mean
@@ -113,7 +113,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-# What the controls need -------------------------------------------------------------------------------------
+# Data of the interactive controls -------------------------------------------------------------------------------------
 
 
 def _data(findings: Findings) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def _data(findings: Findings) -> dict[str, Any]:
 
 
 def _rounded(values: Sequence[float | None]) -> list[float | None]:
-    """Four significant digits are enough to look at."""
+    """Values to four significant digits."""
     return [None if value is None else float(f"{value:.4g}") for value in values]
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name that may go on in the next line after a dot or an underscore."""
+    """A dotted name with line-break opportunities after dots and underscores."""
     return Markup("").join(
         part + Markup("<wbr>") if part in "._" else part for part in re.split(r"([._])", name) if part
     )

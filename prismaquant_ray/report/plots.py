@@ -67,7 +67,7 @@ def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
 
 
 def _titled(axes: Axes, title: str) -> None:
-    # A name with dollars in it is no formula.
+    # Dollar signs in names are not formulas.
     axes.set_title(_short(title, 90), loc="left", fontsize=11, fontweight="bold", parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -79,7 +79,7 @@ def _rows(axes: Axes, names: Sequence[str], at: Sequence[int] | None = None, siz
 
 
 def _short(text: str, most: int) -> str:
-    """Without its middle, when it would leave no room for what is plotted."""
+    """Long text without its middle."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - most // 2 + 1 :]}"
 
 
@@ -137,7 +137,7 @@ def _format_map(findings: Findings) -> Figure:
 
 
 def _sensitivity(findings: Findings) -> Figure:
-    """Log scale of what every group costs in the smallest format of the run."""
+    """Cost of every group in the smallest format of the run, on a log scale."""
     name = findings.formats[0].name
     costs = [math.nan if cost is None or cost <= 0 else cost for cost in findings.groups.cost[name]]
     there = [cost for cost in costs if not math.isnan(cost)] or [1e-9, 1.0]
@@ -154,7 +154,7 @@ def _sensitivity(findings: Findings) -> Figure:
 
 
 def _maps(findings: Findings, title: str, draw: Any) -> Figure:
-    """Layers × modules, a map above the other for each part of the model; `draw` gets rows of groups, −1 for none."""
+    """One map of layers × modules per part of the model; `draw` gets group indices, −1 for none."""
     parts = sections(findings)
     heights = [len(part.rows) + 1 for part in parts]
     widest = max(len(part.columns) for part in parts)
@@ -224,7 +224,7 @@ def _experts(findings: Findings) -> Figure:
     for place, row in enumerate(rows):
         tokens[place, : row.experts] = sorted(row.tokens)
     figure, axes = _figure(9, 1.6 + 0.16 * len(rows), f"{findings.model.title}: calibration tokens of every expert")
-    # An expert without a token has no logarithm: it stays white.
+    # Experts without tokens stay white on the log scale.
     shown_ = np.where(tokens > 0, tokens, math.nan)
     top = max(2.0, float(np.nanmax(tokens)))
     image = axes.imshow(shown_, cmap="cividis", norm=LogNorm(vmin=1, vmax=top), aspect="auto", interpolation="nearest")

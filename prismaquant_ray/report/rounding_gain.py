@@ -1,4 +1,4 @@
-"""What rounding gained over round-to-nearest: ratios of output errors on held-out calibration sequences."""
+"""Gain of rounding over round-to-nearest: ratios of output errors on held-out calibration sequences."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prismaquant_ray.report.group_findings import CodecGain, Gain, LinearGain, R
 from prismaquant_ray.report.groups import inside
 from prismaquant_ray.report.run_data import RunData
 
-#: The method that won, and the held-out error of every method, of one matrix.
+#: Of one matrix: the winning method, and the held-out error of every method.
 Matrix = tuple[Method, dict[Method, float]]
-# An error of nothing has no logarithm.
+# Lower bound of ratios, so that an error of 0 has a logarithm.
 _LEAST = 1e-12
 
 
@@ -58,7 +58,7 @@ def rounding(data: RunData) -> RoundingFindings:
 
 
 def gain_of(roundings: Iterable[LinearRounding]) -> Gain:
-    """The gain of some Linears taken together: geometric means over their matrices."""
+    """The joint gain of some Linears, as geometric means over their matrices."""
     return Gain(**_gain([matrix for found in roundings for matrix in found.matrices()], geometric_mean))
 
 
@@ -85,7 +85,7 @@ def _gain(matrices: Sequence[Matrix], middle: Callable[[Sequence[float]], float]
 
 
 def roundings(data: RunData, name: FormatName, linears: Iterable[str]) -> list[LinearRounding]:
-    """What was found of some Linears by the codec of a format."""
+    """Rounding records of some Linears for the codec of a format."""
     codec = FORMATS[name].codec
     assert codec is not None
     found = {linear: figures for record in data.forward.values() for linear, figures in record.linears.items()}

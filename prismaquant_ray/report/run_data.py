@@ -1,4 +1,4 @@
-"""What findings are gathered from: a measured run."""
+"""The input of `gather`: a measured run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from prismaquant_ray.source.protocol import TensorSource
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RunData:
-    """A measured run: everything that findings are gathered from, but its plans.
+    """A measured run without its plans.
 
-    `fingerprint` is that of run.json, `peak_bytes` the most memory that one worker took, `device` the kind of device
-    that the run began on. `forward` and `backward` are by block index.
+    `fingerprint` is that of run.json, `peak_bytes` the peak memory of a worker, `device` the kind of device that the
+    run began on. `forward` and `backward` are by block index.
     """
 
     uri: str

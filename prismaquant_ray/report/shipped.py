@@ -1,6 +1,6 @@
-"""What one repository ships: the part of a model card that the findings of its run do not have.
+"""Contents of one repository, for the part of its model card that is not in the findings of its run.
 
-Nothing in it depends on how many workers measured, or on where they ran.
+Nothing here depends on the number of workers or where they ran.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from prismaquant_ray.allocation.plans import Choice
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config
+from prismaquant_ray.config import BudgetConfig, Config
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.records import MeasuredPlans, PlanRecord
@@ -51,10 +51,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShippedFormat:
-    """A format that some groups have.
+    """A format in use.
 
-    `width` columns of a matrix share a scale, None where any number may. vLLM loads it on CUDA capabilities (×10) from
-    `loads_from` on, 0 for any, and rounds activations from `full_from` on, None when they are never rounded.
+    `width` columns of a matrix share a scale; None for one scale per row. vLLM loads the format from CUDA capability
+    `loads_from` (×10, 0 for any) and rounds activations from `full_from`, None if they are never rounded.
     """
 
     name: str
@@ -67,7 +67,7 @@ class ShippedFormat:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModuleRow:
-    """Fused groups that have the same place in blocks of a kind: how many have which format."""
+    """Fused groups at the same position in blocks of one kind, counted by format."""
 
     kind: str
     name: str
@@ -76,7 +76,7 @@ class ModuleRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ignored:
-    """Modules that stay as they are, for one reason: name with `*` for numbers → how many."""
+    """Modules left unquantized for one reason, counted by name with `*` for numbers."""
 
     reason: str
     names: Mapping[str, int]
@@ -84,7 +84,7 @@ class Ignored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShippedRounding:
-    """What rounding gained of the matrices that ship in a format; geometric means."""
+    """Gain of rounding over the matrices shipped in a format, as geometric means."""
 
     format: str
     matrices: int
@@ -93,7 +93,7 @@ class ShippedRounding:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationProvenance:
-    """What the run was measured on; `tokens` counts those that stand for images, `fingerprint` is the tokens'."""
+    """The calibration data; `tokens` includes image tokens, `fingerprint` is that of the tokens."""
 
     text: str
     text_sha256: str
@@ -106,11 +106,11 @@ class CalibrationProvenance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shipped:
-    """What one repository's card says that its findings do not.
+    """Card data of one repository beyond the findings.
 
-    `ruled` says that settings other than the budget limited the choice. `prices` are nats per token of true loss
-    (`token_fisher`), whatever the plan was chosen by. `config` is YAML. Sizes in bytes, `bpp` in bits per quantizable
-    parameter. `measured` has what was measured of a choice (a letter per group), whatever target that was made for.
+    `ruled` says whether settings other than the budget limited the choice. `prices` are under `token_fisher`, in nats
+    per token, for any objective. `config` is YAML. Sizes are bytes, `bpp` is bits per quantizable parameter. `measured`
+    has measured losses by choice (one letter per group), for any target.
     """
 
     source: Source
@@ -131,13 +131,13 @@ class Shipped:
     device: str | None
 
 
-def shipped(data: RunData, plan: PlanRecord, written: Written, measured: MeasuredPlans | None) -> Shipped:
-    """The repository of `plan`, as it was written."""
-    config = data.config
+def gather_shipped(data: RunData, plan: PlanRecord, written: Written, measured: MeasuredPlans | None) -> Shipped:
+    """Card data of the repository of `plan`, as written."""
+    config, allocation = data.config, data.config.allocation
     return Shipped(
         source=_source(data),
         budget=_budget(config.budget),
-        ruled=_is_ruled(config.allocation),
+        ruled=bool(allocation.force or allocation.floor or allocation.max_bf16_fraction is not None),
         bpp=written.bpp,
         bits_all_parameters=written.bits_all_parameters,
         weight_bytes=written.weight_bytes,
@@ -155,7 +155,7 @@ def shipped(data: RunData, plan: PlanRecord, written: Written, measured: Measure
 
 
 def named(location: Path | str) -> str:
-    """A place as the user wrote it; of a local one outside the working directory, or a long one, the name."""
+    """A location as the user wrote it; the file name alone for a long path or one outside the working directory."""
     path = Path(location)
     if "://" in str(location):
         return str(location)
@@ -183,11 +183,6 @@ def _budget(budget: BudgetConfig) -> str:
     return f"{budget.vram:,} bytes of GPU memory, with {budget.sequences} sequences of {budget.context} tokens"
 
 
-def _is_ruled(allocation: AllocationConfig) -> bool:
-    """Whether more than the budget limits the choice."""
-    return bool(allocation.force or allocation.floor or allocation.max_bf16_fraction is not None)
-
-
 def _formats(layout: Layout, choice: Choice) -> Iterator[ShippedFormat]:
     for name, linears in linears_by_format(layout, choice).items():
         if not linears:
@@ -199,7 +194,7 @@ def _formats(layout: Layout, choice: Choice) -> Iterator[ShippedFormat]:
             name=str(name),
             quantized=codec is not None,
             matrices=sum(len(linear.names) for linear in linears),
-            # A scale for a whole row does not mind where the row is cut.
+            # With one scale per row, a row may be split anywhere.
             width=max(widths) if codec and not widths & {linear.in_features for linear in linears} else None,
             loads_from=format_.served.loads_from,
             full_from=format_.served.full_from if format_.round_activation else None,
@@ -249,7 +244,7 @@ def _calibration(data: RunData) -> CalibrationProvenance:
 
 
 def _config(config: Config) -> str:
-    """YAML of what decides the result and is not a default; of places only names, of the cluster only `threads`."""
+    """YAML of the settings that decide the result and are not defaults; locations by name, of the cluster `threads`."""
     body = config.model_dump(mode="json", exclude_defaults=True, exclude={"sweep", "cluster", "store"})
     body["model"]["source"] = named(config.model.source)
     body["formats"] = [str(name) for name in config.formats]

@@ -1,4 +1,4 @@
-"""What a source's own card says of itself, believed only where it is clear."""
+"""Metadata from the source's own card, used only where it is well-formed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _WORD = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stated:
-    """What the source's own card says in its front matter; `problem` is why that says nothing, else None.
+    """Front matter of the source's card; `problem` says why there is none, else None.
 
-    `quantized_from` are base models of which the source says that it has their weights, `derived_from` others.
+    `quantized_from` are base models that the source is a quantization of, `derived_from` other base models.
     """
 
     problem: str | None = None
@@ -36,7 +36,7 @@ class Stated:
 
 
 def stated(readme: str | None) -> Stated:
-    """What a README.md says of licence, base model, language and task; values of another form are left out."""
+    """Licence, base model, language and task from a README.md; malformed values are left out."""
     if readme is None:
         return Stated(problem="the source has no README.md")
     found = _FRONT_MATTER.match(readme.removeprefix("\ufeff"))
@@ -45,7 +45,7 @@ def stated(readme: str | None) -> Stated:
     try:
         body = yaml.safe_load(found[1])
     except (yaml.YAMLError, ValueError, RecursionError):
-        # ValueError: dates that are none.
+        # ValueError: invalid dates.
         body = None
     if not isinstance(body, dict):
         return Stated(problem="the metadata of the source's README.md cannot be read")

@@ -1,4 +1,4 @@
-"""The summary of both passes that `probe` and `quantize` print; prices are `token_fisher`, whatever plans minimise."""
+"""The summary of both passes that `probe` and `quantize` print. Prices are `token_fisher` for any objective."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GroupPrice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertTokens:
-    """Calibration tokens of each expert of a layer, the fewest, and how many experts saw none."""
+    """Calibration tokens per expert of a layer, their minimum, and the number of experts without tokens."""
 
     tokens: list[int]
     fewest: int
@@ -54,7 +54,7 @@ class ProbeSummary:
 
 
 def summarize_probe(data: RunData) -> ProbeSummary:
-    """The figures of the report, of what both passes found alone."""
+    """The report's figures that depend on the two passes only."""
     columns, calibration = group_columns(data, "token_fisher"), data.config.calibration
     codecs = {name: gain for name, gain in rounding(data).codecs.items() if gain.matrices}
     return ProbeSummary(
@@ -76,7 +76,7 @@ def summarize_probe(data: RunData) -> ProbeSummary:
 
 
 def _most_sensitive(columns: GroupColumns) -> list[GroupPrice]:
-    """The prices that lose most."""
+    """The highest prices."""
     prices = [
         GroupPrice(group=group, format=name, cost=cost, standard_error=error)
         for name, costs in columns.cost.items()

@@ -1,4 +1,4 @@
-"""How long everything took, and where: passes and their workers, machines, versions."""
+"""Timings of passes and workers, machines, and versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PACKAGES = ("torch", "transformers", "compressed-tensors", "ray", "safetensors"
 
 
 def timings(events: Sequence[Event], planning_seconds: float) -> Timings:
-    """Every attempt at a pass in which something was done."""
+    """Timings of every attempt at a pass with at least one step."""
     return Timings(
         attempts=sum(isinstance(event, RunBegan) for event in events),
         passes=[_pass(attempt) for attempt in pass_attempts(events) if attempt.steps],
@@ -71,7 +71,7 @@ def _workers(steps: Sequence[StepDone], start: float) -> list[WorkerSpans]:
 
 
 def machines(events: Sequence[Event], peak_bytes: int) -> Machines:
-    """Where workers ran; `peak_bytes` is the most memory that one of them took."""
+    """The machines on which workers ran; `peak_bytes` is the peak memory of a worker."""
     workers: dict[tuple[str, str, str], set[str]] = {}
     host_bytes: dict[tuple[str, str, str], int] = {}
     for event in events:
@@ -91,7 +91,7 @@ def machines(events: Sequence[Event], peak_bytes: int) -> Machines:
 
 
 def versions() -> dict[str, str | None]:
-    """Of the machine that gathers; None for a package that is not installed there."""
+    """Versions on this machine; None for a package that is not installed."""
     found: dict[str, str | None] = {"prismaquant_ray": __version__, "python": python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The files that make a directory or prefix a repository of ours, and the checks that nothing else is replaced."""
+"""The files that mark a directory or prefix as our repository, and checks against overwriting anything else."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from prismaquant_ray.storage.prefix import Prefix
 README = "README.md"
 MANIFEST = "prismaquant.json"
 MANIFEST_SCHEMA = 1
-#: `kind` in the manifest of decoded weights, which must not be taken for a quantized repository; that has no `kind`.
+#: `kind` in the manifest of a dequantized repository; a quantized one has no `kind`.
 DEQUANTIZED = "dequantized"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
-    """Mark a prefix as ours and as incomplete, by a manifest with `body`; what a former repository may leave behind.
+    """Mark a prefix as ours and incomplete, by a manifest with `body`; returns the files of an earlier repository.
 
-    InputError when something else is there, or a dequantized repository where `body` is of a quantized one.
+    Raises:
+        InputError: something else is there, or a dequantized repository where `body` describes a quantized one.
     """
     keys = output.list()
     check_ours(output.uri, keys)
@@ -32,19 +33,19 @@ def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
     listed = _listed(manifest)
     stale = [key for key in keys if key in listed or _SHARD.fullmatch(key)]
     output.delete([CONFIG, INDEX])
-    # The old names are kept until the new files are there: the next attempt must know them, too.
+    # The manifest lists the old files until the new ones are there, so that another attempt finds them too.
     output.put(MANIFEST, as_json({**body, "complete": False, "files": dict.fromkeys(stale, 0)}))
     return stale
 
 
 def check_ours(uri: str, keys: Sequence[str]) -> None:
-    """InputError unless these keys are those of a repository of ours, or none."""
+    """Raise InputError unless the keys are empty or those of our repository."""
     if keys and MANIFEST not in keys:
         raise InputError(f"{uri} holds something else ({keys[0]}); choose another output or empty it")
 
 
 def is_dequantized(manifest: bytes) -> bool:
-    """Whether a manifest is that of a dequantized repository; one that cannot be read is not."""
+    """Whether a manifest describes a dequantized repository; False if it is unreadable."""
     try:
         body = json.loads(manifest)
     except ValueError:
@@ -53,7 +54,7 @@ def is_dequantized(manifest: bytes) -> bool:
 
 
 def _listed(manifest: bytes) -> set[str]:
-    """The files that a manifest names; none when it cannot be read, a stopped write may have cut it."""
+    """The files that a manifest lists; empty if it is unreadable, for example truncated."""
     try:
         files = json.loads(manifest)["files"]
     except (ValueError, KeyError, TypeError):
@@ -62,5 +63,5 @@ def _listed(manifest: bytes) -> set[str]:
 
 
 def as_json(body: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file for people to read."""
+    """Indented JSON as bytes."""
     return (json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

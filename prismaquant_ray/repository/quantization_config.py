@@ -1,7 +1,7 @@
-"""`quantization_config`: what config.json says about every Linear, read by vLLM and by transformers.
+"""The `quantization_config` of config.json, as read by vLLM and transformers.
 
 The two match names differently: vLLM takes the first target in file order, compressed-tensors the first in sorted
-order. They agree because a Linear is matched by one group only: targets spell whole names and are anchored.
+order. They agree because only one group matches a Linear: targets are whole, anchored names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ Choice = Mapping[str, FormatName]
 
 
 def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] | None:
-    """The configuration for a choice, or None when nothing is quantized; InputError when they do not fit."""
+    """The configuration for a choice, or None when nothing is quantized.
+
+    Raises:
+        InputError: the choice does not fit the layout.
+    """
     check_choice(layout, choice)
     members: dict[str, list[str]] = {}
     schemes: dict[str, dict[str, Any]] = {}
@@ -32,7 +36,7 @@ def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] 
             if scheme is None:
                 ignored.append(linear.name)
                 continue
-            # INT4 has a scheme for each group size, so Linears are grouped by what is written, not by format.
+            # INT4 has one scheme per group size, so Linears are grouped by scheme, not by format.
             key = json.dumps(scheme)
             schemes[key] = scheme
             members.setdefault(key, []).append(linear.name)
@@ -41,7 +45,7 @@ def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] 
     compressions = {scheme["format"] for scheme in schemes.values()}
     return {
         "quant_method": "compressed-tensors",
-        # transformers takes the weights for uncompressed without it and computes NaN.
+        # Without it transformers treats the weights as uncompressed and computes NaN.
         "quantization_status": "compressed",
         "format": compressions.pop() if len(compressions) == 1 else "mixed-precision",
         "config_groups": {
@@ -56,7 +60,11 @@ def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] 
 
 
 def check_choice(layout: Layout, choice: Choice) -> None:
-    """InputError unless every fused group has a format that all its members can take."""
+    """Check that every fused group has a format that all its members can take.
+
+    Raises:
+        InputError: it does not, or the choice names an unknown group.
+    """
     for group in layout.groups:
         if group.name not in choice:
             raise InputError(f"the plan has no format for {group.name}; was it made for another model?")
@@ -69,7 +77,7 @@ def check_choice(layout: Layout, choice: Choice) -> None:
 
 
 def linears_by_format(layout: Layout, choice: Choice) -> dict[FormatName, list[LinearSpec]]:
-    """Linears of each format in layout order, formats in the registry's."""
+    """Linears by format, in layout order; formats in registry order."""
     found: dict[FormatName, list[LinearSpec]] = {name: [] for name in FORMATS}
     for group in layout.groups:
         found[choice[group.name]].extend(group.linears)
@@ -92,11 +100,11 @@ def config_group(name: FormatName, linear: LinearSpec) -> dict[str, Any] | None:
 
 
 def targets(layout: Layout, names: Iterable[str]) -> list[str]:
-    """Patterns that match exactly these modules: one for each place in a block, and full names outside blocks.
+    """Patterns that match exactly these modules: one per place in a block, and full names outside blocks.
 
     `re:^model\\.layers\\.(0|3|17)\\.mlp\\.down_proj$`. Both ends are anchored because the runtimes use `re.match`:
-    without `^` such a pattern would also name a draft head's layers, without `$` a longer sibling. A module that
-    runtimes call differently is spelled in every way; `{}` in a name is any expert.
+    without `^` a pattern would also match a draft head's layers, without `$` a longer sibling. A module with different
+    names in the runtimes is matched under each of them; `{}` in a name stands for any expert.
     """
     prefixes = {block.prefix: block.prefix.rpartition(".") for block in layout.blocks}
     places: dict[tuple[str, str], list[str]] = {}
@@ -117,7 +125,7 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
 
 
 def _spelled(layout: Layout, name: str) -> str:
-    """A pattern for a dotted name, or a part of one, under every name that runtimes have for it."""
+    """A pattern for a dotted name, or part of one, under all its names in the runtimes."""
     alias = next((alias for alias in layout.aliases if alias.part_of(name)), None)
     if alias is None:
         return re.escape(name).replace(re.escape(EXPERT), r"\d+")

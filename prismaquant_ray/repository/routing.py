@@ -1,7 +1,7 @@
-"""Which config group each module gets: under vLLM's rules and under compressed-tensors' (which transformers runs).
+"""The config group of each module, under vLLM's rules and under compressed-tensors' (used by transformers).
 
-vLLM's rules are re-stated from its `compressed_tensors/utils.py` (0.32); compressed-tensors' own functions are
-called. Where runtimes call a module by several names (`Layout.aliases_of`), every rule is applied to each of them.
+vLLM's rules are reimplemented from its `compressed_tensors/utils.py` (0.32); for compressed-tensors its own functions
+are called. If a module has several names in the runtimes (`Layout.aliases_of`), every rule is applied to each of them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def fused_mapping(layout: Layout) -> dict[str, tuple[str, ...]]:
 
 
 def experts_route(config: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """Config group vLLM gives a layer's experts, from the names of one expert's Linears; it only looks at expert 0.
+    """Config group that vLLM gives a layer's experts, from the names of expert 0's Linears.
 
-    InputError where vLLM refuses: all of them need one scheme.
+    Raises:
+        InputError: vLLM refuses, because the projections have different schemes.
     """
     names = list(names)
     found = {vllm_route(config, name, class_name="") for name in names}
@@ -51,9 +52,12 @@ def experts_route(config: Mapping[str, Any], names: Iterable[str]) -> str | None
 def vllm_route(
     config: Mapping[str, Any], name: str, *, fused: FusedMapping = NO_FUSED, class_name: str = "ColumnParallelLinear"
 ) -> str | None:
-    """Config group vLLM gives a module it calls `name` (fused or not), or None when it stays unquantized.
+    """Config group that vLLM gives the module `name` (fused or not), or None when it stays unquantized.
 
-    `class_name` is vLLM's class for it. InputError where vLLM refuses, or picks one member's scheme for all.
+    `class_name` is vLLM's class for it.
+
+    Raises:
+        InputError: vLLM refuses, or would use one member's scheme for all.
     """
     shards = _shards(name, fused)
     if _vllm_ignored(config, name, shards):
@@ -72,7 +76,7 @@ def vllm_route(
 
 
 def transformers_route(config: Mapping[str, Any], name: str, module: nn.Module | None = None) -> str | None:
-    """Config group compressed-tensors gives a module (a Linear unless given), or None."""
+    """Config group that compressed-tensors gives a module (by default a Linear), or None."""
     module = module if module is not None else _linear()
     group_of = _group_of(config)
     if not is_match(name, module, list(group_of), config.get("ignore") or ()):
@@ -81,7 +85,7 @@ def transformers_route(config: Mapping[str, Any], name: str, module: nn.Module |
 
 
 def named_groups(config: Mapping[str, Any], name: str) -> set[str]:
-    """Every config group with a target that matches this name; more than one is a conflict."""
+    """All config groups with a target that matches this name; more than one is a conflict."""
     return {
         group
         for group, entry in config["config_groups"].items()
@@ -90,25 +94,25 @@ def named_groups(config: Mapping[str, Any], name: str) -> set[str]:
 
 
 def is_ignored(config: Mapping[str, Any], name: str) -> bool:
-    """Whether `ignore` names a module; both runtimes agree on how."""
+    """Whether `ignore` matches a module; both runtimes use the same rule."""
     return _first(name, config.get("ignore") or ()) is not None
 
 
 def unreadable_because(config: Any) -> str | None:
-    """Why compressed-tensors, or the patterns in it, make a configuration unreadable; None when nothing does."""
+    """Why a configuration cannot be read by compressed-tensors or has an invalid pattern; None if it is readable."""
     try:
         QuantizationConfig.model_validate(config)
         targets = [target for entry in config["config_groups"].values() for target in entry["targets"]]
         for pattern in [*targets, *(config.get("ignore") or ())]:
             re.compile(pattern.removeprefix("re:"))
-    # compressed-tensors' validators raise what they meet in a dictionary of any shape, and have no class of their own.
+    # compressed-tensors' validators have no exception class of their own.
     except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, re.error) as error:
         return " ".join(str(error).split())[:200]
     return None
 
 
 def config_problems(config: Any) -> Iterator[str]:
-    """What makes a configuration unreadable, or readable and wrong, whatever model it is for."""
+    """Problems of a configuration that do not depend on the model."""
     unreadable = unreadable_because(config)
     if unreadable is None and not isinstance(config.get("ignore"), list):
         unreadable = "it has no list to ignore"
@@ -130,7 +134,7 @@ def config_problems(config: Any) -> Iterator[str]:
 
 
 def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, modules: Iterable[str]) -> Iterator[str]:
-    """Every module that does not get the scheme of its choice from both runtimes; `modules` are all of the model's."""
+    """Modules that do not get the chosen scheme in both runtimes; `modules` lists all modules of the model."""
     fused = fused_mapping(layout)
     for group in layout.groups:
         schemes = {linear.name: config_group(choice[group.name], linear) for linear in group.linears}
@@ -160,7 +164,7 @@ def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, mo
 def _vllm_routes(
     config: Mapping[str, Any], layout: Layout, group: FusedGroup, fused: FusedMapping
 ) -> Iterator[tuple[str | InputError | None, str]]:
-    """What vLLM gives a group under each of its names, or why it refuses."""
+    """The config group that vLLM gives a group under each of its names, or its refusal."""
     names = [group.name] if group.experts is None else [linear.names[0] for linear in group.linears]
     for aliases in zip(*(layout.aliases_of(name) for name in names), strict=True):
         try:
@@ -173,7 +177,7 @@ def _vllm_routes(
 
 
 def _named(config: Mapping[str, Any], name: str, quantized: bool | None) -> Iterator[str]:
-    """Problems of the patterns that match a name; `quantized` is None for what is no Linear."""
+    """Problems of the patterns that match a name; `quantized` is None for a module that is not a Linear."""
     found = named_groups(config, name)
     if len(found) > 1:
         yield f"{name} is a target of {', '.join(sorted(found))}; vLLM and transformers choose differently"

@@ -1,4 +1,4 @@
-"""Writing tensors as the shards of a repository, and marking a prefix as ours before anything is written there."""
+"""Writing tensors as the shards of a repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prismaquant_ray.storage.prefix import ByteWriter, Prefix
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to write: its bytes are those of its pieces, one after the other."""
+    """A tensor to write; its data is the concatenation of its pieces."""
 
     name: str
     dtype: str
@@ -24,7 +24,7 @@ class Output:
 
     @classmethod
     def copy(cls, piece: Piece) -> Output:
-        """A tensor as it is elsewhere."""
+        """An unchanged copy of a tensor."""
         _, info = piece
         return cls(info.name, info.dtype, info.shape, (piece,))
 
@@ -36,18 +36,15 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shards:
-    """Shards that were written: bytes and digest by file, and the file of every tensor."""
+    """Written shards: bytes and SHA-256 by file, and the file of every tensor."""
 
     files: dict[str, int]
     sha256: dict[str, str]
     weight_map: dict[str, str]
 
 
-# Shards -------------------------------------------------------------------------------------------------------------
-
-
 def cut(outputs: Sequence[Output], limit: int) -> list[list[Output]]:
-    """Consecutive runs of at most `limit` bytes; a larger tensor is alone."""
+    """Split into consecutive shards of at most `limit` bytes; a larger tensor gets its own shard."""
     shards: list[list[Output]] = [[]]
     filled = 0
     for output in outputs:
@@ -71,7 +68,7 @@ def write_shards(store: Prefix, outputs: Sequence[Output], *, limit: int) -> Sha
 
 
 def _write_shard(store: Prefix, file: str, shard: Sequence[Output]) -> tuple[int, str]:
-    """Bytes and digest of the shard."""
+    """Write one shard; returns its bytes and SHA-256."""
     header = build_header({output.name: (output.dtype, output.shape, output.nbytes) for output in shard})
 
     def write(writer: ByteWriter) -> str:
@@ -86,6 +83,3 @@ def _write_shard(store: Prefix, file: str, shard: Sequence[Output]) -> tuple[int
         return digest.hexdigest()
 
     return len(header) + sum(output.nbytes for output in shard), store.upload(file, write)
-
-
-# The prefix ---------------------------------------------------------------------------------------------------------

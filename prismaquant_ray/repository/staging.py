@@ -1,8 +1,8 @@
-"""Making a finished repository visible, as a whole and only when it is right.
+"""Publishing a repository at its place, as a whole and only after verification.
 
 A local directory is written beside its place and renamed. An object store has no renaming: shards go to their final
-keys, where nobody reads them, and the files that make them a model are held back until the end. Two jobs that write
-to one prefix at the same time are not kept apart.
+keys, and the files that make them a model (`LAST`) are held back until the end. Concurrent jobs on one prefix are not
+excluded.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ LAST = (MANIFEST, INDEX, CONFIG)
 
 @contextmanager
 def staged_output(output: str | Path) -> Iterator[Prefix]:
-    """A place to write and verify a repository in; it is at `output`, complete, when the block ends.
+    """A place to write and verify a repository; it appears at `output` when the block ends.
 
-    When the block raises, a local `output` is as it was; at a URI there is no config.json, and the same command may
-    run again. InputError when something else is there.
+    When the block raises, a local `output` is unchanged; a URI has no config.json, and the same command may run again.
+
+    Raises:
+        InputError: something else is at `output`.
     """
     directory = local_path(str(output))
     if directory is not None:
@@ -53,7 +55,11 @@ def staged_output(output: str | Path) -> Iterator[Prefix]:
 
 
 def check_output(output: str | Path, *, dequantized: bool = False) -> None:
-    """InputError unless a repository may be put there: nothing is there, or one of ours and its kind, whole or not."""
+    """Check that `output` is empty or holds our repository of the same kind, complete or not.
+
+    Raises:
+        InputError: it holds something else.
+    """
     _check_place(output)
     path = local_path(str(output))
     if path is not None and not path.is_dir():
@@ -68,7 +74,7 @@ def check_output(output: str | Path, *, dequantized: bool = False) -> None:
 
 
 def _check_place(output: str | Path) -> None:
-    """InputError unless nothing is there, or a repository of ours."""
+    """Raise InputError unless the place is empty or holds our repository."""
     path = local_path(str(output))
     if path is None:
         check_ours(str(output), Store(str(output)).list())
@@ -80,8 +86,10 @@ def _check_place(output: str | Path) -> None:
 
 
 class StagedPrefix:
-    """A prefix of which `LAST` are kept here, and read from here, until `publish`: config.json, index, and a manifest
-    that says `complete`. All else goes to the store at once."""
+    """A prefix that holds back `LAST` (config.json, index, complete manifest) until `publish`; reads see them already.
+
+    Everything else goes to the store at once.
+    """
 
     divisible = True
 
@@ -91,17 +99,17 @@ class StagedPrefix:
 
     @property
     def uri(self) -> str:
-        """Where it is."""
+        """URI of the prefix."""
         return self._store.uri
 
     def publish(self) -> None:
-        """Write what is kept, config.json last."""
+        """Write the files held back, config.json last."""
         for key in LAST:
             if key in self._kept:
                 self._store.put(key, self._kept.pop(key))
 
     def put(self, key: str, data: Buffer) -> None:
-        """Write an object, or keep it."""
+        """Write an object, or hold it back."""
         if key in (INDEX, CONFIG) or (key == MANIFEST and _is_complete(bytes(data))):
             self._kept[key] = bytes(data)
         else:
@@ -113,25 +121,25 @@ class StagedPrefix:
         return self._store.upload(key, write)
 
     def get(self, key: str) -> bytes:
-        """The object as it will be."""
+        """The object as published."""
         return self._kept[key] if key in self._kept else self._store.get(key)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> builtins.list[Buffer]:
-        """Ranges of the object as it will be."""
+        """Byte ranges of the object as published."""
         if key in self._kept:
             return [self._kept[key][start:stop] for start, stop in ranges]
         return self._store.get_ranges(key, ranges)
 
     def size(self, key: str) -> int | None:
-        """Bytes of the object as it will be."""
+        """Size of the object as published, in bytes; None if there is none."""
         return len(self._kept[key]) if key in self._kept else self._store.size(key)
 
     def list(self) -> builtins.list[str]:
-        """Every key as it will be."""
+        """All keys as published."""
         return sorted({*self._store.list(), *self._kept})
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects, kept ones as well."""
+        """Delete objects, including those held back."""
         keys = [*keys]
         for key in keys:
             self._kept.pop(key, None)
@@ -162,8 +170,8 @@ def _check_directory(path: Path) -> None:
 def staged_directory(output: Path) -> Iterator[Path]:
     """A fresh directory beside `output`, put in its place by renaming when the block ends.
 
-    When the block raises, the fresh directory is removed and `output` is as it was. What killed runs left beside
-    it is removed at entry; a run that was killed between its two renames has its old output put back.
+    When the block raises, the fresh directory is removed and `output` is unchanged. Leftovers of killed runs are
+    removed at entry; if a run was killed between its two renames, the old output is restored.
     """
     _check_directory(output)
     output = output.resolve()
@@ -171,7 +179,7 @@ def staged_directory(output: Path) -> Iterator[Path]:
     _clean_up(output)
     staging = output.parent / f".{output.name}.writing-{new_attempt()}"
     staging.mkdir()
-    # The lock says that this process is alive; the kernel drops it with the process.
+    # The lock marks the directory as in use; the kernel releases it with the process.
     lock = os.open(staging, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

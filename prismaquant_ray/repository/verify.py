@@ -1,7 +1,7 @@
 """Verifying a repository: everything is read again from its files, and every problem is collected.
 
-vLLM does not notice a missing scale, a wrong global scale inside a fused module or a foreign dtype: it serves
-garbage. So names, dtypes, routing and bytes are checked here, against the source and the stored candidates.
+vLLM does not detect a missing scale, a wrong global scale in a fused module or a wrong dtype: it serves garbage. So
+names, dtypes, routing and bytes are checked here against the source and the stored candidates.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from prismaquant_ray.storage.prefix import Prefix
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# What later stages add to or rewrite in a repository.
+# Files that users may edit after writing.
 _MUTABLE = ("README.md",)
-# What one thread compares at a time; a larger module is alone.
+# Bytes per batch that a thread compares; a larger module is a batch of its own.
 _COMPARED = 1 << 26
-# Weights decoded at a time: they stay in a core's cache, and are looked at once.
+# Weights decoded at a time, so that they stay in the cache of a core.
 _DECODED = 1 << 18
 
 #: A module's tensors by suffix.
@@ -48,7 +48,7 @@ Stored = Mapping[str, tuple[TensorInfo, "Buffer"]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """What was found. `problems` are one line each; `linears` counts Linears by format."""
+    """Result of a verification. Each problem is one line; `linears` counts Linears by format."""
 
     problems: tuple[str, ...]
     tensors: int
@@ -59,22 +59,24 @@ class VerifyReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not self.problems
 
 
 def verify_repository(
     repository: Prefix, source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates | None
 ) -> VerifyReport:
-    """Re-read a repository, by threads; each holds some modules, or some batches of tensors, at a time.
+    """Re-read a repository with threads; each holds a batch of modules or tensors in memory at a time.
 
-    Without candidates everything is checked but that the weights are the stored ones. InputError only when the
-    choice does not fit the layout.
+    Without candidates, weights are not compared with the stored ones; everything else is checked.
+
+    Raises:
+        InputError: the choice does not fit the layout.
     """
     check_choice(layout, choice)
     check = _Check(repository, source, layout, choice)
     with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
-        # A shard is one task, and the longest.
+        # Digests first: one task per shard, the longest tasks.
         digests = {file: pool.submit(stored_digest, repository, file, check.sizes[file]) for file in check.shards}
         weights = [pool.submit(check.weights, block, candidates) for block in layout.blocks]
         passed = [pool.submit(check.passthrough, names) for names in check.kept()]
@@ -84,7 +86,7 @@ def verify_repository(
         problems += check.manifest({file: digest.result() for file, digest in digests.items()})
     bpp, bits_all_parameters = check.bits()
     return VerifyReport(
-        # A file that cannot be read is met by several checks.
+        # Several checks report the same unreadable file.
         problems=tuple(dict.fromkeys(problems)),
         tensors=len(check.tensors),
         linears={name: len(linears) for name, linears in linears_by_format(layout, choice).items() if linears},
@@ -145,7 +147,7 @@ class _Check:
     # Names and files ------------------------------------------------------------------------------------------
 
     def index(self) -> Iterator[str]:
-        """Shards can be read, and the index says what is in them."""
+        """Shards are readable, and the index matches their tensors."""
         yield from self.unreadable
         body, problems = self._json(INDEX)
         yield from problems
@@ -177,7 +179,7 @@ class _Check:
             yield f"tensor {name} does not belong here; vLLM refuses tensors it does not know"
 
     def files(self) -> Iterator[str]:
-        """Everything else of the source is there, unchanged."""
+        """All other files of the source are present and unchanged."""
         for file in self.source.other_files():
             if file in REWRITTEN:
                 continue
@@ -191,7 +193,7 @@ class _Check:
             yield f"{CONFIG} differs from the source's in more than quantization_config"
 
     def manifest(self, found: Mapping[str, str]) -> Iterator[str]:
-        """The manifest states what is there; `found` is the digest of every shard."""
+        """The manifest matches the files; `found` has the digest of every shard."""
         body, problems = self._json(MANIFEST)
         yield from problems
         if problems:
@@ -232,7 +234,7 @@ class _Check:
     # Contents -------------------------------------------------------------------------------------------------
 
     def weights(self, block: Block, candidates: Candidates | None) -> list[str]:
-        """Scales are sound, fused modules share theirs, and weights are the stored candidates."""
+        """Scales are valid, fused modules share theirs, and weights are the stored candidates."""
         problems: list[str] = []
         files: dict[FormatName, CandidateFile] = {}
         if candidates is not None:
@@ -276,7 +278,7 @@ class _Check:
             yield from _shared_problems(matrix, shared)
 
     def _batches(self, group: FusedGroup) -> Iterator[list[tuple[str, LinearSpec, list[str]]]]:
-        """Modules of a group with the tensors they ship, but those where one is missing or of another shape."""
+        """Batches of modules with their tensors, without modules where a tensor is missing or has another shape."""
         batch: list[tuple[str, LinearSpec, list[str]]] = []
         filled = 0
         for linear in group.linears:
@@ -298,7 +300,7 @@ class _Check:
         return info is None or (info.dtype, info.shape) != self.expected[name]
 
     def kept(self) -> Iterator[list[str]]:
-        """What is not quantized, in runs of some megabytes."""
+        """Names of unquantized tensors, in batches."""
         run: list[str] = []
         filled = 0
         for name in self.source.tensors:
@@ -313,11 +315,11 @@ class _Check:
             yield run
 
     def passthrough(self, names: Sequence[str]) -> list[str]:
-        """Everything that is not quantized is the source's, byte for byte."""
+        """Unquantized tensors equal the source's, byte for byte."""
         pairs: list[tuple[Piece, Piece]] = []
         for name in names:
             ours, theirs = (self.repository, self.tensors[name]), self.source.piece(name)
-            # What the source has in another form is decoded as a whole.
+            # A tensor that the source stores in another form is decoded whole.
             cut = theirs[0].divisible
             pairs += zip(parts(ours), parts(theirs), strict=True) if cut else [(ours, theirs)]
         left, right = read_pieces(ours for ours, _ in pairs), read_pieces(theirs for _, theirs in pairs)
@@ -335,12 +337,12 @@ def _read(pieces: Iterable[Piece]) -> Mapping[str, Stored]:
 
 
 def _same(left: Buffer, right: Buffer) -> bool:
-    """Whether bytes are equal, by memcmp; of views, == compares element by element."""
+    """Whether bytes are equal. bytearray uses memcmp; == on memoryviews compares element by element."""
     return bytearray(left) == right
 
 
 def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Global scales that the runtime takes from one module for others, and that are not the same."""
+    """Global scales that differ although the runtime applies one of them to several modules."""
     experts = list(zip(*(linear.names for linear in matrix.linears), strict=True))
     together = {
         WEIGHT_GLOBAL_SCALE: experts,
@@ -389,7 +391,7 @@ def _weight_problems(
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite: the extremes are then, and both are NaN if anything is. Needs no other tensor."""
+    """Whether all values are finite, from the extremes (both NaN if any value is), without a temporary tensor."""
     low, high = torch.aminmax(values)
     return bool(torch.isfinite(low) & torch.isfinite(high))
 

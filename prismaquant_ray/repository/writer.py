@@ -1,7 +1,7 @@
 """Writing a model repository: bytes copied from the source and from the stored candidates, no arithmetic.
 
-Readers of a prefix that is being written never see a model: config.json is written last. `staging.staged_output` adds
-that nothing is seen that was not verified, and leaves an old local repository in place until the new one is complete.
+config.json is written last, so readers never see a partial model. `staging.staged_output` publishes only after
+verification, and keeps an old local repository in place until the new one is complete.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.prefix import Prefix
 
-#: files of the source that are written anew
+#: Files of the source that are rewritten.
 REWRITTEN = (CONFIG, MANIFEST)
-# What bits per parameter count; the scalars beside them are some bytes of a matrix of megabytes.
+# Tensors counted in bits per parameter; the few scalars per matrix are not.
 _COUNTED = ("weight", "weight_packed", "weight_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """What a repository's card can know of it: bytes of its shards, and bits as `WrittenRepository` has them."""
+    """Figures for the card: bytes of all shards, and bits as in `WrittenRepository`."""
 
     weight_bytes: int
     bpp: float
@@ -40,7 +40,7 @@ class Written:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenRepository:
-    """What was written.
+    """A written repository.
 
     `files` maps every file to its bytes, `sha256` every shard to its digest. `bpp` is bits of codes and group
     scales per quantizable parameter; `bits_all_parameters` is bits of all tensors per parameter of the model.
@@ -66,9 +66,11 @@ def write_repository(
 ) -> WrittenRepository:
     """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
 
-    `card` makes README.md of what was written; without it the source's stays.
-    Shards hold the tensors in the source's order and are streamed tensor by tensor. A prefix that holds a
-    quantized repository of ours is replaced, not atomically; one that holds anything else is refused with InputError.
+    `card` makes README.md; without it the source's is copied. Shards hold the tensors in the source's order and are
+    streamed tensor by tensor. A quantized repository of ours at `output` is replaced, not atomically.
+
+    Raises:
+        InputError: the source is quantized or incomplete, or `output` holds anything else.
     """
     if any("quantization_config" in part for part in (source.config, source.config.get("text_config") or {})):
         raise InputError(f"{source.store.uri} is already quantized (config.json); start from the BF16 model")
@@ -117,13 +119,13 @@ def bits(source: TensorSource, layout: Layout, sizes: Mapping[str, int]) -> tupl
 
 
 def _counted(layout: Layout) -> set[str]:
-    """Names under which weights of quantizable Linears may be: as shipped, or as in the source."""
+    """Possible names of weights of quantizable Linears: as shipped, and as in the source."""
     shipped = {f"{name}.{suffix}" for linear in layout.linears() for name in linear.names for suffix in _COUNTED}
     return shipped | {source for linear in layout.linears() for source in linear.sources}
 
 
 def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
-    """Every tensor of the output: the source's, each quantized weight replaced by its candidate's tensors."""
+    """All tensors of the output: the source's, with quantized weights replaced by their candidates' tensors."""
     replaced: dict[str, list[Output]] = {}
     for block in layout.blocks:
         for group in block.groups:
@@ -151,7 +153,7 @@ def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Ca
 
 
 def _places(linear: LinearSpec) -> tuple[str, ...]:
-    """For each of its modules the source tensor whose place it takes: its own, or the packed one."""
+    """The source tensor that each module replaces: its own, or the packed one."""
     return linear.sources if len(linear.sources) == len(linear.names) else linear.sources * len(linear.names)
 
 

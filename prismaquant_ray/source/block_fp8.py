@@ -1,4 +1,4 @@
-"""Weights stored as FP8 with a scale per block, seen as the BF16 they stand for.
+"""Weights stored as FP8 with a scale per block, decoded to BF16.
 
 Source: DeepSeek-V3's inference/fp8_cast_bf16.py. Beside `X.weight` (F8_E4M3, out × in) stands `X.weight_scale_inv`
 (⌈out/r⌉ × ⌈in/c⌉ for blocks of r × c); a weight is code · scale of its block in float32, rounded to BF16.
@@ -28,13 +28,13 @@ KEY = "quantization_config"
 SUFFIX = "_scale_inv"
 _CODES = "F8_E4M3"
 _SCALES = ("F32", "BF16", "F16")
-# Decoded at a time: what lies between bytes and bytes is float32.
+# Weights decoded at a time, because intermediates are float32.
 _ELEMENTS = 1 << 20
 _VALUES = torch.arange(256, dtype=torch.uint8).view(DTYPES[_CODES]).float().numpy()
 
 
 def _schemes(config: Mapping[str, Any]) -> list[Any]:
-    """Every quantization_config: the model's, and of a model of several modalities its text model's."""
+    """Every quantization_config: the model's, and its text model's in a multimodal one."""
     parts = (config, config.get("text_config"))
     return [part[KEY] for part in parts if isinstance(part, Mapping) and KEY in part]
 
@@ -74,7 +74,7 @@ def without_block_fp8(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unquantized(config: Mapping[str, Any], infos: Iterable[TensorInfo], uri: str) -> None:
-    """InputError for FP8 codes nothing says how to read; a scheme of another kind is for others to judge."""
+    """InputError for FP8 tensors without a quantization_config. Other schemes are checked elsewhere."""
     if _schemes(config):
         return
     for info in infos:
@@ -87,7 +87,7 @@ def check_unquantized(config: Mapping[str, Any], infos: Iterable[TensorInfo], ur
 
 @dataclass(frozen=True, slots=True)
 class ScaledWeight:
-    """A weight and the scales of its blocks, as they are stored. A row counts through the leading dimensions."""
+    """A weight and the scales of its blocks, as they are stored. Rows are numbered across the leading dimensions."""
 
     weight: TensorInfo
     scale: TensorInfo
@@ -125,7 +125,7 @@ class ScaledWeight:
         return matrix * self.scale.shape[-2] + within // self.block[0]
 
     def decode(self, first: int, last: int, codes: Buffer, scales: Buffer, uri: str) -> Tensor:
-        """Rows [first, last) from the bytes at `spans`. StoreError when there are fewer, InputError for ∞ or NaN."""
+        """Rows [first, last) from the bytes at `spans`. StoreError when bytes are missing, InputError for ∞ or NaN."""
         columns = self.weight.shape[-1]
         decoded = torch.empty(last - first, columns, dtype=torch.bfloat16)
         views = memoryview(codes).cast("B"), memoryview(scales).cast("B")
@@ -134,7 +134,7 @@ class ScaledWeight:
                 raise StoreError(f"{uri}: {info.file} is shorter than its header says, at {info.name}")
         if decoded.numel() == 0:
             return decoded
-        # bytearray: torch refuses to promise that a read-only buffer stays unwritten.
+        # bytearray: torch warns about read-only buffers.
         factors = torch.frombuffer(bytearray(views[1]), dtype=DTYPES[self.scale.dtype]).float()
         if not bool(factors.isfinite().all()):
             raise InputError(f"{uri}: {self.scale.name} is not finite; fetch {self.scale.file} again")
@@ -215,12 +215,8 @@ class BlockFp8Decoder:
         row_bytes = 2 * scaled.weight.shape[-1]
         decoded: list[Buffer] = []
         for index, (first, last) in enumerate(rows):
-            data = _bytes(scaled.decode(first, last, found[index], found[len(rows) + index], self.uri))
+            rows_decoded = scaled.decode(first, last, found[index], found[len(rows) + index], self.uri)
+            data = rows_decoded.view(-1).view(torch.uint8).numpy().data
             start, stop = ranges[index]
             decoded.append(data[start - first * row_bytes : stop - first * row_bytes] if last else b"")
         return decoded
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, shared with it."""
-    return tensor.view(-1).view(torch.uint8).numpy().data

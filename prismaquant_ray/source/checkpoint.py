@@ -53,12 +53,15 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 class Checkpoint:
     """A directory of safetensors files with its config.json.
 
-    `tensors` describes every tensor, in file order, and `config` the model they are of. Weights stored as FP8 in
-    blocks are seen as BF16: their scales are no tensors, and `config` does not speak of them. What the files say
-    is in `stored` and `source_config`; where a tensor's bytes come from is `piece`.
+    `tensors` describes every tensor, in file order, `config` the model. Weights stored as
+    block FP8 appear decoded, as BF16; their scales and the `quantization_config` are hidden. `stored` and
+    `source_config` describe the files as they are; `piece` gives the source of a tensor's bytes.
 
-    Opening reads headers only and raises InputError for a missing or damaged file, an index that disagrees with
-    the files, an unsafe file name, or FP8 that cannot be decoded.
+    Opening reads headers only.
+
+    Raises:
+        InputError: a file is missing or damaged, the index disagrees with the files, a file name is unsafe, or FP8
+            cannot be decoded.
     """
 
     def __init__(self, store: Store) -> None:
@@ -123,7 +126,7 @@ class Checkpoint:
         return self._decoder if name in self._scaled else self.store, info
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors in their own dtype, one ranged request a file."""
+        """Tensors in their own dtype, one ranged request per file."""
         waiting = {name: self._parts(name) for name in names}
         by_file: dict[str, list[TensorInfo]] = {}
         for parts in waiting.values():
@@ -141,7 +144,7 @@ class Checkpoint:
         return loaded
 
     def _parts(self, name: str) -> list[TensorInfo]:
-        """What of the files makes a tensor."""
+        """The stored tensors that a tensor is made of."""
         info = tensor_info(self, name)
         return [self._scaled[name].weight, self._scaled[name].scale] if name in self._scaled else [info]
 
@@ -190,5 +193,5 @@ def as_tensor(buffer: object, dtype: str, shape: tuple[int, ...]) -> Tensor:
     view = memoryview(buffer)  # type: ignore[arg-type]
     if view.nbytes == 0:
         return torch.empty(shape, dtype=DTYPES[dtype])
-    # bytearray: torch refuses to promise that a read-only buffer stays unwritten.
+    # bytearray: torch warns about read-only buffers.
     return torch.frombuffer(bytearray(view), dtype=DTYPES[dtype]).reshape(shape)

@@ -65,10 +65,11 @@ def header_length(prefix: bytes, file: str, file_size: int) -> int:
 
 
 def parse_header(header: bytes, file: str, file_size: int) -> list[TensorInfo]:
-    """Every tensor of a file, in data order; InputError names the file and what is wrong with it.
+    """Every tensor of a file, in data order. All checks come before any allocation.
 
-    Refused before anything is allocated: unknown dtypes, offsets outside the file, sizes that do not match the
-    shape, overlaps, gaps, and data that ends before or after the file does.
+    Raises:
+        InputError: unknown dtypes, offsets outside the file, sizes that do not match the shape, overlaps, gaps, or data
+            that ends before or after the file does.
     """
     try:
         body = json.loads(header, object_pairs_hook=_unique)

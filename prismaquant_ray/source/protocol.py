@@ -1,4 +1,4 @@
-"""What a model's tensors are read from: a checkpoint, its configuration alone, or a quantized repository decoded."""
+"""Protocols of a model's source: a checkpoint, its configuration alone, or a decoded quantized repository."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WEIGHTS = tuple(suffix + end for suffix in _FORMATS for end in ("", ".index.jso
 
 
 class ByteSource(Protocol):
-    """What gives bytes of named things: a store, or something that decodes what one holds."""
+    """Byte ranges of files: a store, or a decoder on top of one."""
 
     @property
     def uri(self) -> str:
@@ -28,20 +28,20 @@ class ByteSource(Protocol):
 
     @property
     def divisible(self) -> bool:
-        """Whether part of a tensor can be read alone; what is decoded is asked for whole."""
+        """Whether part of a tensor can be read alone; decoded tensors are read whole."""
 
     def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]], /) -> list[Buffer]:
         """Bytes [start, stop) of each range."""
 
 
-#: A tensor and what holds its file.
+#: The source of a tensor's file, and the tensor.
 Piece = tuple[ByteSource, TensorInfo]
 
 
 class TensorSource(Protocol):
     """A model: its configuration, its tensors by name, in order, and the files beside them.
 
-    InputError for a tensor that there is none of, or that cannot be read.
+    Raises InputError for a tensor that does not exist or cannot be read.
     """
 
     @property
@@ -70,7 +70,7 @@ class TensorSource(Protocol):
         """Top-level files that are not weights of any kind."""
 
     def fingerprint(self) -> str:
-        """SHA-256 that another model does not have."""
+        """SHA-256 that identifies the model."""
 
 
 def tensor_info(source: TensorSource, name: str) -> TensorInfo:

@@ -1,4 +1,4 @@
-"""Reading many tensors with few requests: neighbours travel together, and the next batches while one is used."""
+"""Reading many tensors with few requests: neighbours are batched, and batches are read ahead."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from prismaquant_ray.source.protocol import Piece
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-#: What is read at once: allocators keep buffers of this size for the next one, and fault in larger ones page by page.
+#: Bytes read at once: allocators reuse buffers of this size, and fault in larger ones page by page.
 BATCH_BYTES = 1 << 24
-# Batches in memory, with the one that is used.
+# Batches in memory, including the one in use.
 _BATCHES = 4
 
 
 def threads() -> int:
-    """Threads that hash, decode and compare what they read."""
+    """Threads for hashing, decoding and comparing."""
     return min(8, os.cpu_count() or 1)
 
 
 def read_pieces(pieces: Iterable[Piece], *, batch_bytes: int = BATCH_BYTES) -> Iterator[tuple[TensorInfo, Buffer]]:
     """Every piece's bytes, in order; at most five batches, or two larger tensors, are in memory.
 
-    Raises StoreError when a file is shorter than its header says.
+    Raises:
+        StoreError: a file is shorter than its header says.
     """
     with ThreadPoolExecutor(_BATCHES - 1, thread_name_prefix="read") as pool:
         waiting: deque[tuple[int, Future[list[tuple[TensorInfo, Buffer]]]]] = deque()
@@ -44,7 +45,7 @@ def read_pieces(pieces: Iterable[Piece], *, batch_bytes: int = BATCH_BYTES) -> I
 
 
 def parts(piece: Piece) -> Iterator[Piece]:
-    """A piece in pieces of at most `BATCH_BYTES`, for who needs no whole tensor; what is decoded stays whole."""
+    """Split a piece into pieces of at most `BATCH_BYTES`; decoded tensors are not split."""
     holder, info = piece
     if not holder.divisible:
         yield piece
@@ -67,7 +68,7 @@ def _batches(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
 
 
 def _read(batch: list[Piece]) -> list[tuple[TensorInfo, Buffer]]:
-    """One request a file; the store joins neighbouring ranges."""
+    """One request per file; the store merges neighbouring ranges."""
     by_file: dict[tuple[int, str], list[int]] = {}
     for index, (store, info) in enumerate(batch):
         by_file.setdefault((id(store), info.file), []).append(index)

@@ -12,14 +12,17 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store
 
-# What of a hub repository is used: weights in safetensors, and the small files beside them.
+# Files of a hub repository that are fetched: weights in safetensors, and the small files beside them.
 _PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
 
 
 def resolve(source: str, revision: str) -> Store:
     """The store that holds a model; a hub id is fetched into this machine's cache unless it is there.
 
-    Raises InputError for a model that is nowhere. Nothing is fetched when HF_HUB_OFFLINE is set.
+    Nothing is fetched when HF_HUB_OFFLINE is set.
+
+    Raises:
+        InputError: the model is neither a directory nor cached, and cannot be fetched.
     """
     if "://" in source:
         return Store(source, create=False)

@@ -1,6 +1,6 @@
-"""Where a URI leads: local directories and object-store URIs, and the clients that the environment describes.
+"""Local directories and object-store URIs, and clients configured by the environment.
 
-Credentials and endpoints come from the environment only, never from a URI. Nothing here asks the store anything.
+Credentials and endpoints come from the environment only, never from a URI. Nothing here sends a request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prismaquant_ray.errors import InputError
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-# A server that says nothing for so long is taken for gone; the parts of an upload must fit in it, too.
+# Read timeout in seconds; also bounds the upload of one part.
 _SILENCE = 30.0
 _LONGEST_REQUEST = 1800.0
 
@@ -32,7 +32,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def absolute(uri: str | Path) -> str:
-    """What names the same place in another process, whatever its working directory."""
+    """The URI or absolute path, valid in any working directory."""
     path = local_path(str(uri))
     return str(uri).rstrip("/") if path is None else str(path.absolute())
 
@@ -47,7 +47,7 @@ class Bucket:
 
 
 def parse(uri: str) -> Bucket:
-    """InputError for what is not scheme://bucket/prefix; a URI that may hold credentials is not repeated."""
+    """InputError unless the URI is scheme://bucket/prefix; one that may hold credentials is not repeated."""
     scheme, _, rest = uri.partition("://")
     if scheme not in ("s3", "gs"):
         raise InputError(f"{scheme}:// is not supported; give a directory, s3://bucket/prefix or gs://bucket/prefix")
@@ -66,7 +66,7 @@ def parse(uri: str) -> Bucket:
 
 
 def connect(bucket: Bucket, *, seconds: float, retries: int) -> ObjectStore:
-    """A client of the bucket with what the environment says; nothing is sent yet."""
+    """A client of the bucket, configured by the environment; sends no request."""
     # The client repeats single requests for half of the time, so that a transfer can be begun anew as a whole.
     longest = min(5.0, seconds / 8)
     retry: RetryConfig = {

@@ -1,6 +1,6 @@
-"""What a backend's errors mean, said in one line without credentials.
+"""The meaning of a backend's errors, in one line without credentials.
 
-Status and code are read from the text of obstore's errors, which have no other place for them.
+Status and code are parsed from the text of obstore's errors, which have no fields for them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from obstore.exceptions import BaseError
 
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 
-#: What backends raise.
+#: Exceptions that backends raise.
 FAILURES = (BaseError, OSError)
 
 _SECRETS = (
@@ -42,7 +42,7 @@ _PASSING = {
     "IncompleteBody",
     "OperationAborted",
     "ConditionalRequestConflict",
-    "NoSuchUpload",  # a completion whose answer was lost, or an upload the server forgot: done again as a whole
+    "NoSuchUpload",  # lost answer to a completion, or expired upload: repeated as a whole
 }
 # Where the clients look for credentials when the environment has none.
 _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.internal")
@@ -50,7 +50,7 @@ _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.intern
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What a backend's error means: whose it is, whether waiting may help, and what to say."""
+    """The meaning of a backend's error: `input` if the user's input is at fault, `passing` if waiting may help."""
 
     reason: str
     remedy: str = ""
@@ -63,7 +63,7 @@ class UploadInterruptedError(StoreError):
 
 
 def diagnose_store(error: BaseException) -> Problem:
-    """Reads obstore's text: it has no other place for status and code."""
+    """The meaning of an error of obstore or of the file system."""
     text = str(error)
     code = _found(r"<Code>(\w+)</Code>", text) or _found(r"\(code: (\w+)\)", text)
     status = int(_found(r"status code: (\d{3})", text) or 0)
@@ -119,7 +119,7 @@ def clean(text: str) -> str:
 
 
 def short(text: str, limit: int) -> str:
-    """At most `limit` characters, with … for what was cut."""
+    """At most `limit` characters, cut off with …."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

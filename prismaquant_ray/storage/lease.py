@@ -1,6 +1,6 @@
-"""One driver a run store: a lease that its holder renews and that expires when it stops.
+"""One driver per run store: a lease that its holder renews and that expires when it stops.
 
-Only *create if absent* is asked of the store. Each lease is one numbered object; whoever creates the next number holds
+The store needs *create if absent* only. Each lease is one numbered object; whoever creates the next number holds
 the run. Clocks of different machines are never compared: a lease has expired when nobody has rewritten it for `TTL`
 seconds of the watcher's own clock, or at once when its holder was a process of this machine that is gone.
 """
@@ -32,7 +32,7 @@ LEASES = "lease"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Who holds a lease. `boot` tells apart machines, and boots of one machine, that share a name."""
+    """The holder of a lease. `boot` distinguishes machines, and boots of one machine, that share a name."""
 
     id: str
     host: str
@@ -43,7 +43,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Certainly dead: a process of this boot of this machine that runs no more."""
+        """Whether it is certainly dead: a process of this boot of this machine that no longer runs."""
         if self.boot != _boot():
             return False
         try:
@@ -71,7 +71,7 @@ class Lease:
             raise self._failure
 
     def release(self) -> None:
-        """Give the run free for the next driver."""
+        """Release the run for the next driver."""
         self._stop.set()
         self._thread.join()
         if self._failure is None:
@@ -107,8 +107,8 @@ def held(
 ) -> Iterator[Lease]:
     """Hold the run inside the with-block; ResourceError when a living driver holds it.
 
-    A lease found here is watched: renewed within `ttl` seconds, its driver lives; else it is taken over. `notice` is
-    told whose lease is waited for.
+    A lease found here is watched: renewed within `ttl` seconds, its driver lives; else it is taken over. `notice`
+    is called with the holder that is waited for.
     """
     me = Holder(
         id=uuid4().hex,
@@ -126,14 +126,14 @@ def held(
 
 
 def holder(store: Store) -> Holder | None:
-    """Who held the run last without giving it free, dead or alive."""
+    """The last holder that did not release the run, dead or alive."""
     number = _newest(store)
     return None if number is None else _read(store, number)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Watch:
-    """How a lease of somebody else is waited for."""
+    """How to wait for the lease of another driver."""
 
     ttl: float
     notice: Callable[[Holder], None]
@@ -180,7 +180,7 @@ def _read(store: Store, number: int) -> Holder | None:
     try:
         return Holder(**json.loads(store.get(_key(number))))
     except (KeyError, ValueError, TypeError):
-        # Released meanwhile, or not one of ours: nothing that is renewed.
+        # Released meanwhile, or not a lease.
         return None
 
 

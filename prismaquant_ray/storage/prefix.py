@@ -1,4 +1,4 @@
-"""Keys below one prefix: what a repository is written to and read from."""
+"""The interface of a store that repositories are written to and read from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 class ByteWriter(Protocol):
-    """An object on its way."""
+    """An object that is being written."""
 
     def write(self, buffer: Buffer, /) -> int:
         """Append bytes."""
@@ -21,7 +21,7 @@ class ByteWriter(Protocol):
 
 
 class Prefix(Protocol):
-    """A `Store`, or something that defers part of what is written to one. Errors are those of `Store`."""
+    """A `Store`, or a wrapper that defers some of its writes. Errors are those of `Store`."""
 
     #: Part of an object can be read alone.
     divisible: bool
@@ -46,7 +46,7 @@ class Prefix(Protocol):
         """Write or replace an object."""
 
     def upload(self, key: str, write: Callable[[ByteWriter], _T], /) -> _T:
-        """Stream what `write` writes; returns what it returns."""
+        """Stream an object with `write`; the result of `write`."""
 
     def delete(self, keys: Iterable[str], /) -> None:
         """Delete objects; absent ones are fine."""

@@ -1,4 +1,4 @@
-"""Artifacts and records: what makes a piece of finished work exist.
+"""Artifacts and records: the commit protocol of finished work.
 
 Data goes to keys no other attempt uses; then a record that names it, with sizes and digests, is created only if
 absent. The first record wins, so two attempts cannot mix, and data without a record does not exist.
@@ -26,7 +26,7 @@ _DIGEST = "sha256"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """A stored object and what it must contain."""
+    """A stored object with its expected size and digest."""
 
     key: str
     size: int
@@ -47,7 +47,7 @@ def new_attempt() -> str:
 
 
 def write_artifact(store: Store, key: str, data: Buffer) -> Artifact:
-    """Store bytes and say what they are."""
+    """Store bytes; their artifact."""
     view = memoryview(data)
     artifact = Artifact(key=key, size=view.nbytes, sha256=hashlib.sha256(view).hexdigest())
     store.put(key, view)
@@ -62,7 +62,7 @@ def write_tensors(store: Store, key: str, tensors: Mapping[str, Tensor]) -> Arti
 
 
 def read_artifact(store: Store, artifact: Artifact) -> bytes:
-    """The bytes of an artifact, verified; DamagedError when they are missing or not what was written."""
+    """The bytes of an artifact, verified; DamagedError when they are missing or have another size or digest."""
     try:
         data = store.get(artifact.key)
     except KeyError as error:
@@ -75,7 +75,7 @@ def read_artifact(store: Store, artifact: Artifact) -> bytes:
 
 
 def damaged(store: Store, artifact: Artifact, what: str) -> DamagedError:
-    """The error of an artifact that is not what its record says."""
+    """The error for an artifact that does not match its record."""
     return DamagedError(f"{store.uri}: {artifact.key} {what}; run the same command again to repair it", artifact.key)
 
 
@@ -101,7 +101,7 @@ def read_record(store: Store, key: str) -> Record | None:
         return None
     except ValueError as error:
         raise DamagedError(f"{store.uri}: {key} is not JSON; run the same command again to repair it", key) from error
-    # A price with another digit is JSON, too.
+    # The digest catches damage that is still valid JSON.
     if not isinstance(body, dict) or body.pop(_DIGEST, None) != _digest(body):
         raise DamagedError(f"{store.uri}: {key} is not what was written; run the same command again to repair it", key)
     if body.get("schema", SCHEMA) != SCHEMA:

@@ -1,4 +1,4 @@
-"""Asking a server again: for a bounded time, with growing random pauses, while waiting may help."""
+"""Retries: for a bounded time, with exponential back-off and jitter, while the failure may pass."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def retried(
 ) -> _T:
     """The result of `action`, which is repeated for at most `seconds` while it raises one of `failures`.
 
-    InputError or StoreError, about `what` at `uri`, for a failure that `diagnose` does not call passing, and for the
-    last one. Other exceptions pass through.
+    Raises:
+        InputError, StoreError: about `what` at `uri`, for a failure that `diagnose` does not call passing, and for the
+            last one. Other exceptions pass through.
     """
     give_up = time.monotonic() + seconds
     for pause in pauses(longest_pause):

@@ -1,13 +1,12 @@
 """The run store's keys and bytes: a local directory or an object-store URI behind one small interface.
 
-Only what every backend can promise is used: put, ranged get, list, delete and *create if absent*. Object stores are
-asked again, with growing random pauses, for a bounded time; what they say reaches the user as one line without
-credentials. s3:// is tested against a real server; gs:// runs the same code and is not.
+Only operations that every backend has are used: put, ranged get, list, delete and *create if absent*. Requests to object
+stores are retried, with back-off and jitter, for a bounded time; their errors reach the user as one line without
+credentials. s3:// is tested against a real server; gs:// runs the same code and is untested.
 """
 
 from __future__ import annotations
 
-import builtins
 import logging
 import re
 import tempfile
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
     from typing_extensions import Buffer
 
-#: An operation that fails is repeated for so long. By time, not by count: ten quick retries are over in seconds.
+#: A failing operation is retried for this long. By time, not by count: ten quick retries are over in seconds.
 RETRY_SECONDS = 120.0
 #: The same for `check_readable` and `check_writable`, which people wait for.
 CHECK_SECONDS = 8.0
@@ -53,7 +52,7 @@ PARTS_AT_ONCE = 3
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
-# Keys of check_writable; never listed, so that one left by a killed check disturbs nobody.
+# Prefix of check_writable's keys; never listed, so that leftovers of a killed check are invisible.
 _PROBE = ".prismaquant-probe-"
 
 
@@ -127,7 +126,7 @@ class Store:
             return None
 
     def put(self, key: str, data: Buffer) -> None:
-        """Write or replace an object; readers see the old one or the new one, never a part."""
+        """Write or replace an object; readers see the old or the new object, never a part."""
         view = memoryview(data).cast("B")
         if self.path is None and view.nbytes > PART_BYTES:
             self.upload(key, lambda writer: _write_parts(writer, view))
@@ -144,7 +143,7 @@ class Store:
             try:
                 obstore.put(self._once, key, view, mode="create", use_multipart=False)
             except AlreadyExistsError:
-                # An attempt whose answer was lost may have been ours, and the first.
+                # An earlier attempt whose answer was lost may have created it.
                 return unanswered and self._holds(key, view)
             except FAILURES:
                 unanswered = True
@@ -171,7 +170,7 @@ class Store:
         stream.close()
 
     def upload(self, key: str, write: Callable[[ByteWriter], _T]) -> _T:
-        """Stream what `write` writes, again from the start when the backend failed; returns what `write` returns."""
+        """Stream an object with `write`, again from the start when the backend failed; the result of `write`."""
         for _ in range(UPLOADS - 1):
             try:
                 with self.open_writer(key) as writer:
@@ -196,7 +195,8 @@ class Store:
             batch = [*keys]
             if batch:
                 # Up to 1000 keys a request; S3 does not mind absent ones.
-                self._repeat(f"{_some(batch)} cannot be deleted", lambda: obstore.delete(self._backend, batch))
+                what = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
+                self._repeat(f"{what} cannot be deleted", lambda: obstore.delete(self._backend, batch))
             return
         for key in keys:
             try:
@@ -207,7 +207,7 @@ class Store:
     # Checks -----------------------------------------------------------------------------------------------------
 
     def check_readable(self) -> None:
-        """Before anything expensive: the place answers and may be read; answers within about 20 seconds."""
+        """Check that the store responds and can be read; takes at most about 20 seconds."""
         if self.path is not None:
             if not self.path.is_dir():
                 raise StoreError(f"{self.uri}: no such directory")
@@ -217,9 +217,9 @@ class Store:
         hasty._repeat("cannot be listed", lambda: next(iter(obstore.list(hasty._backend, chunk_size=1)), None))
 
     def check_writable(self) -> None:
-        """Before anything expensive: objects can be created, are not overwritten by a second creator, and deleted.
+        """Check that objects can be created and deleted, and that a second `create` does not overwrite.
 
-        Answers within about 20 seconds. Nothing is left behind; a local directory is not made.
+        Takes at most about 20 seconds. Nothing is left behind; a local directory is not made.
         """
         if self.path is not None:
             check_directory(self.path)
@@ -239,7 +239,7 @@ class Store:
     # Failures ---------------------------------------------------------------------------------------------------
 
     def _repeat(self, what: str, action: Callable[[], _T], absent: str | None = None) -> _T:
-        """The action's result, once the backend gives one; `absent` makes a missing object KeyError."""
+        """The action's result, with retries; with `absent` a missing object raises KeyError(absent)."""
 
         def attempt() -> _T:
             try:
@@ -258,12 +258,12 @@ class Store:
             failures=FAILURES,
             diagnose=diagnose_store,
             seconds=self._seconds,
-            # Who has little time asks more often, or a busy server's few refusals in a row would be its answer.
+            # With a short deadline, back off less, so that a burst of 503s is not taken for a permanent failure.
             longest_pause=self._seconds / 15,
         )
 
     def _ask(self) -> Problem:
-        """Why an upload that failed without saying so may have failed: what a small one meets now."""
+        """A likely reason of a failed upload whose own error was lost: that of a small one now."""
         probe = _PROBE + uuid4().hex
         try:
             obstore.put(self._once, probe, b"probe", use_multipart=False)
@@ -301,7 +301,7 @@ class _Stream:
             raise self.failure(error) from None
 
     def abort(self, cause: BaseException) -> None:
-        """Drop what was sent. That this fails, too, when the server is gone, must not hide the cause."""
+        """Drop the sent parts. If that fails as well, because the server is gone, the cause must not be hidden."""
         try:
             self.writer.__exit__(type(cause), cause, cause.__traceback__)
         except FAILURES as error:
@@ -326,10 +326,6 @@ def existing(uri: str) -> Store:
 def _write_parts(writer: ByteWriter, view: memoryview) -> None:
     for start in range(0, view.nbytes, PART_BYTES):
         writer.write(view[start : start + PART_BYTES])
-
-
-def _some(keys: builtins.list[str]) -> str:
-    return keys[0] if len(keys) == 1 else f"{keys[0]} and {len(keys) - 1} more"
 
 
 def check_directory(path: Path) -> None:
