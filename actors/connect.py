@@ -68,7 +68,7 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """ResourceError unless somebody listens at host:port; Ray itself would try for many minutes."""
+    """ResourceError unless host:port accepts connections; Ray itself would retry for many minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not port.isdecimal():
         raise ResourceError(f"cluster.address {address} is not host:port")
@@ -80,11 +80,7 @@ def _check_answers(address: str) -> None:
 
 @functools.cache
 def _token() -> str:
-<<<<<<< HEAD
     """One per process."""
-=======
-    """One per process: Ray's client keeps the first token it sees."""
->>>>>>> h-how-merged
     return secrets.token_hex(32)
 
 

@@ -325,11 +325,11 @@ class Controller:
                 self._lost(state, worker, Cause.TIMEOUT, f"{flight.call.kind} took more than {self.timeout:.0f} s")
 
     def _unstall(self, state: _Pass) -> None:
-        """When every worker waits for a shard that nobody holds, have one yield its own after a while."""
+        """When every worker waits for a free shard, have one yield its own after `patience` seconds."""
         working = [flight for flight in self._flying.values() if flight.call.kind is not CallKind.HELLO]
         worker = None if working else yielding(state.ring.held, state.ring.blocking())
         if worker is None:
-            self._stalled_since = None if working or self.ready else self._nobody()
+            self._stalled_since = None if working or self.ready else self._without_workers_since()
             return
         now = self.clock()
         if self._stalled_since is None:
@@ -340,7 +340,7 @@ class Controller:
             self.events(ShardYielded(worker=worker, shard=shard))
             self._send(worker, Call(kind=CallKind.DROP))
 
-    def _nobody(self) -> float:
+    def _without_workers_since(self) -> float:
         """Since when no worker is left; ResourceError when that has lasted too long."""
         now = self.clock()
         since = now if self._stalled_since is None else self._stalled_since

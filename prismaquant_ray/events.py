@@ -107,7 +107,7 @@ class ShardsSized(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassBegan(Event):
-    """A pass begins with so many shards, units in them, units that produce, microbatches and steps."""
+    """A pass begins; counts of shards, units, producing units, microbatches and steps."""
 
     kind: ClassVar[str] = "pass"
     stage: str
@@ -162,7 +162,7 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardYielded(Event):
-    """A worker gave its shard up, so that one that blocks all others can run."""
+    """A worker yielded its shard, so that a blocking one can run."""
 
     kind: ClassVar[str] = "yielded"
     worker: str

@@ -1,4 +1,4 @@
-"""Figures as people read them: enough digits, a unit, and an error where there is one."""
+"""Formatting of figures for people: significant digits, units and standard errors."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prismaquant_ray.records import ServerMemory
 
-#: What stands where there is no figure.
+#: Placeholder for a missing figure.
 NONE = "–"
-# Between a figure and its unit, so that no line ends there.
+# No-break space between a figure and its unit.
 _GAP = "\u00a0"
 
 
 def figure(value: float | None, digits: int = 4) -> str:
-    """So many significant digits, without an exponent where that can be read."""
+    """A figure with `digits` significant digits, without an exponent from 1e-5 on."""
     if value is None:
         return NONE
     if value == 0:
@@ -32,13 +32,13 @@ def _signed(text: str) -> str:
 
 
 def _decimals(error: float) -> int:
-    """Of a figure with this standard error, after the Particle Data Group: two digits of it up to 35, else one."""
+    """Decimals for a standard error, by the Particle Data Group's rule: two digits up to 35, else one."""
     exponent = math.floor(math.log10(error))
     return (0 if error / 10**exponent >= 3.55 else 1) - exponent
 
 
 def value(figure_: float | None, error: float | None) -> str:
-    """A figure to the last digit that its standard error leaves of it."""
+    """A figure rounded to the precision of its standard error."""
     if figure_ is None or not error:
         return figure(figure_)
     decimals = _decimals(error)
@@ -46,7 +46,7 @@ def value(figure_: float | None, error: float | None) -> str:
 
 
 def with_error(figure_: float | None, error: float | None) -> str:
-    """Both: 0.1122 ± 0.0007, 0.2246 ± 0.0016."""
+    """A figure with its standard error: 0.1122 ± 0.0007, 0.2246 ± 0.0016."""
     return value(figure_, error) if figure_ is None or not error else f"{value(figure_, error)} ± {value(error, error)}"
 
 
@@ -62,7 +62,7 @@ def size(count: float | None) -> str:
 
 
 def gigabytes(count: int) -> str:
-    """Bytes as 0.14 GB: for amounts that are added up or compared with each other."""
+    """Bytes as 0.14 GB, for amounts that people add up or compare."""
     return f"{count / 1e9:.2f} GB"
 
 

@@ -35,7 +35,7 @@ class LinearSpec:
     """One Linear that may be quantized, or the same Linear of every expert of a layer.
 
     `name` is its module path in the repository, with `{}` for the expert's number; `experts` how many there are, None
-    for one Linear by itself. `sources` are the checkpoint tensors that hold it: one, one per expert, or a packed tensor.
+    for one Linear by itself. `sources` are its checkpoint tensors: one, one per expert, or a packed tensor.
     """
 
     name: str

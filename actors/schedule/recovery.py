@@ -35,8 +35,8 @@ class LostWorker:
 class Recovery:
     """When to stop replacing workers.
 
-    `per_shard` losses of one shard's workers by themselves, `starting` workers in a row lost before they were ready, or
-    `nodes` lost nodes in all end the run.
+    Each of these ends the run: `per_shard` lost workers of one shard, except by lost nodes; `starting` workers lost
+    in a row before they were ready; `nodes` lost nodes in all.
     """
 
     per_shard: int = 3

@@ -71,7 +71,7 @@ class Ring:
         return self._at(shard) if self._can_run(shard) else None
 
     def prefetch(self, worker: str) -> int | None:
-        """The shard that the worker should prefetch; None when there is none or it already does."""
+        """The shard that the worker should prefetch; None without one, or if it already does."""
         taken = {shard for other, shard in self.expected.items() if other != worker}
         shard = next((s for s in self._free() if s not in taken), None)
         if shard is None or self.expected.get(worker) == shard:
@@ -112,7 +112,7 @@ class Ring:
         self._out.add(step)
 
     def blocking(self) -> list[int]:
-        """Shards that nobody holds and that could run now, first to last."""
+        """Free shards that could run now, first to last."""
         return [shard for shard in self._free() if self._can_run(shard)]
 
     def is_finished(self, shard: int) -> bool:

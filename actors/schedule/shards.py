@@ -105,7 +105,7 @@ def droppable_boundaries(
 def droppable_evaluation_boundaries(
     graph: PassGraph, finished: Collection[Unit], left: Collection[Unit]
 ) -> list[tuple[Stage, Unit]]:
-    """Boundaries of an evaluation that nobody reads once these units are finished; `left` are those that are not."""
+    """Boundaries of an evaluation that are not read again once `finished` units are; `left` are unfinished."""
     stage = Stage.EVALUATION
     readers: dict[Unit, list[Unit]] = {}
     for unit in graph.order(stage):
@@ -116,12 +116,12 @@ def droppable_evaluation_boundaries(
 
 
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
-    """As many blocks as fit into memory, but not so many that the pipeline stays short of work; at least one."""
+    """As many blocks as fit into memory and leave every worker enough shards; at least one."""
     return max(1, min(fitting, math.ceil(blocks / (SHARDS_PER_WORKER * workers))))
 
 
 def _needed(graph: PassGraph, stage: Stage, targets: Collection[Unit], stored: Collection[Unit]) -> set[Unit]:
-    """The targets, and everything each of them reads, back to a stored output; exits are not read for the asking."""
+    """The targets and all units that they read, back to stored outputs; exits only in an evaluation."""
     needed: set[Unit] = set()
     waiting = list(targets)
     while waiting:

@@ -18,7 +18,7 @@ def run(config: Config) -> PlanRecord:
 
 
 def render(plan: PlanRecord, console: Console) -> None:
-    """One plan, for people."""
+    """Print one plan."""
     formats = ", ".join(f"{count} {name}" for name, count in plan.groups.items() if count)
     console.print(
         f"{plan.target}: {plan.bpp:.4f} bits per parameter, predicted loss "

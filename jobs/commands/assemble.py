@@ -20,7 +20,7 @@ def run(config: Config, *, fresh: bool = False) -> AssembledRepository:
 
 
 def render(result: AssembledRepository, console: Console) -> None:
-    """What was written, for people."""
+    """Print the size and bits of the repository."""
     console.print(
         f"{result.repository}: {result.total_bytes / 1e6:,.1f} MB, {result.bpp:.4f} bits per quantizable "
         f"parameter, {result.bits_all_parameters:.3f} per parameter of the whole model; verified"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from jobs.pipeline.dequantizing import DequantizedRepository, dequantize
+from jobs.pipeline.dequantizing import dequantize
+from prismaquant_ray.compressed.dequantize import DequantizedRepository
 
 
 def run(repo: str, out: str) -> DequantizedRepository:
@@ -13,7 +14,7 @@ def run(repo: str, out: str) -> DequantizedRepository:
 
 
 def render(result: DequantizedRepository, console: Console) -> None:
-    """What was written, for people."""
+    """Print modules and sizes, then notes."""
     modules = ", ".join(f"{count} {name}" for name, count in result.modules.items())
     console.print(
         f"{result.repository}: {modules or 'no'} modules as BF16, {result.bytes_before / 1e6:,.1f} MB of weights "

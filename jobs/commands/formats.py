@@ -10,7 +10,7 @@ from prismaquant_ray.config import Config
 
 
 def run(config: Config | None) -> FormatTable:
-    """Every format; with a configuration also how many fused groups of its model can take each."""
+    """Every format; with a configuration also the number of fused groups of its model that can take each."""
     return format_table(config)
 
 

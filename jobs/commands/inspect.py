@@ -1,4 +1,4 @@
-"""`inspect`: what would happen, from headers only."""
+"""`inspect`: the plan of a run, from headers only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
 
 
 def render(result: Inspection, console: Console) -> None:
-    """The plan, for people."""
+    """Print the plan."""
     console.print(
         f"{result.architecture} (family {result.family}): {result.blocks} blocks, "
         f"{result.quantizable_parameters / 1e6:,.1f} M quantizable parameters, source "

@@ -11,13 +11,13 @@ from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
 
 
 def run(config: Config, *, fresh: bool = False) -> ProbeSummary:
-    """Measure what is missing and say what was found."""
+    """Measure what is missing and summarize both passes."""
     with run_progress() as progress:
         return Run(config, fresh=fresh, on_event=progress).repairing(lambda known: summarize_probe(known.data))
 
 
 def render(result: ProbeSummary, console: Console) -> None:
-    """What was measured, for people."""
+    """Print the summary of both passes."""
     console.print(f"measured {result.groups} groups in {result.blocks} blocks over {result.tokens:,} tokens")
     for name, loss in result.uniform_loss.items():
         console.print(f"  all {name:<9} predicted loss {'not possible' if loss is None else f'{loss:.4f} nats/token'}")

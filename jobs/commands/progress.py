@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import ProgressColumn
 
-# Seconds between two lines of a log while nothing finishes.
+# Seconds between lines of a log while no shard finishes.
 _QUIET = 10.0
 
 
@@ -82,7 +82,7 @@ class RunProgress(_Display):
             self.tasks = {"": self.bars.add_task(event.stage, total=event.steps, rate="")}
 
     def _step(self, event: StepDone) -> None:
-        # Every unit of a shard has seen the tokens of a step.
+        # Every unit of the shard processes the tokens of a step.
         self.tokens += (event.tokens or 0) * event.units
         self.moved += (event.hop_bytes or 0) + (event.read_bytes or 0) + (event.written_bytes or 0)
         at = "finished" if event.microbatch is None else f"at {event.microbatch + 1}"

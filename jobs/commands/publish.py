@@ -1,21 +1,22 @@
-"""`publish REPO TARGET`: a finished repository on the hub or in an object store, compared after it arrived."""
+"""`publish REPO TARGET`: send a finished repository to the hub or an object store, and compare it there."""
 
 from __future__ import annotations
 
 from rich.console import Console
 
 from jobs.commands.progress import upload_progress
-from jobs.pipeline.publishing import PublishedRepository, publish
+from jobs.pipeline.publishing import publish
+from prismaquant_ray.publishing.finished import Published
 
 
-def run(repo: str, target: str, *, public: bool = False) -> PublishedRepository:
-    """Send what is not at the target yet."""
+def run(repo: str, target: str, *, public: bool = False) -> Published:
+    """Send the files that are not at the target yet."""
     with upload_progress() as progress:
         return publish(repo, target, public=public, listener=progress)
 
 
-def render(result: PublishedRepository, console: Console) -> None:
-    """What was published, for people."""
+def render(result: Published, console: Console) -> None:
+    """Print the number and size of published files."""
     seen = {None: "", True: ", public", False: ", private"}[result.public]
     console.print(
         f"{result.place}: {result.verified} files, {result.bytes / 1e6:,.1f} MB, verified{seen}; "

@@ -1,4 +1,4 @@
-"""`report`: everything that a run found, as one HTML page, its JSON and PNGs."""
+"""`report`: the findings of a run, as one HTML page, its JSON and PNGs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def run(config: Config, *, out: str | None = None) -> WrittenReport:
 
 
 def render(result: WrittenReport, console: Console) -> None:
-    """Where it is."""
+    """Print the paths of the report."""
     for path in result.files:
         console.print(path, soft_wrap=True)
     if not any(path.endswith(".png") for path in result.files):

@@ -1,4 +1,4 @@
-"""`status STORE`: what a run store holds and what its driver last said; works without the cluster."""
+"""`status STORE`: the state of a run store and the last events of its driver; works without the cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run(uri: str) -> Status:
 
 
 def render(result: Status, console: Console) -> None:
-    """The state of a run, for people."""
+    """Print the state of a run."""
     blocks = result.blocks
     total = "" if blocks.total is None else f" of {blocks.total}"
     console.print(f"{result.run}: {result.model}, {result.state}")

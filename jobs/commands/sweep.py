@@ -1,4 +1,4 @@
-"""`sweep`: a plan for every target, and the knee of the frontier; with `--measure` also what each of them loses."""
+"""`sweep`: a plan for every target, and the knee of the frontier; with `--measure` also their measured losses."""
 
 from __future__ import annotations
 

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 
-from prismaquant_ray.compressed.dequantize import QuantizedRepository, check_place
+from prismaquant_ray.compressed.dequantize import DequantizedRepository, QuantizedRepository, check_place
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FormatName
 from prismaquant_ray.repository.staging import staged_output
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.store import Store, check_directory, existing
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DequantizedRepository:
-    """A repository in BF16: modules by original format, bytes of weights before and after, SHA-256 of shards."""
-
-    source: str
-    repository: str
-    modules: dict[FormatName, int]
-    tensors: int
-    bytes_before: int
-    bytes_after: int
-    files: dict[str, int]
-    sha256: dict[str, str]
-    notes: list[str]
 
 
 def dequantize(repository: str, output: str) -> DequantizedRepository:
@@ -39,17 +23,7 @@ def dequantize(repository: str, output: str) -> DequantizedRepository:
     _check_room(output, quantized.bytes_after)
     with staged_output(output) as staging:
         written = quantized.write(staging)
-    return DequantizedRepository(
-        source=repository,
-        repository=output,
-        modules=dict(quantized.formats),
-        tensors=len(quantized.outputs),
-        bytes_before=quantized.bytes_before,
-        bytes_after=quantized.bytes_after,
-        files=written.files,
-        sha256=written.sha256,
-        notes=list(written.caveats),
-    )
+    return replace(written, source=repository, repository=output)
 
 
 def _check_room(output: str, size: int) -> None:

@@ -116,14 +116,9 @@ class Measured:
         return found
 
     def findings(self, plan: PlanRecord) -> Findings:
-<<<<<<< HEAD
         """Everything that the run found, with `plan` as the budget's. Gathered once per plan."""
         known = self._findings.get(plan.target)
         if known is None or known[0] != plan:
-=======
-        """The findings of the run, with `plan` as the budget's. Gathered once per target."""
-        if plan.target not in self._findings:
->>>>>>> h-how-merged
             started = time.perf_counter()
             try:
                 sweep = self.sweep
@@ -146,18 +141,14 @@ class Measured:
 
     def measured_plans(self) -> MeasuredPlans | None:
         """Measured losses of plans; None if none were measured."""
-        return self.stored(MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
-
-    def stored(self, kind: type[T], key: str, made_by: str) -> T | None:
-        """See `read_stored`."""
-        return read_stored(self.store, kind, key, made_by)
+        return read_stored(self.store, MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
 
     @cached_property
     def data(self) -> RunData:
         """The input of `gather`."""
-        run = self.stored(RunRecord, records.RUN, made_by="quantize --fresh")
-        measured = self.stored(MeasuredRecord, records.MEASURED, made_by="quantize --fresh")
-        device = self.stored(DeviceRecord, records.DEVICE, made_by="quantize --fresh")
+        run = read_stored(self.store, RunRecord, records.RUN, made_by="quantize --fresh")
+        measured = read_stored(self.store, MeasuredRecord, records.MEASURED, made_by="quantize --fresh")
+        device = read_stored(self.store, DeviceRecord, records.DEVICE, made_by="quantize --fresh")
         assert run is not None
         assert measured is not None
         return RunData(

@@ -211,7 +211,6 @@ def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> 
 
 
 def _bits(view: RepositoryView) -> Bits:
-    """Bits per parameter, by three definitions."""
     sizes = view.sizes()
     return Bits(
         quantized_linears=8 * sizes.linear_bytes / sizes.linear_parameters if sizes.linear_parameters else None,

@@ -1,4 +1,4 @@
-"""The workers that a run computes with: Ray's, or plain objects of this process."""
+"""Opening the workers of a run: Ray actors, or plain objects of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second limit beside bytes: how many parameters may stay in BF16, for users who need speed.
+"""A second limit beside bytes: the number of parameters in BF16, for users who need speed.
 
 One of the two limits is priced instead of enforced: with μ nats for every unit above it, min cost + μ·(use − limit)
 within the other is a knapsack again, and its optimum is a lower bound of every plan that keeps both (Geoffrion 1974,
@@ -82,16 +82,16 @@ def solver(problem: AllocationProblem, second: SecondLimit | None) -> Solver | L
 
 
 def _relaxed(problem: AllocationProblem, exact: Resource, priced: Resource, within: Ints) -> tuple[Ints, float]:
-    """Columns of the best plan found that keeps both limits, and a bound of all of them, from pricing one of the two.
+    """Price one of two limits: columns of the best plan found within both, and a lower bound on all such plans.
 
-    `within` are columns of any plan that keeps both.
+    `within` are columns of any plan within both limits.
     """
 
     def cost(columns: Ints) -> float:
         return problem.plan(columns, 0, 0.0).cost
 
     def optimum(price: float) -> tuple[Ints, float]:
-        """The best plan at a price of what is priced, and the bound that it proves."""
+        """The optimum at a price per unit of the priced resource, and the bound that it proves."""
         paid = price * priced.limit
         model = AllocationProblem(
             groups=problem.groups,

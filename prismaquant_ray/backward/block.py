@@ -76,7 +76,7 @@ class BlockBackward:
         return Recomputed(hidden, output, captured)
 
     def differentiate(self, graph: Recomputed, grad_output: Tensor, sequences: int) -> Tensor:
-        """∂L/∂hidden of so many sequences; the gradients inside the block price every candidate."""
+        """∂L/∂hidden of a microbatch of `sequences`; the gradients inside the block price every candidate."""
         captured = graph.captured
         parameters = list(captured.outputs)
         watched = [captured.entries[name] for name in parameters] + [captured.outputs[name] for name in parameters]

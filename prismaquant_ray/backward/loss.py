@@ -29,8 +29,7 @@ MODEL, DRAFT = 0, 1
 class Loss:
     """Cross-entropy against labels of one kind.
 
-    `vocab_size` bounds a piece; no loss is taken where the token to be predicted is `image_token`: that one is never
-    sampled, it only marks where an image goes.
+    `vocab_size` bounds a piece; positions that predict `image_token`, a placeholder for images, have no loss.
     """
 
     labels: Labels

@@ -93,7 +93,7 @@ class Pricing:
         }
 
     def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
-        """Add a microbatch of so many sequences, with the gradients at every parameter; whether all is finite."""
+        """Add a microbatch of `sequences`, with the gradients at every parameter; whether every p is finite."""
         self._add_traces(captured, passed)
         sound = True
         for (group, name), parts in self.projections(captured, passed).items():

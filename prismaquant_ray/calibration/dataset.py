@@ -17,8 +17,8 @@ TOKENS = "input_ids"
 class Batch:
     """One microbatch: the keyword arguments of the model's forward, `input_ids` (sequences, tokens) among them.
 
-    `holdout` (sequences,) marks the sequences that judge rounding instead of driving it; `first_sequence` is the position
-    of the first sequence in the calibration set.
+    `holdout` (sequences,) marks those that judge rounding instead of driving it; `first_sequence` is the index
+    of the first one in the calibration set.
     """
 
     inputs: Mapping[str, Tensor]

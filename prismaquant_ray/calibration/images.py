@@ -1,6 +1,6 @@
 """Images with captions for vision-language models, prepared by the model's own processor.
 
-A JSONL file lists them, one object a line: `{"image": "relative/path.png", "text": "caption"}`. Paths are relative to
+A JSONL file lists them, one object per line: `{"image": "relative/path.png", "text": "caption"}`. Paths are relative to
 that file. Where the processor has a chat template, the caption becomes the answer to a request to describe the image,
 because that is how such models were trained; otherwise it follows the image as it is.
 

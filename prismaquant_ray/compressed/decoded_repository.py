@@ -51,7 +51,7 @@ def decoded_outputs(
 
 
 class ModuleDecoder:
-    """The decoded bytes of all modules, as one file: what is asked for together is read together."""
+    """The decoded bytes of all modules, as one virtual file; a request for several modules reads them together."""
 
     divisible = False
 
@@ -68,12 +68,12 @@ class ModuleDecoder:
             )
             self._at[start] = module
             start = stop
-        #: global scale of every NVFP4 module that was decoded
+        #: Global scale of every decoded NVFP4 module.
         self.divisors: dict[str, float] = {}
 
     @property
     def uri(self) -> str:
-        """Where the codes are."""
+        """URI of the repository."""
         return self._source.store.uri
 
     def piece(self, module: QuantizedModule) -> Piece:
@@ -81,7 +81,11 @@ class ModuleDecoder:
         return self, self._infos[module.name]
 
     def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:  # noqa: ARG002
-        """Bytes of whole weights. InputError for one that is not finite or not of the shape it says."""
+        """Bytes of whole decoded weights.
+
+        Raises:
+            InputError: a weight is not finite, or not of the shape in `weight_shape`.
+        """
         modules = [self._at[start] for start, _ in ranges]
         wanted = [info.name for module in modules for key, info in module.tensors.items() if key not in OF_INPUTS]
         tensors = self._source.read(wanted)
@@ -103,7 +107,7 @@ class ModuleDecoder:
         decoded = module.decode(tensors)
         sound = bool(decoded.isfinite().all())
         if scale.dtype == torch.uint8 and bool((scale == 0).any()):
-            # 2⁻¹²⁷ is a subnormal that runtimes read differently, which is no matter below zeros.
+            # Runtimes treat the subnormal scale 2⁻¹²⁷ differently; it only matters for nonzero codes.
             visible = module.decode({**tensors, "weight_scale": torch.where(scale == 0, 127, scale)})
             sound = sound and torch.equal(visible, decoded)
         if not sound:
@@ -115,7 +119,7 @@ class ModuleDecoder:
 
 
 def divisor_caveats(divisors: Mapping[str, float]) -> Iterator[str]:
-    """One line each on NVFP4 weights whose global scale runtimes do not apply alike."""
+    """One line for each kind of NVFP4 weights whose global scale differs between runtimes."""
     rough = [name for name, value in divisors.items() if torch.tensor(value).bfloat16().item() != value]
     if rough:
         yield (
@@ -127,7 +131,7 @@ def divisor_caveats(divisors: Mapping[str, float]) -> Iterator[str]:
 
 
 def fused_apart(values: Mapping[str, float]) -> str | None:
-    """Modules whose value differs from that of what runtimes fuse with them, the first by name; None without any."""
+    """Modules whose value differs from that of a module fused with them, the first by name; None without any."""
     apart = [names[0] for names in _fused(values) if len({values[name] for name in names}) > 1]
     return _some(apart) if apart else None
 
@@ -137,7 +141,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _fused(names: Iterable[str]) -> Iterator[list[str]]:
-    """Modules that runtimes hold as one matrix, by the rules of any family."""
+    """Names of modules that runtimes fuse into one matrix, by the rules of all families."""
     rules = {rule.members for family in FAMILIES for rule in family.fused}
     rules |= {(family.experts.gate, family.experts.up) for family in FAMILIES}
     leaves: dict[str, set[str]] = {}

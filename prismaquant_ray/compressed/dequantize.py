@@ -30,12 +30,21 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Dequantized:
-    """The written files; each of `caveats` is one line about weights on which runtimes disagree."""
+class DequantizedRepository:
+    """A repository in BF16: modules by original format, bytes of weights before and after, SHA-256 of shards.
 
+    Each of `notes` is one line about weights on which runtimes disagree.
+    """
+
+    source: str
+    repository: str
+    modules: dict[FormatName, int]
+    tensors: int
+    bytes_before: int
+    bytes_after: int
     files: dict[str, int]
     sha256: dict[str, str]
-    caveats: tuple[str, ...]
+    notes: list[str]
 
 
 class QuantizedRepository:
@@ -67,7 +76,7 @@ class QuantizedRepository:
         """Bytes of all tensors when decoded."""
         return sum(output.nbytes for output in self.outputs)
 
-    def write(self, output: Prefix, *, max_shard_bytes: int = 5_000_000_000) -> Dequantized:
+    def write(self, output: Prefix, *, max_shard_bytes: int = 5_000_000_000) -> DequantizedRepository:
         """Write the BF16 repository where nothing or an earlier result is (`check_place`), config.json last.
 
         Raises:
@@ -93,7 +102,17 @@ class QuantizedRepository:
         output.delete(file for file in stale if file not in files)
         found = self._decoder.divisors  # in the order of threads
         divisors = {module.name: found[module.name] for module in self.modules if module.name in found}
-        return Dequantized(files=files, sha256=shards.sha256, caveats=tuple(divisor_caveats(divisors)))
+        return DequantizedRepository(
+            source=self.source.store.uri,
+            repository=output.uri,
+            modules=self.formats,
+            tensors=len(self.outputs),
+            bytes_before=self.bytes_before,
+            bytes_after=self.bytes_after,
+            files=files,
+            sha256=shards.sha256,
+            notes=list(divisor_caveats(divisors)),
+        )
 
 
 # Output -------------------------------------------------------------------------------------------------------------

@@ -88,11 +88,11 @@ class ForeignModule(QuantizedModule):
 
     @property
     def args(self) -> QuantizationArgs:
-        """Of the weights."""
+        """Quantization arguments of the weights."""
         return self.scheme.weights
 
     def _order(self, groups: Tensor | None) -> Tensor | None:
-        """The columns sorted by their group in g_idx; None where they are, or where -1 says that there is none."""
+        """Permutation that sorts columns by group; None without g_idx, or if it holds −1 (no grouping)."""
         if groups is None or bool((groups == -1).any()):
             return None
         width = self.args.group_size
@@ -106,7 +106,7 @@ class ForeignModule(QuantizedModule):
 
 
 def scheme_with_format(group: Mapping[str, object]) -> QuantizationScheme:
-    """A config group as compressed-tensors validates it; its format is inferred where none is said for it alone."""
+    """A config group validated by compressed-tensors; a missing or mixed format is inferred."""
     named = group["format"]
     if named in (CompressionFormat.mixed_precision.value, "fakequant", None):
         scheme = QuantizationScheme.model_validate({key: value for key, value in group.items() if key != "format"})
@@ -117,9 +117,10 @@ def scheme_with_format(group: Mapping[str, object]) -> QuantizationScheme:
 
 
 def foreign_module(coded: Coded, scheme: QuantizationScheme, uri: str, columns: int | None) -> ForeignModule:
-    """The module; InputError for a scheme that is not decoded, and for tensors that are not those of the scheme.
+    """The module. `columns` comes from `weight_shape` if `needs_shape`, else it is None.
 
-    `columns` are those that `weight_shape` says, where only it does (`needs_shape`).
+    Raises:
+        InputError: the scheme is not supported, or the tensors do not fit it.
     """
     refused = _refusal(scheme)
     if refused is not None:
@@ -146,7 +147,7 @@ def foreign_module(coded: Coded, scheme: QuantizationScheme, uri: str, columns: 
 
 
 def needs_shape(coded: Coded, scheme: QuantizationScheme) -> bool:
-    """Whether the number of columns is known from `weight_shape` alone: packed words say it to within a word."""
+    """Whether only `weight_shape` has the exact number of columns: packed words are padded."""
     weights = scheme.weights
     return (
         "weight_shape" in coded.tensors

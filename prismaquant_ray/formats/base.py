@@ -125,7 +125,7 @@ class Codec(ABC):
         return tensors if g is None else {**tensors, WEIGHT_GLOBAL_SCALE: g.clone().view(*g.shape[:-2], 1)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """BF16 weight (O, I) that the runtime computes from the shipped tensors; (E, O, I) for a stack (see `stack`)."""
+        """BF16 weight (O, I) that the runtime computes from shipped tensors; (E, O, I) for a stack (see `stack`)."""
         codes, g = tensors[self.codes], tensors.get(WEIGHT_GLOBAL_SCALE)
         # A stack has one divisor per expert, (E, 1).
         factor = self.scale_value(tensors["weight_scale"], g if g is None or codes.dim() == 2 else g.unsqueeze(-1))

@@ -1,6 +1,6 @@
 """INT4 (W4A16): 4-bit integers with a BF16 scale per 128 columns, or per 64 or 32 where 128 does not divide.
 
-Tensors: `weight_packed` I32 (O, I/8), eight codes a word, lowest first, offset 8; `weight_scale` BF16
+Tensors: `weight_packed` I32 (O, I/8), eight codes per word, lowest first, offset 8; `weight_scale` BF16
 (O, I/width); `weight_shape` I64 (2,).
 """
 

@@ -52,7 +52,7 @@ class CandidateDecoder:
 
 
 def members(matrix: Matrix) -> dict[str, tuple[LinearSpec, ...]]:
-    """The Linears in each parameter of a matrix: one in a Linear's own, all of them in a packed one."""
+    """The Linears of each parameter of a matrix: one, or all of them in a packed parameter."""
     if matrix.experts is not None:
         return {matrix.parameters[0]: matrix.linears}
     return {parameter: (linear,) for parameter, linear in zip(matrix.parameters, matrix.linears, strict=True)}

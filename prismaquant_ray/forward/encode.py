@@ -61,8 +61,8 @@ def encode_group(
 ) -> list[EncodedLinear]:
     """Round the members of one fused group, each (O, I) or (E, O, I), under one global scale (per expert).
 
-    They are stacked along their rows for one search and one GPTQ call; acceptance is decided per Linear (and expert). To
-    bound memory, at most `AT_ONCE` weights are in float32 at a time: a chunk of experts, or of rows.
+    They are stacked along their rows for one search and one GPTQ call; acceptance is decided per Linear (and expert).
+    At most `AT_ONCE` weights are in float32 at a time: a chunk of experts, or of rows.
     """
     if weights[0].dim() == 2:
         return _encode(weights, codec, statistics, factor, rounding)

@@ -40,7 +40,7 @@ class Gptq:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HessianFactor:
-    """U (I, I) of H = U D Uᵀ, rows and columns permuted to the `order` (I,) of visits; or per expert, (E, I, I), (E, I).
+    """U (I, I) of H = U D Uᵀ, rows and columns in the `order` (I,) of visits; or per expert, (E, I, I) and (E, I).
 
     `upper` is upper triangular and has a unit diagonal.
     """
@@ -87,7 +87,7 @@ def _unit_factor(hessian: Tensor, order: Tensor, settings: Gptq) -> Tensor:
 
 
 def _cholesky(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
-    """L (E, I, I) of hessian (E, I, I), which gets this diagonal (E, I), and for which of them there is none."""
+    """L (E, I, I) of hessian (E, I, I), whose diagonal is replaced in place; where it failed, bool (E,)."""
     hessian.diagonal(dim1=1, dim2=2).copy_(diagonal)
     lower, failed = torch.linalg.cholesky_ex(hessian)
     return lower, failed > 0
@@ -157,7 +157,7 @@ def _gptq(weight: Tensor, scales: Tensor, upper: Tensor, order: Tensor, codec: C
 
 
 def _transposed(matrices: Tensor, out: Tensor) -> Tensor:
-    """Matrices (E, m, n) as (E, n, m), written to `out`; each by itself, which takes half the time."""
+    """Matrices (E, m, n) as (E, n, m), written to `out`; one by one, which takes half the time."""
     for matrix, transposed in zip(matrices, out, strict=True):
         transposed.copy_(matrix.T)
     return out

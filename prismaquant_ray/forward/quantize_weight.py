@@ -1,4 +1,4 @@
-"""One weight matrix by itself: rounded as a run rounds it, and decoded as a runtime decodes it."""
+"""A single weight matrix: rounded as in a run, and decoded as by a runtime."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prismaquant_ray.forward.block import INPUT_MARGIN
 from prismaquant_ray.forward.encode import Rounding, encode_group
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums
 
-# One of so many tokens decides whether GPTQ beats the searched scales, as `calibration.holdout` does in a run.
+# One in _HOLDOUT tokens decides whether GPTQ beats the searched scales, as `calibration.holdout` does in a run.
 _HOLDOUT = 8
 
 

@@ -30,7 +30,7 @@ class ExpertsAtOnce:
 
 
 class RoutedInputs:
-    """Inputs of one experts module: the routed hidden states of `gate_up_proj`, the gated activations of `down_proj`."""
+    """Inputs of one experts module: routed hidden states of `gate_up_proj`, gated activations of `down_proj`."""
 
     def __init__(self, module: Any, device: torch.device) -> None:
         self.module = module

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Shrinkage: κ = PRIOR_SHARE × in_features pseudo-tokens of the layer's mean are added to each expert's statistics. With
-#: fewer tokens than columns a Hessian is singular and fits noise; a quarter regularizes it and is negligible beside many.
+#: Shrinkage: κ = PRIOR_SHARE × in_features pseudo-tokens of the layer's mean are added to each expert's statistics.
+#: With fewer tokens than columns a Hessian is singular and fits noise; κ regularizes it and is negligible beside many.
 PRIOR_SHARE = 0.25
 
 # Rows summed by one product. A constant, so that an expert's sums do not depend on which experts it is batched with.

@@ -210,7 +210,8 @@ def _stubbed(model: Any, path: str) -> tuple[tuple[nn.Module, ...], tuple[_Stub,
 def build_on_meta(config: Any, architecture: str) -> Any:
     """The model with meta parameters and real non-persistent buffers (rotary tables, embedding scales).
 
-    Raises InputError when transformers has no such class for this configuration.
+    Raises:
+        InputError: transformers has no such class for this configuration.
     """
     import transformers
 

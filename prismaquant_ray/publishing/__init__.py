@@ -1,1 +1,1 @@
-"""Copying a finished repository to the hub or to an object store, with what arrived compared afterwards."""
+"""Copying a finished repository to the hub or to an object store, and comparing it there."""

@@ -7,7 +7,7 @@ earlier version is replaced there is no config.json, so readers never see a mixt
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from prismaquant_ray.errors import InputError, StoreError
@@ -51,7 +51,7 @@ def publish_to_bucket(source: FinishedRepository, files: Sequence[File], target:
         listener.begin("comparing", len(common), sum(file.size for file in common))
     present = [file for file in common if _arrived(remote, file, listener)]
     if len(present) == len(files):
-        return Published(place=target, sent=(), present=_names(present), removed=(), bytes_sent=0)
+        return source.published(target, target, public=None, sent=(), present=present, removed=())
 
     sent = [file for file in files if file not in present or file.name in LAST]
     listener.begin("sending and reading back", len(sent), 2 * sum(file.size for file in sent))
@@ -64,19 +64,14 @@ def publish_to_bucket(source: FinishedRepository, files: Sequence[File], target:
             else:
                 staging.upload(file.name, partial(_copy, source, file, listener))
                 _check_arrived(remote, file, listener)
-        removed = before.intersection(stale).difference(_names(files))
+        removed = before.intersection(stale).difference(file.name for file in files)
         staging.delete(removed)
     for name in LAST:
         file = next(file for file in sent if file.name == name)
         listener.advance(file.size)
         _check_arrived(remote, file, listener)
-    return Published(
-        place=target,
-        sent=_names(sent),
-        present=_names(file for file in present if file not in sent),
-        removed=tuple(sorted(removed)),
-        bytes_sent=sum(file.size for file in sent),
-    )
+    present = [file for file in present if file not in sent]
+    return source.published(target, target, public=None, sent=sent, present=present, removed=sorted(removed))
 
 
 def _copy(source: FinishedRepository, file: File, listener: Listener, writer: ByteWriter) -> None:
@@ -104,7 +99,3 @@ def _arrived(remote: Store, file: File, listener: Listener) -> bool:
     except KeyError:
         return False
     return digests.file(file.name) == file
-
-
-def _names(files: Iterable[File]) -> tuple[str, ...]:
-    return tuple(file.name for file in files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,17 +21,22 @@ PIECE = 16 * 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """A publication: files sent, already present, and removed leftovers of an earlier version.
+    """A publication: files sent, already present, removed at the target, and not in the manifest (`unlisted`).
 
     `place` is the address for people; `public` is None for buckets, where a policy decides.
     """
 
+    source: str
+    target: str
     place: str
+    public: bool | None
+    verified: int
+    bytes: int
+    bytes_sent: int
     sent: tuple[str, ...]
     present: tuple[str, ...]
     removed: tuple[str, ...]
-    bytes_sent: int
-    public: bool | None = None
+    unlisted: tuple[str, ...]
 
 
 class Listener(Protocol):
@@ -84,12 +89,13 @@ class Digests:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRepository:
-    """A complete repository by its manifest.
+    """A complete repository by its manifest; `uri` is as the user wrote it.
 
     `sizes` has every file to publish, in this order: small files, weights, `LAST`. `unlisted` are files not in the
     manifest.
     """
 
+    uri: str
     store: Store
     manifest: Mapping[str, Any]
     sizes: Mapping[str, int]
@@ -122,6 +128,31 @@ class FinishedRepository:
                 )
             files.append(file)
         return tuple(files)
+
+    def published(
+        self,
+        target: str,
+        place: str,
+        *,
+        public: bool | None,
+        sent: Sequence[File],
+        present: Sequence[File],
+        removed: Iterable[str],
+    ) -> Published:
+        """The publication of this repository at `target`."""
+        return Published(
+            source=self.uri,
+            target=target,
+            place=place,
+            public=public,
+            verified=len(sent) + len(present),
+            bytes=sum(self.sizes.values()),
+            bytes_sent=sum(file.size for file in sent),
+            sent=tuple(file.name for file in sent),
+            present=tuple(file.name for file in present),
+            removed=tuple(removed),
+            unlisted=self.unlisted,
+        )
 
     def is_weights(self, name: str) -> bool:
         """Whether a file is one of the shards."""
@@ -196,6 +227,7 @@ def open_finished(uri: str) -> FinishedRepository:
     names = [name for name in sorted(listed, key=lambda name: (name in weights, name)) if name not in LAST]
     sizes = listed | {MANIFEST: store.size(MANIFEST) or 0}
     return FinishedRepository(
+        uri=uri,
         store=store,
         manifest=manifest,
         sizes={name: sizes[name] for name in (*names, *LAST)},

@@ -82,13 +82,9 @@ def publish_to_hub(
     if public and after.private:
         repository.make_public()
         after = _look(repository)
-    return Published(
-        place=repository.url,
-        sent=tuple(file.name for file in missing),
-        present=tuple(file.name for file in files if file not in missing),
-        removed=tuple(removed),
-        bytes_sent=sum(file.size for file in missing),
-        public=not after.private,
+    present = [file for file in files if file not in missing]
+    return source.published(
+        repository.uri, repository.url, public=not after.private, sent=missing, present=present, removed=removed
     )
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 
 from prismaquant_ray.storage.failures import Problem, clean, short
 
-#: What requests raise. An upload's RuntimeError wraps one of these; so do the native uploader's own.
+#: Exceptions of requests. RuntimeErrors of an upload and of the native uploader wrap one of these.
 HUB_FAILURES: tuple[type[Exception], ...] = (HTTPError, OSError)
 _AGAIN = "run the same command again to continue"
 _LIMIT = 120

@@ -36,10 +36,10 @@ class Alternative:
     """
 
     format: FormatName
-    refused: str | None = None
-    bytes: int | None = None
-    predicted_loss: float | None = None
-    loss_per_byte_saved: float | None = None
+    refused: str | None
+    bytes: int | None
+    predicted_loss: float | None
+    loss_per_byte_saved: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +145,17 @@ def _alternatives(planner: Planner, group: FusedGroup) -> list[Alternative]:
             allowed.append((int(problem.size[row, column]), float(problem.cost[row, column]), name))
         else:
             reason = refusal(name, group) or ruled_out(planner.layout, planner.config.allocation, group, name)
-            refused.append(Alternative(format=name, refused=reason or "it was not priced"))
+            reason = reason or "it was not priced"
+            refused.append(
+                Alternative(format=name, refused=reason, bytes=None, predicted_loss=None, loss_per_byte_saved=None)
+            )
     found = []
     larger: tuple[int, float] | None = None
     for bytes_, cost, name in sorted(allowed, reverse=True):
         rate = None if larger is None or larger[0] == bytes_ else (cost - larger[1]) / (larger[0] - bytes_)
-        found.append(Alternative(format=name, bytes=bytes_, predicted_loss=cost, loss_per_byte_saved=rate))
+        found.append(
+            Alternative(format=name, refused=None, bytes=bytes_, predicted_loss=cost, loss_per_byte_saved=rate)
+        )
         larger = bytes_, cost
     return [*reversed(found), *refused]
 

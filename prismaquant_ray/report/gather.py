@@ -128,26 +128,21 @@ def block_findings(layout: Layout) -> list[BlockFindings]:
 def expert_findings(data: RunData) -> list[ExpertFindings]:
     """Calibration tokens of every routed expert, by layer."""
     return [
-        _experts(name, block.index, tokens)
+        ExpertFindings(
+            group=name,
+            block=block.index,
+            experts=len(tokens),
+            even=(even := sum(tokens) / len(tokens)),
+            fewest=min(tokens),
+            median=statistics.median(tokens),
+            most=max(tokens),
+            unseen=sum(count == 0 for count in tokens),
+            cold=sum(0 < count < COLD * even for count in tokens),
+            tokens=list(tokens),
+        )
         for block in data.layout.blocks
         for name, tokens in data.forward[block.index].experts.items()
     ]
-
-
-def _experts(group: str, block: int, tokens: Sequence[int]) -> ExpertFindings:
-    even = sum(tokens) / len(tokens)
-    return ExpertFindings(
-        group=group,
-        block=block,
-        experts=len(tokens),
-        even=even,
-        fewest=min(tokens),
-        median=statistics.median(tokens),
-        most=max(tokens),
-        unseen=sum(count == 0 for count in tokens),
-        cold=sum(0 < count < COLD * even for count in tokens),
-        tokens=list(tokens),
-    )
 
 
 def _model(data: RunData) -> ModelFindings:

@@ -1,7 +1,7 @@
 """One driver per run store: a lease that its holder renews and that expires when it stops.
 
-The store needs *create if absent* only. Each lease is one numbered object; whoever creates the next number holds
-the run. Clocks of different machines are never compared: a lease has expired when nobody has rewritten it for `TTL`
+The store needs *create if absent* only. Each lease is one numbered object; the creator of the next number holds
+the run. Clocks of different machines are never compared: a lease has expired when it has not been rewritten for `TTL`
 seconds of the watcher's own clock, or at once when its holder was a process of this machine that is gone.
 """
 

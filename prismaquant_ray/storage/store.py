@@ -1,7 +1,7 @@
 """The run store's keys and bytes: a local directory or an object-store URI behind one small interface.
 
-Only operations that every backend has are used: put, ranged get, list, delete and *create if absent*. Requests to object
-stores are retried, with back-off and jitter, for a bounded time; their errors reach the user as one line without
+Only operations that every backend has are used: put, ranged get, list, delete and *create if absent*. Requests to
+object stores are retried, with back-off and jitter, for a bounded time; their errors reach the user as one line without
 credentials. s3:// is tested against a real server; gs:// runs the same code and is untested.
 """
 
@@ -134,7 +134,7 @@ class Store:
         self._repeat(f"{key} cannot be written", lambda: obstore.put(self._backend, key, view, use_multipart=False))
 
     def create(self, key: str, data: Buffer) -> bool:
-        """Write an object only if it does not exist; False when somebody else was first."""
+        """Write an object only if it does not exist; False when it exists already."""
         view = memoryview(data).cast("B")
         unanswered = False
 
@@ -194,7 +194,7 @@ class Store:
         if isinstance(self._backend, S3Store):
             batch = [*keys]
             if batch:
-                # Up to 1000 keys a request; S3 does not mind absent ones.
+                # Up to 1000 keys per request; S3 ignores absent ones.
                 what = batch[0] if len(batch) == 1 else f"{batch[0]} and {len(batch) - 1} more"
                 self._repeat(f"{what} cannot be deleted", lambda: obstore.delete(self._backend, batch))
             return
