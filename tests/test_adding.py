@@ -101,7 +101,7 @@ def test_a_format_is_added_by_a_file_and_a_name(with_int2: Copy, tmp_path: Path)
 
 @pytest.mark.slow
 def test_the_example_format_passes_the_tests_that_need_no_change(with_int2: Copy) -> None:
-    said = with_int2.run("pytest", "tests/test_formats.py", "-k", "INT2 or int2", "-p", "no:cacheprovider")
+    said = with_int2.run("pytest", "tests/formats/test_formats.py", "-k", "INT2 or int2", "-p", "no:cacheprovider")
     assert int(re.search(r"(\d+) passed", said)[1]) > 10
 
 

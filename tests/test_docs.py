@@ -139,7 +139,7 @@ def test_every_formula_names_its_code_and_a_test_that_proves_it() -> None:
     for heading, text in formulas.items():
         code, _, tests = text.partition("\n- tests:")
         assert [name for file, name in REFERENCE.findall(code) if file.startswith("prismaquant_ray/")], heading
-        proofs = [name for file, name in REFERENCE.findall(tests) if file.startswith("tests/test_")]
+        proofs = [name for file, name in REFERENCE.findall(tests) if re.fullmatch(r"tests/(\w+/)?test_\w+\.py", file)]
         assert proofs, heading
         assert all(name.startswith("test_") for name in proofs), heading
 

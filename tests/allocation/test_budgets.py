@@ -33,7 +33,7 @@ from tests.problems import NAN, inside, largest, make, transformer
 from tests.runs import assembled, configuration
 from tests.tiny import make_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GB = 10**9
 
 # KV cache -------------------------------------------------------------------------------------------------------

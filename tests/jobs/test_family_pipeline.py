@@ -30,7 +30,7 @@ from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES
 from tests.waiting import PATIENCE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

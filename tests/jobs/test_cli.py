@@ -171,7 +171,7 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
         configuration(directory, make_checkpoint(directory / "source", "llama", layers=layers, **shape))
         done = subprocess.run(
             [sys.executable, script, directory / "config.yaml"],
-            capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **WORKER_ENVIRONMENT},
         )  # fmt: skip
         peak, promised = (int(word) for word in done.stdout.split()[-2:])
@@ -205,7 +205,7 @@ def test_a_workers_heap_keeps_no_logits_of_the_models_it_compares() -> None:
         "print(peak(2), peak(12))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ".", **WORKER_ENVIRONMENT},
     )  # fmt: skip
     few, many = map(int, done.stdout.split())

@@ -27,7 +27,7 @@ from prismaquant_ray.storage.store import Store
 from tests.tiny import random_tokens
 from tests.tiny_families import FAMILIES, VISION_FAMILIES, dequantize_blocks, make_family
 
-IMAGES = Path(__file__).parents[1] / "configs/data/images/captions.jsonl"
+IMAGES = Path(__file__).parents[2] / "configs/data/images/captions.jsonl"
 NO_HEAD = ("gpt_oss",)
 
 

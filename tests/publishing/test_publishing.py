@@ -239,7 +239,7 @@ def command_line(repository: Path, hub: HubServer, **variables: str) -> tuple[li
     """The command in a process of its own, and how to start it."""
     environment = os.environ | {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"} | variables
     command = [sys.executable, "-m", "jobs", "publish", str(repository), TARGET]
-    return command, {"env": environment, "cwd": Path(__file__).parent.parent}
+    return command, {"env": environment, "cwd": Path(__file__).parents[2]}
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from tests.repositories import Model, make_model, mixed_choice, rewrite, tensors
 from tests.tiny import make_checkpoint, make_text
 
 SEQUENCES, LENGTH = 5, 32
-IMAGES = Path(__file__).parents[1] / "configs/data/images"
+IMAGES = Path(__file__).parents[2] / "configs/data/images"
 
 
 class Quantized:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prismaquant_ray.compressed.activations import input_rounding
 from prismaquant_ray.formats import FORMATS, FormatName
-from tests.compressed import INT8, change, make_compressed, scheme, stored, view_of
+from tests.foreign_repositories import INT8, change, make_compressed, scheme, stored, view_of
 from tests.reference.codecs import E4M3, nearest
 from tests.reference.integers import nearest_integer
 from tests.tiny import make_checkpoint

@@ -40,7 +40,7 @@ from tests.projections import Recorded
 from tests.tiny import random_tokens
 from tests.tiny_families import VISION_FAMILIES
 
-IMAGES = Path(__file__).parents[1] / "configs/data/images/captions.jsonl"
+IMAGES = Path(__file__).parents[2] / "configs/data/images/captions.jsonl"
 USED = (FormatName.INT4, FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3", "qwen3_5_moe")
 SEED = 7

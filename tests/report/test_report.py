@@ -61,7 +61,7 @@ from tests.runs import configuration
 from tests.s3_server import S3Server
 from tests.tiny import make_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -29,7 +29,7 @@ from tests.runs import assembled, configuration, digests
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.ray
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def started(directory: Path, source: Path, home: Path) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ from tests.runs import assembled, configuration, digests, quantized
 from tests.s3_server import ACCESS_KEY, READER_KEY, READER_SECRET, SECRET_KEY, S3Server, environment
 from tests.tiny import make_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from prismaquant_ray.calibration.images import ImageSequence, load_images
 from prismaquant_ray.errors import InputError
 from tests.tiny_families import IMAGE_PAD, VIDEO_PAD, VISION_START, make_family
 
-SHIPPED = Path(__file__).parent.parent / "configs/data/images"
+SHIPPED = Path(__file__).parents[2] / "configs/data/images"
 MERGE = 2  # patches a side that one image token stands for
 PNG = SHIPPED / "maze.png"
 

@@ -19,7 +19,7 @@ from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.errors import InputError
 from tests.tiny import make_checkpoint, make_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CALIBRATION = ROOT / "configs/data/calibration.txt"
 EVALUATION = ROOT / "configs/data/evaluation.txt"
 

@@ -22,7 +22,7 @@ from tests.runs import configuration, digests
 from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def prepared(directory: Path, source: Path, **settings: object) -> Path:

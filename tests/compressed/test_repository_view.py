@@ -25,7 +25,7 @@ from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
-from tests.compressed import (
+from tests.foreign_repositories import (
     INT8,
     change,
     configure,
