@@ -67,7 +67,7 @@ class Explanation:
         belongs = "" if self.group == self.name else f" (in {self.group})"
         yield f"{self.name}{belongs} is {self.format} in the plan for {self.target}: {self.reason}"
         if self.nats_per_byte is not None:
-            yield f"  a byte is worth {figure(self.nats_per_byte, 3)} nats per token under this budget"
+            yield f"  the price of a byte under this budget is {figure(self.nats_per_byte, 3)} nats per token"
         for entry in self.alternatives:
             if entry.refused is not None:
                 yield f"  {entry.format:<8} not possible: {entry.refused}"
@@ -172,7 +172,7 @@ def _reason(chosen: FormatName, multiplier: float | None, alternatives: list[Alt
     best = min(worth, key=lambda name: worth[name])
     # Two formats on one edge of the frontier are worth the same.
     if worth[chosen] <= worth[best] + 1e-9 * abs(worth[best]):
-        return "chosen because no other format of the group has less loss and bytes together, at what a byte is worth"
+        return "chosen because its predicted loss plus the price of its bytes is the least of all formats"
     larger = size_of[chosen] > size_of[best]
     way = "fill bytes that the budget has left" if larger else "pay for bytes of other groups"
     return f"chosen to {way}: by itself the group would be {best}"
