@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser'
+	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser' --durations=15
 
 # The inner loop: nothing that starts Ray or a server or takes long.
 test-fast: install

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # Before torch is imported, here and in the processes that tests start: sums do not depend on the machine or the order
 # of tests, and two test processes do not fight for the cores.
 os.environ.update({f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")})
+
+# What a shell starts in the background ignores Ctrl-C, and so would every process that a test means to stop by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -92,8 +92,8 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
 
         pids: list[int] = []
         finished: list[str] = []
-        with ray_workers(spec, at_most) as crew:
-            yield replace(crew, listeners=(*crew.listeners, kill))
+        with ray_workers(spec, at_most) as pool:
+            yield replace(pool, listeners=(*pool.listeners, kill))
 
     run = Run(config, open_workers=killing)
     run.measure()
