@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import sys
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import prismaquant_ray
 
@@ -72,27 +76,70 @@ _SECTIONS = {
 }
 
 
-def _described(name: str, thing: object) -> str:
-    """A heading with the signature, and the docstring."""
-    text = inspect.getdoc(thing) or ""
-    if not inspect.isfunction(thing):
-        return f"```text\n{text}\n```\n"
-    # Annotations are text, which is quoted; a function is shown by its name, not by where it is in memory.
-    signature = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", str(inspect.signature(thing)).replace("'", ""))
-    return f"```python\n{name}{signature}\n```\n\n```text\n{text}\n```\n"
+class _Text(str):
+    """An annotation; a signature shows it without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _signature(name: str, thing: Callable[..., Any]) -> str:
+    """A function with its arguments, or a dataclass with its fields."""
+    signature = inspect.signature(thing)
+    parameters = [
+        each.replace(annotation=_Text(each.annotation)) for each in signature.parameters.values() if each.name != "self"
+    ]
+    # Of a constructor it is None itself, of a function it is text.
+    returned = signature.return_annotation
+    shown = signature.replace(
+        parameters=parameters, return_annotation=signature.empty if returned is None else _Text(returned)
+    )
+    # A function as a default is shown by its name, not by where it is in memory.
+    return name + re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", str(shown))
+
+
+def _described(name: str, thing: Any) -> str:
+    """Signature and docstring."""
+    text = f"```text\n{inspect.getdoc(thing) or ''}\n```\n"
+    if isinstance(thing, property):
+        return f"```python\n{name}: {inspect.signature(thing.fget).return_annotation}\n```\n\n{text}"
+    if inspect.isfunction(thing) or dataclasses.is_dataclass(thing):
+        return f"```python\n{_signature(name, thing)}\n```\n\n{text}"
+    return text
+
+
+def _members(kind: type) -> Iterator[tuple[str, Any]]:
+    """Public methods and properties, by name."""
+    for name, member in inspect.getmembers(kind):
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            yield name, member
+
+
+def _results(functions: list[Callable[..., Any]]) -> dict[str, type]:
+    """The dataclasses that functions return, with their bases, as far as they are not public names themselves."""
+    returned = [typing.get_type_hints(each)["return"] for each in functions]
+    found = {base.__name__: base for kind in returned if dataclasses.is_dataclass(kind) for base in kind.__mro__[:-1]}
+    return {name: kind for name, kind in sorted(found.items()) if name not in prismaquant_ray.__all__}
 
 
 def render() -> str:
     """docs/api.md."""
     parts = [_INTRODUCTION]
+    functions = []
     for title, names in _SECTIONS.items():
         parts.append(f"## {title}\n")
         for name in names:
             thing = getattr(prismaquant_ray, name)
             parts += [f"### {name}\n", _described(name, thing)]
-            if inspect.isclass(thing) and name == "OpenRun":
-                methods = inspect.getmembers(thing, inspect.isfunction)
-                parts += [_described(m, f) for m, f in methods if not m.startswith("_")]
+            members = dict(_members(thing)) if name == "OpenRun" else {}
+            parts += [_described(each, member) for each, member in members.items()]
+            callables = [thing, *(each.fget if isinstance(each, property) else each for each in members.values())]
+            functions += [each for each in callables if inspect.isfunction(each)]
+    parts.append("## Results\n")
+    for name, kind in _results(functions).items():
+        parts += [f"### {name}\n", _described(name, kind)]
     return "\n".join(parts)
 
 
