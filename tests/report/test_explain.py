@@ -76,7 +76,7 @@ def test_a_format_is_the_best_at_that_price_or_said_to_fill_up(dense: Measured, 
         }
         best = min(worth.values())
         if worth[planner.plan.choice[group.name]] <= best * (1 + 1e-9):
-            assert "no other format of the group has less" in found.reason
+            assert "is the least of all formats" in found.reason
         else:
             away += 1
             assert f"by itself the group would be {min(worth, key=lambda name: worth[name])}" in found.reason
