@@ -211,19 +211,20 @@ class Served:
 class Format:
     """A codec, an activation rounding and the compressed-tensors scheme that names them.
 
-    `codec` is None for BF16, which is copied from the source. `static_input_scale` says that the runtime needs
-    an `input_global_scale` beside the weight, equal within a fused group. `letter` and `colours` (fill, ink) stand for
+    `codec` is None for BF16, which is copied from the source; `round_activation` is None where the runtime keeps
+    activations in 16 bits. `static_input_scale` says that the runtime needs an `input_global_scale` beside the weight,
+    equal within a fused group. `letter` and `colours` (fill, ink) stand for
     the format on a map; blues and greens have 4 bits, oranges 8, violet 16.
     """
 
     name: FormatName
-    codec: Codec | None
-    round_activation: ActivationRounding | None
-    static_input_scale: bool
+    codec: Codec | None = None
+    round_activation: ActivationRounding | None = None
+    static_input_scale: bool = False
     #: compressed-tensors' CompressionFormat, e.g. "nvfp4-pack-quantized"
     compression: str
     #: in_features → (weights, input_activations) as compressed-tensors writes them; None for BF16
-    scheme: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None
+    scheme: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None = None
     summary: str
     letter: str
     colours: tuple[str, str]

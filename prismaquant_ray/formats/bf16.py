@@ -7,11 +7,7 @@ from prismaquant_ray.formats.base import Format, Served
 
 FORMAT = Format(
     name=FormatName.BF16,
-    codec=None,
-    round_activation=None,
-    static_input_scale=False,
     compression="dense",
-    scheme=None,
     summary="the source weight, unchanged",
     letter="B",
     colours=("#5b3a94", "#ffffff"),

@@ -44,7 +44,6 @@ FORMAT = Format(
     name=FormatName.FP8,
     codec=Fp8Codec(),
     round_activation=_round_activation,
-    static_input_scale=False,
     compression="float-quantized",
     scheme=_scheme,
     summary="8-bit float weights per channel, dynamic 8-bit activations per token",

@@ -70,8 +70,6 @@ def _scheme(in_features: int) -> tuple[dict[str, Any], None]:
 FORMAT = Format(
     name=FormatName.INT4,
     codec=CODEC,
-    round_activation=None,
-    static_input_scale=False,
     compression="pack-quantized",
     scheme=_scheme,
     summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",

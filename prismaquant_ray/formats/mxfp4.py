@@ -31,7 +31,6 @@ FORMAT = Format(
     name=FormatName.MXFP4,
     codec=MxFp4Codec(),
     round_activation=mx.round_activation(E2M1_MAX, round_e2m1),
-    static_input_scale=False,
     compression="mxfp4-pack-quantized",
     scheme=mx.scheme(4),
     summary="4-bit float weights and activations, power-of-two scales per 32",

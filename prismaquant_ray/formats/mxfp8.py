@@ -21,7 +21,6 @@ FORMAT = Format(
     name=FormatName.MXFP8,
     codec=MxFp8Codec(),
     round_activation=mx.round_activation(E4M3_MAX, round_e4m3),
-    static_input_scale=False,
     compression="mxfp8-quantized",
     scheme=mx.scheme(8),
     summary="8-bit float weights and activations, power-of-two scales per 32",

@@ -9,8 +9,6 @@ from prismaquant_ray.formats.nvfp4 import CODEC, scheme_a16
 FORMAT = Format(
     name=FormatName.NVFP4A16,
     codec=CODEC,
-    round_activation=None,
-    static_input_scale=False,
     compression="nvfp4-pack-quantized",
     scheme=scheme_a16,
     summary="4-bit float weights, scales per 16; 16-bit activations",
