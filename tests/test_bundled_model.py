@@ -14,6 +14,8 @@ from benchmarks import bundled_model
 from benchmarks.bundled_model import write_bundled_model
 from prismaquant_ray.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 EVALUATION = Path(__file__).parent.parent / "configs/data/evaluation.txt"
 
 

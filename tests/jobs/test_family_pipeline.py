@@ -30,6 +30,8 @@ from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -32,6 +32,8 @@ from tests.runs import assembled, configuration, digests, full_configuration, qu
 from tests.tiny import ARCHITECTURES, make_checkpoint
 from tests.tiny_families import make_family
 
+pytestmark = pytest.mark.slow
+
 ALL_FORMATS = ["INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
 
 
