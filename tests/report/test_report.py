@@ -118,6 +118,8 @@ def test_costs_are_those_of_the_records_and_their_parts_too(everything: Measured
                 column = getattr(found.groups, key)[format_]
                 assert column[row] == pytest.approx(weight * getattr(price, key), rel=1e-12)
     all_ = found.composition.all
+    assert all_.cost is not None
+    assert all_.cost > 0
     assert all_.weight_cost is not None
     assert all_.activation_cost is not None
     assert all_.cross_cost is not None
