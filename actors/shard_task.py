@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -49,8 +48,11 @@ class Attempt:
 
     def inbox(self, stage: Stage, *units: Unit) -> Inbox:
         """The stored boundaries of some units of a pass, for the microbatches of this shard."""
-        run_store = self.context.run_store
-        find = partial(run_store.boundary, stage, *units)
+        run_store, microbatches = self.context.run_store, self.context.graph.microbatches
+
+        def find(microbatch: int) -> dict[int, Artifact]:
+            return run_store.boundary(stage, next(unit for unit in units if microbatch in microbatches(unit)))
+
         return Inbox(run_store.store, self.context.thread, find, self.shard.microbatches)
 
     def receive(self, inbox: Inbox, microbatch: int) -> Tensor:

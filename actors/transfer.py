@@ -55,34 +55,38 @@ class Outbox:
 
 
 class Inbox:
-    """Reads a shard's boundaries from the store, one microbatch ahead."""
+    """Reads a shard's boundaries from the store, one microbatch ahead where one record names both.
+
+    `find` reads the record that names a microbatch's boundary. Other records are left alone: a unit that another worker
+    is still running has none yet.
+    """
 
     def __init__(
         self,
         store: Store,
         thread: ThreadPoolExecutor,
-        find: Callable[[], dict[int, Artifact]],
+        find: Callable[[int], dict[int, Artifact]],
         microbatches: Sequence[int],
     ) -> None:
         self._store = store
         self._thread = thread
         self._find = find
-        self._artifacts: dict[int, Artifact] | None = None
+        self._artifacts: dict[int, Artifact] = {}
         self._following = dict(pairwise(microbatches))
         self._ahead: dict[int, Future[tuple[Tensor, int]]] = {}
 
     def get(self, microbatch: int) -> tuple[Tensor, int]:
         """The boundary and its bytes; DamagedError when it is missing or differs from its digest."""
         future = self._ahead.pop(microbatch, None)
+        if microbatch not in self._artifacts:
+            self._artifacts.update(self._find(microbatch))
         found = future.result() if future is not None else self._read(microbatch)
         following = self._following.get(microbatch)
-        if following is not None:
+        if following in self._artifacts:
             self._ahead[following] = self._thread.submit(self._read, following)
         return found
 
     def _read(self, microbatch: int) -> tuple[Tensor, int]:
-        if self._artifacts is None:
-            self._artifacts = self._find()
         return read_boundary(self._store, self._artifacts[microbatch])
 
 

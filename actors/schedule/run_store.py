@@ -67,10 +67,10 @@ class RunStore:
                 raise DamagedError(f"{self.store.uri}: {key}: {error}; run the same command again", key) from error
         return found
 
-    def boundary(self, stage: Stage, *units: Unit) -> dict[int, Artifact]:
-        """The stored outputs of the units, by microbatch; DamagedError when one has no record."""
-        records = [self._read(boundary_key(stage, unit_key(unit))) for unit in units]
-        return {int(m): artifact for record in records for m, artifact in record.artifacts.items()}
+    def boundary(self, stage: Stage, unit: Unit) -> dict[int, Artifact]:
+        """The stored output of a unit, by microbatch; DamagedError when it has no record."""
+        record = self._read(boundary_key(stage, unit_key(unit)))
+        return {int(microbatch): artifact for microbatch, artifact in record.artifacts.items()}
 
     def write_record(self, stage: Stage, unit: Unit, record: Record) -> None:
         """Commit a unit's candidates or prices; the first writer wins."""

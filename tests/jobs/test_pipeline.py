@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.protocol import Call, CallKind
 from actors.schedule.recovery import Cause
-from actors.schedule.units import Stage, unit_key
+from actors.schedule.units import Exit, Stage, unit_key
 from jobs.commands import assemble, verify
 from jobs.pipeline.run import Run
 from jobs.pipeline.workers import WorkerPool
@@ -238,6 +238,29 @@ def test_a_hole_in_a_stopped_pass_is_filled_and_nothing_else_repeated(
     assert run == [(unit,)]
     assert {path: path.read_bytes() for path in recorded} == recorded
     quantized(config)
+    assert digests(config.store.output) == expected
+
+
+def test_an_exit_that_another_worker_is_still_running_is_no_damage(
+    tmp_path: Path, source: Path, expected: dict[str, str]
+) -> None:
+    config = configuration(tmp_path, source)
+    last = Exit(config.calibration.sequences // config.calibration.microbatch)
+
+    def before_the_last_exit(worker: str, call: Call) -> None:
+        if call.kind is CallKind.RUN and call.shard.units == (last,):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(config, open_workers=in_process(accident=before_the_last_exit)).measure()
+    again: list[InProcessWorkers] = []
+    run = Run(config, open_workers=in_process(2, opened=again))
+    run.measure()
+    log = [(call.kind, call.shard.units) for _, call in again[0].log if call.shard is not None]
+    first = next(units for kind, units in log if kind is CallKind.RUN and not isinstance(units[0], Exit))
+    assert log.index((CallKind.RUN, first)) < log.index((CallKind.FINISH, (last,))), "not what it tests"
+    assert not [event for event in read_events(run.store) if event.kind == "repair"]
+    assembled(run)
     assert digests(config.store.output) == expected
 
 
