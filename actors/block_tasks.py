@@ -15,7 +15,7 @@ from actors.shard_task import Attempt, UnitTask
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
-from prismaquant_ray.records import to_json
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record
 
 _Pass = TypeVar("_Pass", BlockForward, BlockBackward, HeadBackward)

@@ -19,7 +19,8 @@ from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.model.mtp_head import most_likely
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.records import DraftRecord, to_json
+from prismaquant_ray.records import DraftRecord
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record
 
 

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from prismaquant_ray import config
+from prismaquant_ray import config, config_values
 
 _INTRODUCTION = """\
 # Configuration
@@ -31,9 +31,9 @@ Keys without a default are required.
 _COLUMNS = ("key", "value", "default", "bounds", "meaning")
 # Types whose text is parsed: the validator that reads it tells them apart.
 _PARSED = {
-    config.parse_bytes: "bytes, as a number, `19GB` or `17.7GiB`",
-    config.parse_margin: "share, as `15%` or `0.15`, or bytes, as `4GB`",
-    config.parse_location: "directory, `s3://…` or `gs://…`",
+    config_values.parse_bytes: "bytes, as a number, `19GB` or `17.7GiB`",
+    config_values.parse_margin: "share, as `15%` or `0.15`, or bytes, as `4GB`",
+    config_values.parse_location: "directory, `s3://…` or `gs://…`",
 }
 _PLAIN: Mapping[Any, str] = {
     str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path", NoneType: "`null`"

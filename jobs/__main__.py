@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from prismaquant_ray import __version__
+from prismaquant_ray.serialization import to_json
 
 
 def _flag(name: str, text: str) -> click.Option:
@@ -154,8 +155,6 @@ def _run(name: str, values: dict[str, Any], *, as_json: bool) -> int:
     module = _imported(f"jobs.commands.{name}")
     result = module.run(**values)
     if as_json:
-        from prismaquant_ray.records import to_json
-
         click.echo(json.dumps(to_json(result), indent=1))
     else:
         from rich.console import Console

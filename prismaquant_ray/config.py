@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -11,63 +10,9 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from prismaquant_ray.config_values import Bytes, Location, Margin
 from prismaquant_ray.errors import ConfigError
 from prismaquant_ray.formats import FormatName
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(value: Any) -> Any:
-    """19000000000 from 19GB (decimal) or 17.7GiB (binary); other types pass through to validation."""
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
-    if not found or found[2].upper() not in _UNITS:
-        raise ValueError(f"{value!r} is not a size; write 19GB or 17.7GiB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
-
-
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-
-
-def parse_margin(value: Any) -> Any:
-    """A share (a float below 1) from 15% or 0.15, or bytes (an int) from 4GB."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        try:
-            share = float(value.strip()[:-1]) / 100
-        except ValueError:
-            share = -1.0
-        if not 0.0 <= share < 1.0:
-            raise ValueError(f"{value!r} is not a share; write 15%, or bytes as 4GB")
-        return share
-    if isinstance(value, float) and 0.0 <= value < 1.0:
-        return value
-    size = parse_bytes(value)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise ValueError(f"{value!r} is not a margin; write 15%, or bytes as 4GB")
-    return size
-
-
-Margin = Annotated[float | int, BeforeValidator(parse_margin)]
-
-
-def parse_location(value: Any) -> Any:
-    """A URI of an object store as it is, anything else as a local path."""
-    if not isinstance(value, str):
-        return value
-    scheme, separator, rest = value.partition("://")
-    if not separator:
-        return Path(value)
-    if scheme == "file":
-        return Path(rest)
-    if scheme not in SCHEMES:
-        raise ValueError(f"{scheme}:// is not supported; give a directory or one of {', '.join(SCHEMES)}://")
-    return value.rstrip("/")
-
-
-#: Object stores that `store.run`, `store.output` and `model.source` may name.
-SCHEMES = ("s3", "gs")
-Location = Annotated[Path | str, BeforeValidator(parse_location)]
 
 
 class Section(BaseModel):

@@ -24,6 +24,7 @@ from prismaquant_ray.records import (
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.group_findings import BlockFindings, GroupColumns
 from prismaquant_ray.report.groups import composition
+from prismaquant_ray.serialization import to_bytes
 from tests.inprocess import unopened
 from tests.runs import family_configuration, measured
 
@@ -103,7 +104,7 @@ def add_measurements(known: Measured, draft: bool = False) -> MeasuredPlans:
         source=SourceFigures(loss=2.8, perplexity=17.2, draft_agreement=0.8 if draft else None),
         knee=MeasuredKnee(bpp=5.25, kl=0.13, from_bpp=4.5, to_bpp=8.25, stability=[]),
     )
-    known.store.put(records.MEASURED_PLANS, records.dumps(body))
+    known.store.put(records.MEASURED_PLANS, to_bytes(body))
     return body
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prismaquant_ray.config import BudgetConfig, Config, load_config, parse_bytes
+from prismaquant_ray.config import BudgetConfig, Config, load_config
+from prismaquant_ray.config_values import parse_bytes
 from prismaquant_ray.errors import ConfigError
 
 GOOD = """

@@ -13,7 +13,7 @@ from prismaquant_ray.formats import FormatName
 
 ROOT = Path(__file__).parents[1]
 FILES = [path for package in ("prismaquant_ray", "actors", "jobs") for path in sorted((ROOT / package).rglob("*.py"))]
-LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 420, 60
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
 #: What every command defines: see jobs/__main__.py.
 COMMANDS = {"run", "render"}
 #: Where people are talked to.
@@ -22,8 +22,8 @@ OPEN_MAPPINGS = ("dict[str, Any]", "Mapping[str, Any]")
 #: Functions that other packages call with mappings whose keys are not ours to list.
 THIRD_PARTY_JSON = {
     "prismaquant_ray.config.checked": "settings as YAML has them, before they are checked",
-    "prismaquant_ray.records.to_json": "any record as JSON",
-    "prismaquant_ray.records.from_json": "JSON that may be no record",
+    "prismaquant_ray.serialization.to_json": "any record as JSON",
+    "prismaquant_ray.serialization.from_json": "JSON that may be no record",
     "prismaquant_ray.repository.manifest.claim": "a manifest, which names whatever a repository has",
     "prismaquant_ray.repository.manifest.as_json": "a manifest",
     "prismaquant_ray.repository.routing.vllm_route": "quantization_config as compressed-tensors defines it",

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
-from prismaquant_ray.records import BOUNDARY, RECORD, boundary_key, from_json, record_key
+from prismaquant_ray.records import BOUNDARY, RECORD, boundary_key, record_key
+from prismaquant_ray.serialization import from_json
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
 

@@ -18,6 +18,7 @@ from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.runner import check_finite
 from prismaquant_ray.records import RunRecord
+from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store, check_directory
 
@@ -146,7 +147,7 @@ def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
 def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
     """Raise InputError naming the first difference between `fingerprint` and that of the stored run."""
     try:
-        stored = records.loads(RunRecord, store.get(records.RUN)).fingerprint
+        stored = from_bytes(RunRecord, store.get(records.RUN)).fingerprint
     except (ValueError, KeyError) as error:
         raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
     for key, value in fingerprint.items():

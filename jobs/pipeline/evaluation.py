@@ -37,6 +37,7 @@ from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.events import Events
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.records import Divergence, DraftRecord, Excess, SourceFigures
+from prismaquant_ray.serialization import from_json, to_json
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
@@ -101,7 +102,7 @@ class EvaluationSession:
         for start in range(0, len(missing), size):
             self._run(missing[start : start + size])
         found = [self._read(key) for key in (self._key(None), *map(self._key, variants))]
-        return [records.from_json(Divergence, record.metrics) for record in found if record is not None]
+        return [from_json(Divergence, record.metrics) for record in found if record is not None]
 
     def excess(self, variant: Variant, other: Variant) -> Excess:
         """The mean KL of one measured variant minus another's.
@@ -161,7 +162,7 @@ class EvaluationSession:
         columns = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in TokenFigures._fields}
         agreement: list[float] = []
         for unit in graph.heads[: graph.draft]:
-            draft = records.from_json(DraftRecord, run_store.record(Stage.EVALUATION, unit).metrics)
+            draft = from_json(DraftRecord, run_store.record(Stage.EVALUATION, unit).metrics)
             agreement = [count / draft.tokens for count in draft.agreed]
         for row, key in enumerate(keys):
             own = {name: column[row] for name, column in columns.items()}
@@ -170,7 +171,7 @@ class EvaluationSession:
                 figures = replace(figures, draft_agreement=agreement[row])
             path = f"{records.EVALUATIONS}/{key}/{new_attempt()}/tokens.safetensors"
             artifact = write_tensors(self.store, path, {**own, "sequence": sequence})
-            record = Record(artifacts={"tokens": artifact}, metrics=records.to_json(figures))
+            record = Record(artifacts={"tokens": artifact}, metrics=to_json(figures))
             write_record(self.store, records.evaluation_key(key), record)
 
     def _read(self, key: str) -> Record | None:

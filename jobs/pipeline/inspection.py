@@ -13,7 +13,8 @@ from jobs.pipeline import checks
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
-from prismaquant_ray.config import Config, parse_bytes
+from prismaquant_ray.config import Config
+from prismaquant_ray.config_values import parse_bytes
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint

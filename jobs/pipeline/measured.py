@@ -35,6 +35,7 @@ from prismaquant_ray.records import (
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.gather import gather
 from prismaquant_ray.report.run_data import RunData
+from prismaquant_ray.serialization import from_bytes, to_bytes
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.record import Record
 from prismaquant_ray.storage.store import Store
@@ -105,14 +106,14 @@ class Measured:
     def sweep(self) -> SweepRecord:
         """The plans of the configured sweep; also stored."""
         found = self.planner.sweep
-        self.store.put(records.SWEEP, records.dumps(found))
+        self.store.put(records.SWEEP, to_bytes(found))
         return found
 
     @cached_property
     def plan(self) -> PlanRecord:
         """The plan of the configured budget; also stored."""
         found = self.planner.plan
-        self.store.put(records.plan_key(found.target), records.dumps(found))
+        self.store.put(records.plan_key(found.target), to_bytes(found))
         return found
 
     def findings(self, plan: PlanRecord) -> Findings:
@@ -175,7 +176,7 @@ def read_stored(store: Store, kind: type[T], key: str, made_by: str) -> T | None
         StoreError: it is damaged; the message names the command `made_by` that makes it.
     """
     try:
-        return records.loads(kind, store.get(key))
+        return from_bytes(kind, store.get(key))
     except KeyError:
         return None
     except ValueError as error:

@@ -29,6 +29,7 @@ from prismaquant_ray.records import (
     MeasuredPlans,
     PlanRecord,
 )
+from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.storage.connection import absolute
 
 
@@ -37,7 +38,7 @@ def measure_sweep(run: Run, measured: Measured) -> MeasuredPlans:
     targets = measured.sweep.targets
     plans = [*map(LabelledPlan.of, targets), *baselines(measured.planner, targets)]
     result = _measure(run, measured, plans)
-    measured.store.put(records.MEASURED_PLANS, records.dumps(result))
+    measured.store.put(records.MEASURED_PLANS, to_bytes(result))
     return result
 
 
@@ -49,7 +50,7 @@ def measure_plan(run: Run, measured: Measured, plan: PlanRecord) -> MeasuredPlan
         (entry,) = result.plans
         others = [each for each in before.plans if (each.kind, each.target) != (entry.kind, entry.target)]
         result = replace(before, plans=[*others, entry])
-    measured.store.put(records.MEASURED_PLANS, records.dumps(result))
+    measured.store.put(records.MEASURED_PLANS, to_bytes(result))
     return result
 
 

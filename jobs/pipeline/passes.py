@@ -26,6 +26,7 @@ from prismaquant_ray import records
 from prismaquant_ray.errors import DamagedError, InputError, StoreError
 from prismaquant_ray.events import Event, Events, Machine, ObjectRepaired, PassBegan, ShardDone, ShardsSized
 from prismaquant_ray.records import DeviceRecord
+from prismaquant_ray.serialization import to_bytes
 
 #: Repairs in a row after which the store is considered unusable.
 REPAIRS = 10
@@ -162,7 +163,7 @@ class Passes(ABC):
     def admit(self, worker: Machine) -> None:
         """Raise InputError unless the worker has the kind of device the run began with; others round differently."""
         store = self.run_store.store
-        if store.create(records.DEVICE, records.dumps(DeviceRecord(device=worker.device))):
+        if store.create(records.DEVICE, to_bytes(DeviceRecord(device=worker.device))):
             return
         begun = read_stored(store, DeviceRecord, records.DEVICE, made_by="quantize --fresh")
         if begun is not None and begun.device != worker.device:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from jobs.pipeline.run import Run
 from prismaquant_ray import records
 from prismaquant_ray.report.findings import Findings
+from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.store import Store, check_directory
 
@@ -46,7 +47,7 @@ def write_report(findings: Findings, store: Store, prefix: str) -> list[str]:
     from prismaquant_ray.report.page import page
 
     objects = {f"{name}.png": data for name, data in _plots(findings).items()}
-    objects |= {"report.json": records.dumps(findings), "report.html": page(findings).encode()}
+    objects |= {"report.json": to_bytes(findings), "report.html": page(findings).encode()}
     for name, data in objects.items():
         store.put(f"{prefix}{name}", data)
     return [f"{prefix}{name}" for name in reversed(objects)]

@@ -31,6 +31,7 @@ from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of, transformers_config
 from prismaquant_ray.records import MeasuredRecord, RunRecord
 from prismaquant_ray.repository.staging import check_output
+from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
@@ -72,7 +73,7 @@ class Run:
         fingerprint = checks.fingerprint(self.config, self.source)
         store = Store(self.config.store.run)
         record = RunRecord(fingerprint=fingerprint, config=self.config.model_dump(mode="json"))
-        if not store.create(records.RUN, records.dumps(record)):
+        if not store.create(records.RUN, to_bytes(record)):
             checks.refuse_mismatch(store, fingerprint)
         return store
 
@@ -236,7 +237,7 @@ class Run:
             self.run_store.tidy()
             self.store.create(records.LAYOUT, _LAYOUT.dump_json(self.layout))
             log.flush()
-            self.store.create(records.MEASURED, records.dumps(MeasuredRecord(peak_bytes=log.peak_bytes)))
+            self.store.create(records.MEASURED, to_bytes(MeasuredRecord(peak_bytes=log.peak_bytes)))
         self.is_measured = True
 
     def measured(self) -> Measured:

@@ -25,6 +25,7 @@ from prismaquant_ray.events import (
     read_events,
 )
 from prismaquant_ray.records import RunRecord
+from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.lease import holder
 from prismaquant_ray.storage.store import Store
@@ -120,7 +121,7 @@ def _open(uri: str) -> tuple[Store, RunRecord]:
     try:
         store = Store(uri, create=False)
         store.check_readable()
-        return store, records.loads(RunRecord, store.get(records.RUN))
+        return store, from_bytes(RunRecord, store.get(records.RUN))
     except (KeyError, ValueError, StoreError) as error:
         path = local_path(uri)
         if isinstance(error, StoreError) and (path is None or path.is_dir()):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.errors import DamagedError
-from prismaquant_ray.records import CALIBRATION, CALIBRATION_RECORD, CalibrationRecord, to_json
+from prismaquant_ray.records import CALIBRATION, CALIBRATION_RECORD, CalibrationRecord
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record, new_attempt, read_record, read_tensors, write_record, write_tensors
 from prismaquant_ray.storage.store import Store
 

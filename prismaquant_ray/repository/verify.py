@@ -7,23 +7,28 @@ names, dtypes, routing and bytes are checked here against the source and the sto
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
-from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec
 from prismaquant_ray.repository import routing
 from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.quantization_config import Choice, check_choice, linears_by_format
+from prismaquant_ray.repository.tensor_checks import (
+    by_module,
+    same_bytes,
+    scale_problems,
+    shared_scale_problems,
+    weight_problems,
+)
 from prismaquant_ray.repository.writer import REWRITTEN, bits
 from prismaquant_ray.source.checkpoint import as_tensor, read_header
 from prismaquant_ray.source.files import CONFIG, INDEX
@@ -33,17 +38,12 @@ from prismaquant_ray.source.ranges import parts, read_pieces, threads
 from prismaquant_ray.storage.prefix import Prefix
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    pass
 
 # Files that users may edit after writing.
 _MUTABLE = ("README.md",)
 # Bytes per batch that a thread compares; a larger module is a batch of its own.
 _COMPARED = 1 << 26
-# Weights decoded at a time, so that they stay in the cache of a core.
-_DECODED = 1 << 18
-
-#: A module's tensors by suffix.
-Stored = Mapping[str, tuple[TensorInfo, "Buffer"]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,8 +262,8 @@ class _Check:
                 yield str(error)
         shared: dict[str, Tensor] = {}
         for batch in self._batches(group):
-            ours = _read((self.repository, self.tensors[tensor]) for _, _, tensors in batch for tensor in tensors)
-            theirs = _read(
+            ours = by_module((self.repository, self.tensors[tensor]) for _, _, tensors in batch for tensor in tensors)
+            theirs = by_module(
                 (file.store, info) for module, _, _ in batch for info in held.get(module, ()) if file is not None
             )
             for module, linear, _ in batch:
@@ -272,10 +272,10 @@ class _Check:
                     f"{module}.{suffix}": found[suffix]
                     for suffix in found.keys() & {WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE}
                 }
-                yield from _scale_problems(linear, module, found)
-                yield from _weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
+                yield from scale_problems(linear, module, found)
+                yield from weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
         for matrix in group.matrices:
-            yield from _shared_problems(matrix, shared)
+            yield from shared_scale_problems(matrix, shared)
 
     def _batches(self, group: FusedGroup) -> Iterator[list[tuple[str, LinearSpec, list[str]]]]:
         """Batches of modules with their tensors, without modules where a tensor is missing or has another shape."""
@@ -323,83 +323,12 @@ class _Check:
             cut = theirs[0].divisible
             pairs += zip(parts(ours), parts(theirs), strict=True) if cut else [(ours, theirs)]
         left, right = read_pieces(ours for ours, _ in pairs), read_pieces(theirs for _, theirs in pairs)
-        changed = (info.name for (info, data), (_, other) in zip(left, right, strict=True) if not _same(data, other))
+        changed = (
+            info.name for (info, data), (_, other) in zip(left, right, strict=True) if not same_bytes(data, other)
+        )
         return [f"{name} is not the source's, byte for byte" for name in dict.fromkeys(changed)]
-
-
-def _read(pieces: Iterable[Piece]) -> Mapping[str, Stored]:
-    """Tensors by module and suffix."""
-    found: dict[str, dict[str, tuple[TensorInfo, Buffer]]] = {}
-    for info, data in read_pieces(pieces):
-        module, _, suffix = info.name.rpartition(".")
-        found.setdefault(module, {})[suffix] = info, data
-    return found
-
-
-def _same(left: Buffer, right: Buffer) -> bool:
-    """Whether bytes are equal. bytearray uses memcmp; == on memoryviews compares element by element."""
-    return bytearray(left) == right
-
-
-def _shared_problems(matrix: Matrix, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    """Global scales that differ although the runtime applies one of them to several modules."""
-    experts = list(zip(*(linear.names for linear in matrix.linears), strict=True))
-    together = {
-        WEIGHT_GLOBAL_SCALE: experts,
-        INPUT_GLOBAL_SCALE: [tuple(name for names in experts for name in names)],
-    }
-    for suffix, sharing in together.items():
-        for modules in sharing:
-            found = {_raw(tensors[f"{name}.{suffix}"]) for name in modules if f"{name}.{suffix}" in tensors}
-            if len(found) > 1:
-                where = matrix.name if matrix.experts is None else ", ".join(modules[:2])
-                yield f"{where}: members have different {suffix}; vLLM applies one of them to all"
-
-
-def _scale_problems(linear: LinearSpec, module: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-    scale = tensors["weight_scale"]
-    # E8M0: 255 is NaN, and 0 is a subnormal the runtimes read differently.
-    highest = 254 if scale.dtype == torch.uint8 else torch.finfo(scale.dtype).max
-    low, high = torch.aminmax(scale.to(torch.float32))  # NaN if anything is
-    if not 0 < low.item() <= high.item() <= highest:
-        yield f"{module}.weight_scale has zero, negative, infinite or NaN scales"
-    for suffix in (WEIGHT_GLOBAL_SCALE, INPUT_GLOBAL_SCALE):
-        divisor = tensors.get(suffix)
-        if divisor is None:
-            continue
-        if not (bool(torch.isfinite(divisor).all()) and bool((divisor > 0).all())):
-            yield f"{module}.{suffix} is {divisor.tolist()}; it must be finite and above zero"
-        elif suffix == WEIGHT_GLOBAL_SCALE and not torch.equal(divisor.to(torch.bfloat16).to(torch.float32), divisor):
-            yield f"{module}.{suffix} is not a BF16 value; vLLM would decode other weights than transformers"
-    if "weight_shape" in tensors and tensors["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
-        yield f"{module}.weight_shape is {tensors['weight_shape'].tolist()}"
-
-
-def _weight_problems(
-    codec: Codec, linear: LinearSpec, module: str, tensors: Mapping[str, Tensor], ours: Stored, theirs: Stored
-) -> Iterator[str]:
-    step = max(1, _DECODED // linear.in_features)
-    rows = zip(tensors[codec.codes].split(step), tensors["weight_scale"].split(step), strict=True)
-    decoded = (codec.decode({**tensors, codec.codes: codes, "weight_scale": scale}) for codes, scale in rows)
-    if not all(map(_is_finite, decoded)):
-        yield f"{module} decodes to NaN or infinite weights"
-    changed = [suffix for suffix in ours if suffix in theirs and not _same(ours[suffix][1], theirs[suffix][1])]
-    if changed:
-        stored = {suffix: as_tensor(data, info.dtype, info.shape) for suffix, (info, data) in theirs.items()}
-        weights = "the same" if _raw(codec.decode(stored)) == _raw(codec.decode(tensors)) else "other"
-        yield f"{module}: {', '.join(changed)} not as in the stored candidate; it decodes to {weights} weights"
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, from the extremes (both NaN if any value is), without a temporary tensor."""
-    low, high = torch.aminmax(values)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = body.get(key)
     return value if isinstance(value, dict) else {}
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -23,7 +23,7 @@ from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.records import to_json
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import InProcessWorkers, after, in_process, unopened

@@ -29,7 +29,7 @@ from prismaquant_ray.events import (
     busy_shares,
     read_events,
 )
-from prismaquant_ray.records import to_json
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import after, in_process
 from tests.runs import assembled, configuration

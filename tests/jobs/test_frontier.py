@@ -19,7 +19,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import measured_knee
 from prismaquant_ray.events import read_events
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.records import to_json
+from prismaquant_ray.serialization import to_json
 from tests.inprocess import in_process, unopened
 from tests.runs import assembled, family_configuration
 from tests.tiny import make_checkpoint

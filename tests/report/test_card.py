@@ -64,6 +64,7 @@ from prismaquant_ray.report.source_card import Stated, stated
 from prismaquant_ray.repository.manifest import MANIFEST, README
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
+from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import unopened
 from tests.reported import measured_plan, measurements
@@ -542,7 +543,7 @@ def test_figures_of_another_plan_are_not_this_one_s(dense: Config, tmp_path: Pat
     own_figures = replace(figures, kl_mean=0.25)
     theirs = measured_plan(other, weights=figures)
     try:
-        store.put(records.MEASURED_PLANS, records.dumps(measurements([theirs], text=text_of_other)))
+        store.put(records.MEASURED_PLANS, to_bytes(measurements([theirs], text=text_of_other)))
         view = found(opened(dense), plan, output)
         assert view.measured is None
         shown = [view.measured_of(row) for row in view.sweep]
@@ -550,7 +551,7 @@ def test_figures_of_another_plan_are_not_this_one_s(dense: Config, tmp_path: Pat
         assert "| 0.4711 |" in text_of(view)
         # Also when it was made for another budget: the same choice is the same model.
         own = measured_plan(plan, target="123456B", label="123456B", activations=own_figures)
-        store.put(records.MEASURED_PLANS, records.dumps(measurements([theirs, own], text=text_of_other)))
+        store.put(records.MEASURED_PLANS, to_bytes(measurements([theirs, own], text=text_of_other)))
         view = found(opened(dense), plan, output)
         assert view.measured is not None and view.measured.weights is None
         assert view.measured.activations == own_figures

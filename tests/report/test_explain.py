@@ -12,13 +12,13 @@ from click.testing import CliRunner
 
 from jobs.__main__ import cli
 from jobs.pipeline.measured import Measured
-from prismaquant_ray import records
 from prismaquant_ray.allocation.frontier import frontier
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report.explanation import Explanation, explain, nats_per_byte
+from prismaquant_ray.serialization import to_json
 from tests.reported import measured_run, reopened
 from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family
@@ -100,7 +100,7 @@ def test_what_a_saved_byte_costs_is_taken_against_the_next_larger_format(dense: 
     assert lines[0] == f"{found.name} is {found.format} in the plan for 6.25bpp: {found.reason}"
     assert len(lines) == 2 + len(found.alternatives)
     assert "nats per byte saved against the next larger" in lines[2]
-    assert json.loads(json.dumps(records.to_json(found), allow_nan=False))["format"] == str(found.format)
+    assert json.loads(json.dumps(to_json(found), allow_nan=False))["format"] == str(found.format)
 
 
 def test_a_linear_is_looked_up_in_its_group(dense: Measured) -> None:

@@ -44,6 +44,7 @@ from prismaquant_ray.report.page import page
 from prismaquant_ray.report.plots import plots
 from prismaquant_ray.report.summary import summarize_probe
 from prismaquant_ray.report.timings import timings
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process, unopened
 from tests.reported import (
@@ -448,7 +449,7 @@ def test_a_report_that_has_no_place_is_refused_in_one_line(dense: Measured, tmp_
 
 
 def test_every_key_of_the_json_is_documented(found: Findings) -> None:
-    documented, body = (ROOT / "docs/report.md").read_text(), records.to_json(found)
+    documented, body = (ROOT / "docs/report.md").read_text(), to_json(found)
     assert [key for key in body if f"`{key}`" not in documented] == []
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert body["settings"]["calibration"]["sequences"] == 6
@@ -459,7 +460,7 @@ def test_every_key_of_the_json_is_documented(found: Findings) -> None:
 
 
 def test_a_row_of_the_json_begins_with_what_it_is_of(found: Findings) -> None:
-    body = records.to_json(found)
+    body = to_json(found)
     assert list(body["composition"]["modules"][0])[:4] == ["kind", "module", "label", "groups"]
     assert list(body["composition"]["formats"][0])[:2] == ["format", "groups"]
     assert list(body["rounding"]["linears"][0])[:5] == ["linear", "block", "module", "codec", "experts"]
@@ -509,7 +510,7 @@ def test_every_kind_of_plan_is_shown(dense: Measured, overrides: tuple[str, ...]
     assert says in _text(page(found))
     assert (found.frontier is None) == (config.allocation.max_bf16_fraction is not None)
     assert found.plan.target == config.budget.target
-    json.dumps(records.to_json(found), allow_nan=False)
+    json.dumps(to_json(found), allow_nan=False)
 
 
 def test_another_objective_has_no_standard_errors_and_no_split(dense: Measured) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from prismaquant_ray.errors import StoreError
-from prismaquant_ray.repository.verify import _is_finite
+from prismaquant_ray.repository.tensor_checks import _is_finite
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece
 from prismaquant_ray.source.ranges import BATCH_BYTES, parts, read_pieces
