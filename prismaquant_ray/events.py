@@ -7,16 +7,18 @@ often as it grows.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.records import EVENTS
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 
 # Seconds between two puts, and how many more per megabyte of log.
@@ -28,18 +30,13 @@ _INTERVAL_PER_MEGABYTE = 5.0
 class Event:
     """Something that happened; `at` is in seconds since the epoch."""
 
-    kind: ClassVar[str]
     at: float = field(default_factory=time.time)
-
-    def body(self) -> dict[str, Any]:
-        """JSON values: its kind under `event`, its time, and its fields; step metrics that are None are left out."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "at"}
-        present = {key: value for key, value in fields.items() if not (value is None and key in _OPTIONAL)}
-        return {"at": self.at, "event": self.kind, **present}
+    #: What it is, as the log says it.
+    event: str
 
     def line(self) -> str:
-        """Its line of the log."""
-        return json.dumps({**self.body(), "at": round(self.at, 3)}, allow_nan=False)
+        """Its line of the log; step metrics that are None are left out."""
+        return json.dumps({**to_json(self), "at": round(self.at, 3)}, allow_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +70,7 @@ class StepMetrics:
 class RunBegan(Event):
     """A driver begins; `workers` are as configured."""
 
-    kind: ClassVar[str] = "begin"
+    event: Literal["begin"] = "begin"
     workers: int | Literal["auto"]
 
 
@@ -81,7 +78,7 @@ class RunBegan(Event):
 class RunEnded(Event):
     """A driver ends, `measured` or `stopped`."""
 
-    kind: ClassVar[str] = "end"
+    event: Literal["end"] = "end"
     how: str
 
 
@@ -89,7 +86,7 @@ class RunEnded(Event):
 class WorkerReady(Machine, Event):
     """A worker is set up, on a machine."""
 
-    kind: ClassVar[str] = "worker"
+    event: Literal["worker"] = "worker"
     worker: str
 
 
@@ -97,7 +94,7 @@ class WorkerReady(Machine, Event):
 class ShardsSized(Event):
     """How many blocks a worker loads at a time, of how many, and why: see `ShardSize`."""
 
-    kind: ClassVar[str] = "shards"
+    event: Literal["shards"] = "shards"
     model_blocks: int
     blocks: int
     free_bytes: int
@@ -109,7 +106,7 @@ class ShardsSized(Event):
 class PassBegan(Event):
     """A pass begins; counts of shards, units, producing units, microbatches and steps."""
 
-    kind: ClassVar[str] = "pass"
+    event: Literal["pass"] = "pass"
     stage: str
     shards: int
     units: int
@@ -125,7 +122,7 @@ class StepDone(StepMetrics, Event):
     `started` is in seconds since the epoch, on the worker's clock. Every one of `units` units has seen the `tokens`.
     """
 
-    kind: ClassVar[str] = "step"
+    event: Literal["step"] = "step"
     stage: str
     shard: str
     units: int
@@ -140,7 +137,7 @@ class StepDone(StepMetrics, Event):
 class ShardDone(Event):
     """A shard is finished; `units` are their keys, `left` counts the shards of the pass that are not finished."""
 
-    kind: ClassVar[str] = "shard"
+    event: Literal["shard"] = "shard"
     stage: str
     shard: str
     units: Sequence[str]
@@ -153,7 +150,7 @@ class ShardDone(Event):
 class WorkerLost(Event):
     """A worker is gone; `shard` is the one that it held."""
 
-    kind: ClassVar[str] = "lost"
+    event: Literal["lost"] = "lost"
     worker: str
     cause: str
     shard: str | None
@@ -164,7 +161,7 @@ class WorkerLost(Event):
 class ShardYielded(Event):
     """A worker yielded its shard, so that a blocking one can run."""
 
-    kind: ClassVar[str] = "yielded"
+    event: Literal["yielded"] = "yielded"
     worker: str
     shard: str | None
 
@@ -173,7 +170,7 @@ class ShardYielded(Event):
 class ObjectRepaired(Event):
     """A stored object is damaged; the records in `forgotten` are made again."""
 
-    kind: ClassVar[str] = "repair"
+    event: Literal["repair"] = "repair"
     key: str
     message: str
     forgotten: Sequence[str]
@@ -183,7 +180,7 @@ class ObjectRepaired(Event):
 class RepositoryWritten(Event):
     """A verified repository is in place."""
 
-    kind: ClassVar[str] = "repository"
+    event: Literal["repository"] = "repository"
     uri: str
     target: str
     bpp: float
@@ -195,28 +192,25 @@ class RepositoryWritten(Event):
 class Notice(Event):
     """A sentence for people; not kept."""
 
-    kind: ClassVar[str] = "notice"
+    event: Literal["notice"] = "notice"
     message: str
 
 
-# Left out of a line where they are None.
-_OPTIONAL = frozenset(f.name for f in dataclasses.fields(StepMetrics))
-_KINDS: dict[str, type[Event]] = {
-    kind.kind: kind
-    for kind in (
-        RunBegan,
-        RunEnded,
-        WorkerReady,
-        ShardsSized,
-        PassBegan,
-        StepDone,
-        ShardDone,
-        WorkerLost,
-        ShardYielded,
-        ObjectRepaired,
-        RepositoryWritten,
-    )
-}
+# What the log has.
+_LOGGED = (
+    RunBegan
+    | RunEnded
+    | WorkerReady
+    | ShardsSized
+    | PassBegan
+    | StepDone
+    | ShardDone
+    | WorkerLost
+    | ShardYielded
+    | ObjectRepaired
+    | RepositoryWritten
+)
+_READER: TypeAdapter[Event] = TypeAdapter(Annotated[_LOGGED, Field(discriminator="event")])
 
 #: Called with every event, in order.
 Listener = Callable[[Event], None]
@@ -287,9 +281,8 @@ def read_events(store: Store) -> list[Event]:
 
 def _parse(text: bytes, store: Store) -> list[Event]:
     try:
-        bodies = [json.loads(line) for line in text.decode().splitlines()]
-        return [_KINDS[body.pop("event")](**body) for body in bodies]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        return [_READER.validate_json(line) for line in text.splitlines()]
+    except ValidationError as error:
         raise StoreError(f"{store.uri}: {EVENTS} is damaged; delete it, it is only a log") from error
 
 

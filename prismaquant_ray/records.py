@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
+
+from pydantic import JsonValue
 
 from prismaquant_ray.formats import FormatName
 
 T = TypeVar("T")
+
+#: Settings as JSON, by name.
+Settings = dict[str, JsonValue]
 
 # Keys ---------------------------------------------------------------------------------------------------------------
 
@@ -188,10 +193,21 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """`run.json`: the configuration, and the values that measurements and candidates depend on, by displayed name."""
+    """`run.json`: the configuration, and the values that measurements and candidates depend on, by displayed name.
 
-    fingerprint: dict[str, Any]
-    config: dict[str, Any]
+    Both are compared and shown, never computed with.
+    """
+
+    fingerprint: Settings
+    config: Settings
+
+    @property
+    def source(self) -> str:
+        """`model.source` of the configuration."""
+        model = self.config["model"]
+        if not isinstance(model, dict):
+            raise ValueError("config.model: not a section")  # noqa: TRY004 - of a file, not of a caller
+        return str(model["source"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,19 +22,17 @@ def render(result: Status, console: Console) -> None:
     if result.driver:
         console.print(f"  driver: process {result.driver.pid} on {result.driver.host}")
     if result.last_event:
-        console.print(f"  last event: {result.last_event['event']}, {result.last_event['seconds_ago']:.0f} s ago")
+        console.print(f"  last event: {result.last_event.event}, {result.silent:.0f} s ago")
     for worker in result.workers:
-        state = "lost" if worker["lost"] else "ready"
-        console.print(f"  {worker['worker']}: {worker['device']} on {worker['host']}, process {worker['pid']}, {state}")
+        state = "lost" if worker.lost else "ready"
+        console.print(f"  {worker.worker}: {worker.device} on {worker.host}, process {worker.pid}, {state}")
     _render_passes(result, console)
     for lost in result.lost:
-        console.print(f"  lost: {lost['worker']}, {lost['cause']}; held {lost['shard']}")
+        console.print(f"  lost: {lost.worker}, {lost.cause}; held {lost.shard}")
     for repair in result.repairs:
-        console.print(f"  repaired: {repair['key']}")
+        console.print(f"  repaired: {repair.key}")
     for repository in result.repositories:
-        console.print(
-            f"  repository: {repository['uri']}, {repository['bytes'] / 1e6:,.1f} MB, {repository['bpp']:.4f} bits"
-        )
+        console.print(f"  repository: {repository.uri}, {repository.bytes / 1e6:,.1f} MB, {repository.bpp:.4f} bits")
 
 
 def _render_passes(result: Status, console: Console) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from actors.connect import joins
 from actors.memory import free_memory
@@ -17,7 +16,7 @@ from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.runner import check_finite
-from prismaquant_ray.records import RunRecord
+from prismaquant_ray.records import RunRecord, Settings
 from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store, check_directory
@@ -112,7 +111,7 @@ def free_device_memory(config: Config) -> int:
     return free_memory()
 
 
-def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
+def fingerprint(config: Config, source: TensorSource) -> Settings:
     """Everything that measurements and candidates depend on, by the name shown on a mismatch."""
     calibration = config.calibration
     text = calibration.text
@@ -144,7 +143,7 @@ def fingerprint(config: Config, source: TensorSource) -> dict[str, Any]:
     }
 
 
-def refuse_mismatch(store: Store, fingerprint: dict[str, Any]) -> None:
+def refuse_mismatch(store: Store, fingerprint: Settings) -> None:
     """Raise InputError naming the first difference between `fingerprint` and that of the stored run."""
     try:
         stored = from_bytes(RunRecord, store.get(records.RUN)).fingerprint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Stage
@@ -25,7 +24,7 @@ from prismaquant_ray.events import (
     read_events,
 )
 from prismaquant_ray.records import RunRecord
-from prismaquant_ray.serialization import from_bytes
+from prismaquant_ray.serialization import from_bytes, to_json
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.lease import holder
 from prismaquant_ray.storage.store import Store
@@ -70,21 +69,29 @@ class PassStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerStatus(WorkerReady):
+    """A worker that was ready, and whether it is lost."""
+
+    lost: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Status:
-    """The state of a run; events are as in the log, with their kind under `event`."""
+    """The state of a run; `silent` are the seconds since the last event."""
 
     run: str
     model: str
     state: str
     blocks: BlockCounts
     driver: Driver | None
-    last_event: dict[str, Any] | None
+    last_event: Event | None
+    silent: float | None
     passes: int
-    workers: list[dict[str, Any]]
-    lost: list[dict[str, Any]]
-    repairs: list[dict[str, Any]]
+    workers: list[WorkerStatus]
+    lost: list[WorkerLost]
+    repairs: list[ObjectRepaired]
     stages: list[PassStatus]
-    repositories: list[dict[str, Any]]
+    repositories: list[RepositoryWritten]
 
 
 def status(uri: str) -> Status:
@@ -99,7 +106,7 @@ def status(uri: str) -> Status:
     current = holder(store)
     return Status(
         run=uri,
-        model=run.config["model"]["source"],
+        model=run.source,
         state=_state(store, events, alive=current is not None and not current.is_gone),
         blocks=BlockCounts(
             encoded=len(run_store.recorded(Stage.FORWARD).done),
@@ -107,13 +114,14 @@ def status(uri: str) -> Status:
             total=next((event.model_blocks for event in reversed(events) if isinstance(event, ShardsSized)), None),
         ),
         driver=None if current is None else Driver(host=current.host, pid=current.pid),
-        last_event=None if not events else {"seconds_ago": time.time() - events[-1].at, **events[-1].body()},
+        last_event=events[-1] if events else None,
+        silent=time.time() - events[-1].at if events else None,
         passes=len(attempts),
         workers=_workers(events),
-        lost=[event.body() for event in events if isinstance(event, WorkerLost)],
-        repairs=[event.body() for event in events if isinstance(event, ObjectRepaired)],
+        lost=[event for event in events if isinstance(event, WorkerLost)],
+        repairs=[event for event in events if isinstance(event, ObjectRepaired)],
         stages=[_pass(attempt) for attempt in attempts],
-        repositories=[event.body() for event in events if isinstance(event, RepositoryWritten)],
+        repositories=[event for event in events if isinstance(event, RepositoryWritten)],
     )
 
 
@@ -158,9 +166,9 @@ def _pass(attempt: PassAttempt) -> PassStatus:
     )
 
 
-def _workers(events: Sequence[Event]) -> list[dict[str, Any]]:
+def _workers(events: Sequence[Event]) -> list[WorkerStatus]:
     """Workers of the last driver, and which of them are lost."""
     begin = max((i for i, event in enumerate(events) if isinstance(event, RunBegan)), default=0)
     lost = {event.worker for event in events[begin:] if isinstance(event, WorkerLost)}
     ready = [event for event in events[begin:] if isinstance(event, WorkerReady)]
-    return [{**event.body(), "lost": event.worker in lost} for event in ready]
+    return [WorkerStatus(**to_json(event), lost=event.worker in lost) for event in ready]

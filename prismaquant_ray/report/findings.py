@@ -7,9 +7,16 @@ fields are the keys of `report.json`, which docs/report.md describes; `schema` c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from prismaquant_ray.records import Divergence, EvaluationText, Knee, MeasuredKnee, ServerMemory, SourceFigures
+from prismaquant_ray.records import (
+    Divergence,
+    EvaluationText,
+    Knee,
+    MeasuredKnee,
+    ServerMemory,
+    Settings,
+    SourceFigures,
+)
 from prismaquant_ray.report.group_findings import (
     BlockFindings,
     Composition,
@@ -159,7 +166,7 @@ class CalibrationFindings:
     priced_tokens: int
     images: str | None
     digest: str | None
-    fingerprint: dict[str, Any]
+    fingerprint: Settings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,7 +253,7 @@ class Findings:
     timings: Timings
     machines: Machines
     versions: dict[str, str | None]
-    settings: dict[str, Any]
+    settings: Settings
 
     @property
     def plan(self) -> PlanFindings:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -134,10 +135,7 @@ def predicted_loss(columns: GroupColumns, chosen: Sequence[str]) -> float | None
 
 def share(columns: GroupColumns, rows: Sequence[int], chosen: Sequence[str]) -> Share:
     """Sums over some groups of a plan; `chosen` has the format of every group."""
-    return Share(**_share(columns, rows, chosen))
 
-
-def _share(columns: GroupColumns, rows: Sequence[int], chosen: Sequence[str]) -> dict[str, Any]:
     def of(column: Mapping[str, list[Any]]) -> list[Any]:
         return [column[chosen[row]][row] for row in rows]
 
@@ -148,18 +146,18 @@ def _share(columns: GroupColumns, rows: Sequence[int], chosen: Sequence[str]) ->
     cost, weights = total(of(columns.cost)), total(of(columns.weight_cost))
     activations = total(of(columns.activation_cost))
     known = cost is not None and weights is not None and activations is not None
-    return {
-        "groups": len(rows),
-        "parameters": everything,
-        "parameters_by_format": dict(parameters),
-        "bytes": size,
-        "bits": 8 * size / everything if everything else None,
-        "cost": cost,
-        "standard_error": root_sum_square(of(columns.standard_error)),
-        "weight_cost": weights,
-        "activation_cost": activations,
-        "cross_cost": cost - weights - activations if known else None,  # type: ignore[operator]
-    }
+    return Share(
+        groups=len(rows),
+        parameters=everything,
+        parameters_by_format=dict(parameters),
+        bytes=size,
+        bits=8 * size / everything if everything else None,
+        cost=cost,
+        standard_error=root_sum_square(of(columns.standard_error)),
+        weight_cost=weights,
+        activation_cost=activations,
+        cross_cost=cost - weights - activations if known else None,  # type: ignore[operator]
+    )
 
 
 def composition(
@@ -173,10 +171,10 @@ def composition(
     rows_of = {entry.name: [row for row, name in enumerate(chosen) if name == entry.name] for entry in formats}
     return Composition(
         modules=[
-            ModuleShare(kind=kind, module=module, label=label(kind, module), **_share(columns, rows, chosen))
+            ModuleShare(kind=kind, module=module, label=label(kind, module), **asdict(share(columns, rows, chosen)))
             for (kind, module), rows in modules.items()
         ],
-        formats=[FormatShare(format=name, **_share(columns, rows, chosen)) for name, rows in rows_of.items()],
+        formats=[FormatShare(format=name, **asdict(share(columns, rows, chosen))) for name, rows in rows_of.items()],
         all=share(columns, range(len(chosen)), chosen),
     )
 

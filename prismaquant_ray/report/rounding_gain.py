@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import asdict
 
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.records import LinearRounding, Method
@@ -47,11 +47,11 @@ def rounding(data: RunData) -> RoundingFindings:
                         module=inside(linear.name, block),
                         codec=codec_name,
                         experts=linear.experts,
-                        **_gain(matrices, statistics.median),
+                        **asdict(_gain(matrices, statistics.median)),
                     )
                 )
     codecs = {
-        name: CodecGain(formats=users[name], matrices=len(matrices), **_gain(matrices, geometric_mean))
+        name: CodecGain(formats=users[name], matrices=len(matrices), **asdict(_gain(matrices, geometric_mean)))
         for name, matrices in every.items()
     }
     return RoundingFindings(codecs=codecs, linears=linears)
@@ -59,10 +59,10 @@ def rounding(data: RunData) -> RoundingFindings:
 
 def gain_of(roundings: Iterable[LinearRounding]) -> Gain:
     """The joint gain of some Linears, as geometric means over their matrices."""
-    return Gain(**_gain([matrix for found in roundings for matrix in found.matrices()], geometric_mean))
+    return _gain([matrix for found in roundings for matrix in found.matrices()], geometric_mean)
 
 
-def _gain(matrices: Sequence[Matrix], middle: Callable[[Sequence[float]], float]) -> dict[str, Any]:
+def _gain(matrices: Sequence[Matrix], middle: Callable[[Sequence[float]], float]) -> Gain:
     ratios: dict[str, list[float]] = {}
     shipped = []
     for method, errors in matrices:
@@ -74,14 +74,14 @@ def _gain(matrices: Sequence[Matrix], middle: Callable[[Sequence[float]], float]
                 ratios.setdefault(name, []).append(max(error / nearest, _LEAST))
         shipped.append(max(errors[method] / nearest, _LEAST))
     deciles = statistics.quantiles(shipped, n=10) if len(matrices) > 1 and len(shipped) > 1 else None
-    return {
-        "ratio": {name: middle(values) for name, values in ratios.items()},
-        "shipped": middle(shipped) if shipped else None,
-        "low": deciles[0] if deciles else None,
-        "high": deciles[-1] if deciles else None,
-        "won": dict(Counter(method for method, _ in matrices)),
-        "judged": len(shipped),
-    }
+    return Gain(
+        ratio={name: middle(values) for name, values in ratios.items()},
+        shipped=middle(shipped) if shipped else None,
+        low=deciles[0] if deciles else None,
+        high=deciles[-1] if deciles else None,
+        won=dict(Counter(method for method, _ in matrices)),
+        judged=len(shipped),
+    )
 
 
 def roundings(data: RunData, name: FormatName, linears: Iterable[str]) -> list[LinearRounding]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.backward.cost_table import CostTable
@@ -12,7 +11,7 @@ from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.events import Event
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import BackwardRecord, ForwardRecord
+from prismaquant_ray.records import BackwardRecord, ForwardRecord, Settings
 from prismaquant_ray.source.protocol import TensorSource
 
 
@@ -33,7 +32,7 @@ class RunData:
     forward: Mapping[int, ForwardRecord]
     backward: Mapping[int, BackwardRecord]
     events: Sequence[Event]
-    fingerprint: dict[str, Any]
+    fingerprint: Settings
     calibration: CalibrationSet
     peak_bytes: int
     device: str | None

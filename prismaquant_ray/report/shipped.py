@@ -234,7 +234,7 @@ def _calibration(data: RunData) -> CalibrationProvenance:
     calibration = data.config.calibration
     return CalibrationProvenance(
         text=named(calibration.text),
-        text_sha256=data.fingerprint["calibration.text"],
+        text_sha256=str(data.fingerprint["calibration.text"]),
         fingerprint=data.calibration.fingerprint,
         tokens=data.calibration.positions,
         images=len(data.calibration.images),

@@ -10,8 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
+
+from pydantic import JsonValue
 
 from prismaquant_ray.errors import DamagedError, StoreError
 from prismaquant_ray.storage.store import Store
@@ -38,7 +40,7 @@ class Record:
     """A finished unit of work: its artifacts by name, and metrics small enough for JSON (stored as `facts`)."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, JsonValue] = field(default_factory=dict)
 
 
 def new_attempt() -> str:
@@ -113,6 +115,6 @@ def read_record(store: Store, key: str) -> Record | None:
         raise DamagedError(f"{store.uri}: {key} is malformed; run the same command again to repair it", key) from error
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def _digest(body: Mapping[str, object]) -> str:
     """SHA-256 of everything else in a record, however its JSON is laid out."""
     return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

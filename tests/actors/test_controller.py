@@ -257,7 +257,7 @@ def test_every_step_is_handed_what_its_source_put_out_whatever_is_lost(
     cluster = Handing(passed, seed, losses, stored)
     driver, events = controller(cluster, workers, recovery=Recovery(per_shard=99, starting=99))
     driver.run_pass(passed)
-    finished = [event.shard for event in events if event.kind == "shard"]
+    finished = [event.shard for event in events if event.event == "shard"]
     assert sorted(finished) == sorted(shard.name for shard in passed)
 
 
@@ -315,7 +315,7 @@ def test_a_call_that_hangs_costs_the_worker() -> None:
     workers = Scripted(script)
     driver, events = controller(workers, wanted=1)
     driver.run_pass(shards(1)[:1])
-    assert [event.cause for event in events if event.kind == "lost"] == ["it did not answer in time"]
+    assert [event.cause for event in events if event.event == "lost"] == ["it did not answer in time"]
 
 
 def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all() -> None:
@@ -332,8 +332,8 @@ def test_a_worker_without_replacement_gives_its_shard_up_for_one_that_blocks_all
     driver, events = controller(workers, patience=30.0)
     driver.run_pass(shards(3))
     assert len(tried) == 1
-    assert [event.worker for event in events if event.kind == "yielded"] == ["worker-1"]
-    finished = [event.units[0] for event in events if event.kind == "shard"]
+    assert [event.worker for event in events if event.event == "yielded"] == ["worker-1"]
+    finished = [event.units[0] for event in events if event.event == "shard"]
     assert finished == ["0000", "0001", "0002", "0003"]
 
 
@@ -349,7 +349,7 @@ def test_lost_nodes_are_not_held_against_a_shard() -> None:
     workers = Scripted(lambda _, call: left.pop() if left and call.kind is CallKind.FINISH else None)
     driver, events = controller(workers)
     driver.run_pass(shards(2))
-    assert len([event for event in events if event.kind == "lost"]) == 6
+    assert len([event for event in events if event.event == "lost"]) == 6
 
 
 def test_a_cluster_where_workers_cannot_start_ends_the_run() -> None:

@@ -186,7 +186,7 @@ def test_status_tells_a_stopped_run_from_a_finished_one(tmp_path: Path) -> None:
     assert finished.state == "measured"
     assert to_json(finished.blocks) == {"encoded": 3, "priced": 3, "total": 3}
     assert finished.stages[-1].stage == "backward"
-    assert finished.repositories[0]["uri"] == str(config.store.output)
+    assert finished.repositories[0].uri == str(config.store.output)
     assert json.loads(json.dumps(to_json(finished))) == to_json(finished)
     shown = io.StringIO()
     status.render(finished, Console(file=shown, width=160))

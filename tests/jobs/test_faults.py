@@ -22,6 +22,7 @@ import pytest
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import PASSES
 from prismaquant_ray.events import read_events
+from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.ray_cluster import RayCluster, start_driver
@@ -95,7 +96,7 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         return result
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        found = [event.body() for event in read_events(self.store) if event.kind == kind]
+        found = [to_json(event) for event in read_events(self.store) if event.event == kind]
         return [{key: value for key, value in body.items() if key not in ("at", "event")} for body in found]
 
     def records(self) -> dict[str, bytes]:

@@ -221,7 +221,7 @@ def test_a_damaged_candidate_is_made_again_and_changes_no_figure(measured: Measu
     (plan,) = [entry for entry in result["plans"] if entry["kind"] == "plan"]
     (expected,) = [entry for entry in measured.of("plan") if entry["target"] == "6.5bpp"]
     assert plan == expected
-    assert [event.key for event in read_events(run.store) if event.kind == "repair"] == [victim]
+    assert [event.key for event in read_events(run.store) if event.event == "repair"] == [victim]
 
 
 def test_quantize_measures_what_it_ships_and_checks_the_text_first(measured: Measured, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_lost_workers_change_no_byte_of_a_model_with_everything(
         run.measure()
         assembled(run)
         assert digests(config.store.output) == expected_of_seeing
-        assert [event.kind for event in read_events(run.store)].count("lost") == len(lost)
+        assert [event.event for event in read_events(run.store)].count("lost") == len(lost)
 
 
 @pytest.mark.slow
@@ -152,7 +152,7 @@ def test_a_damaged_object_of_a_tower_a_draft_or_a_head_is_made_again(
     run = Run(config, open_workers=in_process(2))
     assembled(run)
     assert digests(config.store.output) == expected_of_seeing
-    repairs = [event.key for event in read_events(run.store) if event.kind == "repair"]
+    repairs = [event.key for event in read_events(run.store) if event.event == "repair"]
     assert [Path(key).match(victim) for key in repairs] == [True]
 
 
@@ -259,7 +259,7 @@ def test_an_exit_that_another_worker_is_still_running_is_no_damage(
     log = [(call.kind, call.shard.units) for _, call in again[0].log if call.shard is not None]
     first = next(units for kind, units in log if kind is CallKind.RUN and not isinstance(units[0], Exit))
     assert log.index((CallKind.RUN, first)) < log.index((CallKind.FINISH, (last,))), "not what it tests"
-    assert not [event for event in read_events(run.store) if event.kind == "repair"]
+    assert not [event for event in read_events(run.store) if event.event == "repair"]
     assembled(run)
     assert digests(config.store.output) == expected
 
@@ -298,7 +298,7 @@ def test_lost_workers_change_no_byte_and_cost_at_most_a_shard_each(
         extra = sum(count - 1 for count in repeated.values())
         microbatches = 3
         assert extra <= len(lost) * microbatches
-        events = [event.kind for event in read_events(run.store)]
+        events = [event.event for event in read_events(run.store)]
         assert events.count("lost") == len(lost)
 
 
@@ -343,7 +343,7 @@ def test_a_changed_digit_of_a_record_is_noticed(
     run = Run(config, open_workers=in_process())
     assembled(run)
     assert digests(config.store.output) == expected
-    assert [event.kind for event in read_events(run.store)].count("repair") == 1
+    assert [event.event for event in read_events(run.store)].count("repair") == 1
 
 
 @pytest.mark.parametrize("victim", ["forward/0000/*/boundary-00001.safetensors", "forward/0001/*/MXFP8.safetensors"])
@@ -364,7 +364,7 @@ def test_an_object_damaged_during_a_run_is_made_again(
     assembled(run)
     assert digests(config.store.output) == expected
     assert done
-    assert [event.kind for event in read_events(run.store)].count("repair") == 1
+    assert [event.event for event in read_events(run.store)].count("repair") == 1
 
 
 def damage(path: Path, harm: str) -> None:

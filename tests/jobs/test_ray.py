@@ -82,9 +82,9 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     def killing(spec: WorkerSpec, at_most: int) -> Iterator[WorkerPool]:
         def kill(event: Event) -> None:
             """As the kernel would, once two shards are finished."""
-            if event.kind == "worker":
+            if event.event == "worker":
                 pids.append(event.pid)
-            if event.kind == "shard":
+            if event.event == "shard":
                 finished.append(event.shard)
                 if len(finished) == 2:
                     killed.append(pids[-1])
