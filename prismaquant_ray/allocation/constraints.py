@@ -6,7 +6,7 @@ frontier and knee respects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -113,7 +113,7 @@ def _matched(layout: Layout, rule: FormatRule, where: str) -> Sequence[int]:
         if fnmatchcase(group.name, rule.match):
             rows.append(row)
             continue
-        names = list(_names(group))
+        names = [name for linear in group.linears for name in linear.names]
         fitting = [name for name in names if fnmatchcase(name, rule.match)]
         if fitting and len(fitting) < len(names):
             other = next(name for name in names if not fnmatchcase(name, rule.match))
@@ -129,10 +129,6 @@ def _matched(layout: Layout, rule: FormatRule, where: str) -> Sequence[int]:
     if kept is not None:
         raise InputError(f"{where}: matches {kept}, which stays as it is ({layout.ignored[kept]}); remove it")
     raise InputError(f"{where}: matches nothing; {layout.groups[0].name} is the name of a group")
-
-
-def _names(group: FusedGroup) -> Iterator[str]:
-    return (name for linear in group.linears for name in linear.names)
 
 
 def _bits(name: FormatName, group: FusedGroup) -> float:

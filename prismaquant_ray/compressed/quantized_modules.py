@@ -126,7 +126,8 @@ def read_quantization_config(
             raise InputError(f"{uri}: {KEY} has a {key}, which BF16 weights cannot express")
     # The format of a group overrides that of the configuration.
     groups = {
-        name: {"format": scheme.get("format")} | _stated(group) for name, group in scheme["config_groups"].items()
+        name: {"format": scheme.get("format")} | {key: value for key, value in group.items() if value is not None}
+        for name, group in scheme["config_groups"].items()
     }
     return {**scheme, "config_groups": groups}
 
@@ -147,10 +148,6 @@ def _without_order(scheme: dict[str, Any]) -> dict[str, Any]:
             group = {**group, "weights": {key: value for key, value in weights.items() if key != "actorder"}}  # noqa: PLW2901
         found[name] = group
     return {**scheme, "config_groups": found}
-
-
-def _stated(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if value is not None}
 
 
 def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,12 +49,12 @@ def _front_matter(view: CardView) -> str:
         "pipeline_tag": said.pipeline_tag or task,
         "tags": [*_tags(view), "prismaquant-ray"],
     }
-    present = {key: _on_lines(value) for key, value in entries.items() if value}
+    present = {
+        key: line(value) if isinstance(value, str) else [line(entry) for entry in value]
+        for key, value in entries.items()
+        if value
+    }
     return yaml.safe_dump(present, sort_keys=False, allow_unicode=True, width=10**6)
-
-
-def _on_lines(value: str | list[str]) -> str | list[str]:
-    return line(value) if isinstance(value, str) else [line(entry) for entry in value]
 
 
 def _tags(view: CardView) -> list[str]:
@@ -178,8 +178,8 @@ class _Tables:
                 f"{self.view.predicted_loss(plan):.5f}",
                 *("" if values[place] is None else f"{values[place]:.4f}" for values in shown.values()),
             ]
-            bold = plan is self.view.plan
-            rows.append([_bold(cell) for cell in (plan.target, *cells)] if bold else [plan.target, *cells])
+            row = [plan.target, *cells]
+            rows.append([Markdown(f"**{escaped(cell)}**") for cell in row] if plan is self.view.plan else row)
         return table(["budget", "bits", *formats, "repository, MB at most", "predicted", *shown], rows, words=1)
 
     def measured(self) -> Markdown:
@@ -202,7 +202,7 @@ class _Tables:
         }
         for title, values in figures.items():
             if any(value is not None for value in values):
-                rows.append((title, *(_figure(value) for value in (source.get(title), *values))))
+                rows.append((title, *("" if each is None else f"{each:.4g}" for each in (source.get(title), *values))))
         return table(["", "source", *there], rows, words=1)
 
     def versions(self) -> Markdown:
@@ -215,14 +215,6 @@ def _names(names: Mapping[str, int]) -> Markdown:
     shown = [f"{code(name)}{f' ×{count}' if count > 1 else ''}" for name, count in list(names.items())[:_NAMES]]
     more = len(names) - _NAMES
     return Markdown(", ".join(shown) + (f" and {more} other names" if more > 0 else ""))
-
-
-def _bold(cell: Any) -> Markdown:
-    return Markdown(f"**{escaped(cell)}**")
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def _kl(divergence: Divergence | None) -> float | None:

@@ -110,7 +110,7 @@ class StagedPrefix:
 
     def put(self, key: str, data: Buffer) -> None:
         """Write an object, or hold it back."""
-        if key in (INDEX, CONFIG) or (key == MANIFEST and _is_complete(bytes(data))):
+        if key in (INDEX, CONFIG) or (key == MANIFEST and json.loads(bytes(data)).get("complete") is True):
             self._kept[key] = bytes(data)
         else:
             self._kept.pop(key, None)
@@ -144,10 +144,6 @@ class StagedPrefix:
         for key in keys:
             self._kept.pop(key, None)
         self._store.delete(keys)
-
-
-def _is_complete(manifest: bytes) -> bool:
-    return json.loads(manifest).get("complete") is True
 
 
 # Directories ----------------------------------------------------------------------------------------------------

@@ -96,8 +96,16 @@ def write_repository(
     elif json.loads(config_json) != source.config:
         config_json = as_json(source.config)  # the source's own quantization is decoded
     files |= {INDEX: len(index), CONFIG: len(config_json)}
-    body = _manifest(choice, manifest) | {"complete": True, "files": files, "sha256": shards.sha256}
-    body |= {"bpp": bpp, "bits_all_parameters": bits_all_parameters}
+    body = {
+        "schema": MANIFEST_SCHEMA,
+        "complete": True,
+        "run": dict(manifest),
+        "choice": {group: str(name) for group, name in choice.items()},
+        "files": files,
+        "sha256": shards.sha256,
+        "bpp": bpp,
+        "bits_all_parameters": bits_all_parameters,
+    }
     files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}
     _put(output, INDEX, index)
     _put(output, CONFIG, config_json)
@@ -155,11 +163,6 @@ def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Ca
 def _places(linear: LinearSpec) -> tuple[str, ...]:
     """The source tensor that each module replaces: its own, or the packed one."""
     return linear.sources if len(linear.sources) == len(linear.names) else linear.sources * len(linear.names)
-
-
-def _manifest(choice: Choice, run: Mapping[str, Any]) -> dict[str, Any]:
-    names = {group: str(name) for group, name in choice.items()}
-    return {"schema": MANIFEST_SCHEMA, "complete": False, "run": dict(run), "choice": names}
 
 
 def _put(output: Prefix, file: str, data: bytes) -> int:
