@@ -13,24 +13,21 @@ from typing_extensions import override
 from actors.schedule.units import Stage, Unit
 from actors.shard_task import Attempt, UnitTask
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
+from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record
 
-_Pass = TypeVar("_Pass", BlockForward, BlockBackward, HeadBackward)
+_Pass = TypeVar("_Pass", BlockForward, BlockBackward, HeadBackward, LoadedBlock)
 
 
 class BlocksTask(UnitTask, Generic[_Pass]):
-    """Blocks in one pass, by unit; each that must produce something leaves a record."""
+    """Blocks in one pass, by unit."""
 
     @abstractmethod
     def open(self, unit: Unit) -> _Pass:
         """Load a block."""
-
-    @abstractmethod
-    def record(self, unit: Unit, block: _Pass) -> Record:
-        """Finish a block and store its product."""
 
     @override
     def load(self) -> None:
@@ -38,16 +35,24 @@ class BlocksTask(UnitTask, Generic[_Pass]):
         self.attempt.read_bytes += sum(block.block.source_bytes for block in self.blocks.values())
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        for unit in self.attempt.producing:
-            yield unit, self.record(unit, self.blocks.pop(unit))
-
-    @override
     def close(self) -> None:
         self.blocks.clear()
 
 
-class ForwardTask(BlocksTask[BlockForward]):
+class RecordedBlocksTask(BlocksTask[_Pass]):
+    """Blocks each of which leaves a record, if it must produce something."""
+
+    @abstractmethod
+    def record(self, unit: Unit, block: _Pass) -> Record:
+        """Finish a block and store its product."""
+
+    @override
+    def products(self) -> Iterator[tuple[Unit, Record]]:
+        for unit in self.attempt.producing:
+            yield unit, self.record(unit, self.blocks.pop(unit))
+
+
+class ForwardTask(RecordedBlocksTask[BlockForward]):
     """Blocks of the forward pass: run, gather statistics, encode."""
 
     @override
@@ -67,7 +72,7 @@ class ForwardTask(BlocksTask[BlockForward]):
         return Record(artifacts=artifacts, metrics=to_json(candidates.record))
 
 
-class BackwardTask(BlocksTask[BlockBackward]):
+class BackwardTask(RecordedBlocksTask[BlockBackward]):
     """Blocks of the backward pass: recomputed from the boundary below them, differentiated from the top, priced."""
 
     @override
@@ -94,7 +99,7 @@ class BackwardTask(BlocksTask[BlockBackward]):
         return Record(metrics=to_json(block.finish(self.context.calibration.positions)))
 
 
-class HeadBackwardTask(BlocksTask[HeadBackward]):
+class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
     """A draft head or an output head in the backward pass: its own loss on the output of the last decoder block."""
 
     @override

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actors.block_tasks import index_of
+from actors.block_tasks import BlocksTask, index_of
 from actors.schedule.units import Unit
 from actors.shard_task import UnitTask
 from prismaquant_ray.backward.loss import IGNORED
@@ -54,23 +54,18 @@ class EntryEvaluation(UnitTask):
             return torch.stack([runner.embed(inputs) for runner in _distinct(self.context.models.runners)])
 
 
-class BlocksEvaluation(UnitTask):
+class BlocksEvaluation(BlocksTask[LoadedBlock]):
     """Blocks of every model, one after the other."""
 
     @override
-    def load(self) -> None:
-        self.blocks = {unit: self.context.models.load(index_of(unit)) for unit in self.attempt.shard.units}
-        self.attempt.read_bytes += sum(loaded.block.source_bytes for loaded in self.blocks.values())
+    def open(self, unit: Unit) -> LoadedBlock:
+        return self.context.models.load(index_of(unit))
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
         for block in self.blocks.values():
             arriving = block.run(arriving, self.context.batches[microbatch])
         return arriving
-
-    @override
-    def close(self) -> None:
-        self.blocks.clear()
 
 
 class DraftEvaluation(UnitTask):

@@ -66,6 +66,17 @@ class StepMetrics:
     written_bytes: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlacedRepository:
+    """A written repository: bytes of all files, bits per quantizable parameter, seconds it took to write."""
+
+    uri: str
+    target: str
+    bpp: float
+    bytes: int
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunBegan(Event):
     """A driver begins; `workers` are as configured."""
@@ -177,15 +188,10 @@ class ObjectRepaired(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RepositoryWritten(Event):
+class RepositoryWritten(PlacedRepository, Event):
     """A verified repository is in place."""
 
     event: Literal["repository"] = "repository"
-    uri: str
-    target: str
-    bpp: float
-    bytes: int
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,16 +67,7 @@ def load_evaluation_text(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
         )
     if settings.images is not None and run.config.calibration.images is None:
         raise InputError("evaluation.images needs calibration.images: without them the vision tower is not measured")
-    return settings, sources.load_tokens(
-        run.source,
-        run.layout,
-        settings.text,
-        settings.images,
-        sequences=settings.sequences,
-        length=settings.length,
-        seed=run.config.calibration.seed,
-        holdout=0.0,
-    )
+    return settings, sources.load_tokens(run.source, run.layout, settings, seed=run.config.calibration.seed)
 
 
 def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> MeasuredPlans:

@@ -17,7 +17,7 @@ from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import read_text
 from prismaquant_ray.compressed.view import RepositoryView
-from prismaquant_ray.config import Config, checked
+from prismaquant_ray.config import Config, EvaluationConfig, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.events import EventLog, Events, Listener
@@ -98,10 +98,8 @@ def evaluate(
         kinds = _check_same_model(original, layout, view)
         if images is not None and layout.image_token is None:
             raise InputError(f"--images is given, but {layout.architecture} has no vision tower that is known here")
-        seed = config.calibration.seed
-        tokens = sources.load_tokens(
-            original, layout, text, images, sequences=sequences, length=length, seed=seed, holdout=0.0
-        )
+        data = EvaluationConfig(text=text, images=images, sequences=sequences, length=length)
+        tokens = sources.load_tokens(original, layout, data, seed=config.calibration.seed)
         drafts = BlockKind.DRAFT in kinds
         notes = [*view.caveats, *_check_tokenizer(original, view, text)]
         if layout.of(BlockKind.DRAFT) and not drafts:

@@ -146,14 +146,7 @@ class Run:
                 "here; remove it"
             )
         return sources.load_tokens(
-            self.source,
-            self.layout,
-            calibration.text,
-            calibration.images,
-            sequences=calibration.sequences,
-            length=calibration.length,
-            seed=calibration.seed,
-            holdout=calibration.holdout,
+            self.source, self.layout, calibration, seed=calibration.seed, holdout=calibration.holdout
         )
 
     @cached_property

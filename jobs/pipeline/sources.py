@@ -8,7 +8,7 @@ from typing import Any
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.config import ModelConfig
+from prismaquant_ray.config import CalibrationConfig, EvaluationConfig, ModelConfig
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.source.checkpoint import Checkpoint
@@ -48,26 +48,25 @@ def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
 def load_tokens(
     source: TensorSource,
     layout: Layout,
-    text: Path,
-    images: Path | None,
+    data: CalibrationConfig | EvaluationConfig,
     *,
-    sequences: int,
-    length: int,
     seed: int,
-    holdout: float,
+    holdout: float = 0.0,
 ) -> CalibrationSet:
-    """Texts and images, prepared by the model's own tokenizer and processor.
+    """Texts and images of calibration or evaluation, prepared by the model's own tokenizer and processor.
 
     Raises:
         InputError: the text is too short, or an input cannot be read.
     """
     with local_files(source) as directory:
         tokenizer = load_tokenizer(source, directory)
-        texts = load_sequences(text, tokenizer, sequences=sequences, length=length, seed=seed, holdout=holdout)
-        if images is None:
+        texts = load_sequences(
+            data.text, tokenizer, sequences=data.sequences, length=data.length, seed=seed, holdout=holdout
+        )
+        if data.images is None:
             return texts
         from prismaquant_ray.calibration.images import load_images
 
         assert layout.image_token is not None
-        found = load_images(images, directory, image_token=layout.image_token)
+        found = load_images(data.images, directory, image_token=layout.image_token)
         return texts.with_images((image.inputs for image in found), holdout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prismaquant_ray.events import PlacedRepository
 from prismaquant_ray.records import (
     Divergence,
     EvaluationText,
@@ -134,21 +135,10 @@ class MeasuredFindings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class WrittenFindings:
-    """A written repository: bytes of all files, bits per quantizable parameter, seconds it took to write."""
-
-    uri: str
-    target: str
-    bpp: float
-    bytes: int
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class RepositoryFindings:
     """Contents of the repository of the budget's plan; `written` is the last one written, or None."""
 
-    written: WrittenFindings | None
+    written: PlacedRepository | None
     quantizable_bytes: int
     embedding_bytes: int
     other_tensor_bytes: int

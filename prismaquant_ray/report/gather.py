@@ -16,7 +16,7 @@ import numpy as np
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.config import ModelConfig
-from prismaquant_ray.events import RepositoryWritten
+from prismaquant_ray.events import PlacedRepository, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.records import MeasuredPlans, PlanRecord, SweepRecord
@@ -31,7 +31,6 @@ from prismaquant_ray.report.findings import (
     PlanFindings,
     RepositoryFindings,
     UniformFindings,
-    WrittenFindings,
 )
 from prismaquant_ray.report.group_findings import BlockFindings, ExpertFindings, GroupColumns
 from prismaquant_ray.report.measurements import measured_findings, measured_of, measured_uniform
@@ -236,7 +235,7 @@ def _repository(data: RunData, plan: PlanRecord) -> RepositoryFindings:
     return RepositoryFindings(
         written=None
         if last is None
-        else WrittenFindings(uri=last.uri, target=last.target, bpp=last.bpp, bytes=last.bytes, seconds=last.seconds),
+        else PlacedRepository(uri=last.uri, target=last.target, bpp=last.bpp, bytes=last.bytes, seconds=last.seconds),
         quantizable_bytes=plan.weight_bytes,
         embedding_bytes=embedding,
         other_tensor_bytes=sum(ignored.values()) - embedding,

@@ -96,16 +96,9 @@ def write_repository(
     elif json.loads(config_json) != source.config:
         config_json = as_json(source.config)  # the source's own quantization is decoded
     files |= {INDEX: len(index), CONFIG: len(config_json)}
-    body = {
-        "schema": MANIFEST_SCHEMA,
-        "complete": True,
-        "run": dict(manifest),
-        "choice": {group: str(name) for group, name in choice.items()},
-        "files": files,
-        "sha256": shards.sha256,
-        "bpp": bpp,
-        "bits_all_parameters": bits_all_parameters,
-    }
+    names = {group: str(name) for group, name in choice.items()}
+    body = {"schema": MANIFEST_SCHEMA, "complete": True, "run": dict(manifest), "choice": names, "files": files}
+    body |= {"sha256": shards.sha256, "bpp": bpp, "bits_all_parameters": bits_all_parameters}
     files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}
     _put(output, INDEX, index)
     _put(output, CONFIG, config_json)
