@@ -7,7 +7,7 @@ SET ?=
 PYTEST := $(BIN)/python -m pytest
 TWO := -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast faults vllm browser lint install clean
+.PHONY: demo test test-fast device faults vllm browser lint install clean
 
 install: .venv/installed
 
@@ -26,11 +26,15 @@ demo: install
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
 test: install
-	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser' --durations=15
+	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser and not device' --durations=15
 
 # The inner loop: nothing that starts Ray or a server or takes long.
 test-fast: install
-	$(PYTEST) $(TWO) -m 'not (ray or s3 or memory or slow or faults or vllm or browser)'
+	$(PYTEST) $(TWO) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device)'
+
+# The worker's whole path on a CUDA device that is not there: tests/pretended.
+device: install
+	$(PYTEST) -n 2 -m device --durations=5
 
 faults: install
 	$(PYTEST) -m faults --durations=10

@@ -90,7 +90,7 @@ def _encode(
 ) -> list[EncodedLinear]:
     stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights), dim=-2)
     amax = torch.maximum(stacked.amax((-2, -1)), -stacked.amin((-2, -1)))
-    global_scale = codec.global_scale(float(amax) if stacked.dim() == 2 else amax.view(-1, 1, 1))
+    global_scale = codec.global_scale(amax.view(1) if stacked.dim() == 2 else amax.view(-1, 1, 1))
     held_out = bool((statistics.holdout_weight > 0).any())
     judge = statistics.holdout if held_out else statistics.train
     tokens = statistics.holdout_weight if held_out else statistics.train_weight

@@ -121,7 +121,9 @@ class InputStatistics:
     @property
     def importance(self) -> Tensor:
         """E[x²] per column, (I,) or (E, I), over training tokens."""
-        return self.train.diagonal(dim1=-2, dim2=-1) / self.train_weight.clamp(min=1).unsqueeze(-1)
+        tokens = self.train_weight.clamp(min=1)
+        # A number of tokens has no dimension: it may be on the CPU while the sums are not.
+        return self.train.diagonal(dim1=-2, dim2=-1) / (tokens.unsqueeze(-1) if tokens.dim() else tokens)
 
 
 class InputSums:

@@ -1,0 +1,71 @@
+"""A whole job on the CPU and on the pretended device, whose guard must have been loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from actors.worker import ShardWorker
+from jobs.pipeline.repository_evaluation import evaluate
+from jobs.pipeline.stages import quantize
+from prismaquant_ray.config import Config
+from prismaquant_ray.serialization import to_json
+from tests import inprocess
+from tests.pretended.device import CUDA, pretended_cuda
+from tests.runs import configuration, digests, full_configuration
+from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
+from tests.tiny_families import VISION_FAMILIES, make_family
+
+FORMATS = "formats=[INT4, MXFP4, NVFP4, NVFP4A16, FP8, MXFP8, BF16]"
+
+
+class DeviceWorker(ShardWorker):
+    """A worker on the pretended device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = CUDA
+
+
+def whole_job(config: Config, text: Path) -> dict[str, Any]:
+    """The repository of a configuration, measured while it is made and again as anybody's."""
+    workers = inprocess.in_process()
+    found = quantize(config, open_workers=workers)
+    settings = ("calibration.microbatch=2", f"model.quantize_lm_head={str(config.model.quantize_lm_head).lower()}")
+    again = evaluate(
+        str(config.store.output),
+        config.model.source,
+        text,
+        sequences=3,
+        length=24,
+        overrides=settings,
+        open_workers=workers,
+    )
+    assert found.evaluation is not None
+    return {
+        "files": digests(Path(config.store.output)),
+        "predicted_loss": found.repository.plan.predicted_loss,
+        "measured": [to_json(plan.activations) for plan in found.evaluation.plans],
+        "evaluated": [to_json(again.weights), to_json(again.activations)],
+    }
+
+
+def both_jobs(name: str, directory: Path) -> dict[str, Any]:
+    """The job of a tiny architecture or family: digests and measured losses of both, and what the device's cost."""
+    make = make_checkpoint if name in ARCHITECTURES else make_family
+    source = make(directory / "source", name)
+    configured = full_configuration if name in VISION_FAMILIES else configuration
+    text = make_text(directory / "evaluation", 4000, seed=9)
+    settings = (FORMATS, f"evaluation={{text: {text}, sequences: 3, length: 24}}")
+    here, there = (configured(directory / place, source, *settings) for place in ("cpu", "cuda"))
+    found: dict[str, Any] = {}
+    with sdpa_kernel(SDPBackend.MATH):
+        found["cpu"] = whole_job(here, text)
+        with pretended_cuda() as ledger, patch.object(inprocess, "ShardWorker", DeviceWorker):
+            found["cuda"] = whole_job(there, text)
+    found["launches"] = dict(ledger.launches.most_common())
+    found["waits"] = [[kind, place, count] for (kind, place), count in ledger.waits.most_common()]
+    return found
