@@ -32,7 +32,8 @@ class Evaluation:
 class WorkerSpec:
     """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory.
 
-    With an `evaluation` it runs that instead of a measurement, and `run` is the evaluation's own store.
+    With an `evaluation` it runs that instead of a measurement, and `run` is the evaluation's own store. `gpu`: the
+    cluster gave it a GPU.
     """
 
     name: str
@@ -40,6 +41,7 @@ class WorkerSpec:
     source: str
     run: str
     evaluation: Evaluation | None = None
+    gpu: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

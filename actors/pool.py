@@ -62,7 +62,7 @@ class RayWorkers:
         actor = self._actors[worker]
         output = None
         if call.kind is CallKind.SETUP:
-            reference = actor.setup.remote(replace(self.spec, name=worker))
+            reference = actor.setup.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
         elif call.kind is CallKind.DROP:
             reference = actor.drop.remote()
         else:

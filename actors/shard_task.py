@@ -48,21 +48,22 @@ class Attempt:
 
     def inbox(self, stage: Stage, *units: Unit) -> Inbox:
         """The stored boundaries of some units of a pass, for the microbatches of this shard."""
-        run_store, microbatches = self.context.run_store, self.context.graph.microbatches
+        run_store, graph = self.context.run_store, self.context.graph
 
         def find(microbatch: int) -> dict[int, Artifact]:
-            return run_store.boundary(stage, next(unit for unit in units if microbatch in microbatches(unit)))
+            return run_store.boundary(stage, next(unit for unit in units if microbatch in graph.microbatches(unit)))
 
-        return Inbox(run_store.store, self.context.thread, find, self.shard.microbatches)
+        microbatches, device = self.shard.microbatches, self.context.runner.device
+        return Inbox(run_store.store, self.context.thread, find, microbatches, device)
 
     def receive(self, inbox: Inbox, microbatch: int) -> Tensor:
         """A stored boundary on the worker's device."""
         return self.received(*inbox.get(microbatch))
 
     def received(self, boundary: Tensor, size: int) -> Tensor:
-        """A boundary that was read, on the worker's device."""
+        """A boundary that was read, whose bytes count."""
         self.read_bytes += size
-        return boundary.to(self.context.runner.device)
+        return boundary
 
     def write(self, unit: Unit, name: str, tensors: Mapping[str, Tensor]) -> Artifact:
         """Store tensors of a unit's product."""
@@ -150,7 +151,9 @@ class ShardTask:
         if is_text or not self.shard.origins:
             return torch.empty(0)
         if isinstance(arriving, tuple):
-            return from_wire(arriving).to(self.context.runner.device)
+            return from_wire(arriving, self.context.runner.device)
         if isinstance(arriving, Artifact):
-            return self.attempt.received(*read_boundary(self.context.run_store.store, arriving))
+            return self.attempt.received(
+                *read_boundary(self.context.run_store.store, arriving, self.context.runner.device)
+            )
         return self.attempt.receive(self.arrivals, microbatch)

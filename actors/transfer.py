@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -55,7 +54,7 @@ class Outbox:
 
 
 class Inbox:
-    """Reads a shard's boundaries from the store, one microbatch ahead where one record names both.
+    """Reads a shard's boundaries from the store to a device, one microbatch ahead where one record names both.
 
     `find` reads the record that names a microbatch's boundary. Other records are left alone: a unit that another worker
     is still running has none yet.
@@ -67,10 +66,12 @@ class Inbox:
         thread: ThreadPoolExecutor,
         find: Callable[[int], dict[int, Artifact]],
         microbatches: Sequence[int],
+        device: torch.device,
     ) -> None:
         self._store = store
         self._thread = thread
         self._find = find
+        self._device = device
         self._artifacts: dict[int, Artifact] = {}
         self._following = dict(pairwise(microbatches))
         self._ahead: dict[int, Future[tuple[Tensor, int]]] = {}
@@ -80,19 +81,21 @@ class Inbox:
         future = self._ahead.pop(microbatch, None)
         if microbatch not in self._artifacts:
             self._artifacts.update(self._find(microbatch))
-        found = future.result() if future is not None else self._read(microbatch)
+        boundary, size = future.result() if future is not None else self._read(microbatch)
         following = self._following.get(microbatch)
         if following in self._artifacts:
             self._ahead[following] = self._thread.submit(self._read, following)
-        return found
+        return boundary.to(self._device, non_blocking=True), size
 
     def _read(self, microbatch: int) -> tuple[Tensor, int]:
-        return read_boundary(self._store, self._artifacts[microbatch])
+        artifact = self._artifacts[microbatch]
+        boundary = read_tensors(self._store, artifact)[_NAME]
+        return boundary.pin_memory() if self._device.type == "cuda" else boundary, artifact.size
 
 
-def read_boundary(store: Store, artifact: Artifact) -> tuple[Tensor, int]:
-    """A stored boundary and its bytes."""
-    return read_tensors(store, artifact)[_NAME], artifact.size
+def read_boundary(store: Store, artifact: Artifact, device: torch.device) -> tuple[Tensor, int]:
+    """A stored boundary on a device, and its bytes."""
+    return read_tensors(store, artifact)[_NAME].to(device), artifact.size
 
 
 def to_wire(tensor: Tensor) -> Activation:
@@ -103,8 +106,10 @@ def to_wire(tensor: Tensor) -> Activation:
     return str(tensor.dtype).removeprefix("torch."), tensor.numpy()
 
 
-def from_wire(activation: Activation) -> Tensor:
-    """A copy as a tensor: arrays from Ray's object store are read-only and shared."""
+def from_wire(activation: Activation, device: torch.device) -> Tensor:
+    """A copy on a device: arrays from Ray's object store are read-only and shared."""
     name, array = activation
-    tensor = torch.from_numpy(np.array(array, copy=True))
-    return tensor.view(torch.bfloat16) if name == "bfloat16" else tensor
+    tensor = torch.empty(array.shape, dtype=getattr(torch, name), pin_memory=device.type == "cuda")
+    (tensor.view(torch.int16) if name == "bfloat16" else tensor).numpy()[...] = array
+    # From pinned memory the copy runs while the host goes on.
+    return tensor.to(device, non_blocking=True)

@@ -171,6 +171,12 @@ class ShardWorker:
         torch.set_num_threads(config.cluster.threads)
         if config.cluster.device == "cpu":
             self.device = torch.device("cpu")
+        elif spec.gpu and not torch.cuda.is_available():
+            raise ResourceError(
+                f"{spec.name} has a GPU of {socket.gethostname()}, which torch {torch.__version__} there cannot use; "
+                "install a torch that is built for CUDA and a driver that is new enough for it, or set cluster.device: "
+                "cpu"
+            )
         self.limit = config.cluster.memory if config.cluster.memory != "auto" else None
         store = Store(spec.run, create=False)
         if store.size(RUN) is None:

@@ -98,7 +98,7 @@ def prior_of(routed: Routed, spent: dict[str, float]) -> Prior:
     """Of the whole layer; both ways take it once, and the same way, so that they have the same one."""
     start = perf_counter()
     pooled = InputSums(routed.x.shape[1], routed.x.device)
-    pooled.add(routed.x.unsqueeze(1), routed.held_out)
+    pooled.add(routed.x[~routed.held_out], routed.x[routed.held_out])
     prior = Prior.of(pooled.statistics())
     spent["prior"] += perf_counter() - start
     return prior

@@ -101,7 +101,7 @@ def calibrated(batches: Tensor) -> InputStatistics:
     """Statistics of inputs none of which is held out."""
     sums = InputSums(SIZE, batches.device)
     for x in batches.split(1):
-        sums.add(x, torch.zeros(1, dtype=torch.bool))
+        sums.add(x.flatten(0, 1), x[:0].flatten(0, 1))
     return sums.statistics()
 
 

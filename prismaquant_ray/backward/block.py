@@ -81,14 +81,14 @@ class BlockBackward:
         parameters = list(captured.outputs)
         watched = [captured.entries[name] for name in parameters] + [captured.outputs[name] for name in parameters]
         gradient, *inside = torch.autograd.grad(graph.output, [graph.hidden, *watched], grad_output)
-        sound = all_finite(gradient)
+        checked = [gradient]
         if self.formats:
             at_inputs, at_outputs = inside[: len(parameters)], inside[len(parameters) :]
             with torch.no_grad():
                 passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
                 # A NaN gradient yields a NaN price.
-                sound = self.pricing.add(captured, passed, sequences) and sound
-        if not sound:
+                checked += self.pricing.add(captured, passed, sequences)
+        if not all_finite(*checked):
             name = self.block.prefix or self.block.groups[0].name
             raise InputError(f"{name} has NaN or infinite gradients; is the checkpoint intact?")
         return gradient

@@ -7,6 +7,8 @@ taken as independent. `fisher_trace` is ½ E_t[|g_t|²|x_t|²] · mean(ΔW²), t
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -41,20 +43,26 @@ def activation_projection(input_error: Tensor, difference: Tensor, grad_input: T
 def price(squares: Tensor, parts: Tensor, tokens: int) -> Price:
     """½ Σ_t p_t² / N, from ½ Σ p² of each sequence (sequences,), p summed over the members of the fused group.
 
-    `parts` (2,) are ½ Σ p² of rounded weights and of rounded activations alone. `tokens` is N: every token of the
-    calibration set, also where p is of few (routed) or of other things (patches). The standard error is by jackknife
-    over sequences.
+    `parts` (microbatches, 2) are ½ Σ p² of rounded weights and of rounded activations alone. `tokens` is N: every
+    token of the calibration set, also where p is of few (routed) or of other things (patches). The standard error is
+    by jackknife over sequences.
     """
     squares = squares.to(torch.float64)
     sequences = len(squares)
-    total = float(squares.sum())
+    total, (weights, activations) = float(squares.sum()), _in_order(parts)
     left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
     return Price(
         cost=total / tokens,
         standard_error=standard_error(left_out),
-        weight_cost=float(parts[0]) / tokens,
-        activation_cost=float(parts[1]) / tokens,
+        weight_cost=weights / tokens,
+        activation_cost=activations / tokens,
     )
+
+
+def _in_order(parts: Tensor) -> list[float]:
+    """Sums over the first dimension, one after the other: the same whatever the number of threads."""
+    total: list[float] = functools.reduce(torch.add, parts, torch.zeros(2, dtype=parts.dtype)).tolist()
+    return total
 
 
 def half_squares(p: Tensor) -> Tensor:

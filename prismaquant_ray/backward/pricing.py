@@ -25,7 +25,6 @@ from prismaquant_ray.backward.price import (
     weight_projection,
 )
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
@@ -39,13 +38,14 @@ from prismaquant_ray.records import BackwardRecord
 class _Priced:
     """One format of one fused group while microbatches arrive.
 
-    Weights stay in the BF16 they decode to: float32 copies of every format would dominate memory. `parts` (2,) is
-    ½ Σ p² of rounded weights alone and of rounded activations alone.
+    Weights stay in the BF16 they decode to: float32 copies of every format would dominate memory. By microbatch,
+    `squares` (sequences,) are ½ Σ p² of each sequence, and `parts` (2,) ½ Σ p² of rounded weights alone and of rounded
+    activations alone. They stay on the device: reading them would make the host wait.
     """
 
     decoded: Decoded
     squares: list[Tensor] = field(default_factory=list)
-    parts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    parts: list[Tensor] = field(default_factory=list)
 
 
 class Passed(NamedTuple):
@@ -92,17 +92,17 @@ class Pricing:
             for group in block.groups
         }
 
-    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> bool:
-        """Add a microbatch of `sequences`, with the gradients at every parameter; whether every p is finite."""
+    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> list[Tensor]:
+        """Add a microbatch of `sequences`, with the gradients at every parameter; every p (tokens,), to be checked."""
         self._add_traces(captured, passed)
-        sound = True
+        found = []
         for (group, name), parts in self.projections(captured, passed).items():
             priced = self.priced[group][name]
             p = parts.weights + parts.activations
             priced.squares.append(half_squares(p.view(sequences, -1)))
-            priced.parts += torch.stack([half_squares(part) for part in parts]).cpu()
-            sound = sound and all_finite(p)
-        return sound
+            priced.parts.append(torch.stack([half_squares(part) for part in parts]))
+            found.append(p)
+        return found
 
     def projections(
         self, captured: CapturedActivations, passed: Mapping[str, Passed]
@@ -146,7 +146,7 @@ class Pricing:
         weight = self.module.get_parameter(parameter)
         if routing is None:
             return weight_difference(gradient, rounded, weight)
-        pieces = enumerate(gradient.split(routing.counts.tolist()))
+        pieces = enumerate(gradient.split(routing.sizes))
         return torch.cat([weight_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
 
     def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
@@ -160,15 +160,15 @@ class Pricing:
         if routing is None:
             self.traces[parameter] += fisher_trace(gradient, x)
             return
-        counts = routing.counts.tolist()
-        for expert, (g, rows) in enumerate(zip(gradient.split(counts), x.split(counts), strict=True)):
+        pieces = zip(gradient.split(routing.sizes), x.split(routing.sizes), strict=True)
+        for expert, (g, rows) in enumerate(pieces):
             self.traces[parameter][expert] += fisher_trace(g, rows)
 
     def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
         groups = {
             group.name: {
-                name: price(torch.cat(priced.squares), priced.parts, tokens)
+                name: price(torch.cat(priced.squares).cpu(), torch.stack(priced.parts).cpu(), tokens)
                 for name, priced in self.priced[group.name].items()
             }
             for group in self.block.groups
@@ -176,7 +176,8 @@ class Pricing:
         traces: dict[str, float | list[float]] = {}
         for group in self.block.groups:
             for matrix in group.matrices:
-                for linear, trace in self._by_linear(matrix):
+                for linear, channels in self._by_linear(matrix):
+                    trace = channels.cpu()
                     if not bool(trace.any()):
                         raise InputError(
                             f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"

@@ -29,6 +29,13 @@ VLLM = "0.32"
 
 # Codes packed or decoded at a time: the float32 and index tensors between codes and weights stay in a core's cache.
 _PIECE = 1 << 18
+# The same on a GPU, which is idle while kernels are launched.
+_GPU_PIECE = 1 << 24
+
+
+def at_once(device: torch.device, on_cpu: int) -> int:
+    """Elements to take at a time, where `on_cpu` fit into a core's cache. No result depends on the number."""
+    return on_cpu if device.type == "cpu" else _GPU_PIECE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -117,7 +124,7 @@ class Codec(ABC):
         Tensors of a stack have the expert as first dimension: see `experts_of`.
         """
         values, g = rounded.values, rounded.global_scale
-        pieces = values.flatten(0, -2).split(max(1, _PIECE // values.shape[-1]))
+        pieces = values.flatten(0, -2).split(max(1, at_once(values.device, _PIECE) // values.shape[-1]))
         tensors = {
             self.codes: torch.cat([self.packed(piece) for piece in pieces]).view(*values.shape[:-1], -1),
             "weight_scale": rounded.scale.contiguous(),
@@ -168,7 +175,7 @@ def stack(experts: Sequence[Mapping[str, Tensor]]) -> Tensors:
 def _scaled(stored: Tensor, values_of: Callable[[Tensor], Tensor], factor: Tensor, columns: int) -> Tensor:
     """BF16 weight (…, O, columns): decoded values times factor (…, O, G) in float32, rounded once."""
     weight = torch.empty(*stored.shape[:-1], columns, dtype=torch.bfloat16, device=stored.device)
-    rows = max(1, _PIECE // columns)
+    rows = max(1, at_once(stored.device, _PIECE) // columns)
     pieces = (matrix.flatten(0, -2).split(rows) for matrix in (stored, factor, weight))
     for part, scale, target in zip(*pieces, strict=True):
         values = grouped(values_of(part), factor.shape[-1])

@@ -5,6 +5,8 @@ Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.1–5.3 and
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -63,8 +65,9 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     return unpack_nibbles(packed, _e2m1(packed.device))
 
 
+@functools.cache
 def _e2m1(device: torch.device) -> Tensor:
-    """Every value by its code."""
+    """Every value by its code; made once, because a copy to a device makes the host wait."""
     return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], device=device)
 
 

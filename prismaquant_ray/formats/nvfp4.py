@@ -6,6 +6,7 @@ activation rounding, `input_global_scale` F32 (1,). Both global scales are divis
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,12 @@ def divisor(amax: float | Tensor, headroom: float) -> Tensor:
     return torch.where(largest == 0, 1.0, (exact.view(torch.int32) & -65536).view(torch.float32))
 
 
+@functools.cache
+def _least(device: torch.device) -> Tensor:
+    """`ZERO_SCALE` as stored; made once, because a copy to a device makes the host wait."""
+    return torch.tensor(ZERO_SCALE, device=device).to(torch.float8_e4m3fn)
+
+
 class NvFp4Codec(E2m1Codec):
     """Two-level scaled E2M1."""
 
@@ -55,8 +62,7 @@ class NvFp4Codec(E2m1Codec):
 
     def _stored(self, scale: Tensor) -> Tensor:
         stored = scale.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
-        zero = torch.tensor(ZERO_SCALE, device=scale.device).to(stored.dtype)
-        return torch.where(stored.view(torch.uint8) == 0, zero, stored)
+        return torch.where(stored.view(torch.uint8) == 0, _least(scale.device), stored)
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """E4M3(amax / 6 · g), in compressed-tensors' order: another one rounds a few float32 ties differently."""

@@ -19,7 +19,7 @@ from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.gptq import HessianFactor
 from prismaquant_ray.forward.routed_inputs import RoutedInputs
-from prismaquant_ray.forward.statistics import InputStatistics, InputSums
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums, divided
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations, capture_activations
 from prismaquant_ray.model.runner import ModelRunner
@@ -67,12 +67,12 @@ class BlockForward:
             # Logits would be the largest tensor of all, and nothing reads them.
             read = CapturedActivations()
             read.inputs[self.block.inputs[0].name] = self.runner.normed(hidden)
-            self._gather(read, batch.holdout.to(hidden.device))
+            self._gather(read, batch.holdout)
             return hidden
         with capture_activations(self.module, self.block) if self.formats else nullcontext() as captured:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
         if captured is not None:
-            self._gather(captured, batch.holdout.to(hidden.device))
+            self._gather(captured, batch.holdout)
         if not all_finite(output):
             raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
         return output
@@ -81,13 +81,12 @@ class BlockForward:
         for name, sums in self.dense.items():
             # Rows are tokens of a sequence or patches of an image; `held_out` holds for all rows of one.
             x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
-            sums.add(x, held_out)
+            sums.add(*divided(x, held_out))
         for fused in self.block.groups:
             if fused.name in self.routed:
                 rows, inner = (captured.inputs[matrix.input] for matrix in fused.matrices)
                 routing = captured.routing[fused.matrices[0].input]
-                tokens = len(routing.chosen) // len(held_out)
-                self.routed[fused.name].add(rows, inner, routing, held_out.repeat_interleave(tokens))
+                self.routed[fused.name].add(rows, inner, routing, held_out)
 
     @torch.no_grad()
     def finish(self) -> BlockCandidates:

@@ -44,8 +44,9 @@ class CandidateDecoder:
             for parameter, linears in members(matrix).items():
                 key = (parameter, codec.name)
                 if key not in self._weights:
-                    weights = [codec.decode(own(tensors, linear)) for linear in linears]
-                    self._weights[key] = torch.cat(weights, dim=-2).to(self.device)
+                    # Moved as they are stored, at a third of the bytes.
+                    weights = [codec.decode(own(tensors, linear, self.device)) for linear in linears]
+                    self._weights[key] = torch.cat(weights, dim=-2)
                 found.weights[parameter] = self._weights[key]
                 found.input_scales[parameter] = None if scale is None else scale.to(self.device)
         return found
@@ -58,8 +59,9 @@ def members(matrix: Matrix) -> dict[str, tuple[LinearSpec, ...]]:
     return {parameter: (linear,) for parameter, linear in zip(matrix.parameters, matrix.linears, strict=True)}
 
 
-def own(tensors: Mapping[str, Tensor], linear: LinearSpec) -> dict[str, Tensor]:
-    """A Linear's shipped tensors by suffix; those of every expert as one stack."""
+def own(tensors: Mapping[str, Tensor], linear: LinearSpec, device: torch.device) -> dict[str, Tensor]:
+    """A Linear's shipped tensors by suffix on a device; those of every expert as one stack."""
     suffixes = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == linear.names[0]]
     each = [{suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes} for name in linear.names]
-    return each[0] if linear.experts is None else stack(each)
+    together = each[0] if linear.experts is None else stack(each)
+    return {suffix: tensor.to(device) for suffix, tensor in together.items()}

@@ -111,10 +111,14 @@ def _encode(
         for values, parts in zip(kept, zip(*scales, strict=True), strict=True)
     ]
     output_errors, squares = torch.cat(judged, dim=-1)
-    encoded = []
+    figures = []
     for rows, weight in _with_rows(weights):
         scores = output_errors[..., rows].sum(-1).double() / (tokens.clamp(min=1) * weight.shape[-2])
         mean_squares = squares[..., rows].sum(-1) / weight.shape[-2:].numel()
+        figures.append(torch.stack([scores, mean_squares.double()]))
+    encoded = []
+    # The host waits once for the figures of all Linears.
+    for (rows, _), (scores, mean_squares) in zip(_with_rows(weights), torch.stack(figures).cpu(), strict=True):
         choice = scores.argmin(0)
         winner = choice.tolist()
         encoded.append(
@@ -156,9 +160,10 @@ def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tenso
 
 
 def _chosen(tried: Sequence[Rounded], choice: Tensor) -> Rounded:
-    """tried[choice], or of a stack tried[choice[e]] for each expert e."""
+    """tried[choice], or of a stack tried[choice[e]] for each expert e; `choice` is on the CPU."""
     if choice.dim() == 0:
         return tried[int(choice)]
+    choice = choice.to(tried[0].values.device)
     values, scale = tried[0].values, tried[0].scale
     for place, other in enumerate(tried[1:], start=1):
         chosen = (choice == place).view(-1, 1, 1)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Rounded
+from prismaquant_ray.formats.base import Codec, Rounded, at_once
 
 # Columns per block, between which errors are propagated by matrix products; a power of two.
 _BLOCK = 8
@@ -118,10 +118,11 @@ def gptq(weight: Tensor, start: Rounded, codec: Codec, factor: HessianFactor) ->
     scales = codec.scale_value(start.scale, start.global_scale).view(len(stacked), stacked.shape[1], -1)
     upper, order = factor.upper.view(-1, *factor.upper.shape[-2:]), factor.order.view(len(stacked), -1)
     values = torch.empty_like(stacked)
-    experts = max(1, _ROWS // stacked.shape[1])
+    rows = at_once(weight.device, _ROWS)
+    experts = max(1, rows // stacked.shape[1])
     for first in range(0, len(stacked), experts):
         some = slice(first, first + experts)
-        pieces = (each[some].split(_ROWS, dim=1) for each in (stacked, scales, values))
+        pieces = (each[some].split(rows, dim=1) for each in (stacked, scales, values))
         for weights, factors, rounded in zip(*pieces, strict=True):
             _transposed(_gptq(weights, factors, upper[some], order[some], codec), rounded)
     return Rounded(values=values.view_as(weight), scale=start.scale, global_scale=start.global_scale)

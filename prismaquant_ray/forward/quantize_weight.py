@@ -81,6 +81,7 @@ def _statistics(weight: Tensor, inputs: Tensor | None) -> InputStatistics:
     if inputs.dim() != 2 or inputs.shape[1] != width or not len(inputs):
         raise InputError(f"inputs must be (tokens, {width}) for this weight; they are {tuple(inputs.shape)}")
     sums = InputSums(width, weight.device)
-    held_out = torch.arange(len(inputs), device=weight.device) % _HOLDOUT == _HOLDOUT - 1
-    sums.add(inputs.to(weight.device).unsqueeze(1), held_out)
+    held_out = torch.arange(len(inputs)) % _HOLDOUT == _HOLDOUT - 1
+    rows = inputs.to(weight.device)
+    sums.add(rows[~held_out], rows[held_out])
     return sums.statistics()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.forward.statistics import InputStatistics, InputSums, Prior
+from prismaquant_ray.forward.statistics import InputStatistics, InputSums, Prior, divided
 from prismaquant_ray.model.experts import Routing, grouped_product
 
 # Float32 elements of Hessians that are held at a time.
@@ -46,14 +46,20 @@ class RoutedInputs:
         self._held_out: list[Tensor] = []
 
     def add(self, rows: Tensor, inner: Tensor, routing: Routing, held_out: Tensor) -> None:
-        """A microbatch: rows (R, H) and inner (R, I) sorted by expert, held_out (tokens,) bool."""
+        """A microbatch: rows (R, H) and inner (R, I) sorted by expert, held_out (sequences,) bool on the CPU."""
         hidden = rows[routing.first]
-        self.pooled["gate_up_proj"].add(hidden.unsqueeze(1), held_out)
-        self.pooled["down_proj"].add(inner.unsqueeze(1), held_out[routing.token])
+        self.pooled["gate_up_proj"].add(*divided(hidden.unflatten(0, (len(held_out), -1)), held_out))
+        held = torch.zeros(len(held_out), len(hidden) // len(held_out), dtype=torch.bool, device=rows.device)
+        for sequence in torch.nonzero(held_out).flatten().tolist():
+            held[sequence] = True
+        # Rows held out go behind the others: how many there are is known, and a mask would have the host wait for it.
+        behind = torch.argsort(held.flatten()[routing.token].to(torch.uint8), stable=True)
+        judging = int(held_out.sum()) * held.shape[1] * routing.top_k
+        self.pooled["down_proj"].add(*inner[behind].split([len(inner) - judging, judging]))
         self.tokens_of += routing.counts
         self._hidden.append(hidden)
         self._chosen.append(routing.chosen)
-        self._held_out.append(held_out)
+        self._held_out.append(held.flatten())
 
     def chunks(self) -> Iterator[ExpertsAtOnce]:
         """Experts in order, as many at a time as a constant number of Hessian elements allows."""
@@ -83,6 +89,6 @@ class RoutedInputs:
         """Recompute the input of `down_proj`: keeping it would take top_k times the memory."""
         if not len(rows):
             return rows.new_zeros(0, self.module.down_proj.shape[2])
-        projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts)
+        projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts.tolist())
         inner: Tensor = self.module._apply_gate(projected)
         return inner

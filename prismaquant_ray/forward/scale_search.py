@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Rounded, grouped
+from prismaquant_ray.formats.base import Codec, Rounded, at_once, grouped
 
 # Rows are taken in pieces that stay in a core's cache while all candidates are tried.
 _PIECE = 1 << 17
@@ -42,15 +42,16 @@ def searched(
     groups = weight.shape[-1] // codec.width(weight.shape[-1])
     stacked = grouped(weight.view(-1, *weight.shape[-2:]), groups)
     importance = grouped(importance.reshape(len(stacked), 1, -1), groups)
-    experts = max(1, _PIECE // weight.shape[-2:].numel())
-    rows = max(1, _PIECE // weight.shape[-1])
-    multipliers = settings.multipliers()
+    piece = at_once(weight.device, _PIECE)
+    experts = max(1, piece // weight.shape[-2:].numel())
+    rows = max(1, piece // weight.shape[-1])
+    multipliers = settings.multipliers().to(weight.device)
     scales = []
     for first in range(0, len(stacked), experts):
         some = slice(first, first + experts)
         divisor = None if global_scale is None else global_scale[some]
         pieces = stacked[some].split(rows, dim=1)
-        found = [_best_scale(piece, codec, divisor, importance[some], multipliers) for piece in pieces]
+        found = [_best_scale(part, codec, divisor, importance[some], multipliers) for part in pieces]
         scales.append(torch.cat(found, dim=1))
     return round_with(weight, torch.cat(scales).view(*weight.shape[:-1], groups), codec, global_scale)
 
@@ -60,7 +61,7 @@ def round_with(weight: Tensor, scale: Tensor, codec: Codec, global_scale: Tensor
     groups = scale.shape[-1]
     factor = codec.scale_value(scale, global_scale).flatten(0, -2)
     values = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    rows = max(1, _PIECE // weight.shape[-1])
+    rows = max(1, at_once(weight.device, _PIECE) // weight.shape[-1])
     pieces = (matrix.split(rows) for matrix in (weight.flatten(0, -2), factor, values.flatten(0, -2)))
     for piece, part, target in zip(*pieces, strict=True):
         target.copy_(codec.round((grouped(piece, groups) / part.unsqueeze(-1)).flatten(-2)))
@@ -73,7 +74,9 @@ def _best_scale(
     """Stored scales (E, rows, G) for weight (E, rows, G, width) and importance (E, 1, G, width)."""
     best_error: Tensor | None = None
     best_scale: Tensor | None = None
-    for scale in _distinct(list(codec.scale_candidates(weight.abs().amax(-1), global_scale, multipliers))):
+    candidates = list(codec.scale_candidates(weight.abs().amax(-1), global_scale, multipliers))
+    # A GPU tries repetitions, too: to leave them out, the host would have to wait for their number.
+    for scale in _distinct(candidates) if weight.device.type == "cpu" else candidates:
         factor = codec.scale_value(scale, global_scale).unsqueeze(-1)
         error = codec.snap(weight / factor).mul_(factor).sub_(weight).square_().mul_(importance).sum(-1)
         if best_error is None or best_scale is None:

@@ -6,6 +6,7 @@ decide whether GPTQ is accepted. Each of E experts reads its own share of the to
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -135,18 +136,20 @@ class InputSums:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sums = torch.zeros(2, in_features, in_features, device=device)
         self._tokens = [0, 0]
-        self._amax = 0.0
+        self._amax = torch.zeros((), device=device)
 
-    def add(self, x: Tensor, held_out: Tensor) -> None:
-        """A microbatch x (sequences, tokens, I); `held_out` (sequences,) bool."""
-        for place, chosen in enumerate((~held_out, held_out)):
-            rows = x[chosen].flatten(0, 1).to(torch.float32)
-            self._tokens[place] += len(rows)
+    def add(self, train: Tensor, holdout: Tensor) -> None:
+        """The rows (tokens, I) of a microbatch that drive rounding, and those that judge it; either may be none."""
+        for place, given in enumerate((train, holdout)):
+            if not len(given):
+                continue
+            self._tokens[place] += len(given)
+            self._amax = torch.maximum(self._amax, given.abs().max().float())
+            rows = given.to(torch.float32)
             # Σ x xᵀ is symmetric: the part below the diagonal is copied at the end.
             for start in range(0, rows.shape[1], _PANEL):
                 panel = slice(start, start + _PANEL)
                 self._sums[place, : panel.stop, panel].addmm_(rows[:, : panel.stop].T, rows[:, panel])
-        self._amax = max(self._amax, float(x.abs().max()))
 
     def statistics(self) -> InputStatistics:
         """The statistics of all microbatches. They share memory with the sums, so `add` must not follow."""
@@ -156,8 +159,27 @@ class InputSums:
                 matrix[panel, :start] = matrix[:start, panel].T
         (train, holdout), (train_tokens, holdout_tokens) = self._sums, self._tokens
         return InputStatistics(
-            train=train, holdout=holdout, train_tokens=train_tokens, holdout_tokens=holdout_tokens, amax=self._amax
+            train=train,
+            holdout=holdout,
+            train_tokens=train_tokens,
+            holdout_tokens=holdout_tokens,
+            amax=float(self._amax),
         )
+
+
+def divided(x: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (tokens, I) of x (sequences, tokens, I) that are not held out, and that are; held_out (sequences,) bool.
+
+    A mask on the CPU is cut into runs of sequences; one on the device would have the host wait for its count.
+    """
+    found: tuple[list[Tensor], list[Tensor]] = ([x[:0]], [x[:0]])
+    start = 0
+    for held, run in itertools.groupby(held_out.tolist()):
+        stop = start + sum(1 for _ in run)
+        found[held].append(x[start:stop])
+        start = stop
+    train, holdout = (torch.cat(parts).flatten(0, 1) for parts in found)
+    return train, holdout
 
 
 def output_error(delta: Tensor, hessian: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ each expert's rows by its matrix, and sums in the router's order, so that result
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,22 @@ class Routing:
     """Which rows go to which expert.
 
     `chosen` (tokens, top_k) are the router's expert numbers. A row is one (token, choice) pair, sorted by expert: row i
-    is pair `order[i]`, and the first `counts[0]` rows are expert 0's.
+    is pair `order[i]`, and the first `counts[0]` rows are expert 0's. `sizes` are the counts, read by the host once.
     """
 
     chosen: Tensor
     order: Tensor
     counts: Tensor
+    sizes: list[int]
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int) -> Routing:
         """From the router's choice."""
         flat = chosen.reshape(-1)
-        return cls(chosen, torch.argsort(flat, stable=True), torch.bincount(flat, minlength=experts))
+        # Not bincount, which has the host wait for the largest number.
+        counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+        counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int64))
+        return cls(chosen, torch.argsort(flat, stable=True), counts, counts.tolist())
 
     @property
     def top_k(self) -> int:
@@ -97,9 +101,9 @@ def unquantizable(module: Any) -> str | None:
     return None
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x Wᵀ (R, O) in x's type, where the rows x (R, I), sorted by expert, each meet their expert's weight (E, O, I)."""
-    pieces = rows.split(counts.tolist())
+def grouped_product(rows: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
+    """x Wᵀ (R, O) in x's type, where the first sizes[0] rows of x (R, I) meet weight[0] of (E, O, I), and so on."""
+    pieces = rows.split(list(sizes))
     products = [F.linear(piece, weight[expert].to(rows.dtype)) for expert, piece in enumerate(pieces) if len(piece)]
     return torch.cat(products)
 
@@ -109,9 +113,11 @@ def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watch
     roundings: Roundings = getattr(module, "roundings", {})
     if name in roundings:
         rows = roundings[name](rows)
-    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.counts)
+    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.sizes)
     if module.has_bias:
-        output = output + getattr(module, f"{name}_bias").repeat_interleave(routing.counts, dim=0)
+        output = output + getattr(module, f"{name}_bias").repeat_interleave(
+            routing.counts, dim=0, output_size=len(rows)
+        )
     if watch is not None:
         watch(name, rows, output, routing)
     return output

@@ -40,6 +40,8 @@ class ModelRunner:
         self.meta_model, self.layout = build_layout(checkpoint, scope)
         #: Weights of blocks, by index, as `load_block` takes them.
         self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
+        # What blocks read of a microbatch, on the device: `inputs` by their identity.
+        self._inputs: dict[int, tuple[Inputs, Inputs]] = {}
         self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is BlockKind.DECODER)
         for module in self.meta_model.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -116,7 +118,8 @@ class ModelRunner:
 
     def patches(self, inputs: Inputs) -> Tensor:
         """The input of the first vision block (patches, width); call inside `pixels()`."""
-        return self.meta_model.patches(self._there(inputs))
+        pixels = {name: value.to(self.device) for name, value in inputs.items()}
+        return self.meta_model.patches(pixels)
 
     def run_block(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> Tensor:
         """The output of a block; differentiable in `hidden`.
@@ -149,7 +152,12 @@ class ModelRunner:
         return cast(Tensor, self.meta_model.model.get_output_embeddings()(hidden))
 
     def _there(self, inputs: Inputs) -> Inputs:
-        return {name: value.to(self.device) for name, value in inputs.items()}
+        """Inputs on the device, moved once for all blocks."""
+        kept = self._inputs.get(id(inputs))
+        if kept is None or kept[0] is not inputs:
+            kept = inputs, {name: value.to(self.device) for name, value in inputs.items()}
+            self._inputs[id(inputs)] = kept
+        return kept[1]
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         weights = self.checkpoint.read(names)

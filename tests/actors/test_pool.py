@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from actors.connect import Capacity
 from actors.messages import WorkerSpec
 from actors.pool import RayWorkers
-from actors.protocol import Reply
+from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
 from prismaquant_ray.errors import ResourceError
 from tests.runs import configuration
@@ -80,6 +81,15 @@ def test_cores_memory_and_gpus_reach_the_actors(workers: Callable[..., RayWorker
     workers("cluster.threads=3", "cluster.memory=2GB", gpus=4)
     assert (asked.options_given["num_cpus"], asked.options_given["num_gpus"]) == (1, 1)
     assert "memory" not in asked.options_given, "Ray counts memory of nodes, not of GPUs"
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_a_worker_knows_whether_it_was_given_a_gpu(workers: Callable[..., RayWorkers], gpus: int) -> None:
+    specs: list[Any] = []
+    found = workers(gpus=gpus)
+    found._actors["worker-0"] = SimpleNamespace(setup=SimpleNamespace(remote=specs.append))
+    found.submit("worker-0", Call(kind=CallKind.SETUP))
+    assert [(spec.name, spec.gpu) for spec in specs] == [("worker-0", gpus > 0)]
 
 
 def test_rays_own_options_have_these_names(workers: Callable[..., RayWorkers], asked: Asked) -> None:

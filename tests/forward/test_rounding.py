@@ -15,7 +15,7 @@ from prismaquant_ray.forward import gptq as gptq_module
 from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
-from prismaquant_ray.forward.statistics import PRIOR_SHARE, InputStatistics, InputSums, Prior, output_error
+from prismaquant_ray.forward.statistics import PRIOR_SHARE, InputStatistics, InputSums, Prior, divided, output_error
 from tests.reference.gptq import textbook
 
 EVERY_CODEC = pytest.mark.parametrize("codec", codecs_of(FORMATS).values(), ids=lambda codec: codec.name)
@@ -34,7 +34,7 @@ def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
 def summed(*microbatches: tuple[Tensor, Tensor]) -> InputStatistics:
     sums = InputSums(microbatches[0][0].shape[-1], torch.device("cpu"))
     for x, held_out in microbatches:
-        sums.add(x, held_out)
+        sums.add(*divided(x, held_out))
     return sums.statistics()
 
 

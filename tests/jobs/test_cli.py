@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,11 @@ def test_a_worker_reports_a_failure_as_a_record(tmp_path: Path) -> None:
     assert receipt.failure is not None
     assert receipt.failure.kind == "ResourceError"
     assert "must be a directory that they share" in receipt.failure.message
+    receipt = ShardWorker().setup(replace(spec, gpu=True))
+    assert receipt.failure is not None
+    assert receipt.failure.kind == "ResourceError"
+    assert "which torch" in receipt.failure.message
+    assert "install a torch that is built for CUDA" in receipt.failure.message
     with pytest.raises(InputError, match="no tokenizer can be loaded"):
         (tmp_path / "source" / "tokenizer.json").unlink()
         Run(config, open_workers=in_process()).check()

@@ -178,7 +178,11 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     wanted = kwargs.get("device")
     to_cuda = wanted is not None and torch.device(wanted).type == "cuda"
     if not there and not to_cuda:
-        return func(*args, **kwargs)
+        pinned = kwargs.pop("pin_memory", False)
+        made = func(*args, **kwargs)
+        if pinned:
+            _pinned.add(made.untyped_storage().data_ptr())
+        return made
     held_args, held_kwargs = tree_map_only(Pretended, lambda tensor: tensor.held, (args, kwargs))
     if to_cuda:
         held_kwargs["device"] = torch.device("cpu")

@@ -1,0 +1,43 @@
+"""Launches and host waits of a worker's calls, on a CUDA device that is not there. Budgets may only fall.
+
+A launch costs the host some microseconds, which for small kernels is more than the kernel; a wait ends its lead. Counts
+are of tiny models: more layers or tokens change none of them, larger matrices few.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.device.test_pretended_cuda import child
+
+pytestmark = pytest.mark.device
+
+#: By call: the most launches and waits of one.
+BUDGETS = {
+    "llama": {
+        "forward block microbatch": (113, 3),
+        "forward block finish": (10_822, 69),
+        "backward block microbatch": (543, 3),
+        "backward block finish": (16, 23),
+    },
+    "qwen3_moe": {
+        "forward block microbatch": (172, 4),
+        "forward block finish": (15_925, 214),
+        "backward block microbatch": (799, 4),
+        "backward block finish": (14, 19),
+    },
+}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_call_launches_and_waits_no_more_than_before(tmp_path: Path, name: str) -> None:
+    settings = ("formats=[NVFP4, MXFP8, BF16]", "cluster.blocks_per_shard=1")
+    found = child(
+        "from pathlib import Path\nfrom tests.pretended.costs import costs_of\n"
+        f"result = costs_of({name!r}, Path({str(tmp_path)!r}), *{settings!r})"
+    )
+    for call, (launches, waits) in BUDGETS[name].items():
+        assert found[call]["launches"] <= launches, (call, found[call]["launches"])
+        assert found[call]["waits"] <= waits, (call, found[call]["places"])
