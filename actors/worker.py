@@ -177,6 +177,9 @@ class ShardWorker:
                 "install a torch that is built for CUDA and a driver that is new enough for it, or set cluster.device: "
                 "cpu"
             )
+        # Sums keep float32: cuDNN's default, and that of split products in BF16, round them to ten bits or to eight.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.limit = config.cluster.memory if config.cluster.memory != "auto" else None
         store = Store(spec.run, create=False)
         if store.size(RUN) is None:

@@ -147,14 +147,14 @@ class _Encoded:
 
     def add(self, linear: LinearSpec, codec: Codec, result: EncodedLinear, amax: float, at: slice) -> None:
         """A Linear, or the same one of the experts `at`."""
-        packed = codec.pack(result.rounded)
+        # Device memory is kept for the weights that are still to be rounded; a stack is copied at once.
+        packed = {suffix: tensor.cpu() for suffix, tensor in codec.pack(result.rounded).items()}
         each = [packed] if linear.experts is None else experts_of(packed)
         for name, found in self.tensors.items():
             if FORMATS[name].codec is not codec:
                 continue
             for module, tensors in zip(linear.names[at], each, strict=True):
-                # Device memory is kept for the weights that are still to be rounded.
-                found.update({f"{module}.{suffix}": tensor.cpu() for suffix, tensor in tensors.items()})
+                found.update({f"{module}.{suffix}": tensor for suffix, tensor in tensors.items()})
                 if FORMATS[name].static_input_scale:
                     # One value for all experts of a layer, because the runtime applies one to all.
                     found[f"{module}.input_global_scale"] = divisor(amax, INPUT_MARGIN)

@@ -38,7 +38,7 @@ class ModelRunner:
         self.dtype = dtype
         self.device = device
         self.meta_model, self.layout = build_layout(checkpoint, scope)
-        #: Weights of blocks, by index, as `load_block` takes them.
+        #: Weights of blocks by parameter, by index, as `load_block` takes them.
         self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
         # What blocks read of a microbatch, on the device: `inputs` by their identity.
         self._inputs: dict[int, tuple[Inputs, Inputs]] = {}
@@ -56,19 +56,20 @@ class ModelRunner:
         module = self._new(block)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         weights = self.prefetcher.get(index)
-        state = {}
-        for parameter in block.parameters:
-            tensors = [weights.pop(name) for name in parameter.tensors]
-            # Experts stored one by one are concatenated along the rows.
-            joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors).view(shapes[parameter.name])
-            state[parameter.name] = joined
+        state = {name: weight.view(shapes[name]) for name, weight in weights.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).to(self.device, non_blocking=True)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
-        weights = self._read(self.layout.blocks[index].tensors)
-        # Pinned memory makes copies to the GPU asynchronous.
-        return {name: w.pin_memory() for name, w in weights.items()} if self.device.type == "cuda" else weights
+        """Weights by parameter; experts stored one by one are concatenated along the rows."""
+        block = self.layout.blocks[index]
+        read, weights = self._read(block.tensors), {}
+        for parameter in block.parameters:
+            tensors = [read.pop(name) for name in parameter.tensors]
+            joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            # Pinned memory makes copies to the GPU asynchronous.
+            weights[parameter.name] = joined.pin_memory() if self.device.type == "cuda" else joined
+        return weights
 
     def _new(self, block: Block) -> nn.Module:
         """The block's module on the meta device."""
