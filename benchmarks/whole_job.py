@@ -70,7 +70,7 @@ _OURS = (
     "plan of 5.5 bits assembled and verified; two workers of one thread; no evaluation; computes in"
 )
 JOBS = {
-    "ours-float32": Job(arguments=("model.dtype=float32",), settings=f"{_OURS} float32, the default"),
+    "ours-float32": Job(arguments=("model.dtype=float32",), settings=f"{_OURS} float32, the default on CPUs"),
     "ours-bfloat16": Job(arguments=("model.dtype=bfloat16",), settings=f"{_OURS} bfloat16, the model's own"),
     REFERENCE: Job(
         peer=LLM_COMPRESSOR,

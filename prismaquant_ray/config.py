@@ -29,7 +29,11 @@ class ModelConfig(Section):
         description="Checkpoint: a local directory, an `s3://` or `gs://` URI, or a hub id, which every node fetches.",
     )
     revision: str = Field(default="main", description="Branch, tag or commit of a hub id.")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Blocks compute in this dtype.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="Blocks compute in this dtype. `auto` is bfloat16 with `cluster.device: gpu`, or with `auto` where "
+        "this machine has a GPU, else float32. The run records which.",
+    )
     quantize_lm_head: bool = Field(
         default=False,
         description="Quantize an untied output head like any other Linear. vLLM before 0.32 may refuse it.",
@@ -37,8 +41,8 @@ class ModelConfig(Section):
 
     @property
     def bytes_per_value(self) -> int:
-        """Bytes of a value in `dtype`."""
-        return 4 if self.dtype == "float32" else 2
+        """Bytes of a value in `dtype`, or at most, where that is not decided."""
+        return 2 if self.dtype == "bfloat16" else 4
 
 
 class CalibrationConfig(Section):

@@ -75,11 +75,12 @@ def _render_machines(result: Inspection, console: Console) -> None:
         f"  a worker: process {gigabytes(needs.base)} + working {gigabytes(needs.working)} + the larger of its blocks "
         f"and head {gigabytes(needs.exit)}; repository {gigabytes(needs.repository)}"
     )
+    smaller = "" if result.dtype == "bfloat16" else ", set model.dtype to bfloat16"
     for plan in result.machines:
         if not plan.fits:
             console.print(
                 f"  {plan.machine}: does not fit, a worker needs {gigabytes(plan.worker_bytes)}; lower "
-                "calibration.microbatch, name fewer formats, or set model.dtype to bfloat16 if it is not"
+                f"calibration.microbatch{smaller} or name fewer formats"
             )
             continue
         console.print(

@@ -92,6 +92,19 @@ def _check_disk(config: Config, plan: MemoryPlan, blocks: int) -> None:
             )
 
 
+def with_dtype(config: Config) -> Config:
+    """The configuration with `model.dtype` decided: a run has one for good."""
+    if config.model.dtype != "auto":
+        return config
+    gpu = config.cluster.device == "gpu"
+    if config.cluster.device == "auto":
+        import torch
+
+        gpu = torch.cuda.is_available()
+    decided = config.model.model_copy(update={"dtype": "bfloat16" if gpu else "float32"})
+    return config.model_copy(update={"model": decided})
+
+
 def expected_workers(config: Config) -> int:
     """Number of workers of a run on this machine, for planning before Ray has started."""
     if config.cluster.workers != "auto":

@@ -61,6 +61,7 @@ class Inspection:
     budget_bytes: int
     vram: ServerMemory | None
     restricted_groups: int
+    dtype: str
     needs: MemoryPlan
     workers: int
     on_this_machine: bool
@@ -101,6 +102,7 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
         budget_bytes=limit,
         vram=None if sizes.serving is None else sizes.serving.memory(sizes.loaded(_stored(sizes, config, limit))),
         restricted_groups=restricted(sizes, layout),
+        dtype=run.config.model.dtype,
         needs=plan,
         workers=workers,
         on_this_machine=not joins(config.cluster),

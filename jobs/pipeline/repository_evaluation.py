@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from jobs.pipeline import sources
+from jobs.pipeline import checks, sources
 from jobs.pipeline.evaluation import EvaluationSession, source_figures
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.calibration.dataset import CalibrationSet
@@ -161,7 +161,7 @@ def _config(source: str, text: Path, images: Path | None, place: str, overrides:
         "budget": {"bpp": 16.0},
         "store": {"run": place, "output": f"{place.rstrip('/')}-output"},
     }
-    return checked(body, overrides, name="evaluate")
+    return checks.with_dtype(checked(body, overrides, name="evaluate"))
 
 
 def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView) -> set[BlockKind]:

@@ -57,7 +57,7 @@ class Run:
 
         Without `weights` the model may be a configuration only; then only layout and memory plan are available.
         """
-        self.config = config
+        self.config = checks.with_dtype(config)
         self.listeners = () if on_event is None else (on_event,)
         self.open_workers = open_workers
         self.fresh = fresh

@@ -26,7 +26,9 @@ from jobs.pipeline.workers import WorkerPool
 from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import read_events
+from prismaquant_ray.records import RUN, RunRecord
 from prismaquant_ray.report.summary import summarize_probe
+from prismaquant_ray.serialization import from_bytes
 from tests.inprocess import InProcessWorkers, after, in_process, unopened
 from tests.runs import assembled, configuration, digests, full_configuration, quantized
 from tests.tiny import ARCHITECTURES, make_checkpoint
@@ -614,6 +616,28 @@ def test_a_hub_id_is_read_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytes
     names = {path.name for path in config.store.output.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert not any(path.is_symlink() for path in config.store.output.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "there", "decided"),
+    [
+        ("auto", "cpu", True, "float32"),
+        ("auto", "gpu", False, "bfloat16"),
+        ("auto", "auto", True, "bfloat16"),
+        ("auto", "auto", False, "float32"),
+        ("float32", "gpu", True, "float32"),
+        ("bfloat16", "cpu", False, "bfloat16"),
+    ],
+)
+def test_the_dtype_is_decided_when_a_run_begins_and_recorded(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, setting: str, device: str, there: bool, decided: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    config = configuration(tmp_path, source, f"model.dtype={setting}", f"cluster.device={device}")
+    run = Run(config)
+    record = from_bytes(RunRecord, run.store.get(RUN))
+    assert run.config.model.dtype == decided
+    assert record.fingerprint["model.dtype"] == decided
 
 
 def test_blocks_computed_in_bfloat16_price_about_the_same(tmp_path: Path, source: Path) -> None:
