@@ -340,6 +340,7 @@ def test_data_labels_of_the_draft_are_two_tokens_ahead() -> None:
         assert piece.following.tolist() == [*tokens[row, 1:].tolist(), IGNORED]
 
 
+@pytest.mark.slow
 def test_agreement_of_the_draft_is_counted_as_it_is_and_in_every_format(probes: Mapping[str, Probed]) -> None:
     probed = probes["qwen3_5_moe"]
     runner = probed.runner

@@ -159,6 +159,7 @@ def test_packed_integers_are_read_as_a_string_of_bits(source: Path, tmp_path: Pa
         assert raw(view.read([f"{name}.weight"])[f"{name}.weight"]) == raw(dequantized(tensors, bits, groups))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_columns_have_the_groups_of_g_idx(symmetric: bool, source: Path, tmp_path: Path) -> None:
     repository = make_compressed(source, tmp_path / "r", scheme("W4A16", group_size=32, symmetric=symmetric))

@@ -148,6 +148,7 @@ def test_figures_with_rounded_activations_are_those_of_a_whole_model_that_rounds
     Figures(source, rounded, tokens).check(case.evaluate()["activations"])
 
 
+@pytest.mark.slow
 def test_images_are_seen_by_both_models(quantized: Callable[[str], Quantized], tmp_path: Path) -> None:
     case = quantized("qwen3_5")
     entry = json.loads((IMAGES / "captions.jsonl").read_text().splitlines()[0])
@@ -331,6 +332,7 @@ def test_images_for_a_model_that_does_not_see(quantized: Callable[[str], Quantiz
     assert "no vision tower" in refused(quantized("llama_untied"), images=IMAGES / "captions.jsonl")
 
 
+@pytest.mark.slow
 def test_a_repository_that_lost_its_draft_head_is_measured_without(
     quantized: Callable[[str], Quantized], tmp_path: Path
 ) -> None:

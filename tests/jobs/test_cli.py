@@ -40,6 +40,7 @@ def call(*arguments: object) -> Result:
 CONFIGURED = sorted(name for name, command in COMMANDS.items() if CONFIG in command.parameters and name != "explain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONFIGURED, "formats"])
 def test_every_command_prints_json_and_a_summary(finished: Path, name: str) -> None:
     as_json = call(name, finished, "--json")

@@ -172,6 +172,7 @@ def test_what_was_measured_is_not_measured_again(measured: Measured) -> None:
     assert planned(Run(settings, open_workers=unopened)) == joined
 
 
+@pytest.mark.slow
 def test_a_draft_head_is_in_no_prediction_of_the_body(tmp_path: Path) -> None:
     config = configuration(tmp_path, make_family(tmp_path / "source", "qwen3_5_moe"), "sweep=[6.0]")
     run = Run(config, open_workers=in_process())

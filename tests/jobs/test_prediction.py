@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from jobs.pipeline.measured_sweep import measure_sweep
 from tests.runs import configuration, measured
 from tests.trained import make_trained
 
 
+@pytest.mark.slow
 def test_of_a_trained_model_the_predicted_loss_is_the_measured_divergence_within_a_factor_of_two(
     tmp_path: Path,
 ) -> None:

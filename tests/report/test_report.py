@@ -392,6 +392,7 @@ def run_of(known: Measured | Config) -> Run:
     return Run(known.config if isinstance(known, Measured) else known, open_workers=unopened)
 
 
+@pytest.mark.slow
 def test_the_report_goes_into_the_run_store_or_where_it_is_told(dense: Measured, tmp_path: Path) -> None:
     for out, place in ((None, dense.config.store.run / "report"), (str(tmp_path / "there"), tmp_path / "there")):
         result = report(run_of(dense), out=out)

@@ -153,11 +153,13 @@ LAYOUT = layout_of(12)
 MIXTURE = layout_of(4, experts=3, aliases=(NameAlias(part="model", names=("model", "language_model.model")),))
 
 
+@pytest.mark.slow
 @given(choices(LAYOUT))
 def test_every_choice_is_routed_as_meant_by_both_runtimes(choice: Choice) -> None:
     are_routed_as_meant(LAYOUT, choice)
 
 
+@pytest.mark.slow
 @given(choices(MIXTURE))
 def test_so_is_every_choice_for_experts_under_other_names(choice: Choice) -> None:
     are_routed_as_meant(MIXTURE, choice)
@@ -468,6 +470,7 @@ def test_a_decoder_pattern_never_reaches_a_draft_nor_a_drafts_the_decoder(family
                     assert bool(named_groups(config, called)) is ((block is draft) is in_draft), called
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "few", "many"),
     [
