@@ -3,9 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 CONFIG ?= configs/demo.yaml
 SET ?=
-# Two processes: what starts Ray or measures memory runs in one of them, in the order that tests/conftest.py gives.
 PYTEST := $(BIN)/python -m pytest
-TWO := -n 2 --dist loadgroup --no-loadscope-reorder
+GROUPED := --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-fast device faults vllm browser lint install clean
 
@@ -25,12 +24,13 @@ demo: install
 	$(BIN)/python -m benchmarks.bundled_model runs/demo/SmolLM2-135M-Instruct
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
+# Three processes for two cores: what starts Ray or measures memory runs in one of them, and mostly waits.
 test: install
-	$(PYTEST) $(TWO) -m 'not faults and not vllm and not browser and not device' --durations=15
+	$(PYTEST) -n 3 $(GROUPED) -m 'not faults and not vllm and not browser and not device' --durations=15
 
 # The inner loop: nothing that starts Ray or a server or takes long.
 test-fast: install
-	$(PYTEST) $(TWO) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device)'
+	$(PYTEST) -n 2 $(GROUPED) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device)'
 
 # The worker's whole path on a CUDA device that is not there: tests/pretended.
 device: install

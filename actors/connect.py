@@ -110,8 +110,8 @@ def _started(config: ClusterConfig) -> Iterator[None]:
     import ray
 
     _read_environment_again(loopback=True)
-    # Unix socket paths are limited to 107 bytes, so not below a user's TMPDIR.
-    directory = tempfile.mkdtemp(prefix="pq", dir="/tmp")
+    # Unix socket paths are limited to 107 bytes, so not below a user's TMPDIR. The name says whose it is.
+    directory = tempfile.mkdtemp(prefix=f"pq{os.getpid()}-", dir="/tmp")
     cpus = config.threads * config.workers if config.workers != "auto" else os.cpu_count()
     try:
         ray.init(

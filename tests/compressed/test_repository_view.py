@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,11 +26,13 @@ from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
 from tests.foreign_repositories import (
     INT8,
+    SCHEMES,
     change,
     configure,
     first_group,
     load_decompressed,
     make_compressed,
+    make_quantizable,
     scheme,
     stored,
     view_of,
@@ -40,50 +41,12 @@ from tests.pieces import bytes_of
 from tests.reference.integers import dequantized
 from tests.repositories import everything, make_model, mixed
 from tests.s3_server import S3Server
-from tests.tiny import make_checkpoint, random_tokens
-
-#: how a repository is made, and what it is aliases_of
-SCHEMES: dict[str, tuple[QuantizationScheme, str]] = {
-    "nvfp4": (scheme("NVFP4"), "NVFP4"),
-    "nvfp4a16": (scheme("NVFP4A16"), "NVFP4A16"),
-    "mxfp4": (scheme("MXFP4"), "MXFP4"),
-    "mxfp8": (scheme("MXFP8"), "MXFP8"),
-    "mxfp8a16": (scheme("MXFP8A16"), "W8A16 float group 32"),
-    "mxfp6a16": (scheme("MXFP6A16"), "W6A16 float group 32"),
-    "fp8 dynamic": (scheme("FP8_DYNAMIC"), "FP8"),
-    "fp8 static": (scheme("FP8"), "W8A8 float tensor with static tensor inputs"),
-    "fp8 block": (scheme("FP8_BLOCK"), "W8A8 float block 128×128 with dynamic group 128 inputs"),
-    "int8": (scheme("W8A8"), "W8A8 int channel with dynamic token inputs"),
-    "int8 asymmetric": (
-        QuantizationScheme(
-            targets=["Linear"],
-            weights=QuantizationArgs(**INT8, strategy="channel", symmetric=False),
-            input_activations=QuantizationArgs(**INT8, strategy="token", dynamic=True, symmetric=False),
-        ),
-        "W8A8 int channel asymmetric with dynamic token asymmetric inputs",
-    ),
-    "int8 static asymmetric": (
-        QuantizationScheme(
-            targets=["Linear"],
-            weights=QuantizationArgs(**INT8, strategy="tensor"),
-            input_activations=QuantizationArgs(**INT8, strategy="tensor", symmetric=False),
-        ),
-        "W8A8 int tensor with static tensor asymmetric inputs",
-    ),
-    "int4 128": (scheme("W4A16"), "INT4"),
-    "int4 32": (scheme("W4A16", group_size=32), "INT4"),
-    "int4 16": (scheme("W4A16", group_size=16), "W4A16 int group 16"),
-    "int4 channel": (scheme("W4A16", group_size=None, strategy="channel"), "W4A16 int channel"),
-    "int3": (scheme("W3A16"), "W3A16 int group 128"),
-    "int8a16": (scheme("W8A16"), "W8A16 int group 128"),
-    "int4 fp8": (scheme("W4AFP8"), "W4A8 int group 128 with dynamic float token inputs"),
-}
+from tests.tiny import random_tokens
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # The attention output has fewer columns than rows, and no width divides 128 but 128 does.
-    return make_checkpoint(tmp_path_factory.mktemp("source"), "llama_untied", hidden=128, intermediate=256, head_dim=32)
+    return make_quantizable(tmp_path_factory.mktemp("source"))
 
 
 def raw(tensor: Tensor) -> bytes:

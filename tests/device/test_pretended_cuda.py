@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.foreign_repositories import SCHEMES
 from tests.ray_cluster import ROOT
 from tests.tiny import ARCHITECTURES
 from tests.tiny_families import FAMILIES
@@ -86,3 +87,14 @@ def test_a_whole_job_runs_on_the_device_and_has_the_bytes_of_the_cpu(tmp_path: P
     for measurement in ("measured", "evaluated"):
         for theirs, ours in zip(cuda[measurement], cpu[measurement], strict=True):
             assert theirs == pytest.approx(ours, rel=1e-6)
+
+
+def test_repositories_of_other_makers_are_evaluated_on_the_device_as_on_the_cpu(tmp_path: Path) -> None:
+    found = child(
+        "from pathlib import Path\nfrom tests.pretended.foreign import SCHEMES, evaluations\n"
+        f"result = evaluations(list(SCHEMES), Path({str(tmp_path)!r}))"
+    )
+    assert len(found) == len(SCHEMES)
+    for name, (cpu, cuda) in found.items():
+        for ours, theirs in zip(cpu, cuda, strict=True):
+            assert theirs == pytest.approx(ours, rel=1e-6), name

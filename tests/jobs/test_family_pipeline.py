@@ -111,7 +111,7 @@ def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
 ) -> None:
     config = configuration(tmp_path, families["qwen3_5_moe"], images=2)
     command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml")]
-    command += ["--set", "cluster.workers=2", "--set", f"cluster.address={head.address}"]
+    command += ["--set", "cluster.workers=2", "--set", f"cluster.address={head.address}", "--set", "cluster.device=cpu"]
     environment = {**os.environ, **SETTINGS}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
