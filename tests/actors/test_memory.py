@@ -19,6 +19,7 @@ from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.runs import configuration
 from tests.tiny import make_checkpoint
+from tests.waiting import PATIENCE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WORKERS, MEMORY = 2, 900_000_000
@@ -59,7 +60,7 @@ def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Pat
     overrides = [
         f"cluster.workers={WORKERS}", f"cluster.memory={MEMORY}", "formats=[FP8, BF16]", "rounding.gptq=null",
         "rounding.scale_search.grid=2", "calibration.sequences=2", "calibration.length=16", "calibration.microbatch=1",
-        "calibration.holdout=0.5", "budget.bpp=8.5",
+        "calibration.holdout=0.5", "budget.bpp=8.5", f"cluster.wait={PATIENCE}",
     ]  # fmt: skip
     config = load_config(tmp_path / "config.yaml", overrides)
     result = assemble.run(config)
