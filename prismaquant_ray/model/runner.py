@@ -14,7 +14,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
 from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.model.layout_builder import Scope, build_layout
-from prismaquant_ray.model.meta_model import Inputs
+from prismaquant_ray.model.meta_model import PIXELS, Inputs
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.model.prefetch import Prefetcher
 from prismaquant_ray.source.protocol import TensorSource
@@ -153,12 +153,12 @@ class ModelRunner:
         return cast(Tensor, self.meta_model.model.get_output_embeddings()(hidden))
 
     def _there(self, inputs: Inputs) -> Inputs:
-        """Inputs on the device, moved once for all blocks."""
+        """Inputs on the device, moved once for all blocks; pixels, which are large, each time and not kept."""
         kept = self._inputs.get(id(inputs))
         if kept is None or kept[0] is not inputs:
-            kept = inputs, {name: value.to(self.device) for name, value in inputs.items()}
+            kept = inputs, {name: value.to(self.device) for name, value in inputs.items() if name != PIXELS}
             self._inputs[id(inputs)] = kept
-        return kept[1]
+        return {**kept[1], PIXELS: inputs[PIXELS].to(self.device)} if PIXELS in inputs else kept[1]
 
     def _read(self, names: Sequence[str]) -> dict[str, Tensor]:
         weights = self.checkpoint.read(names)

@@ -53,13 +53,13 @@ def whole_job(config: Config, text: Path) -> dict[str, Any]:
     }
 
 
-def both_jobs(name: str, directory: Path) -> dict[str, Any]:
+def both_jobs(name: str, directory: Path, dtype: str) -> dict[str, Any]:
     """The job of a tiny architecture or family: digests and measured losses of both, and what the device's cost."""
     make = make_checkpoint if name in ARCHITECTURES else make_family
     source = make(directory / "source", name)
     configured = full_configuration if name in VISION_FAMILIES else configuration
     text = make_text(directory / "evaluation", 4000, seed=9)
-    settings = (FORMATS, f"evaluation={{text: {text}, sequences: 3, length: 24}}")
+    settings = (FORMATS, f"model.dtype={dtype}", f"evaluation={{text: {text}, sequences: 3, length: 24}}")
     here, there = (configured(directory / place, source, *settings) for place in ("cpu", "cuda"))
     found: dict[str, Any] = {}
     with sdpa_kernel(SDPBackend.MATH):
