@@ -58,8 +58,13 @@ result = [found, launches, waits]
 
 
 def child(code: str) -> Any:
-    """`result` of code in a Python of its own, because the guard must be loaded before torch."""
-    code = f"from tests.pretended.guard import load\nload()\n{code}\nimport json\nprint(json.dumps(result))"
+    """`result` of code in a Python of its own, because the guard must be loaded before torch.
+
+    It ends without Python's finalization: autograd's thread of the device may still be releasing `Pretended` tensors,
+    and a thread that asks a finalizing Python for its lock is unwound through C++, which aborts the process.
+    """
+    reply = "import json, os\nprint(json.dumps(result), flush=True)\nos._exit(0)"
+    code = f"from tests.pretended.guard import load\nload()\n{code}\n{reply}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout.splitlines()[-1])
