@@ -163,7 +163,7 @@ def plain(weight: Tensor, codec: Codec, scale: Tensor | None, importance: Tensor
     groups = weight.shape[1] // codec.width(weight.shape[1])
     whole, importance = grouped(weight, groups), grouped(importance, groups)
     error, best = torch.full(whole.shape[:-1], torch.inf), None
-    for stored in codec.scale_candidates(whole.abs().amax(-1), scale, settings.multipliers()):
+    for stored in codec.scale_candidates(whole.abs().amax(-1), scale, settings.multipliers(codec).float()):
         factor = codec.scale_value(stored, scale).unsqueeze(-1)
         found = ((codec.round(whole / factor) * factor - whole).square() * importance).sum(-1)
         best = stored if best is None else torch.where(found < error, stored, best)

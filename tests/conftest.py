@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 # Before transformers is imported: nothing is fetched, nothing draws bars.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# Before Triton is imported: its kernels run on a CPU.
+os.environ["TRITON_INTERPRET"] = "1"
 # Before torch is imported, here and in the processes that tests start: sums do not depend on the machine or the order
 # of tests, and two test processes do not fight for the cores.
 os.environ.update({f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "RAYON")})

@@ -6,6 +6,7 @@ start without torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from prismaquant_ray.formats.base import Codec, Format
 
-__all__ = ["FORMATS", "FormatName", "codecs_of"]
+__all__ = ["FORMATS", "FormatName", "codec_named", "codecs_of"]
 
 
 class FormatName(StrEnum):
@@ -53,3 +54,9 @@ def codecs_of(names: Iterable[FormatName]) -> dict[str, Codec]:
     """Distinct codecs behind the formats, by name: NVFP4 and NVFP4A16 share one."""
     found = (FORMATS[name].codec for name in names)
     return {codec.name: codec for codec in found if codec is not None}
+
+
+@functools.cache
+def codec_named(name: str) -> Codec:
+    """The codec that calls itself so; KeyError when there is none."""
+    return codecs_of(FormatName)[name]

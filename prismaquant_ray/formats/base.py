@@ -10,8 +10,9 @@ about (O, I) hold for each expert of a stack.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.grids import e4m3_value
+from prismaquant_ray.formats.grids import Grid, e4m3_value, snap
 from prismaquant_ray.formats.tensor_names import WEIGHT_GLOBAL_SCALE
 
 Tensors = dict[str, Tensor]
@@ -70,8 +71,13 @@ class Codec(ABC):
     #: bits of one code, and of one stored group scale
     code_bits: int
     scale_bits: int
-    #: largest grid value
+    #: what amax is mapped to: the largest grid value, or nearly
     grid_max: float
+    #: the values that weights are rounded to, here and by the kernels of a GPU
+    grid: Grid
+    #: whether another scale than the nearest can be better; and a search tries no larger multiple of it
+    searched: bool = True
+    largest_multiplier: float = math.inf
     #: in_features must be a multiple of this; groups are never padded
     multiple: int = 1
     #: suffix of the tensor of codes
@@ -90,13 +96,13 @@ class Codec(ABC):
         fits = in_features % self.multiple == 0
         return None if fits else f"in_features {in_features} is not a multiple of {self.multiple}"
 
-    @abstractmethod
     def round(self, x: Tensor) -> Tensor:
         """Nearest grid value, ties to even, saturating; keeps the sign of zero. Float32 in and out."""
+        return snap(x, self.grid).copysign_(x)
 
     def snap(self, x: Tensor) -> Tensor:
         """Like `round` but without the sign of zero: faster, and enough to measure an error."""
-        return self.round(x)
+        return snap(x, self.grid)
 
     @abstractmethod
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
@@ -107,8 +113,8 @@ class Codec(ABC):
         """Float32 factor by which decoding multiplies grid values."""
 
     @abstractmethod
-    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
-        """Scales (O, G) for the search to compare, each as it would be stored."""
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:
+        """Scales (K, O, G) for the search to compare, each as it would be stored; float32 multipliers, ascending."""
 
     @abstractmethod
     def packed(self, values: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,8 @@ class Bf16ScaleCodec(Codec):
     """A grid under BF16 scales. BF16 because transformers casts scales to the model's dtype on load."""
 
     scale_bits = 16
+    # A larger scale than amax needs never helps a uniform grid much.
+    largest_multiplier = 1.0
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
         """BF16(amax / grid_max); groups of zeros get 1."""
@@ -24,7 +24,6 @@ class Bf16ScaleCodec(Codec):
         """The stored scale in float32."""
         return scale.to(torch.float32)
 
-    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
-        """BF16 of each multiple up to 1: a larger scale than amax needs never helps a uniform grid much."""
-        below = multipliers[multipliers <= 1.0].to(amax)
-        return iter(self.nearest_scale(amax * below.view(-1, *[1] * amax.dim()), global_scale).unbind())
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:
+        """BF16 of each multiple."""
+        return self.nearest_scale(amax * multipliers.view(-1, *[1] * amax.dim()), global_scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec
-from prismaquant_ray.formats.grids import E2M1_MAX, pack_e2m1, round_e2m1, snap_e2m1, unpack_e2m1
+from prismaquant_ray.formats.grids import E2M1, E2M1_MAX, pack_e2m1, unpack_e2m1
 
 
 class E2m1Codec(Codec):
@@ -13,14 +13,7 @@ class E2m1Codec(Codec):
 
     code_bits = 4
     grid_max = E2M1_MAX
-
-    def round(self, x: Tensor) -> Tensor:
-        """Nearest E2M1 value."""
-        return round_e2m1(x)
-
-    def snap(self, x: Tensor) -> Tensor:
-        """Nearest E2M1 value; zeros are positive."""
-        return snap_e2m1(x)
+    grid = E2M1
 
     def packed(self, values: Tensor) -> Tensor:
         """Two codes per byte, the even column in the low nibble."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec
-from prismaquant_ray.formats.grids import E4M3_MAX, e4m3_value, round_e4m3
+from prismaquant_ray.formats.grids import E4M3, E4M3_MAX, e4m3_value
 
 
 class E4m3Codec(Codec):
@@ -16,15 +14,14 @@ class E4m3Codec(Codec):
 
     code_bits = 8
     grid_max = E4M3_MAX
+    grid = E4M3
     codes = "weight"
+    # A float grid is as fine near its end as anywhere, so clipping only loses.
+    searched = False
 
-    def round(self, x: Tensor) -> Tensor:
-        """E4M3."""
-        return round_e4m3(x)
-
-    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:  # noqa: ARG002
-        """The nearest scale alone: a float grid is as fine near its end as anywhere, so clipping only loses."""
-        return iter((self.nearest_scale(amax, global_scale),))
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:  # noqa: ARG002
+        """The nearest scale alone."""
+        return self.nearest_scale(amax, global_scale).unsqueeze(0)
 
     def packed(self, values: Tensor) -> Tensor:
         """E4M3 is its own code."""

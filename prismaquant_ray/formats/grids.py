@@ -6,45 +6,50 @@ Source: OCP Microscaling Formats (MX) Specification v1.0, sections 5.1–5.3 and
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Multiples of `step` times the power of two below |x|, which counts as at least `smallest_normal`, in low…high."""
+
+    low: float
+    high: float
+    smallest_normal: float
+    step: float
+
+
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+#: One mantissa bit: the step is half the power of two below |x|, and ½ below 1.
+E2M1 = Grid(-E2M1_MAX, E2M1_MAX, 1.0, 0.5)
+#: Three mantissa bits: the step is an eighth of the power of two below |x|, and 2⁻⁹ below 2⁻⁶.
+E4M3 = Grid(-E4M3_MAX, E4M3_MAX, 2.0**-6, 0.125)
 _EXPONENT_BITS = 0x7F800000
 # 1.5 · 2²³: adding and subtracting step · this leaves a multiple of `step`, rounded to even by the FPU.
 _ROUND_TO_INTEGER = 12582912.0
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """Nearest of ±{0, ½, 1, 1½, 2, 3, 4, 6}, ties to even, saturating; float32 of the same shape.
-
-    E2M1 has one mantissa bit, so the step is half the power of two below |x|, and ½ below 1.
-    """
-    return snap_e2m1(x).copysign_(x)
-
-
-def snap_e2m1(x: Tensor) -> Tensor:
-    """`round_e2m1` without the sign of zero."""
-    return _snap(x, E2M1_MAX, 1.0, 0.5)
+    """Nearest of ±{0, ½, 1, 1½, 2, 3, 4, 6}, ties to even, saturating; float32 of the same shape."""
+    return snap(x, E2M1).copysign_(x)
 
 
 def round_e4m3(x: Tensor) -> Tensor:
-    """Nearest float8_e4m3fn value, ties to even, saturating at ±448; float32 of the same shape.
-
-    E4M3 has three mantissa bits, so the step is an eighth of the power of two below |x|, and 2⁻⁹ below 2⁻⁶.
-    """
-    return _snap(x, E4M3_MAX, 2.0**-6, 0.125).copysign_(x)
+    """Nearest float8_e4m3fn value, ties to even, saturating at ±448; float32 of the same shape."""
+    return snap(x, E4M3).copysign_(x)
 
 
-def _snap(x: Tensor, end: float, smallest_normal: float, step: float) -> Tensor:
-    """Nearest multiple of `step` times the power of two below |x|, without the sign of zero."""
-    clamped = x.clamp(-end, end)
+def snap(x: Tensor, grid: Grid) -> Tensor:
+    """Nearest value of a grid, ties to even, without the sign of zero; float32 of the same shape."""
+    clamped = x.clamp(grid.low, grid.high)
     power = (clamped.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
-    power = power.clamp_(min=smallest_normal)
+    power = power.clamp_(min=grid.smallest_normal)
     # The product with alpha is exact, so that only the sum is rounded, fused or not.
-    alpha = step * _ROUND_TO_INTEGER
+    alpha = grid.step * _ROUND_TO_INTEGER
     return clamped.add_(power, alpha=alpha).sub_(power, alpha=alpha)
 
 
@@ -99,10 +104,9 @@ def _looked_up(table: Tensor, places: Tensor) -> Tensor:
 def e8m0_at_least(x: Tensor) -> Tensor:
     """Biased exponent (uint8) of the smallest power of two ≥ x, for x > 0; zero and subnormal x give 2⁻¹²⁶.
 
-    Exact: a float32 is a power of two when its mantissa bits are zero.
+    Exact: a float32 is a power of two when its mantissa bits are zero; any other mantissa carries into the exponent.
     """
-    bits = x.to(torch.float32).view(torch.int32)
-    exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(torch.int32)
+    exponent = (x.to(torch.float32).view(torch.int32) + 0x7FFFFF) >> 23
     return exponent.clamp_(1, 254).to(torch.uint8)
 
 

@@ -5,8 +5,6 @@ Tensors: `weight_packed` U8 (O, I/2), `weight_scale` U8 (O, I/32), the biased ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -21,10 +19,11 @@ class MxFp4Codec(E2m1Codec, mx.MxCodec):
 
     name = "mxfp4"
 
-    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:  # noqa: ARG002
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:  # noqa: ARG002
         """The smallest scale without clipping, and the next two smaller ones: 4 bits often gain by clipping."""
-        largest = self.nearest_scale(amax, None)
-        return ((largest.to(torch.int16) - step).clamp_(min=1).to(torch.uint8) for step in range(3))
+        largest = self.nearest_scale(amax, None).to(torch.int16)
+        steps = torch.arange(3, dtype=torch.int16, device=amax.device).view(-1, *[1] * amax.dim())
+        return (largest - steps).clamp_(min=1).to(torch.uint8)
 
 
 FORMAT = Format(

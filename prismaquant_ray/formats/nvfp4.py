@@ -7,7 +7,6 @@ activation rounding, `input_global_scale` F32 (1,). Both global scales are divis
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,11 +73,11 @@ class NvFp4Codec(E2m1Codec):
         assert global_scale is not None
         return scale.to(torch.float32) / global_scale
 
-    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Iterator[Tensor]:
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:
         """E4M3 of each multiple of amax / 6 · g."""
         assert global_scale is not None
         base = amax / E2M1_MAX * global_scale
-        return iter(self._stored(base * multipliers.to(base).view(-1, *[1] * base.dim())).unbind())
+        return self._stored(base * multipliers.view(-1, *[1] * base.dim()))
 
 
 def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:

@@ -143,11 +143,13 @@ def _attempts(
     rounding: Rounding,
 ) -> list[Rounded]:
     """One rounding per entry of METHODS, for float32 weight; without GPTQ when there is no factor."""
-    near = nearest(weight, codec, global_scale)
-    search = searched(weight, codec, global_scale, statistics.importance, rounding.scale_search)
-    # Equal scales give the same rounding.
-    found = [near, near if torch.equal(_raw(search.scale), _raw(near.scale)) else search]
-    return [*found, gptq(weight, search, codec, factor)] if factor else found
+    near = search = nearest(weight, codec, global_scale)
+    if codec.searched:
+        search = searched(weight, codec, global_scale, statistics.importance, rounding.scale_search)
+    # Equal scales give the same rounding. Of a GPU the host would have to wait for the answer.
+    if search.scale.is_cpu and torch.equal(_raw(search.scale), _raw(near.scale)):
+        search = near
+    return [near, search, gptq(weight, search, codec, factor)] if factor else [near, search]
 
 
 def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tensor) -> Tensor:

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats.base import Codec, Rounded, at_once
+from prismaquant_ray.formats import codec_named
+from prismaquant_ray.formats.base import Codec, Rounded
+from prismaquant_ray.kernels import operator
 
 # Columns per block, between which errors are propagated by matrix products; a power of two.
 _BLOCK = 8
@@ -117,18 +119,28 @@ def gptq(weight: Tensor, start: Rounded, codec: Codec, factor: HessianFactor) ->
     stacked = weight.view(-1, *weight.shape[-2:])
     scales = codec.scale_value(start.scale, start.global_scale).view(len(stacked), stacked.shape[1], -1)
     upper, order = factor.upper.view(-1, *factor.upper.shape[-2:]), factor.order.view(len(stacked), -1)
-    values = torch.empty_like(stacked)
-    rows = at_once(weight.device, _ROWS)
-    experts = max(1, rows // stacked.shape[1])
-    for first in range(0, len(stacked), experts):
-        some = slice(first, first + experts)
-        pieces = (each[some].split(rows, dim=1) for each in (stacked, scales, values))
-        for weights, factors, rounded in zip(*pieces, strict=True):
-            _transposed(_gptq(weights, factors, upper[some], order[some], codec), rounded)
+    values = gptq_values(stacked, scales, upper, order, codec.name)
     return Rounded(values=values.view_as(weight), scale=start.scale, global_scale=start.global_scale)
 
 
-def _gptq(weight: Tensor, scales: Tensor, upper: Tensor, order: Tensor, codec: Codec) -> Tensor:
+def _gptq_values(weight: Tensor, factors: Tensor, upper: Tensor, order: Tensor, codec: str) -> Tensor:
+    values = torch.empty_like(weight)
+    experts = max(1, _ROWS // weight.shape[1])
+    for first in range(0, len(weight), experts):
+        some = slice(first, first + experts)
+        pieces = (each[some].split(_ROWS, dim=1) for each in (weight, factors, values))
+        for weights, scales, rounded in zip(*pieces, strict=True):
+            _transposed(_by_column(weights, scales, upper[some], order[some], codec_named(codec)), rounded)
+    return values
+
+
+#: Grid values (E, O, I) for weight (E, O, I), the factors of its groups (E, O, G), and U (E, I, I) in order (E, I).
+gptq_values = operator(
+    "gptq_values(Tensor weight, Tensor factors, Tensor upper, Tensor order, str codec) -> Tensor", _gptq_values
+)
+
+
+def _by_column(weight: Tensor, scales: Tensor, upper: Tensor, order: Tensor, codec: Codec) -> Tensor:
     """Grid values (E, I, O), by column, for weight (E, O, I), scales (E, O, G), upper (E, I, I) and order (E, I)."""
     experts, rows, columns = weight.shape
     groups = scales.shape[2]

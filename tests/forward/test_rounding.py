@@ -106,7 +106,7 @@ def test_search_finds_the_best_of_every_candidate() -> None:
         for group in range(2):
             columns = slice(16 * group, 16 * group + 16)
             errors = []
-            for scale in codec.scale_candidates(amax, start, settings.multipliers()):
+            for scale in codec.scale_candidates(amax, start, settings.multipliers(codec).float()):
                 factor = codec.scale_value(scale, start)[row, group]
                 error = codec.round(matrix[row, columns] / factor) * factor - matrix[row, columns]
                 errors.append(float((error.square() * importance[columns]).sum()))
@@ -202,8 +202,8 @@ def test_rows_taken_in_pieces_are_encoded_alike(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_scale_that_many_multipliers_round_to_is_tried_once_and_in_order() -> None:
     groups = torch.tensor([[5, 5, 7, 7], [5, 5, 5, 5], [1, 2, 2, 3], [4, 4, 1, 4]], dtype=torch.uint8)
-    distinct = scale_search._distinct(list(groups.T))
-    assert torch.stack(distinct, dim=1).tolist() == [[5, 7, 7], [5, 5, 5], [1, 2, 3], [4, 1, 4]]
+    distinct = scale_search._distinct(groups.T)
+    assert distinct.T.tolist() == [[5, 7, 7], [5, 5, 5], [1, 2, 3], [4, 1, 4]]
 
 
 # --- experts: a stack of matrices, each with its own share of the tokens ----------------------------------------

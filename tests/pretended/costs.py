@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actors.schedule.units import Shard
+from prismaquant_ray.formats import FORMATS, codecs_of
+from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
+from prismaquant_ray.forward.scale_search import ScaleSearch, searched
 from tests import inprocess
-from tests.pretended.device import LEDGER, pretended_cuda
+from tests.pretended.device import CUDA, LEDGER, pretended_cuda
 from tests.pretended.job import DeviceWorker
 from tests.runs import configuration, full_configuration, measured
 from tests.tiny import ARCHITECTURES, make_checkpoint
 from tests.tiny_families import VISION_FAMILIES, make_family
 
-#: By pass, kind of unit and call: the most launches of one call, and the most waits with their places.
+Result = TypeVar("Result")
+#: By pass, kind of unit and call: the most launches of one call and the most waits, with their places.
 Costs = dict[str, dict[str, Any]]
 
 
@@ -56,8 +63,33 @@ def _kind(shard: Shard) -> str:
 
 def _note(found: Costs, call: str) -> None:
     waits, launches = sum(LEDGER.waits.values()), sum(LEDGER.launches.values())
-    entry = found.setdefault(call, {"launches": 0, "waits": -1, "places": []})
-    entry["launches"] = max(entry["launches"], launches)
+    entry = found.setdefault(call, {"launches": -1, "waits": -1})
+    if launches > entry["launches"]:
+        entry["launches"] = launches
+        entry["launched"] = [f"{count}: {place}" for place, count in LEDGER.launches.most_common()]
     if waits > entry["waits"]:
         entry["waits"] = waits
-        entry["places"] = [f"{count} {kind}: {place}" for (kind, place), count in LEDGER.waits.most_common()]
+        entry["waited"] = [f"{count} {kind}: {place}" for (kind, place), count in LEDGER.waits.most_common()]
+
+
+def rounding_costs(columns: int) -> dict[str, tuple[int, int]]:
+    """Launches and waits of rounding a matrix of few rows by each codec, and of a Hessian's factorization."""
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(16, columns, generator=generator)
+    inputs = torch.randn(columns, 64, generator=generator)
+    with torch.no_grad(), pretended_cuda():
+        weight, hessian = rows.to(CUDA), (inputs @ inputs.T).to(CUDA)
+
+        def counted(action: Callable[[], Result]) -> tuple[Result, tuple[int, int]]:
+            action()  # makes constants
+            LEDGER.clear()
+            return action(), (sum(LEDGER.launches.values()), sum(LEDGER.waits.values()))
+
+        factor, found["factor"] = counted(lambda: factorize(hessian, Gptq()))
+        for name, codec in codecs_of(FORMATS).items():
+            divisor = codec.global_scale(weight.abs().amax().view(1))
+            arguments = (weight, codec, divisor, hessian.diagonal(), ScaleSearch())
+            start, found[f"{name} search"] = counted(functools.partial(searched, *arguments))
+            _, found[f"{name} gptq"] = counted(functools.partial(gptq, weight, start, codec, factor))
+    return found

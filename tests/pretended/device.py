@@ -2,7 +2,8 @@
 
 Inside `pretended_cuda()`, tensors that are made on or moved to "cuda" are `Pretended`. As on CUDA, an operation that
 mixes them with tensors on the CPU raises (0-dim ones may mix), and their memory cannot be read in place. An operation
-that is not a view counts as a launch, a place where the host waits for the device as a wait, by source line.
+that is not a view counts as a launch, a place where the host waits for the device as a wait, by source line. Of the
+operators that a GPU runs by kernels of its own, `launch` runs and is counted; results are the reference's.
 `tests.pretended.guard.load` must have been called.
 """
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from prismaquant_ray.kernels import NAMESPACE, launcher
 
 CUDA = torch.device("cuda", 0)
 # Operations without a kernel whose schema does not say that they are views.
@@ -130,7 +133,24 @@ class _Factories(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        # Operations made of others come as they are below autograd, where `_launch` is.
+        with self:
+            composed = func.decompose(*args, **(kwargs or {}))
+        if composed is not NotImplemented:
+            return composed
         return _run(func, tuple(args), dict(kwargs or {}))
+
+
+class _Zeroing(_Factories):
+    """Memory is zero: no kernel fills it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._schema.name in ("aten::empty", "aten::empty_like"):
+            found.held.zero_()
+        return found
 
 
 @contextmanager
@@ -196,12 +216,39 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*held_args, **held_kwargs)
         return args[0]
     _check_devices(name, here, there)
-    _count(func, name, args, here)
+    if func.namespace == NAMESPACE:
+        _launch(name.partition("::")[2], args)
+    else:
+        _count(func, name, args, here)
     found = func(*held_args, **held_kwargs)
     if wanted is not None and not to_cuda:
         return found
     written = _written(func, args, kwargs)
     return tree_map_only(Tensor, lambda held: written[id(held)] if id(held) in written else Pretended(held), found)
+
+
+class _Kernel:
+    """In place of a Triton kernel: counts, and writes nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert all(1 <= size < 2**31 for size in grid[:1])
+        assert all(1 <= size < 2**16 for size in grid[1:])
+        return self._launched
+
+    @staticmethod
+    def _launched(*args: Any, **_: Any) -> None:
+        assert all(not isinstance(arg, Tensor) or isinstance(arg, Pretended) for arg in args), "a tensor on the CPU"
+        assert all(not isinstance(arg, Tensor) or arg.is_contiguous() for arg in args)
+        LEDGER.launches[_place()] += 1
+
+
+def _launch(operator: str, args: tuple[Any, ...]) -> None:
+    """Do what a GPU does for an operator, but for its kernels."""
+    launch = launcher(operator)
+    module = sys.modules[launch.__module__]
+    (kernel,) = (name for name in vars(module) if name.endswith("_kernel"))
+    with patch.object(module, kernel, _Kernel()), _Zeroing():
+        launch(*args)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int, Pretended]:

@@ -129,7 +129,7 @@ def test_search_finds_the_scales_of_a_plain_loop_bit_for_bit(
     divisor, settings_ = scale_of(codec, matrix), ScaleSearch()
     groups = grouped(matrix, 128 // codec.width(128))
     best, least = None, None
-    for scale in codec.scale_candidates(groups.abs().amax(-1), divisor, settings_.multipliers()):
+    for scale in codec.scale_candidates(groups.abs().amax(-1), divisor, settings_.multipliers(codec).float()):
         factor = codec.scale_value(scale, divisor).unsqueeze(-1)
         error = (codec.round(groups / factor) * factor - groups).square() * grouped(importance, groups.shape[1])
         error = error.sum(-1)

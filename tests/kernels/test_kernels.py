@@ -1,0 +1,204 @@
+"""Kernels against the references in torch that define their results, in Triton's interpreter: bit by bit.
+
+Where sums are exact in float32, because all numbers are small multiples of powers of two, another order changes no bit,
+so every difference would be a mistake. On other numbers sums may differ in their last bit; values and scales, which are
+rounded from them, did not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.formats import FORMATS, codecs_of
+from prismaquant_ray.formats.base import Codec
+from prismaquant_ray.forward.gptq import Gptq, factorize, gptq_values
+from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_scaled, search_scales
+from prismaquant_ray.kernels import check_triton
+from prismaquant_ray.kernels import launcher as kernel
+from tests.ray_cluster import ROOT
+
+CODECS = list(codecs_of(FORMATS).values())
+EACH_CODEC = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+# The interpreter is slow: a failure is not looked for in smaller examples.
+FEW = settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
+
+
+def shaped(codec: Codec, rows: int, groups: int) -> tuple[int, int]:
+    """Rows and columns of a matrix of about as many groups; a whole row where that is one."""
+    return rows, groups * (codec.multiple if codec.multiple > 1 else 24)
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+
+
+def divisor_of(codec: Codec, weight: Tensor) -> Tensor | None:
+    return codec.global_scale(weight.abs().amax((1, 2)).view(-1, 1, 1))
+
+
+def factors_of(codec: Codec, weight: Tensor) -> Tensor:
+    start = nearest(weight, codec, divisor_of(codec, weight))
+    return codec.scale_value(start.scale, start.global_scale)
+
+
+@EACH_CODEC
+def test_every_value_and_every_tie_is_rounded_as_the_codec_does(codec: Codec) -> None:
+    values = codec.round(torch.linspace(-codec.grid_max * 1.2, codec.grid_max * 1.2, 20_001)).unique()
+    ties = (values[1:] + values[:-1]) / 2
+    around = torch.cat([values, ties, ties.nextafter(values[1:]), ties.nextafter(values[:-1])])
+    beyond = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e30, -1e30, torch.inf, -torch.inf])
+    x = torch.cat([around, -around, beyond]).unsqueeze(1)
+    found = kernel("round_scaled")(x, torch.ones_like(x), codec.name)
+    assert torch.equal(found.view(torch.int32), codec.round(x).view(torch.int32))
+
+
+@EACH_CODEC
+@FEW
+@given(rows=st.integers(1, 40), groups=st.integers(1, 5), seed=st.integers(0, 2**31))
+def test_rounding_under_scales_is_the_reference(codec: Codec, rows: int, groups: int, seed: int) -> None:
+    weight = drawn(1, *shaped(codec, rows, groups), seed=seed)
+    factors = factors_of(codec, weight)
+    found = kernel("round_scaled")(weight[0], factors[0], codec.name)
+    assert torch.equal(found, round_scaled(weight[0], factors[0], codec.name))
+
+
+@EACH_CODEC
+@FEW
+@given(
+    experts=st.integers(1, 3),
+    rows=st.integers(1, 33),
+    groups=st.integers(1, 4),
+    grid=st.integers(1, 16),
+    seed=st.integers(0, 2**31),
+)
+def test_the_search_finds_the_scales_of_the_reference_where_sums_are_exact(
+    codec: Codec, experts: int, rows: int, groups: int, grid: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shaped(codec, rows, groups)
+    # Multiples of ¼ whose largest fits the grid without a scale, under scales that are multiples of 1/16.
+    reach = int(4 * codec.grid_max)
+    weight = torch.randint(-reach, reach + 1, (experts, rows, columns), generator=generator) / 4
+    weight[..., :: codec.width(columns)] = codec.grid_max
+    weight[0, 0] = 0.0
+    multipliers = torch.arange(17 - grid, 17) / 16
+    divisor = None if codec.global_scale(1.0) is None else torch.ones(experts, 1, 1)
+    importance = torch.randint(0, 4, (experts, columns), generator=generator).float()
+    arguments = (weight, divisor, importance, multipliers, codec.name)
+    assert _same(kernel("search_scales")(*arguments), search_scales(*arguments))
+
+
+@EACH_CODEC
+@pytest.mark.parametrize("experts", [1, 2])
+def test_the_search_finds_the_scales_of_the_reference_for_any_weights(codec: Codec, experts: int) -> None:
+    weight = drawn(experts, *shaped(codec, 24, 6), seed=3) * 0.02
+    importance = drawn(experts, weight.shape[2], seed=4).square() + 0.1
+    arguments = (weight, divisor_of(codec, weight), importance, ScaleSearch().multipliers(codec).float(), codec.name)
+    assert _same(kernel("search_scales")(*arguments), search_scales(*arguments))
+
+
+@EACH_CODEC
+@FEW
+@given(experts=st.integers(1, 3), rows=st.integers(1, 35), groups=st.integers(1, 4), seed=st.integers(0, 2**31))
+def test_gptq_has_the_values_of_the_reference_where_sums_are_exact(
+    codec: Codec, experts: int, rows: int, groups: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    columns = shaped(codec, rows, groups)[1]
+    # Multiples of ¼ within the grid, so that errors are multiples of ¼; one in 16 is pushed on, with either sign.
+    reach = int(3 * codec.grid_max)
+    weight = torch.randint(-reach, reach + 1, (experts, rows, columns), generator=generator) / 4
+    order = torch.stack([torch.randperm(columns, generator=generator) for _ in range(experts)])
+    pushed = torch.randint(-16, 17, (experts, columns, columns), generator=generator)
+    upper = torch.where(pushed.abs() == 1, pushed, 0.0).triu(1) + torch.eye(columns)
+    factors = torch.ones(experts, rows, factors_of(codec, weight).shape[2])
+    arguments = (weight, factors, upper, order, codec.name)
+    assert torch.equal(kernel("gptq_values")(*arguments), gptq_values(*arguments))
+
+
+@EACH_CODEC
+@pytest.mark.parametrize(("experts", "rows", "columns"), [(1, 40, 192), (2, 17, 96)])
+def test_gptq_has_the_values_of_the_reference_for_any_weights(
+    codec: Codec, experts: int, rows: int, columns: int
+) -> None:
+    weight = drawn(experts, rows, columns, seed=5) * 0.02
+    x = drawn(experts, 600, columns, seed=6) @ (torch.eye(columns) + 0.2 * drawn(columns, columns, seed=7))
+    factor = factorize(x.mT @ x, Gptq())
+    arguments = (weight, factors_of(codec, weight), factor.upper, factor.order, codec.name)
+    found = kernel("gptq_values")(*arguments)
+    assert torch.equal(found, gptq_values(*arguments))
+    assert not torch.equal(
+        found, round_scaled(weight.flatten(0, 1), arguments[1].flatten(0, 1), codec.name).view_as(found)
+    )
+
+
+_COMPILED = """
+import json, warnings
+warnings.simplefilter("ignore")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from prismaquant_ray.formats import codec_named
+from prismaquant_ray.kernels import grid
+from prismaquant_ray.kernels.gptq_values import gptq_kernel
+from prismaquant_ray.kernels.round_scaled import round_kernel
+from prismaquant_ray.kernels.search_scales import search_kernel
+
+SIGNATURES = {
+    gptq_kernel: ("*fp32 *fp32 *fp32 *i64 *fp32 *fp32 i32 i32 i32", {"COLUMNS": 32, "ROWS": 16}),
+    search_kernel: ("*fp32 *fp32 *fp32 *i64 i32 i32 i32 i32", {"WIDTH": 16, "AT_ONCE": 128}),
+    round_kernel: ("*fp32 *fp32 *fp32 i32 i32", {"AT_ONCE": 2048}),
+}
+result = []
+for kernel, (types, constants) in SIGNATURES.items():
+    constants = constants | grid.constants(codec_named("nvfp4"))
+    names = kernel.arg_names
+    signature = dict(zip(names, types.split() + ["constexpr"] * len(constants), strict=True))
+    for capability in (80, 90, 100):
+        target = GPUTarget("cuda", capability, 32)
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constants), target=target, options={"enable_fp_fusion": False}
+        )
+        text = compiled.asm["ptx"]
+        counts = {word: text.count(word) for word in ("div.rn.f32", "div.full.f32", "ld.local", "st.local")}
+        result.append([kernel.__name__, capability, len(compiled.asm["cubin"]), compiled.metadata.shared, counts])
+print(json.dumps(result))
+"""
+
+
+def test_every_kernel_compiles_for_every_generation_of_gpu_with_exact_divisions() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert len(found) == 9
+    for name, capability, size, shared, counts in found:
+        assert size > 0, (name, capability)
+        assert shared <= 48 << 10, "more shared memory than every GPU gives a program"
+        assert counts["div.rn.f32"] > 0, "the reference divides exactly"
+        assert counts["div.full.f32"] == counts["ld.local"] == counts["st.local"] == 0, (name, capability, counts)
+
+
+def test_without_triton_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_triton()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ResourceError, match="has a GPU but not Triton"):
+        check_triton()
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Bit by bit; float8 has no comparison."""
+    return found.dtype == expected.dtype and torch.equal(
+        found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    )
