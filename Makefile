@@ -32,9 +32,14 @@ test: install
 test-fast: install
 	$(PYTEST) -n 2 $(GROUPED) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device)'
 
-# The worker's whole path on a CUDA device that is not there: tests/pretended.
-device: install
-	$(PYTEST) -n 2 -m device --durations=5
+# Triton lies beside the environment: torch would import it into every process, which on a CPU nothing needs.
+.triton/installed: constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .triton triton
+	touch $@
+
+# A GPU's kernels, interpreted, and the worker's whole path on a CUDA device that is not there: tests/pretended.
+device: install .triton/installed
+	PYTHONPATH=.triton $(PYTEST) -n 2 -m device --durations=5
 
 faults: install
 	$(PYTEST) -m faults --durations=10
@@ -62,4 +67,4 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm .triton runs

@@ -27,6 +27,8 @@ from prismaquant_ray.kernels import check_triton
 from prismaquant_ray.kernels import launcher as kernel
 from tests.ray_cluster import ROOT
 
+pytestmark = pytest.mark.device
+
 CODECS = list(codecs_of(FORMATS).values())
 EACH_CODEC = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 # The interpreter is slow: a failure is not looked for in smaller examples.
