@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.jackknife import standard_error
+from prismaquant_ray.kernels import operator
 from prismaquant_ray.records import Price
 
 
@@ -21,13 +22,23 @@ def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
     return grad_output.square().T @ x.square().sum(-1)
 
 
-def weight_difference(grad_output: Tensor, rounded: Tensor, weight: Tensor) -> Tensor:
-    """D_t = g_t (Ŵ − W) (tokens, I) in float32, for g (tokens, O) and both weights (O, I); the product in W's type."""
-    return (grad_output @ (rounded.to(weight.dtype) - weight)).float()
+def _expert_traces(grad_output: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+    sizes = counts.tolist()
+    pieces = zip(grad_output.split(sizes), x.split(sizes), strict=True)
+    return torch.stack([fisher_trace(*piece) for piece in pieces])
+
+
+#: `fisher_trace` of every expert (E, O), for g (R, O) and x (R, I) whose first counts[0] rows are the first expert's.
+expert_traces = operator("expert_traces(Tensor grad_output, Tensor x, Tensor counts) -> Tensor", _expert_traces)
+
+
+def weight_change(rounded: Tensor, weight: Tensor) -> Tensor:
+    """ΔW = Ŵ − W (…, O, I) in W's type."""
+    return rounded.to(weight.dtype) - weight
 
 
 def weight_projection(x: Tensor, difference: Tensor) -> Tensor:
-    """g_t · x_t (Ŵ − W)ᵀ = x_t · D_t (tokens,): p of rounded weights at exact inputs, for x and D (tokens, I)."""
+    """g_t · x_t ΔWᵀ = x_t · D_t (tokens,): p of rounded weights at exact inputs, for x and D (tokens, I)."""
     return (x * difference).sum(-1)
 
 

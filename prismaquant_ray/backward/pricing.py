@@ -1,6 +1,6 @@
 """Pricing every candidate of a block while its gradients go by.
 
-Each format costs one matrix product per parameter, D = g (Ŵ − W). `price.weight_projection` and
+Each format costs one matrix product per parameter, D = g ΔW with ΔW = Ŵ − W. `price.weight_projection` and
 `price.activation_projection` derive both parts of the error from it, because g W is known: it is the gradient with
 respect to x. No large numbers are subtracted, so the product can be in the model's own dtype. Nothing is differentiated
 with respect to weights.
@@ -18,19 +18,20 @@ from torch import Tensor, nn
 
 from prismaquant_ray.backward.price import (
     activation_projection,
+    expert_traces,
     fisher_trace,
     half_squares,
     price,
-    weight_difference,
+    weight_change,
     weight_projection,
 )
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
-from prismaquant_ray.layout import Block, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, BlockKind, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations
-from prismaquant_ray.model.experts import Routing
+from prismaquant_ray.model.experts import Routing, grouped_product
 from prismaquant_ray.records import BackwardRecord
 
 
@@ -38,7 +39,7 @@ from prismaquant_ray.records import BackwardRecord
 class _Priced:
     """One format of one fused group while microbatches arrive.
 
-    Weights stay in the BF16 they decode to: float32 copies of every format would dominate memory. By microbatch,
+    Weights stay in BF16: float32 copies of every format would dominate memory. By microbatch,
     `squares` (sequences,) are ½ Σ p² of each sequence, and `parts` (2,) ½ Σ p² of rounded weights alone and of rounded
     activations alone. They stay on the device: reading them would make the host wait.
     """
@@ -91,6 +92,22 @@ class Pricing:
             }
             for group in block.groups
         }
+        #: Whether `decoded.weights` are ΔW, formed once in the memory of Ŵ. A draft head needs Ŵ itself.
+        self.changes = block.kind is not BlockKind.DRAFT and self._form_changes()
+
+    def _form_changes(self) -> bool:
+        """Whether ΔW has the type of Ŵ, and then could be formed in its place."""
+        candidates = {
+            id(weight): (weight, self.module.get_parameter(parameter))
+            for formats in self.priced.values()
+            for priced in formats.values()
+            for parameter, weight in priced.decoded.weights.items()
+        }
+        if any(weight.dtype != source.dtype for weight, source in candidates.values()):
+            return False
+        for weight, source in candidates.values():
+            weight.sub_(source)
+        return True
 
     def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> list[Tensor]:
         """Add a microbatch of `sequences`, with the gradients at every parameter; every p (tokens,), to be checked."""
@@ -125,7 +142,7 @@ class Pricing:
                     difference = functools.reduce(
                         torch.add,
                         (
-                            self._difference(parameter, g, priced.decoded.weights[parameter], routing)
+                            self._product(g, priced.decoded.weights[parameter], parameter, routing)
                             for parameter, (_, g) in flat.items()
                         ),
                     )
@@ -141,13 +158,18 @@ class Pricing:
                     found[group.name, name] = parts if before is None else Projections(*map(torch.add, before, parts))
         return found
 
-    def _difference(self, parameter: str, gradient: Tensor, rounded: Tensor, routing: Routing | None) -> Tensor:
+    def _product(self, gradient: Tensor, candidate: Tensor, parameter: str, routing: Routing | None) -> Tensor:
         """D of a parameter (rows, I) float32, for g (rows, O); rows of experts one expert after the other."""
-        weight = self.module.get_parameter(parameter)
         if routing is None:
-            return weight_difference(gradient, rounded, weight)
-        pieces = enumerate(gradient.split(routing.sizes))
-        return torch.cat([weight_difference(g, rounded[at], weight[at]) for at, g in pieces if len(g)])
+            return (gradient @ self._change(candidate, parameter)).float()
+        if self.changes:
+            return grouped_product(gradient, candidate.mT, routing.counts).float()
+        # One expert at a time: a stack of float32 would take twice the memory of its candidate.
+        weight, pieces = self.module.get_parameter(parameter), enumerate(gradient.split(routing.sizes))
+        return torch.cat([g @ weight_change(candidate[at], weight[at]) for at, g in pieces if len(g)]).float()
+
+    def _change(self, candidate: Tensor, parameter: str) -> Tensor:
+        return candidate if self.changes else weight_change(candidate, self.module.get_parameter(parameter))
 
     def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
         for entry in self.block.inputs:
@@ -157,12 +179,8 @@ class Pricing:
                     self._add_trace(parameter, _flat(passed[parameter]).at_output.float(), x, routing)
 
     def _add_trace(self, parameter: str, gradient: Tensor, x: Tensor, routing: Routing | None) -> None:
-        if routing is None:
-            self.traces[parameter] += fisher_trace(gradient, x)
-            return
-        pieces = zip(gradient.split(routing.sizes), x.split(routing.sizes), strict=True)
-        for expert, (g, rows) in enumerate(pieces):
-            self.traces[parameter][expert] += fisher_trace(g, rows)
+        trace = fisher_trace(gradient, x) if routing is None else expert_traces(gradient, x, routing.counts)
+        self.traces[parameter] += trace
 
     def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""

@@ -1,12 +1,13 @@
 """Routed experts: our own forward for transformers' packed experts, so that their inputs can be captured.
 
 transformers lets a model's experts be computed by any registered function. This one sorts rows by expert, multiplies
-each expert's rows by its matrix, and sums in the router's order, so that results are deterministic.
+all experts' rows by their matrices at once, and sums in the router's order, so that results are deterministic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,17 @@ from torch.nn import functional as F
 IMPLEMENTATION = "routed"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Routing:
     """Which rows go to which expert.
 
     `chosen` (tokens, top_k) are the router's expert numbers. A row is one (token, choice) pair, sorted by expert: row i
-    is pair `order[i]`, and the first `counts[0]` rows are expert 0's. `sizes` are the counts, read by the host once.
+    is pair `order[i]`, and the first `counts[0]` rows are expert 0's.
     """
 
     chosen: Tensor
     order: Tensor
     counts: Tensor
-    sizes: list[int]
 
     @classmethod
     def of(cls, chosen: Tensor, experts: int) -> Routing:
@@ -37,12 +37,18 @@ class Routing:
         # Not bincount, which has the host wait for the largest number.
         counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
         counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=torch.int64))
-        return cls(chosen, torch.argsort(flat, stable=True), counts, counts.tolist())
+        return cls(chosen, torch.argsort(flat, stable=True), counts)
 
     @property
     def top_k(self) -> int:
         """Experts of a token."""
         return self.chosen.shape[1]
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """The counts, for which the host waits."""
+        sizes: list[int] = self.counts.tolist()
+        return sizes
 
     @property
     def token(self) -> Tensor:
@@ -101,11 +107,15 @@ def unquantizable(module: Any) -> str | None:
     return None
 
 
-def grouped_product(rows: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
-    """x Wᵀ (R, O) in x's type, where the first sizes[0] rows of x (R, I) meet weight[0] of (E, O, I), and so on."""
-    pieces = rows.split(list(sizes))
-    products = [F.linear(piece, weight[expert].to(rows.dtype)) for expert, piece in enumerate(pieces) if len(piece)]
-    return torch.cat(products)
+def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """x Wᵀ (R, O) in x's type, where the first counts[0] rows of x (R, I) meet weight[0] of (E, O, I), and so on."""
+    # Starts of rows must be aligned for a GPU's kernel; and a stack in another type would take its memory once more.
+    fits = all(width * rows.itemsize % 16 == 0 for width in weight.shape[1:])
+    if fits and weight.dtype == rows.dtype:
+        product: Tensor = F.grouped_mm(rows, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+        return product
+    pieces = enumerate(rows.split(counts.tolist()))
+    return torch.cat([F.linear(piece, weight[expert].to(rows.dtype)) for expert, piece in pieces if len(piece)])
 
 
 def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watcher | None) -> Tensor:
@@ -113,7 +123,7 @@ def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watch
     roundings: Roundings = getattr(module, "roundings", {})
     if name in roundings:
         rows = roundings[name](rows)
-    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.sizes)
+    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.counts)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias").repeat_interleave(
             routing.counts, dim=0, output_size=len(rows)

@@ -245,9 +245,9 @@ class _Kernel:
 def _launch(operator: str, args: tuple[Any, ...]) -> None:
     """Do what a GPU does for an operator, but for its kernels."""
     launch = launcher(operator)
-    module = sys.modules[launch.__module__]
-    (kernel,) = (name for name in vars(module) if name.endswith("_kernel"))
-    with patch.object(module, kernel, _Kernel()), _Zeroing():
+    module = vars(sys.modules[launch.__module__])
+    kernels = {name: _Kernel() for name in module if name.endswith("_kernel")}
+    with patch.dict(module, kernels), _Zeroing():
         launch(*args)
 
 
