@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.backward.block import BlockBackward
-from prismaquant_ray.backward.pricing import Passed, Projections
+from prismaquant_ray.backward.pricing import Passed
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.model.capture import CapturedActivations
 
@@ -23,10 +23,10 @@ class Recorded:
 
         def recording(
             captured: CapturedActivations, passed: Mapping[str, Passed]
-        ) -> dict[tuple[str, FormatName], Projections]:
+        ) -> dict[tuple[str, FormatName], Tensor]:
             found = projections(captured, passed)
             for (group, name), parts in found.items():
-                self._pieces[group, str(name)].append(parts.weights + parts.activations)
+                self._pieces[group, str(name)].append(parts[0] + parts[1])
             return found
 
         backward.pricing.projections = recording  # type: ignore[method-assign]

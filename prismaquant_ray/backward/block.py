@@ -87,7 +87,8 @@ class BlockBackward:
             with torch.no_grad():
                 passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
                 # A NaN gradient yields a NaN price.
-                checked += self.pricing.add(captured, passed, sequences)
+                priced = self.pricing.add(captured, passed, sequences)
+                checked += [] if priced is None else [priced]
         if not all_finite(*checked):
             name = self.block.prefix or self.block.groups[0].name
             raise InputError(f"{name} has NaN or infinite gradients; is the checkpoint intact?")
@@ -145,9 +146,9 @@ class HeadBackward:
     def _decoded(self) -> Iterator[tuple[FormatName, Mapping[str, Tensor]]]:
         for name in self.block_pass.formats:
             found: dict[str, Tensor] = {}
-            for priced in self.block_pass.pricing.priced.values():
-                if name in priced:
-                    found |= priced[name].decoded.weights
+            for decoded in self.block_pass.pricing.decoded.values():
+                if name in decoded:
+                    found |= decoded[name].weights
             if found:
                 yield name, found
 

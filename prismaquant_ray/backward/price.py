@@ -12,6 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
+from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.jackknife import standard_error
 from prismaquant_ray.kernels import operator
 from prismaquant_ray.records import Price
@@ -22,14 +23,14 @@ def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
     return grad_output.square().T @ x.square().sum(-1)
 
 
-def _expert_traces(grad_output: Tensor, x: Tensor, counts: Tensor) -> Tensor:
-    sizes = counts.tolist()
+def _expert_traces(grad_output: Tensor, x: Tensor, own: Tensor) -> Tensor:
+    sizes = own.sum(1).tolist()
     pieces = zip(grad_output.split(sizes), x.split(sizes), strict=True)
     return torch.stack([fisher_trace(*piece) for piece in pieces])
 
 
-#: `fisher_trace` of every expert (E, O), for g (R, O) and x (R, I) whose first counts[0] rows are the first expert's.
-expert_traces = operator("expert_traces(Tensor grad_output, Tensor x, Tensor counts) -> Tensor", _expert_traces)
+#: `fisher_trace` of every expert (E, O), for g (R, O) and x (R, I), sorted by expert, and whose each row is (E, R).
+expert_traces = operator("expert_traces(Tensor grad_output, Tensor x, Tensor own) -> Tensor", _expert_traces)
 
 
 def weight_change(rounded: Tensor, weight: Tensor) -> Tensor:
@@ -49,6 +50,33 @@ def activation_projection(input_error: Tensor, difference: Tensor, grad_input: T
     `weight_projection` it adds up to p_t = g_t · (Q(x_t) Ŵᵀ − x_t Wᵀ).
     """
     return difference.add_(grad_input).mul_(input_error).sum(-1)
+
+
+def input_error(x: Tensor, input_scale: Tensor | None, name: FormatName) -> Tensor | None:
+    """Q(x) − x (rows, I) of a format, or None where it keeps activations."""
+    rounding = FORMATS[name].round_activation
+    return None if rounding is None else rounding(x, input_scale).sub_(x)
+
+
+def projections(x: Tensor, difference: Tensor, grad_input: Tensor, rounded_away: Tensor | None) -> Tensor:
+    """Both parts of p (2, rows): `weight_projection` and `activation_projection`; see there. Overwrites D."""
+    weights = weight_projection(x, difference)
+    if rounded_away is None:
+        return torch.stack([weights, torch.zeros_like(weights)])
+    return torch.stack([weights, activation_projection(rounded_away, difference, grad_input)])
+
+
+def _rounded_projections(
+    x: Tensor, difference: Tensor, grad_input: Tensor, input_scale: Tensor | None, name: str
+) -> Tensor:
+    return projections(x, difference.clone(), grad_input, input_error(x, input_scale, FormatName(name)))
+
+
+#: `projections` with the error of the input as a format rounds it; all (rows, I) float32.
+rounded_projections = operator(
+    "rounded_projections(Tensor x, Tensor difference, Tensor grad_input, Tensor? input_scale, str format) -> Tensor",
+    _rounded_projections,
+)
 
 
 def price(squares: Tensor, parts: Tensor, tokens: int) -> Price:

@@ -9,21 +9,21 @@ with respect to weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.backward.price import (
-    activation_projection,
     expert_traces,
     fisher_trace,
     half_squares,
+    input_error,
     price,
+    projections,
+    rounded_projections,
     weight_change,
-    weight_projection,
 )
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -32,21 +32,7 @@ from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, Candida
 from prismaquant_ray.layout import Block, BlockKind, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations
 from prismaquant_ray.model.experts import Routing, grouped_product
-from prismaquant_ray.records import BackwardRecord
-
-
-@dataclass(slots=True, eq=False)
-class _Priced:
-    """One format of one fused group while microbatches arrive.
-
-    Weights stay in BF16: float32 copies of every format would dominate memory. By microbatch,
-    `squares` (sequences,) are ½ Σ p² of each sequence, and `parts` (2,) ½ Σ p² of rounded weights alone and of rounded
-    activations alone. They stay on the device: reading them would make the host wait.
-    """
-
-    decoded: Decoded
-    squares: list[Tensor] = field(default_factory=list)
-    parts: list[Tensor] = field(default_factory=list)
+from prismaquant_ray.records import BackwardRecord, Price
 
 
 class Passed(NamedTuple):
@@ -56,15 +42,12 @@ class Passed(NamedTuple):
     at_output: Tensor
 
 
-class Projections(NamedTuple):
-    """p of every token (tokens,) by cause: rounded weights at exact inputs, and the addition of rounded inputs."""
-
-    weights: Tensor
-    activations: Tensor
-
-
 class Pricing:
-    """Prices of a block's candidates, added up microbatch by microbatch."""
+    """Prices of a block's candidates, added up microbatch by microbatch.
+
+    Candidates stay in BF16: float32 copies of every format would dominate memory. What is added up stays on the device:
+    reading it would make the host wait.
+    """
 
     def __init__(
         self,
@@ -84,24 +67,28 @@ class Pricing:
             for parameter in matrix.parameters
         }
         decoder = CandidateDecoder(candidates, device)
-        self.priced: dict[str, dict[FormatName, _Priced]] = {
+        self.decoded: dict[str, dict[FormatName, Decoded]] = {
             group.name: {
-                name: _Priced(decoder.decode(group, name))
+                name: decoder.decode(group, name)
                 for name in formats_of(group, formats)
                 if FORMATS[name].codec is not None
             }
             for group in block.groups
         }
-        #: Whether `decoded.weights` are ΔW, formed once in the memory of Ŵ. A draft head needs Ŵ itself.
+        # By microbatch, of every (group, format): ½ Σ p² of each sequence (formats, sequences), and ½ Σ p² of rounded
+        # weights alone and of rounded activations alone (formats, 2).
+        self._squares: list[Tensor] = []
+        self._parts: list[Tensor] = []
+        #: Whether `decoded` has ΔW, formed once in the memory of Ŵ. A draft head needs Ŵ itself.
         self.changes = block.kind is not BlockKind.DRAFT and self._form_changes()
 
     def _form_changes(self) -> bool:
         """Whether ΔW has the type of Ŵ, and then could be formed in its place."""
         candidates = {
             id(weight): (weight, self.module.get_parameter(parameter))
-            for formats in self.priced.values()
-            for priced in formats.values()
-            for parameter, weight in priced.decoded.weights.items()
+            for formats in self.decoded.values()
+            for decoded in formats.values()
+            for parameter, weight in decoded.weights.items()
         }
         if any(weight.dtype != source.dtype for weight, source in candidates.values()):
             return False
@@ -109,61 +96,64 @@ class Pricing:
             weight.sub_(source)
         return True
 
-    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> list[Tensor]:
-        """Add a microbatch of `sequences`, with the gradients at every parameter; every p (tokens,), to be checked."""
+    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> Tensor | None:
+        """Add a microbatch of `sequences`, with the gradients at every parameter.
+
+        Returns p (formats, tokens) of everything that was priced, to be checked; None where nothing was.
+        """
         self._add_traces(captured, passed)
-        found = []
-        for (group, name), parts in self.projections(captured, passed).items():
-            priced = self.priced[group][name]
-            p = parts.weights + parts.activations
-            priced.squares.append(half_squares(p.view(sequences, -1)))
-            priced.parts.append(torch.stack([half_squares(part) for part in parts]))
-            found.append(p)
-        return found
+        found = self.projections(captured, passed)
+        if not found:
+            return None
+        parts = torch.stack([*found.values()])
+        p = parts[:, 0] + parts[:, 1]
+        self._squares.append(half_squares(p.view(len(p), sequences, -1)))
+        self._parts.append(half_squares(parts))
+        return p
 
     def projections(
         self, captured: CapturedActivations, passed: Mapping[str, Passed]
-    ) -> dict[tuple[str, FormatName], Projections]:
-        """p of every token of a microbatch, float32, by group and format, summed over the group's members.
+    ) -> dict[tuple[str, FormatName], Tensor]:
+        """Both parts of p of every token of a microbatch (2, tokens), float32, summed over the group's members.
 
-        Tokens are in the microbatch's order, patches in a vision tower; rows of experts are summed by token.
+        By group and format, in this order. Tokens are in the microbatch's order, patches in a vision tower; rows of
+        experts are summed by token.
         """
-        found: dict[tuple[str, FormatName], Projections] = {}
+        found: dict[tuple[str, FormatName], Tensor] = {}
         for entry in self.block.inputs:
             x, routing = _input(captured, entry.name)
-            input_errors: dict[FormatName, Tensor] = {}
+            input_errors: dict[FormatName, Tensor | None] = {}
             for group, matrix in self.block.reading(entry):
                 flat = {name: _flat(passed[name]) for name in matrix.parameters}
                 grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
-                for name, priced in self.priced[group.name].items():
-                    rounding = FORMATS[name].round_activation
-                    if rounding is not None and name not in input_errors:
-                        input_errors[name] = rounding(x, priced.decoded.input_scales[matrix.parameters[0]]).sub_(x)
-                    difference = functools.reduce(
-                        torch.add,
-                        (
-                            self._product(g, priced.decoded.weights[parameter], parameter, routing)
-                            for parameter, (_, g) in flat.items()
-                        ),
-                    )
-                    weights = weight_projection(x, difference)
-                    activations = (
-                        activation_projection(input_errors[name], difference, grad_input)
-                        if name in input_errors
-                        else torch.zeros_like(weights)
-                    )
-                    parts = Projections(weights, activations)
-                    parts = parts if routing is None else Projections(*(routing.to_tokens(part) for part in parts))
-                    before = found.get((group.name, name))
-                    found[group.name, name] = parts if before is None else Projections(*map(torch.add, before, parts))
-        return found
+                for name, decoded in self.decoded[group.name].items():
+                    scale = decoded.input_scales[matrix.parameters[0]]
+                    products = [
+                        self._product(gradient, decoded.weights[parameter], parameter, routing)
+                        for parameter, (_, gradient) in flat.items()
+                    ]
+                    difference = functools.reduce(torch.add, products)
+                    if x.is_cpu or not FORMATS[name].has_kernel:
+                        if name not in input_errors:
+                            input_errors[name] = input_error(x, scale, name)
+                        parts = projections(x, difference, grad_input, input_errors[name])
+                    else:
+                        parts = rounded_projections(x, difference, grad_input, scale, name)
+                    parts = parts if routing is None else routing.to_tokens(parts, dim=1)
+                    key = (group.name, name)
+                    found[key] = found[key] + parts if key in found else parts
+        return {
+            (group.name, name): found[group.name, name]
+            for group in self.block.groups
+            for name in self.decoded[group.name]
+        }
 
     def _product(self, gradient: Tensor, candidate: Tensor, parameter: str, routing: Routing | None) -> Tensor:
         """D of a parameter (rows, I) float32, for g (rows, O); rows of experts one expert after the other."""
         if routing is None:
             return (gradient @ self._change(candidate, parameter)).float()
         if self.changes:
-            return grouped_product(gradient, candidate.mT, routing.counts).float()
+            return grouped_product(gradient, candidate.mT, routing.ends).float()
         # One expert at a time: a stack of float32 would take twice the memory of its candidate.
         weight, pieces = self.module.get_parameter(parameter), enumerate(gradient.split(routing.sizes))
         return torch.cat([g @ weight_change(candidate[at], weight[at]) for at, g in pieces if len(g)]).float()
@@ -179,36 +169,39 @@ class Pricing:
                     self._add_trace(parameter, _flat(passed[parameter]).at_output.float(), x, routing)
 
     def _add_trace(self, parameter: str, gradient: Tensor, x: Tensor, routing: Routing | None) -> None:
-        trace = fisher_trace(gradient, x) if routing is None else expert_traces(gradient, x, routing.counts)
+        trace = fisher_trace(gradient, x) if routing is None else expert_traces(gradient, x, routing.own)
         self.traces[parameter] += trace
 
     def finish(self, tokens: int) -> BackwardRecord:
         """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
-        groups = {
-            group.name: {
-                name: price(torch.cat(priced.squares).cpu(), torch.stack(priced.parts).cpu(), tokens)
-                for name, priced in self.priced[group.name].items()
-            }
-            for group in self.block.groups
-        }
+        groups: dict[str, dict[FormatName, Price]] = {group.name: {} for group in self.block.groups}
+        if self._squares:
+            squares, parts = torch.cat(self._squares, dim=1).cpu(), torch.stack(self._parts, dim=1).cpu()
+            keys = [(group, name) for group, formats in self.decoded.items() for name in formats]
+            for (group, name), of_sequences, of_causes in zip(keys, squares, parts, strict=True):
+                groups[group][name] = price(of_sequences, of_causes, tokens)
         traces: dict[str, float | list[float]] = {}
-        for group in self.block.groups:
-            for matrix in group.matrices:
-                for linear, channels in self._by_linear(matrix):
-                    trace = channels.cpu()
-                    if not bool(trace.any()):
-                        raise InputError(
-                            f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
-                        )
-                    traces[linear.name] = (trace.sum(-1) / tokens).tolist()
+        for linear, trace in self._traces_by_linear():
+            if not bool(trace.any()):
+                raise InputError(
+                    f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
+                )
+            traces[linear.name] = (trace.sum(-1) / tokens).tolist()
         return BackwardRecord(groups=groups, fisher_trace=traces, tokens=tokens)
 
-    def _by_linear(self, matrix: Matrix) -> list[tuple[LinearSpec, Tensor]]:
-        if matrix.experts is None:
-            return [(linear, self.traces[p]) for linear, p in zip(matrix.linears, matrix.parameters, strict=True)]
-        trace = self.traces[matrix.parameters[0]]
-        pairs = zip(matrix.linears, matrix.rows, strict=True)
-        return [(linear, trace[:, rows].contiguous()) for linear, rows in pairs]
+    def _traces_by_linear(self) -> Iterator[tuple[LinearSpec, Tensor]]:
+        """Each Linear's trace by output channel (O,), or (E, O), on the CPU."""
+        # One copy of all.
+        flat = torch.cat([trace.flatten() for trace in self.traces.values()]).cpu()
+        pieces = flat.split([trace.numel() for trace in self.traces.values()])
+        traces = {name: piece.view_as(trace) for (name, trace), piece in zip(self.traces.items(), pieces, strict=True)}
+        for group in self.block.groups:
+            for matrix in group.matrices:
+                if matrix.experts is None:
+                    yield from zip(matrix.linears, (traces[name] for name in matrix.parameters), strict=True)
+                    continue
+                packed = traces[matrix.parameters[0]]
+                yield from zip(matrix.linears, (packed[:, rows].contiguous() for rows in matrix.rows), strict=True)
 
 
 def _channels(matrix: Matrix, parameter: str) -> tuple[int, ...]:

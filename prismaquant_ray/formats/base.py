@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -194,6 +195,17 @@ def in_float32(values: Tensor) -> Tensor:
     return e4m3_value(values) if values.dtype == torch.float8_e4m3fn else values.to(torch.float32)
 
 
+class Scaling(IntEnum):
+    """How a runtime scales activations before it rounds them to a codec's grid, in the groups that the codec has."""
+
+    #: E4M3 below a static divisor
+    STATIC = 0
+    #: dynamic powers of two
+    POWER_OF_TWO = 1
+    #: dynamic, one for a token
+    TOKEN = 2
+
+
 #: Activation rounding Q(x) of a format: x (T, I) float32 and the static input scale, if the format has one.
 ActivationRounding = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -233,6 +245,8 @@ class Format:
     name: FormatName
     codec: Codec | None = None
     round_activation: ActivationRounding | None = None
+    #: the same for the kernel of a GPU; a format with another one is rounded by torch there, too, in a dozen launches
+    activation_scaling: Scaling | None = None
     static_input_scale: bool = False
     #: compressed-tensors' CompressionFormat, e.g. "nvfp4-pack-quantized"
     compression: str
@@ -246,6 +260,11 @@ class Format:
     experts_refused: str | None = None
     #: whether transformers 5.23 loads it for routed experts and computes it right
     in_transformers: bool = True
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a GPU's kernel rounds its activations."""
+        return self.round_activation is None or self.activation_scaling is not None
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a Linear of this shape cannot take the format, or None."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format, Served
+from prismaquant_ray.formats.base import Format, Scaling, Served
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
@@ -44,6 +44,7 @@ FORMAT = Format(
     name=FormatName.FP8,
     codec=Fp8Codec(),
     round_activation=_round_activation,
+    activation_scaling=Scaling.TOKEN,
     compression="float-quantized",
     scheme=_scheme,
     summary="8-bit float weights per channel, dynamic 8-bit activations per token",

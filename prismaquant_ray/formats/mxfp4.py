@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName, mx
-from prismaquant_ray.formats.base import Format, Served
+from prismaquant_ray.formats.base import Format, Scaling, Served
 from prismaquant_ray.formats.e2m1 import E2m1Codec
 from prismaquant_ray.formats.grids import E2M1_MAX, round_e2m1
 
@@ -30,6 +30,7 @@ FORMAT = Format(
     name=FormatName.MXFP4,
     codec=MxFp4Codec(),
     round_activation=mx.round_activation(E2M1_MAX, round_e2m1),
+    activation_scaling=Scaling.POWER_OF_TWO,
     compression="mxfp4-pack-quantized",
     scheme=mx.scheme(4),
     summary="4-bit float weights and activations, power-of-two scales per 32",

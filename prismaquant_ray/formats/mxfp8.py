@@ -6,7 +6,7 @@ Tensors: `weight` F8_E4M3 (O, I), `weight_scale` U8 (O, I/32), the biased expone
 from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName, mx
-from prismaquant_ray.formats.base import Format, Served
+from prismaquant_ray.formats.base import Format, Scaling, Served
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
 
@@ -21,6 +21,7 @@ FORMAT = Format(
     name=FormatName.MXFP8,
     codec=MxFp8Codec(),
     round_activation=mx.round_activation(E4M3_MAX, round_e4m3),
+    activation_scaling=Scaling.POWER_OF_TWO,
     compression="mxfp8-quantized",
     scheme=mx.scheme(8),
     summary="8-bit float weights and activations, power-of-two scales per 32",

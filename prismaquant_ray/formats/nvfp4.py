@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format, Served, grouped
+from prismaquant_ray.formats.base import Format, Scaling, Served, grouped
 from prismaquant_ray.formats.e2m1 import E2m1Codec
 from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, round_e2m1
 
@@ -118,6 +118,7 @@ FORMAT = Format(
     name=FormatName.NVFP4,
     codec=CODEC,
     round_activation=_round_activation,
+    activation_scaling=Scaling.STATIC,
     static_input_scale=True,
     compression="nvfp4-pack-quantized",
     scheme=_scheme,

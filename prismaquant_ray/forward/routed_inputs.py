@@ -89,6 +89,6 @@ class RoutedInputs:
         """Recompute the input of `down_proj`: keeping it would take top_k times the memory."""
         if not len(rows):
             return rows.new_zeros(0, self.module.down_proj.shape[2])
-        projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts)
+        projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts.cumsum(0, dtype=torch.int32))
         inner: Tensor = self.module._apply_gate(projected)
         return inner

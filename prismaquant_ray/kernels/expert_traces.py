@@ -1,4 +1,4 @@
-"""Fisher traces of all experts by one product: launches do not grow with experts, and nothing waits for counts."""
+"""Fisher traces of all experts by one product: launches do not grow with experts, and nothing waits for their rows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 
-def launch_expert_traces(grad_output: Tensor, x: Tensor, counts: Tensor) -> Tensor:
+def launch_expert_traces(grad_output: Tensor, x: Tensor, own: Tensor) -> Tensor:
     """See `backward.price`."""
-    ends = counts.cumsum(0).unsqueeze(1)
-    row = torch.arange(len(x), device=x.device)
-    own = (row >= ends - counts.unsqueeze(1)) & (row < ends)
     # One number a column: |x|² of a row in the line of its expert.
     return torch.where(own, x.square().sum(-1), 0.0) @ grad_output.square()

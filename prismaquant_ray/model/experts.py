@@ -45,6 +45,18 @@ class Routing:
         return self.chosen.shape[1]
 
     @functools.cached_property
+    def ends(self) -> Tensor:
+        """Where each expert's rows end (E,), int32."""
+        return self.counts.cumsum(0, dtype=torch.int32)
+
+    @functools.cached_property
+    def own(self) -> Tensor:
+        """Whether a row is an expert's (E, rows)."""
+        row = torch.arange(len(self.order), device=self.order.device)
+        ends = self.ends.unsqueeze(1)
+        return (row < ends) & (row >= ends - self.counts.unsqueeze(1))
+
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """The counts, for which the host waits."""
         sizes: list[int] = self.counts.tolist()
@@ -60,11 +72,11 @@ class Routing:
         """The row of each token's first choice."""
         return torch.argsort(self.order)[:: self.top_k]
 
-    def to_tokens(self, rows: Tensor) -> Tensor:
-        """Sum of each token's rows: (rows, …) → (tokens, …), in the router's order."""
-        pairs = torch.empty_like(rows)
-        pairs[self.order] = rows
-        return pairs.view(-1, self.top_k, *rows.shape[1:]).sum(1)
+    def to_tokens(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """Sum of each token's rows along a dimension: (rows, …) → (tokens, …), in the router's order."""
+        pairs = torch.empty_like(rows).index_copy_(dim, self.order, rows)
+        total: Tensor = pairs.unflatten(dim, (-1, self.top_k)).sum(dim + 1)
+        return total
 
 
 #: Called with the parameter's name, its input rows (R, I), its output rows (R, O), and their routing.
@@ -107,14 +119,14 @@ def unquantizable(module: Any) -> str | None:
     return None
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """x Wᵀ (R, O) in x's type, where the first counts[0] rows of x (R, I) meet weight[0] of (E, O, I), and so on."""
+def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x Wᵀ (R, O) in x's type, where the first ends[0] rows of x (R, I) meet weight[0] of (E, O, I), and so on."""
     # Starts of rows must be aligned for a GPU's kernel; and a stack in another type would take its memory once more.
     fits = all(width * rows.itemsize % 16 == 0 for width in weight.shape[1:])
     if fits and weight.dtype == rows.dtype:
-        product: Tensor = F.grouped_mm(rows, weight.mT, offs=counts.cumsum(0, dtype=torch.int32))
+        product: Tensor = F.grouped_mm(rows, weight.mT, offs=ends)
         return product
-    pieces = enumerate(rows.split(counts.tolist()))
+    pieces = enumerate(rows.tensor_split(ends[:-1].cpu()))
     return torch.cat([F.linear(piece, weight[expert].to(rows.dtype)) for expert, piece in pieces if len(piece)])
 
 
@@ -123,7 +135,7 @@ def _linear(module: Any, name: str, rows: Tensor, routing: Routing, watch: Watch
     roundings: Roundings = getattr(module, "roundings", {})
     if name in roundings:
         rows = roundings[name](rows)
-    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.counts)
+    output = grouped_product(rows, weight.mT if module.is_transposed else weight, routing.ends)
     if module.has_bias:
         output = output + getattr(module, f"{name}_bias").repeat_interleave(
             routing.counts, dim=0, output_size=len(rows)

@@ -18,9 +18,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from prismaquant_ray.backward.price import rounded_projections
 from prismaquant_ray.errors import ResourceError
-from prismaquant_ray.formats import FORMATS, codecs_of
+from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec
+from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq_values
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_scaled, search_scales
 from prismaquant_ray.kernels import check_triton
@@ -144,6 +146,40 @@ def test_gptq_has_the_values_of_the_reference_for_any_weights(
     )
 
 
+def priced(name: FormatName, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, D, g W (rows, columns) and the input's scale; x has a row of zeros, and sizes that clip."""
+    x, difference, grad_input = (drawn(rows, columns, seed=seed + place) for place in range(3))
+    x *= torch.logspace(-3, 3, rows).unsqueeze(1)
+    x[0] = 0.0
+    scale = divisor(x.abs().max() / 4, 2.0) if FORMATS[name].static_input_scale else None
+    return x, difference, grad_input, scale
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("columns", [32, 288])
+def test_every_input_is_rounded_as_the_format_does(name: FormatName, columns: int) -> None:
+    if FORMATS[name].codec is None:
+        return
+    x, _, _, scale = priced(name, columns + 1, columns, seed=8)
+    # One column of each row is looked at, so there is nothing to add.
+    one = torch.eye(columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(9))]
+    one = torch.cat([one[:1], one])
+    arguments = (x, torch.zeros_like(x), one, scale, name)
+    assert torch.equal(kernel("rounded_projections")(*arguments), rounded_projections(*arguments))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_projections_are_those_of_the_reference(name: FormatName) -> None:
+    if FORMATS[name].codec is None:
+        return
+    x, difference, grad_input, scale = priced(name, 9, 512, seed=10)
+    found = kernel("rounded_projections")(x, difference, grad_input, scale, name)
+    reference = rounded_projections(x, difference, grad_input, scale, name)
+    terms = torch.stack([(x * difference).abs().sum(-1), (x * (difference + grad_input)).abs().sum(-1)])
+    assert ((found - reference).abs() <= 1e-6 * terms).all()
+    assert bool(found[1].any()) == (FORMATS[name].round_activation is not None)
+
+
 _COMPILED = """
 import json, warnings
 warnings.simplefilter("ignore")
@@ -154,15 +190,24 @@ from prismaquant_ray.formats import codec_named
 from prismaquant_ray.kernels import grid
 from prismaquant_ray.kernels.gptq_values import gptq_kernel
 from prismaquant_ray.kernels.round_scaled import round_kernel
+from prismaquant_ray.kernels.rounded_projections import projections_kernel
 from prismaquant_ray.kernels.search_scales import search_kernel
 
-SIGNATURES = {
-    gptq_kernel: ("*fp32 *fp32 *fp32 *i64 *fp32 *fp32 i32 i32 i32", {"COLUMNS": 32, "ROWS": 16}),
-    search_kernel: ("*fp32 *fp32 *fp32 *i64 i32 i32 i32 i32", {"WIDTH": 16, "AT_ONCE": 128}),
-    round_kernel: ("*fp32 *fp32 *fp32 i32 i32", {"AT_ONCE": 2048}),
-}
+PRICED = {"GRID_MAX": 6.0, "EXPONENT": 2, "ROWS": 4, "COLUMNS": 256}
+SIGNATURES = [
+    (gptq_kernel, "*fp32 *fp32 *fp32 *i64 *fp32 *fp32 i32 i32 i32", {"COLUMNS": 32, "ROWS": 16}),
+    *(
+        (search_kernel, "*fp32 *fp32 *fp32 *i64 i32 i32 i32 i32", {"WIDTH": width, "AT_ONCE": 2048 // width})
+        for width in (16, 32, 128)
+    ),
+    (round_kernel, "*fp32 *fp32 *fp32 i32 i32", {"AT_ONCE": 2048}),
+    *(
+        (projections_kernel, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32", {"SCALING": scaling, "WIDTH": width, **PRICED})
+        for scaling, width in ((-1, 256), (0, 16), (1, 32), (2, 256))
+    ),
+]
 result = []
-for kernel, (types, constants) in SIGNATURES.items():
+for kernel, types, constants in SIGNATURES:
     constants = constants | grid.constants(codec_named("nvfp4"))
     names = kernel.arg_names
     signature = dict(zip(names, types.split() + ["constexpr"] * len(constants), strict=True))
@@ -171,9 +216,10 @@ for kernel, (types, constants) in SIGNATURES.items():
         compiled = triton.compile(
             ASTSource(kernel, signature, constants), target=target, options={"enable_fp_fusion": False}
         )
-        text = compiled.asm["ptx"]
+        text, rounds = compiled.asm["ptx"], constants.get("SCALING") != -1
         counts = {word: text.count(word) for word in ("div.rn.f32", "div.full.f32", "ld.local", "st.local")}
-        result.append([kernel.__name__, capability, len(compiled.asm["cubin"]), compiled.metadata.shared, counts])
+        size, shared = len(compiled.asm["cubin"]), compiled.metadata.shared
+        result.append([kernel.__name__, capability, size, shared, rounds, counts])
 print(json.dumps(result))
 """
 
@@ -184,11 +230,11 @@ def test_every_kernel_compiles_for_every_generation_of_gpu_with_exact_divisions(
         [sys.executable, "-c", _COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert len(found) == 9
-    for name, capability, size, shared, counts in found:
+    assert len(found) == 9 * 3
+    for name, capability, size, shared, rounds, counts in found:
         assert size > 0, (name, capability)
         assert shared <= 48 << 10, "more shared memory than every GPU gives a program"
-        assert counts["div.rn.f32"] > 0, "the reference divides exactly"
+        assert (counts["div.rn.f32"] > 0) == rounds, "the reference divides exactly"
         assert counts["div.full.f32"] == counts["ld.local"] == counts["st.local"] == 0, (name, capability, counts)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -12,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actors.schedule.units import Shard
+from prismaquant_ray.backward.pricing import Pricing
 from prismaquant_ray.formats import FORMATS, codecs_of
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch, searched
@@ -51,8 +54,32 @@ def costs_of(name: str, directory: Path, *settings: str) -> Costs:
             _note(found, f"{shard.stage} {_kind(shard)} finish")
             return answer
 
-    with sdpa_kernel(SDPBackend.MATH), pretended_cuda(), patch.object(inprocess, "ShardWorker", Counted):
+    def counted_add(pricing: Pricing, captured: Any, passed: Any, sequences: int) -> Any:
+        """As it is; before, the experts alone, counted by themselves."""
+        before = dict(LEDGER.launches), dict(LEDGER.waits)
+        experts = _of_experts(pricing)
+        LEDGER.clear()
+        add(experts, captured, passed, sequences)
+        _note(found, "experts priced microbatch")
+        LEDGER.clear()
+        LEDGER.launches.update(before[0])
+        LEDGER.waits.update(before[1])
+        return add(pricing, captured, passed, sequences)
+
+    add = Pricing.add
+    workers = patch.object(inprocess, "ShardWorker", Counted), patch.object(Pricing, "add", counted_add)
+    with sdpa_kernel(SDPBackend.MATH), pretended_cuda(), workers[0], workers[1]:
         measured(config)
+    return found
+
+
+def _of_experts(pricing: Pricing) -> Pricing:
+    """The pricing of a block's experts; what it adds up is lost."""
+    found = copy.copy(pricing)
+    experts = tuple(group for group in pricing.block.groups if group.experts is not None)
+    found.block = replace(pricing.block, groups=experts)
+    found.traces = {name: trace.clone() for name, trace in pricing.traces.items()}
+    found._squares, found._parts = [], []
     return found
 
 
