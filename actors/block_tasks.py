@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actors.schedule.units import Stage, Unit
-from actors.shard_task import Attempt, UnitTask
+from actors.shard_task import Attempt, Stored, UnitTask, made
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.forward.block import BlockForward
@@ -43,11 +43,11 @@ class RecordedBlocksTask(BlocksTask[_Pass]):
     """Blocks each of which leaves a record, if it must produce something."""
 
     @abstractmethod
-    def record(self, unit: Unit, block: _Pass) -> Record:
-        """Finish a block and store its product."""
+    def record(self, unit: Unit, block: _Pass) -> Stored:
+        """Finish a block and begin to store its product; the record, when all of it is stored."""
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
+    def products(self) -> Iterator[tuple[Unit, Stored]]:
         for unit in self.attempt.producing:
             yield unit, self.record(unit, self.blocks.pop(unit))
 
@@ -66,10 +66,18 @@ class ForwardTask(RecordedBlocksTask[BlockForward]):
         return arriving
 
     @override
-    def record(self, unit: Unit, block: BlockForward) -> Record:
+    def record(self, unit: Unit, block: BlockForward) -> Stored:
         candidates = block.finish()
-        artifacts = {str(name): self.attempt.write(unit, name, each) for name, each in candidates.tensors.items()}
-        return Record(artifacts=artifacts, metrics=to_json(candidates.record))
+        writing = {
+            str(name): self.context.threads.submit(self.attempt.write, unit, name, tensors)
+            for name, tensors in candidates.tensors.items()
+        }
+
+        def stored() -> Record:
+            artifacts = {name: artifact.result() for name, artifact in writing.items()}
+            return Record(artifacts=artifacts, metrics=to_json(candidates.record))
+
+        return stored
 
 
 class BackwardTask(RecordedBlocksTask[BlockBackward]):
@@ -95,8 +103,8 @@ class BackwardTask(RecordedBlocksTask[BlockBackward]):
         return arriving
 
     @override
-    def record(self, unit: Unit, block: BlockBackward) -> Record:
-        return Record(metrics=to_json(block.finish(self.context.calibration.positions)))
+    def record(self, unit: Unit, block: BlockBackward) -> Stored:
+        return made(Record(metrics=to_json(block.finish(self.context.calibration.positions))))
 
 
 class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
@@ -119,8 +127,8 @@ class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
         return arriving
 
     @override
-    def record(self, unit: Unit, block: HeadBackward) -> Record:
-        return Record(metrics=to_json(block.finish(self.context.calibration.positions)))
+    def record(self, unit: Unit, block: HeadBackward) -> Stored:
+        return made(Record(metrics=to_json(block.finish(self.context.calibration.positions))))
 
 
 class HeadTask(UnitTask):
@@ -144,7 +152,7 @@ class HeadTask(UnitTask):
         return torch.empty(0)
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
+    def products(self) -> Iterator[tuple[Unit, Stored]]:
         return self.task.products()
 
     @override

@@ -24,14 +24,17 @@ from prismaquant_ray.storage.record import read_tensors
 
 @dataclass(kw_only=True, eq=False)
 class WorkerContext:
-    """State shared by all shard tasks of a worker. The head stays loaded from one exit to the next."""
+    """State shared by all shard tasks of a worker. The head stays loaded from one exit to the next.
+
+    `threads` write to the run store, and read boundaries.
+    """
 
     config: Config
     run_store: RunStore
     runner: ModelRunner
     calibration: CalibrationSet
     rounding: Rounding
-    thread: ThreadPoolExecutor
+    threads: ThreadPoolExecutor
     variants: Variants | None = None
     head: ExitStack | None = None
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from actors.block_tasks import BlocksTask, index_of
 from actors.schedule.units import Unit
-from actors.shard_task import UnitTask
+from actors.shard_task import Stored, UnitTask, made
 from prismaquant_ray.backward.loss import IGNORED
 from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock
@@ -95,8 +95,9 @@ class DraftEvaluation(UnitTask):
         return torch.empty(0)
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        yield self.attempt.shard.units[0], Record(metrics=to_json(DraftRecord(agreed=self.agreed, tokens=self.tokens)))
+    def products(self) -> Iterator[tuple[Unit, Stored]]:
+        record = DraftRecord(agreed=self.agreed, tokens=self.tokens)
+        yield self.attempt.shard.units[0], made(Record(metrics=to_json(record)))
 
 
 class ExitEvaluation(UnitTask):
@@ -146,9 +147,9 @@ class ExitEvaluation(UnitTask):
                 yield sequence, where, following[where]
 
     @override
-    def products(self) -> Iterator[tuple[Unit, Record]]:
+    def products(self) -> Iterator[tuple[Unit, Stored]]:
         unit = self.attempt.shard.units[0]
-        yield unit, Record(artifacts={"figures": self.attempt.write(unit, "figures", self.figures)})
+        yield unit, made(Record(artifacts={"figures": self.attempt.write(unit, "figures", self.figures)}))
 
 
 def _distinct(runners: Sequence[ModelRunner]) -> list[ModelRunner]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import ClassVar
 
@@ -20,6 +20,14 @@ from prismaquant_ray.events import StepMetrics
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.records import tensors_key
 from prismaquant_ray.storage.record import Artifact, Record, new_attempt, write_tensors
+
+#: Waits until a unit's product is stored; its record.
+Stored = Callable[[], Record]
+
+
+def made(record: Record) -> Stored:
+    """A record whose product is stored."""
+    return lambda: record
 
 
 class Attempt:
@@ -54,7 +62,7 @@ class Attempt:
             return run_store.boundary(stage, next(unit for unit in units if microbatch in graph.microbatches(unit)))
 
         microbatches, device = self.shard.microbatches, self.context.runner.device
-        return Inbox(run_store.store, self.context.thread, find, microbatches, device)
+        return Inbox(run_store.store, self.context.threads, find, microbatches, device)
 
     def receive(self, inbox: Inbox, microbatch: int) -> Tensor:
         """A stored boundary on the worker's device."""
@@ -89,8 +97,8 @@ class UnitTask(ABC):
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
         """The output of the last unit; empty where nothing reads it."""
 
-    def products(self) -> Iterator[tuple[Unit, Record]]:
-        """The record of each unit that must produce something; its data is stored and its weights released."""
+    def products(self) -> Iterator[tuple[Unit, Stored]]:
+        """Each unit that must produce something, its weights released, and what waits for its data to be stored."""
         return iter(())
 
     def close(self) -> None:  # noqa: B027 - optional: `attempt.resident` closes itself
@@ -105,7 +113,7 @@ class ShardTask:
         self.task = task
         self.context = attempt.context
         self.shard = attempt.shard
-        self.outbox = Outbox(self.context.run_store.store, self.context.thread)
+        self.outbox = Outbox(self.context.run_store.store, self.context.threads)
         self.reported: set[int] = set()
         self.arrivals = attempt.inbox(self.shard.stage, *self.shard.origins)
         task.load()
@@ -113,6 +121,7 @@ class ShardTask:
     def run(self, microbatch: int, arriving: Activation | Artifact | None) -> tuple[Activation, StepMetrics]:
         """One microbatch, with its metrics; the boundary is stored in the background."""
         leaving = self.task.step(microbatch, self._arriving(microbatch, arriving)).detach().cpu().contiguous()
+        self.context.runner.checks.settle()
         if self.task.is_read:
             name = f"boundary-{microbatch:05d}"
             key = tensors_key(self.shard.stage, unit_key(self.shard.units[-1]), self.attempt.name, name)
@@ -135,10 +144,22 @@ class ShardTask:
             boundary = self.outbox.flush()
             run_store.write_boundary(self.shard.stage, self.shard.units[-1], boundary)
             attempt.written_bytes += sum(artifact.size for artifact in boundary.values())
-        for unit, record in self.task.products():
-            attempt.written_bytes += sum(artifact.size for artifact in record.artifacts.values())
-            run_store.write_record(self.shard.stage, unit, record)
+        last: tuple[Unit, Stored] | None = None
+        try:
+            for product in self.task.products():
+                # One unit is stored while the next one is made: its data is in memory.
+                if last is not None:
+                    self._commit(*last)
+                last = product
+        finally:
+            if last is not None:
+                self._commit(*last)
         self.close()
+
+    def _commit(self, unit: Unit, stored: Stored) -> None:
+        record = stored()
+        self.attempt.written_bytes += sum(artifact.size for artifact in record.artifacts.values())
+        self.context.run_store.write_record(self.shard.stage, unit, record)
 
     def close(self) -> None:
         """Release all weights."""

@@ -1,4 +1,4 @@
-"""Moving boundaries: as bytes to another worker, and by a thread to and from the run store."""
+"""Moving boundaries: as bytes to another worker, and by threads to and from the run store."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _WAITING = 4
 
 
 class Outbox:
-    """Writes boundaries in order, in the background. Errors are raised by `put`, `completed` and `flush`."""
+    """Writes boundaries in the background. Errors are raised by `put`, `completed` and `flush`."""
 
-    def __init__(self, store: Store, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, store: Store, threads: ThreadPoolExecutor) -> None:
         self._store = store
-        self._thread = thread
+        self._threads = threads
         self._pending: dict[int, Future[Artifact]] = {}
         self.written: dict[int, Artifact] = {}
 
@@ -35,7 +35,7 @@ class Outbox:
         """Take over a boundary; the tensor must not be changed afterwards."""
         while len(self._pending) >= _WAITING:
             self._complete(next(iter(self._pending)))
-        self._pending[microbatch] = self._thread.submit(write_tensors, self._store, key, {_NAME: tensor})
+        self._pending[microbatch] = self._threads.submit(write_tensors, self._store, key, {_NAME: tensor})
 
     def completed(self) -> dict[int, Artifact]:
         """The boundaries written so far, by microbatch."""
@@ -63,13 +63,13 @@ class Inbox:
     def __init__(
         self,
         store: Store,
-        thread: ThreadPoolExecutor,
+        threads: ThreadPoolExecutor,
         find: Callable[[int], dict[int, Artifact]],
         microbatches: Sequence[int],
         device: torch.device,
     ) -> None:
         self._store = store
-        self._thread = thread
+        self._threads = threads
         self._find = find
         self._device = device
         self._artifacts: dict[int, Artifact] = {}
@@ -84,7 +84,7 @@ class Inbox:
         boundary, size = future.result() if future is not None else self._read(microbatch)
         following = self._following.get(microbatch)
         if following in self._artifacts:
-            self._ahead[following] = self._thread.submit(self._read, following)
+            self._ahead[following] = self._threads.submit(self._read, following)
         return boundary.to(self._device, non_blocking=True), size
 
     def _read(self, microbatch: int) -> tuple[Tensor, int]:

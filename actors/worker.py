@@ -57,6 +57,9 @@ from prismaquant_ray.source.resolve import resolve
 from prismaquant_ray.storage.record import Artifact, read_tensors
 from prismaquant_ray.storage.store import Store
 
+# Threads that digest and store what a worker makes. Beside a GPU one would be slower than it; a CPU has the work, too.
+_STORAGE_THREADS = {"cpu": 1, "cuda": 4}
+
 
 @dataclass(slots=True, eq=False)
 class _Call:
@@ -203,7 +206,7 @@ class ShardWorker:
                 scale_search=ScaleSearch(grid=search.grid, span=search.span),
                 gptq=Gptq(damping=gptq.damping) if gptq else None,
             ),
-            thread=ThreadPoolExecutor(1, thread_name_prefix="store"),
+            threads=ThreadPoolExecutor(_STORAGE_THREADS[self.device.type], thread_name_prefix="store"),
         )
 
     def _runner(self, checkpoint: TensorSource, config: Config) -> ModelRunner:

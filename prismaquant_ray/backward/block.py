@@ -12,8 +12,6 @@ from torch import Tensor
 from prismaquant_ray.backward.loss import DRAFT, Loss
 from prismaquant_ray.backward.pricing import Passed, Pricing
 from prismaquant_ray.calibration.dataset import Batch
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.layout import Block, BlockKind
@@ -89,9 +87,8 @@ class BlockBackward:
                 # A NaN gradient yields a NaN price.
                 priced = self.pricing.add(captured, passed, sequences)
                 checked += [] if priced is None else [priced]
-        if not all_finite(*checked):
-            name = self.block.prefix or self.block.groups[0].name
-            raise InputError(f"{name} has NaN or infinite gradients; is the checkpoint intact?")
+        name = self.block.prefix or self.block.groups[0].name
+        self.runner.checks.add(f"{name} has NaN or infinite gradients; is the checkpoint intact?", *checked)
         return gradient
 
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.calibration.dataset import Batch
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.finite import all_finite
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Tensors, experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.gptq import HessianFactor
+from prismaquant_ray.forward.host_copies import HostCopies
 from prismaquant_ray.forward.routed_inputs import RoutedInputs
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums, divided
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
@@ -73,8 +72,8 @@ class BlockForward:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
         if captured is not None:
             self._gather(captured, batch.holdout)
-        if not all_finite(output):
-            raise InputError(f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?")
+        problem = f"{self.block.prefix} puts out NaN or infinite activations; is the checkpoint intact?"
+        self.runner.checks.add(problem, output)
         return output
 
     def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
@@ -91,7 +90,7 @@ class BlockForward:
     @torch.no_grad()
     def finish(self) -> BlockCandidates:
         """Encode every fused group in every format it can take."""
-        found = _Encoded(self.formats)
+        found = _Encoded(self.formats, self.runner.device)
         for group in self.block.inputs:
             if group.experts is None:
                 self._finish_dense(group, self.dense.pop(group.name).statistics(), found)
@@ -107,6 +106,7 @@ class BlockForward:
                         factor = self.rounding.factor(statistics)
                         weights = [weight[at] for weight in self._weights(matrix)]
                         self._encode(fused, matrix, weights, statistics, factor, found, at)
+        found.copies.wait()
         return BlockCandidates(tensors=found.tensors, record=ForwardRecord(linears=found.linears, experts=experts))
 
     def _finish_dense(self, group: InputGroup, statistics: InputStatistics, found: _Encoded) -> None:
@@ -141,14 +141,15 @@ class BlockForward:
 class _Encoded:
     """Candidates and figures of a block, added Linear by Linear."""
 
-    def __init__(self, formats: Sequence[FormatName]) -> None:
+    def __init__(self, formats: Sequence[FormatName], device: torch.device) -> None:
+        self.copies = HostCopies(device)
         self.tensors: dict[FormatName, Tensors] = {name: {} for name in formats if FORMATS[name].codec is not None}
         self.linears: dict[str, dict[str, LinearRounding]] = {}
 
     def add(self, linear: LinearSpec, codec: Codec, result: EncodedLinear, amax: float, at: slice) -> None:
         """A Linear, or the same one of the experts `at`."""
         # Device memory is kept for the weights that are still to be rounded; a stack is copied at once.
-        packed = {suffix: tensor.cpu() for suffix, tensor in codec.pack(result.rounded).items()}
+        packed = {suffix: self.copies.take(tensor) for suffix, tensor in codec.pack(result.rounded).items()}
         each = [packed] if linear.experts is None else experts_of(packed)
         for name, found in self.tensors.items():
             if FORMATS[name].codec is not codec:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.finite import all_finite
+from prismaquant_ray.finite import FiniteChecks, all_finite
 from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.model.layout_builder import Scope, build_layout
 from prismaquant_ray.model.meta_model import PIXELS, Inputs
@@ -40,6 +40,8 @@ class ModelRunner:
         self.meta_model, self.layout = build_layout(checkpoint, scope)
         #: Weights of blocks by parameter, by index, as `load_block` takes them.
         self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
+        #: Of what blocks put out; whoever runs them settles these.
+        self.checks = FiniteChecks(device)
         # What blocks read of a microbatch, on the device: `inputs` by their identity.
         self._inputs: dict[int, tuple[Inputs, Inputs]] = {}
         self._first_decoder = next(block.index for block in self.layout.blocks if block.kind is BlockKind.DECODER)

@@ -17,21 +17,21 @@ pytestmark = pytest.mark.device
 #: By call: the most launches and waits of one.
 BUDGETS = {
     ("llama", "float32"): {
-        "forward block microbatch": (113, 3),
-        "forward block finish": (938, 54),
-        "backward block microbatch": (250, 3),
+        "forward block microbatch": (112, 2),
+        "forward block finish": (938, 20),
+        "backward block microbatch": (249, 2),
         "backward block finish": (3, 3),
     },
     ("llama", "bfloat16"): {
-        "forward block microbatch": (140, 3),
-        "forward block finish": (946, 54),
-        "backward block microbatch": (277, 3),
+        "forward block microbatch": (139, 2),
+        "forward block finish": (946, 20),
+        "backward block microbatch": (276, 2),
         "backward block finish": (3, 3),
     },
     ("qwen3_moe", "bfloat16"): {
-        "forward block microbatch": (190, 3),
-        "forward block finish": (1_226, 93),
-        "backward block microbatch": (364, 3),
+        "forward block microbatch": (189, 2),
+        "forward block finish": (1_226, 59),
+        "backward block microbatch": (363, 2),
         "experts priced microbatch": (59, 0),
         "backward block finish": (3, 3),
     },

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -58,11 +58,28 @@ class Ledger:
     launches: Counter[str] = field(default_factory=Counter)
     waits: Counter[tuple[str, str]] = field(default_factory=Counter)
     copied: Counter[tuple[str, str]] = field(default_factory=Counter)
+    #: Whether the device may still be at work.
+    busy: bool = False
 
     def clear(self) -> None:
         """Begin again."""
         for counts in (self.launches, self.waits, self.copied):
             counts.clear()
+
+    def launch(self, count: int = 1) -> None:
+        """The device gets something to do."""
+        self.launches[_place()] += count
+        self.busy = True
+
+    def wait(self, kind: str) -> None:
+        """The host waits until all is done."""
+        self.waits[kind, _place()] += 1
+        self.busy = False
+
+    def synchronize(self) -> None:
+        """The host waits if there is anything to wait for."""
+        if self.busy:
+            self.wait("synchronize")
 
 
 LEDGER = Ledger()
@@ -112,7 +129,7 @@ class Pretended(Tensor):
 
     def tolist(self) -> list[Any]:
         """The values, read by the host."""
-        LEDGER.waits["tolist", _place()] += 1
+        LEDGER.wait("tolist")
         found: list[Any] = self.held.tolist()
         return found
 
@@ -165,9 +182,26 @@ def pretended_cuda() -> Iterator[Ledger]:
         patch.object(torch.cuda, "get_device_name", lambda *_: "a pretended card"),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
         patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
+        patch.object(torch.cuda, "current_stream", _Stream),
+        patch.object(torch.cuda, "Stream", _Stream),
+        patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        patch.object(Pretended, "record_stream", lambda *_: None),
         _Factories(),
     ):
         yield LEDGER
+
+
+class _Stream:
+    """Of the device, whose work is done in order."""
+
+    def __init__(self, _: Any = None) -> None: ...
+
+    def wait_stream(self, other: _Stream) -> None:
+        """Nothing to do."""
+
+    def synchronize(self) -> None:
+        """The host waits for the device."""
+        LEDGER.synchronize()
 
 
 def _moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -198,21 +232,16 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     wanted = kwargs.get("device")
     to_cuda = wanted is not None and torch.device(wanted).type == "cuda"
     if not there and not to_cuda:
-        pinned = kwargs.pop("pin_memory", False)
-        made = func(*args, **kwargs)
-        if pinned:
-            _pinned.add(made.untyped_storage().data_ptr())
-        return made
+        return _on_cpu(func, args, kwargs)
     held_args, held_kwargs = tree_map_only(Pretended, lambda tensor: tensor.held, (args, kwargs))
     if to_cuda:
         held_kwargs["device"] = torch.device("cpu")
-    held_kwargs.pop("pin_memory", None)
     if name == "_to_copy" and wanted is not None and bool(there) != to_cuda:
-        _count_copy(tensors[0], to_cuda=to_cuda, asynchronous=bool(kwargs.get("non_blocking")))
         moved = func(*held_args, **held_kwargs)
+        _count_copy(tensors[0], moved, asynchronous=bool(kwargs.get("non_blocking")))
         return Pretended(moved) if to_cuda else moved
     if name == "copy_" and len(there) == 1:
-        _count_copy(args[1], to_cuda=isinstance(args[0], Pretended), asynchronous=False)
+        _count_copy(args[1], args[0], asynchronous=len(args) > 2 and args[2])
         func(*held_args, **held_kwargs)
         return args[0]
     _check_devices(name, here, there)
@@ -220,11 +249,20 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _launch(name.partition("::")[2], args)
     else:
         _count(func, name, args, here)
-    found = func(*held_args, **held_kwargs)
     if wanted is not None and not to_cuda:
-        return found
+        return _on_cpu(func, held_args, held_kwargs)
+    found = func(*held_args, **held_kwargs)
     written = _written(func, args, kwargs)
     return tree_map_only(Tensor, lambda held: written[id(held)] if id(held) in written else Pretended(held), found)
+
+
+def _on_cpu(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation whose result is on the CPU, in pinned memory if that is wanted: which no CPU has."""
+    pinned = kwargs.pop("pin_memory", False)
+    made = func(*args, **kwargs)
+    if pinned:
+        _pinned.add(made.untyped_storage().data_ptr())
+    return made
 
 
 class _Kernel:
@@ -239,7 +277,7 @@ class _Kernel:
     def _launched(*args: Any, **_: Any) -> None:
         assert all(not isinstance(arg, Tensor) or isinstance(arg, Pretended) for arg in args), "a tensor on the CPU"
         assert all(not isinstance(arg, Tensor) or arg.is_contiguous() for arg in args)
-        LEDGER.launches[_place()] += 1
+        LEDGER.launch()
 
 
 def _launch(operator: str, args: tuple[Any, ...]) -> None:
@@ -270,25 +308,28 @@ def _check_devices(name: str, here: Sequence[Tensor], there: Sequence[Tensor]) -
         raise RuntimeError(f"aten.{name}: {problem} ({_place()})")
 
 
-def _count_copy(source: Tensor, *, to_cuda: bool, asynchronous: bool) -> None:
-    way = "to the device" if to_cuda else "to the host"
+def _count_copy(source: Tensor, target: Tensor, *, asynchronous: bool) -> None:
+    to_host = isinstance(source, Pretended)
+    way = "to the host" if to_host else "to the device"
     LEDGER.copied[way, _place()] += source.nbytes
-    if not (asynchronous and to_cuda and source.untyped_storage().data_ptr() in _pinned):
-        LEDGER.waits[f"copy {way}", _place()] += 1
+    if asynchronous and (target if to_host else source).untyped_storage().data_ptr() in _pinned:
+        LEDGER.busy = True
+    else:
+        LEDGER.wait(f"copy {way}")
 
 
 def _count(func: Any, name: str, args: tuple[Any, ...], here: Sequence[Tensor]) -> None:
     if name in _WAITS:
-        LEDGER.waits[_WAITS[name], _place()] += 1
+        LEDGER.wait(_WAITS[name])
     if name in _INDEXED:
         if here:
-            LEDGER.waits["index on the host", _place()] += 1
+            LEDGER.wait("index on the host")
         # Filling by a mask with one value is masked_fill; every other mask becomes indices, whose number is read.
         filled = name != "index" and args[2].numel() == 1
         if not filled and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1]):
-            LEDGER.waits["mask", _place()] += 1
+            LEDGER.wait("mask")
     if not (func.is_view or name in _NO_KERNEL):
-        LEDGER.launches[_place()] += _KERNELS.get(name, 1)
+        LEDGER.launch(_KERNELS.get(name, 1))
 
 
 def _place() -> str:
