@@ -37,7 +37,10 @@ class Rounding:
             return None
         factor = factorize(statistics.train, self.gptq)
         if isinstance(statistics.train_tokens, Tensor):
-            factor.upper[statistics.train_tokens == 0] = torch.eye(factor.upper.shape[-1], device=factor.upper.device)
+            unseen = statistics.train_tokens == 0
+            # Not by a mask as an index: the host would have to wait for how many there are.
+            factor.upper.masked_fill_(unseen.view(-1, 1, 1), 0.0)
+            factor.upper.diagonal(dim1=1, dim2=2).masked_fill_(unseen.unsqueeze(1), 1.0)
         return factor
 
 
@@ -91,9 +94,8 @@ def _encode(
     stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights), dim=-2)
     amax = torch.maximum(stacked.amax((-2, -1)), -stacked.amin((-2, -1)))
     global_scale = codec.global_scale(amax.view(1) if stacked.dim() == 2 else amax.view(-1, 1, 1))
-    held_out = bool((statistics.holdout_weight > 0).any())
-    judge = statistics.holdout if held_out else statistics.train
-    tokens = statistics.holdout_weight if held_out else statistics.train_weight
+    judge = statistics.holdout if statistics.is_judged else statistics.train
+    tokens = statistics.holdout_weight if statistics.is_judged else statistics.train_weight
     # Every attempt is kept, in one byte per weight, until the rows of a Linear can be judged together.
     kept: list[Tensor] = []
     scales: list[list[Tensor]] = []
@@ -117,13 +119,16 @@ def _encode(
         mean_squares = squares[..., rows].sum(-1) / weight.shape[-2:].numel()
         figures.append(torch.stack([scores, mean_squares.double()]))
     encoded = []
+    judgements = torch.stack(figures)
     # The host waits once for the figures of all Linears.
-    for (rows, _), (scores, mean_squares) in zip(_with_rows(weights), torch.stack(figures).cpu(), strict=True):
+    by_linear = zip(_with_rows(weights), judgements, judgements.cpu(), strict=True)
+    for (rows, _), judgement, (scores, mean_squares) in by_linear:
         choice = scores.argmin(0)
         winner = choice.tolist()
+        of_linear = [each.rows(rows.start, rows.stop) for each in tried]
         encoded.append(
             EncodedLinear(
-                rounded=_chosen([each.rows(rows.start, rows.stop) for each in tried], choice),
+                rounded=_chosen(of_linear, judgement[0].argmin(0)) if isinstance(winner, list) else of_linear[winner],
                 figures=LinearRounding(
                     method=[METHODS[each] for each in winner] if isinstance(winner, list) else METHODS[winner],
                     holdout_error=dict(zip(METHODS, scores.tolist(), strict=False)),
@@ -162,10 +167,7 @@ def _judged(found: Sequence[Rounded], codec: Codec, weight: Tensor, judge: Tenso
 
 
 def _chosen(tried: Sequence[Rounded], choice: Tensor) -> Rounded:
-    """tried[choice], or of a stack tried[choice[e]] for each expert e; `choice` is on the CPU."""
-    if choice.dim() == 0:
-        return tried[int(choice)]
-    choice = choice.to(tried[0].values.device)
+    """Of a stack tried[choice[e]] for each expert e."""
     values, scale = tried[0].values, tried[0].scale
     for place, other in enumerate(tried[1:], start=1):
         chosen = (choice == place).view(-1, 1, 1)

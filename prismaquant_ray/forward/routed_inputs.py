@@ -6,8 +6,9 @@ end experts are processed in chunks: gather rows, compute Hessians, encode.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,16 +72,17 @@ class RoutedInputs:
         priors = {name: Prior.of(statistics) for name, statistics in pooled.items()}
         experts, _, width = self.module.gate_up_proj.shape
         at_once = max(1, HESSIANS // max(width, self.module.down_proj.shape[2]) ** 2)
+        order = torch.argsort(flat, stable=True)
+        ends = [0, *itertools.accumulate(self.tokens_of.tolist())]
         for start in range(0, experts, at_once):
             stop = min(start + at_once, experts)
-            pairs = torch.nonzero((flat >= start) & (flat < stop)).flatten()
-            pairs = pairs[torch.argsort(flat[pairs], stable=True)]
-            counts = torch.bincount(flat[pairs] - start, minlength=stop - start)
-            rows, held = hidden[pairs // top_k], held_out[pairs // top_k]
+            token = order[ends[start] : ends[stop]] // top_k
+            counts = self.tokens_of[start:stop]
+            rows, held = hidden[token], held_out[token]
             inner = self._inner(rows, counts, start, stop)
             statistics = {
                 # One amax for all experts of the layer: they share one input scale.
-                name: replace(InputStatistics.routed(x, counts, held, priors[name]), amax=pooled[name].amax)
+                name: InputStatistics.routed(x, counts, held, priors[name], pooled[name].amax)
                 for name, x in (("gate_up_proj", rows), ("down_proj", inner))
             }
             yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics)

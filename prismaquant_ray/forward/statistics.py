@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prismaquant_ray.kernels import operator
+
 #: Shrinkage: κ = PRIOR_SHARE × in_features pseudo-tokens of the layer's mean are added to each expert's statistics.
 #: With fewer tokens than columns a Hessian is singular and fits noise; κ regularizes it and is negligible beside many.
 PRIOR_SHARE = 0.25
@@ -70,21 +72,26 @@ class InputStatistics:
     holdout_prior: int = 0
 
     @classmethod
-    def routed(cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None) -> InputStatistics:
+    def routed(
+        cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None, amax: float | None = None
+    ) -> InputStatistics:
         """Of experts that read x (R, I): the first `counts[0]` rows go to the first expert, and so on.
 
-        counts (E,) int64, held_out (R,) bool. `prior` is the layer's where these are not all of its experts.
+        counts (E,) int64, held_out (R,) bool. `prior` and `amax` are the layer's where these are not all its experts.
         """
-        expert = torch.repeat_interleave(counts)
-        sums, tokens = [], []
-        for chosen in (~held_out, held_out):
-            own = torch.bincount(expert[chosen], minlength=len(counts))
-            sums.append(_second_moments(x, torch.nonzero(chosen).flatten(), own))
-            tokens.append(own)
-        (train, holdout), (train_tokens, holdout_tokens) = sums, tokens
+        expert = torch.repeat_interleave(counts, output_size=len(x))
+        holdout_tokens = torch.zeros_like(counts).scatter_add_(0, expert, held_out.to(counts.dtype))
+        train_tokens = counts - holdout_tokens
+        # Rows held out behind the others, both sorted by expert.
+        rows = torch.argsort(held_out.to(torch.uint8), stable=True)
+        starts = train_tokens.cumsum(0) - train_tokens
+        train = expert_moments(x, rows, starts, train_tokens)
+        starts = train_tokens.sum() + holdout_tokens.cumsum(0) - holdout_tokens
+        holdout = expert_moments(x, rows, starts, holdout_tokens)
         prior = prior or Prior._scaled(train.sum(0), holdout.sum(0), int(train_tokens.sum()), int(holdout_tokens.sum()))
-        # Not aminmax, which is many times as slow in BF16.
-        amax = max(-float(x.min()), float(x.max())) if len(x) else 0.0
+        if amax is None:
+            # Not aminmax, which is many times as slow in BF16.
+            amax = max(-float(x.min()), float(x.max())) if len(x) else 0.0
         return cls(
             train=train.add_(prior.train),
             holdout=holdout.add_(prior.holdout),
@@ -120,6 +127,11 @@ class InputStatistics:
         return torch.as_tensor(self.holdout_tokens) + self.holdout_prior
 
     @property
+    def is_judged(self) -> bool:
+        """Whether there are held-out tokens."""
+        return self.holdout_prior > 0 or bool((torch.as_tensor(self.holdout_tokens) > 0).any())
+
+    @property
     def importance(self) -> Tensor:
         """E[x²] per column, (I,) or (E, I), over training tokens."""
         tokens = self.train_weight.clamp(min=1)
@@ -145,11 +157,7 @@ class InputSums:
                 continue
             self._tokens[place] += len(given)
             self._amax = torch.maximum(self._amax, given.abs().max().float())
-            rows = given.to(torch.float32)
-            # Σ x xᵀ is symmetric: the part below the diagonal is copied at the end.
-            for start in range(0, rows.shape[1], _PANEL):
-                panel = slice(start, start + _PANEL)
-                self._sums[place, : panel.stop, panel].addmm_(rows[:, : panel.stop].T, rows[:, panel])
+            add_moments(self._sums[place], given)
 
     def statistics(self) -> InputStatistics:
         """The statistics of all microbatches. They share memory with the sums, so `add` must not follow."""
@@ -165,6 +173,17 @@ class InputSums:
             holdout_tokens=holdout_tokens,
             amax=float(self._amax),
         )
+
+
+def _add_moments(sums: Tensor, rows: Tensor) -> None:
+    rows = rows.to(torch.float32)
+    for start in range(0, rows.shape[1], _PANEL):
+        panel = slice(start, start + _PANEL)
+        sums[: panel.stop, panel].addmm_(rows[:, : panel.stop].T, rows[:, panel])
+
+
+#: Add Σ x xᵀ over rows (R, I) to float32 sums (I, I). It is symmetric: the part below the diagonal may be left out.
+add_moments = operator("add_moments(Tensor(a!) sums, Tensor rows) -> ()", _add_moments)
 
 
 def divided(x: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,13 +217,12 @@ def output_error(delta: Tensor, hessian: Tensor) -> Tensor:
     return total
 
 
-def _second_moments(x: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """Σ x xᵀ (E, I, I) over each expert's rows: the first `counts[0]` of `rows` index the first's rows of x, and so on.
+def _expert_moments(x: Tensor, rows: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
+    """By tiles of rows.
 
     Experts with most rows come first, so those that still have rows after some tiles are the first few, and no expert
     is padded by more than a tile.
     """
-    starts = counts.cumsum(0) - counts
     sums = torch.zeros(len(counts), x.shape[1], x.shape[1], device=x.device)
     place = torch.arange(_TILE, device=x.device)
     for experts in torch.argsort(counts, descending=True, stable=True).split(max(1, _CHUNK // (_TILE * x.shape[1]))):
@@ -218,3 +236,9 @@ def _second_moments(x: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
             part[:active].baddbmm_(piece.mT, piece)
         sums[experts] = part
     return sums
+
+
+#: Σ x xᵀ (E, I, I) float32 over each expert's rows: those of x (R, I) at rows[starts[e]], … (counts[e] of them).
+expert_moments = operator(
+    "expert_moments(Tensor x, Tensor rows, Tensor starts, Tensor counts) -> Tensor", _expert_moments
+)

@@ -25,6 +25,7 @@ from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq_values
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_scaled, search_scales
+from prismaquant_ray.forward.statistics import expert_moments
 from prismaquant_ray.kernels import check_triton
 from prismaquant_ray.kernels import launcher as kernel
 from tests.ray_cluster import ROOT
@@ -146,6 +147,30 @@ def test_gptq_has_the_values_of_the_reference_for_any_weights(
     )
 
 
+@FEW
+@given(
+    columns=st.sampled_from([8, 64, 72]),
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    exact=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+# Triton's interpreter takes the bits of BF16 numbers for integers where it multiplies matrices.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_moments_of_experts_are_those_of_the_reference(
+    dtype: torch.dtype, columns: int, counts: list[int], exact: bool, seed: int
+) -> None:
+    x = drawn(sum(counts) + 3, columns, seed=seed)
+    x = (x * 4).round().to(dtype) if exact else x.to(dtype)
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    own = torch.tensor(counts)
+    arguments = (x, rows, own.cumsum(0) - own + 3, own)
+    found, expected = kernel("expert_moments")(*arguments), expert_moments(*arguments)
+    if exact:
+        assert torch.equal(found, expected)
+    magnitudes = expert_moments(x.abs(), *arguments[1:])
+    assert ((found - expected).abs() <= 1e-5 * magnitudes).all()
+
+
 def priced(name: FormatName, rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x, D, g W (rows, columns) and the input's scale; x has a row of zeros, and sizes that clip."""
     x, difference, grad_input = (drawn(rows, columns, seed=seed + place) for place in range(3))
@@ -188,6 +213,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from prismaquant_ray.formats import codec_named
 from prismaquant_ray.kernels import grid
+from prismaquant_ray.kernels.expert_moments import moments_kernel
 from prismaquant_ray.kernels.gptq_values import gptq_kernel
 from prismaquant_ray.kernels.round_scaled import round_kernel
 from prismaquant_ray.kernels.rounded_projections import projections_kernel
@@ -200,6 +226,10 @@ SIGNATURES = [
         (search_kernel, "*fp32 *fp32 *fp32 *i64 i32 i32 i32 i32", {"WIDTH": width, "AT_ONCE": 2048 // width})
         for width in (16, 32, 128)
     ),
+    *(
+        (moments_kernel, f"{type} *i64 *i64 *i64 *fp32 i32", {"COLUMNS": 64, "ROWS": 32})
+        for type in ("*fp32", "*bf16")
+    ),
     (round_kernel, "*fp32 *fp32 *fp32 i32 i32", {"AT_ONCE": 2048}),
     *(
         (projections_kernel, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32", {"SCALING": scaling, "WIDTH": width, **PRICED})
@@ -208,7 +238,8 @@ SIGNATURES = [
 ]
 result = []
 for kernel, types, constants in SIGNATURES:
-    constants = constants | grid.constants(codec_named("nvfp4"))
+    if "LOW" in kernel.arg_names:
+        constants = constants | grid.constants(codec_named("nvfp4"))
     names = kernel.arg_names
     signature = dict(zip(names, types.split() + ["constexpr"] * len(constants), strict=True))
     for capability in (80, 90, 100):
@@ -216,7 +247,7 @@ for kernel, types, constants in SIGNATURES:
         compiled = triton.compile(
             ASTSource(kernel, signature, constants), target=target, options={"enable_fp_fusion": False}
         )
-        text, rounds = compiled.asm["ptx"], constants.get("SCALING") != -1
+        text, rounds = compiled.asm["ptx"], "LOW" in constants and constants.get("SCALING") != -1
         counts = {word: text.count(word) for word in ("div.rn.f32", "div.full.f32", "ld.local", "st.local")}
         size, shared = len(compiled.asm["cubin"]), compiled.metadata.shared
         result.append([kernel.__name__, capability, size, shared, rounds, counts])
@@ -230,7 +261,7 @@ def test_every_kernel_compiles_for_every_generation_of_gpu_with_exact_divisions(
         [sys.executable, "-c", _COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     found = json.loads(done.stdout)
-    assert len(found) == 9 * 3
+    assert len(found) == 11 * 3
     for name, capability, size, shared, rounds, counts in found:
         assert size > 0, (name, capability)
         assert shared <= 48 << 10, "more shared memory than every GPU gives a program"
