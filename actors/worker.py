@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 import torch
@@ -172,7 +173,6 @@ class ShardWorker:
 
     def _setup(self, spec: WorkerSpec) -> None:
         config = spec.config
-        torch.set_num_threads(config.cluster.threads)
         if config.cluster.device == "cpu":
             self.device = torch.device("cpu")
         elif spec.gpu and not torch.cuda.is_available():
@@ -181,7 +181,9 @@ class ShardWorker:
                 "install a torch that is built for CUDA and a driver that is new enough for it, or set cluster.device: "
                 "cpu"
             )
-        if self.device.type == "cuda":
+        cuda = self.device.type == "cuda"
+        torch.set_num_threads(share_of_cores() if cuda else config.cluster.threads)
+        if cuda:
             check_triton()
         # Sums keep float32: cuDNN's default, and that of split products in BF16, round them to ten bits or to eight.
         torch.backends.cudnn.allow_tf32 = False
@@ -275,6 +277,12 @@ def _evaluation(attempt: Attempt) -> UnitTask:
     if isinstance(first, Exit):
         return ExitEvaluation(attempt)
     return DraftEvaluation(attempt) if first in attempt.context.graph.heads else BlocksEvaluation(attempt)
+
+
+def share_of_cores() -> int:
+    """CPU cores of this node for each of its GPUs: what a GPU's worker casts, checks and digests with."""
+    gpus = sum(1 for _ in Path("/proc/driver/nvidia/gpus").glob("*"))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, gpus))
 
 
 def peak_bytes() -> int:

@@ -204,7 +204,11 @@ class ClusterConfig(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="Number of workers; `auto` is as many as fit."
     )
-    threads: int = Field(default=1, ge=1, description="CPU cores per worker with `device: cpu`.")
+    threads: int = Field(
+        default=1,
+        ge=1,
+        description="CPU cores per worker with `device: cpu`; a GPU's worker uses its share of the node's.",
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         default="auto",
         description="`gpu`: a worker takes one GPU. `cpu`: `threads` cores. `auto`: GPUs if the cluster has any.",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec
+from prismaquant_ray.formats.grids import divided_by
 
 
 class Bf16ScaleCodec(Codec):
@@ -17,7 +18,7 @@ class Bf16ScaleCodec(Codec):
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
         """BF16(amax / grid_max); groups of zeros get 1."""
-        scale = (amax / self.grid_max).to(torch.bfloat16)
+        scale = divided_by(amax, self.grid_max).to(torch.bfloat16)
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
     def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002

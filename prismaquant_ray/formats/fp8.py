@@ -14,7 +14,7 @@ from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import Format, Scaling, Served
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.e4m3 import E4m3Codec
-from prismaquant_ray.formats.grids import E4M3_MAX, round_e4m3
+from prismaquant_ray.formats.grids import E4M3_MAX, divided_by, round_e4m3
 
 
 class Fp8Codec(E4m3Codec, Bf16ScaleCodec):
@@ -30,7 +30,7 @@ class Fp8Codec(E4m3Codec, Bf16ScaleCodec):
 
 
 def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001 - scales are dynamic
-    scale = x.abs().amax(-1, keepdim=True) / E4M3_MAX
+    scale = divided_by(x.abs().amax(-1, keepdim=True), E4M3_MAX)
     scale = torch.where(scale == 0, 1.0, scale)
     return round_e4m3(x / scale).mul_(scale)
 

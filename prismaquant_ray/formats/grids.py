@@ -101,6 +101,16 @@ def _looked_up(table: Tensor, places: Tensor) -> Tensor:
     return table.index_select(0, places.to(torch.int32).flatten()).view(places.shape)
 
 
+def divided_by(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once. Of a number alone CUDA would take the reciprocal, and round twice."""
+    return x / (number if x.is_cpu else _number(number, x.device))
+
+
+@functools.cache
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float32, device=device)
+
+
 def e8m0_at_least(x: Tensor) -> Tensor:
     """Biased exponent (uint8) of the smallest power of two ≥ x, for x > 0; zero and subnormal x give 2⁻¹²⁶.
 

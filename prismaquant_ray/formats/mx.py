@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats.base import Codec, grouped
-from prismaquant_ray.formats.grids import e8m0_at_least, e8m0_value
+from prismaquant_ray.formats.grids import divided_by, e8m0_at_least, e8m0_value
 
 WIDTH = 32
 
@@ -31,7 +31,7 @@ class MxCodec(Codec):
 
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
         """Smallest power of two at which amax does not saturate."""
-        return e8m0_at_least(amax / self.grid_max)
+        return e8m0_at_least(divided_by(amax, self.grid_max))
 
     def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:  # noqa: ARG002
         """2^(e − 127)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import Format, Scaling, Served, grouped
 from prismaquant_ray.formats.e2m1 import E2m1Codec
-from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, round_e2m1
+from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, divided_by, round_e2m1
 
 WIDTH = 16
 #: a searched group scale may exceed the one that maps amax to 6 by this factor and must still fit in E4M3
@@ -39,8 +39,8 @@ def divisor(amax: float | Tensor, headroom: float) -> Tensor:
 
 @functools.cache
 def _least(device: torch.device) -> Tensor:
-    """`ZERO_SCALE` as stored; made once, because a copy to a device makes the host wait."""
-    return torch.tensor(ZERO_SCALE, device=device).to(torch.float8_e4m3fn)
+    """`ZERO_SCALE` as stored."""
+    return torch.full((), ZERO_SCALE, device=device).to(torch.float8_e4m3fn)
 
 
 class NvFp4Codec(E2m1Codec):
@@ -66,7 +66,7 @@ class NvFp4Codec(E2m1Codec):
     def nearest_scale(self, amax: Tensor, global_scale: Tensor | None) -> Tensor:
         """E4M3(amax / 6 · g), in compressed-tensors' order: another one rounds a few float32 ties differently."""
         assert global_scale is not None
-        return self._stored(amax / E2M1_MAX * global_scale)
+        return self._stored(divided_by(amax, E2M1_MAX) * global_scale)
 
     def scale_value(self, scale: Tensor, global_scale: Tensor | None) -> Tensor:
         """s / g in float32."""
@@ -76,7 +76,7 @@ class NvFp4Codec(E2m1Codec):
     def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:
         """E4M3 of each multiple of amax / 6 · g."""
         assert global_scale is not None
-        base = amax / E2M1_MAX * global_scale
+        base = divided_by(amax, E2M1_MAX) * global_scale
         return self._stored(base * multipliers.view(-1, *[1] * base.dim()))
 
 
@@ -85,7 +85,7 @@ def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:
     assert input_scale is not None
     values = grouped(x, x.shape[-1] // WIDTH)
     amax = values.abs().amax(-1, keepdim=True)
-    scale = (amax / E2M1_MAX * input_scale).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
+    scale = (divided_by(amax, E2M1_MAX) * input_scale).clamp_(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32)
     scale = torch.where(scale == 0, ZERO_SCALE, scale) / input_scale
     return round_e2m1(values / scale).mul_(scale).flatten(-2)
 

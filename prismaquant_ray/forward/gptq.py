@@ -31,6 +31,8 @@ _BLOCK = 8
 _ROWS = 1 << 12
 # Elements of the Hessians factorized together: they are copied a few times.
 _CHUNK = 1 << 24
+# Columns of a Hessian that is factorized alone on a GPU.
+_LARGE = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,8 @@ def factorize(hessian: Tensor, settings: Gptq) -> HessianFactor:
         for part, visited in zip(stacked.split(chunk), order.split(chunk), strict=True)
     ]
     upper = factors[0] if len(factors) == 1 else torch.cat(factors)
+    # Factorizations leave columns contiguous, and a GPU's kernel wants rows: copied once for all codecs.
+    upper = upper if upper.is_cpu else upper.contiguous()
     return HessianFactor(upper=upper.view_as(hessian), order=order.view(hessian.shape[:-1]))
 
 
@@ -91,7 +95,10 @@ def _unit_factor(hessian: Tensor, order: Tensor, settings: Gptq) -> Tensor:
 def _cholesky(hessian: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """L (E, I, I) of hessian (E, I, I), whose diagonal is replaced in place; where it failed, bool (E,)."""
     hessian.diagonal(dim1=1, dim2=2).copy_(diagonal)
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    # A GPU factorizes a large matrix faster than its share of a batch.
+    alone = not hessian.is_cpu and hessian.shape[-1] > _LARGE
+    found = [torch.linalg.cholesky_ex(part) for part in hessian.split(1 if alone else len(hessian))]
+    lower, failed = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
     return lower, failed > 0
 
 

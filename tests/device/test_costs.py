@@ -18,19 +18,19 @@ pytestmark = pytest.mark.device
 BUDGETS = {
     ("llama", "float32"): {
         "forward block microbatch": (112, 2),
-        "forward block finish": (938, 20),
+        "forward block finish": (937, 19),
         "backward block microbatch": (249, 2),
         "backward block finish": (3, 3),
     },
     ("llama", "bfloat16"): {
         "forward block microbatch": (139, 2),
-        "forward block finish": (946, 20),
+        "forward block finish": (945, 19),
         "backward block microbatch": (276, 2),
         "backward block finish": (3, 3),
     },
     ("qwen3_moe", "bfloat16"): {
         "forward block microbatch": (189, 2),
-        "forward block finish": (1_084, 22),
+        "forward block finish": (1_083, 21),
         "backward block microbatch": (363, 2),
         "experts priced microbatch": (59, 0),
         "backward block finish": (3, 3),

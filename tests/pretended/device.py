@@ -9,6 +9,7 @@ operators that a GPU runs by kernels of its own, `launch` runs and is counted; r
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,6 +179,8 @@ def pretended_cuda() -> Iterator[Ledger]:
         patch.object(torch, "tensor", _moving(torch.tensor)),
         patch.object(torch, "as_tensor", _moving(torch.as_tensor)),
         patch.object(torch.Tensor, "pin_memory", _pin),
+        # What the device computes is computed by the host's threads, and sums depend on their number.
+        patch("actors.worker.share_of_cores", lambda: 1),
         patch.object(torch.cuda, "_lazy_init", lambda: None),
         patch.object(torch.cuda, "get_device_name", lambda *_: "a pretended card"),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
@@ -245,6 +248,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         func(*held_args, **held_kwargs)
         return args[0]
     _check_devices(name, here, there)
+    _check_division(name, args)
     if func.namespace == NAMESPACE:
         _launch(name.partition("::")[2], args)
     else:
@@ -311,6 +315,13 @@ def _check_devices(name: str, here: Sequence[Tensor], there: Sequence[Tensor]) -
     if there and beside and name not in _INDEXED:
         problem = f"Expected all tensors to be on the same device, but found cuda:0 and cpu {beside}"
         raise RuntimeError(f"aten.{name}: {problem} ({_place()})")
+
+
+def _check_division(name: str, args: tuple[Any, ...]) -> None:
+    """CUDA multiplies by the reciprocal of a number, which rounds twice if it is not a power of two."""
+    number = args[1] if name in ("div", "div_") and not isinstance(args[1], Pretended) else 1.0
+    if math.frexp(float(number))[0] != 0.5 and _place().startswith("prismaquant_ray/formats/"):
+        raise RuntimeError(f"aten.{name}: not the CPU's bits: a division by {number} ({_place()})")
 
 
 def _count_copy(source: Tensor, target: Tensor, *, asynchronous: bool) -> None:
