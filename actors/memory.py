@@ -13,6 +13,11 @@ _CGROUPS = (
 )
 
 
+def planned_of(device_bytes: int) -> int:
+    """What is planned of a GPU's memory: the rest is for fragments and for the workspaces of libraries."""
+    return device_bytes * 92 // 100
+
+
 def free_memory() -> int:
     """Bytes available on this machine, within the container's limit."""
     free = int(psutil.virtual_memory().available)

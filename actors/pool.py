@@ -22,6 +22,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**24),
     "MALLOC_TRIM_THRESHOLD_": str(2**27),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Memory of a GPU that one block leaves in pieces serves the next one.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 
 

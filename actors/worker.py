@@ -11,6 +11,7 @@ import os
 import resource
 import socket
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from actors.evaluation_tasks import (
     ExitEvaluation,
     PixelsEvaluation,
 )
-from actors.memory import free_memory
+from actors.memory import free_memory, planned_of
 from actors.messages import Failure, Receipt, WorkerSpec
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Exit, Shard, Stage
@@ -41,7 +42,7 @@ from prismaquant_ray import __version__
 from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config
-from prismaquant_ray.errors import PrismaquantError, ResourceError
+from prismaquant_ray.errors import DeviceMemoryError, PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
 from prismaquant_ray.events import Machine, StepMetrics
 from prismaquant_ray.formats import FormatName
@@ -102,7 +103,7 @@ class ShardWorker:
 
         `arriving` is the output of the shard's origin or the artifact that holds it; None: look it up in the run store.
         """
-        with self._answering() as call:
+        with self._answering(shard) as call:
             if self.task is None or self.task.shard != shard:
                 self._close()
                 self.task = open_task(self.context, shard)
@@ -112,7 +113,7 @@ class ShardWorker:
 
     def finish(self, shard: Shard, following: Shard | None = None) -> Receipt:
         """Encode or price, commit the records, drop the shard; `following` is read meanwhile."""
-        with self._answering() as call:
+        with self._answering(shard) as call:
             self.context.prefetch(following)
             assert self.task is not None
             assert self.task.shard == shard
@@ -136,7 +137,7 @@ class ShardWorker:
         return call.receipt
 
     @contextmanager
-    def _answering(self) -> Iterator[_Call]:
+    def _answering(self, shard: Shard | None = None) -> Iterator[_Call]:
         """Time the with-block and make a receipt of it; an error of this project goes into the receipt."""
         started, clock = time.time(), time.perf_counter()
         call = _Call()
@@ -149,6 +150,8 @@ class ShardWorker:
             self._check_memory()
         except PrismaquantError as error:
             call.output, failure = None, Failure.of(error)
+        except torch.OutOfMemoryError as error:
+            call.output, failure = None, Failure.of(self._no_memory(error, shard))
         call.receipt = Receipt(
             worker=self.name,
             started=started,
@@ -167,7 +170,7 @@ class ShardWorker:
             pid=os.getpid(),
             host=socket.gethostname(),
             device=torch.cuda.get_device_name() if cuda else "cpu",
-            free_bytes=torch.cuda.mem_get_info()[0] if cuda else free_memory(),
+            free_bytes=planned_of(torch.cuda.mem_get_info()[0]) if cuda else free_memory(),
             host_bytes=int(psutil.virtual_memory().total),
         )
 
@@ -237,6 +240,14 @@ class ShardWorker:
             self.task.close()
             self.task = None
             release_memory()
+
+    def _no_memory(self, error: torch.OutOfMemoryError, shard: Shard | None) -> DeviceMemoryError:
+        # The traceback holds what the shard had computed.
+        traceback.clear_frames(error.__traceback__)
+        self._close()
+        torch.cuda.empty_cache()
+        first, where = str(error).partition(". ")[0], "" if shard is None else f" for {shard.stage} {shard.name}"
+        return DeviceMemoryError(f"{self.name} on {socket.gethostname()} has no memory left{where}: {first}")
 
     def _check_memory(self) -> None:
         taken = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak_bytes()

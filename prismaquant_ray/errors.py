@@ -5,6 +5,7 @@ PrismaquantError          exit 1
 ├── InputError            exit 2   model, calibration, budget or output cannot be used as given
 │   └── ConfigError       exit 2   the YAML or a --set is wrong
 ├── ResourceError         exit 3   the machine or cluster cannot do it now
+│   └── DeviceMemoryError exit 3   a GPU has no memory left for a shard
 └── StoreError            exit 3   the run store is unreachable or cannot be trusted
     └── DamagedError      exit 3   one stored object is missing or is not what its record says
 ```
@@ -15,7 +16,15 @@ actors unchanged.
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "DamagedError", "InputError", "PrismaquantError", "ResourceError", "StoreError"]
+__all__ = [
+    "ConfigError",
+    "DamagedError",
+    "DeviceMemoryError",
+    "InputError",
+    "PrismaquantError",
+    "ResourceError",
+    "StoreError",
+]
 
 
 class PrismaquantError(Exception):
@@ -38,6 +47,10 @@ class ResourceError(PrismaquantError):
     """The environment (cluster, memory, storage) cannot do what was asked."""
 
     exit_code = 3
+
+
+class DeviceMemoryError(ResourceError):
+    """A GPU has no memory left for a shard. With fewer blocks it may have enough."""
 
 
 class StoreError(PrismaquantError):

@@ -114,6 +114,15 @@ class ShardsSized(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsShrunk(Event):
+    """A device ran out of memory; from now on a worker loads at most `blocks` blocks at a time."""
+
+    event: Literal["shrunk"] = "shrunk"
+    blocks: int
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PassBegan(Event):
     """A pass begins; counts of shards, units, producing units, microbatches and steps."""
 
@@ -208,6 +217,7 @@ _LOGGED = (
     | RunEnded
     | WorkerReady
     | ShardsSized
+    | ShardsShrunk
     | PassBegan
     | StepDone
     | ShardDone

@@ -14,6 +14,7 @@ from prismaquant_ray.events import (
     ObjectRepaired,
     PassBegan,
     ShardDone,
+    ShardsShrunk,
     StepDone,
     WorkerLost,
     WorkerReady,
@@ -68,6 +69,8 @@ class RunProgress(_Display):
                 self.say(f"{event.worker} is ready: {event.device} on {event.host}, process {event.pid}")
             case ObjectRepaired():
                 self.say(f"damaged: {event.key}; {', '.join(event.forgotten) or 'nothing'} is made again")
+            case ShardsShrunk():
+                self.say(f"{event.message}; shards have at most {event.blocks} blocks from now on")
             case Notice():
                 self.say(event.message)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from actors.connect import joins
+from actors.memory import planned_of
 from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from jobs.pipeline import checks
 from jobs.pipeline.run import Run
@@ -131,8 +132,9 @@ def _machine(text: str) -> tuple[int, int]:
 
 
 def _plan(config: Config, plan: MemoryPlan, machine: str, workers: int, memory: int) -> MachinePlan:
-    """The plan for a machine with `workers` devices of `memory` bytes each."""
+    """The plan for a machine with `workers` GPUs of `memory` bytes each."""
     elsewhere = config.model_copy(update={"cluster": config.cluster.model_copy(update={"memory": "auto"})})
+    memory = planned_of(memory)
     size = shard_size(plan, elsewhere, workers=workers, free=memory)
     blocks = max(1, size.blocks)
     return MachinePlan(

@@ -23,8 +23,17 @@ from actors.schedule.units import PASSES, Shard, Stage, Unit, unit_of
 from jobs.pipeline.measured import read_stored
 from jobs.pipeline.workers import OpenWorkers
 from prismaquant_ray import records
-from prismaquant_ray.errors import DamagedError, InputError, StoreError
-from prismaquant_ray.events import Event, Events, Machine, ObjectRepaired, PassBegan, ShardDone, ShardsSized
+from prismaquant_ray.errors import DamagedError, DeviceMemoryError, InputError, ResourceError, StoreError
+from prismaquant_ray.events import (
+    Event,
+    Events,
+    Machine,
+    ObjectRepaired,
+    PassBegan,
+    ShardDone,
+    ShardsShrunk,
+    ShardsSized,
+)
 from prismaquant_ray.records import DeviceRecord
 from prismaquant_ray.serialization import to_bytes
 
@@ -99,20 +108,35 @@ class Passes(ABC):
                     wanted=size.wanted,
                 )
             )
-            self._passes(controller, size.blocks)
+            self._passes(controller, min(size.blocks, self.graph.blocks))
 
     def _passes(self, controller: Controller, limit: int) -> None:
-        for _ in range(REPAIRS):
+        repairs = 0
+        while repairs < REPAIRS:
             try:
                 for stage in self.stages:
                     self._run_pass(controller, stage, self.pending(stage, limit=limit))
             except DamagedError as error:
                 self.repair(error)
-                controller.abandon()
+                repairs += 1
+            except DeviceMemoryError as error:
+                limit = self._shrunk(limit, error)
             else:
                 return
+            controller.abandon()
         uri = self.run_store.store.uri
         raise StoreError(f"{uri}: {REPAIRS} objects were damaged in a row; the store cannot be used")
+
+    def _shrunk(self, limit: int, error: DeviceMemoryError) -> int:
+        """Half as many blocks at a time as did not fit; shards of any size give the same bytes."""
+        if limit == 1:
+            plan = self.memory_plan
+            raise ResourceError(
+                f"{error}, with one block at a time, for which {plan.worker(1) / 1e9:.2f} GB are planned; lower "
+                "calibration.microbatch or calibration.length, or use devices with more memory"
+            ) from error
+        self.events(ShardsShrunk(blocks=limit // 2, message=str(error)))
+        return limit // 2
 
     def _run_pass(self, controller: Controller, stage: Stage, shards: tuple[Shard, ...]) -> None:
         if not shards:
