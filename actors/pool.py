@@ -65,6 +65,8 @@ class RayWorkers:
         output = None
         if call.kind is CallKind.SETUP:
             reference = actor.setup.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
+        elif call.kind is CallKind.DIAGNOSE:
+            reference = actor.diagnose.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
         elif call.kind is CallKind.DROP:
             reference = actor.drop.remote()
         else:

@@ -21,6 +21,7 @@ class CallKind(StrEnum):
     FINISH = "finish"
     PREFETCH = "prefetch"
     DROP = "drop"
+    DIAGNOSE = "diagnose"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

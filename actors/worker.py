@@ -25,6 +25,7 @@ from torch import Tensor
 from actors.block_tasks import BackwardTask, ForwardTask, HeadBackwardTask, HeadTask
 from actors.boundary_tasks import EntryTask, ExitTask, PixelsTask
 from actors.context import WorkerContext
+from actors.diagnosis import WorkerDiagnosis, diagnose
 from actors.evaluation_tasks import (
     BlocksEvaluation,
     DraftEvaluation,
@@ -70,6 +71,7 @@ class _Call:
     output: Activation | None = None
     machine: Machine | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
+    diagnosis: WorkerDiagnosis | None = None
     receipt: Receipt = field(init=False)
 
 
@@ -86,6 +88,20 @@ class ShardWorker:
         """This process and its machine; takes no argument that another version could misread."""
         with self._answering() as call:
             call.machine = self._machine()
+        return call.receipt
+
+    def diagnose(self, spec: WorkerSpec) -> Receipt:
+        """What this worker can do; needs no run store."""
+        self.name = spec.name
+        with self._answering() as call:
+            self._set_up_device(spec)
+            call.diagnosis = diagnose(
+                self._machine(),
+                self.device,
+                formats=spec.config.formats,
+                dtype=getattr(torch, spec.config.model.dtype),
+                store=Store(spec.run),
+            )
         return call.receipt
 
     def setup(self, spec: WorkerSpec) -> Receipt:
@@ -161,6 +177,7 @@ class ShardWorker:
             metrics=call.metrics,
             stored=stored,
             failure=failure,
+            diagnosis=call.diagnosis,
         )
 
     def _machine(self) -> Machine:
@@ -174,7 +191,7 @@ class ShardWorker:
             host_bytes=int(psutil.virtual_memory().total),
         )
 
-    def _setup(self, spec: WorkerSpec) -> None:
+    def _set_up_device(self, spec: WorkerSpec) -> None:
         config = spec.config
         if config.cluster.device == "cpu":
             self.device = torch.device("cpu")
@@ -191,6 +208,10 @@ class ShardWorker:
         # Sums keep float32: cuDNN's default, and that of split products in BF16, round them to ten bits or to eight.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def _setup(self, spec: WorkerSpec) -> None:
+        self._set_up_device(spec)
+        config = spec.config
         self.limit = config.cluster.memory if config.cluster.memory != "auto" else None
         store = Store(spec.run, create=False)
         if store.size(RUN) is None:

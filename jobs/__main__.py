@@ -71,6 +71,9 @@ COMMANDS = {
             click.Option(["--for", "machines"], multiple=True, metavar="NxSIZE", help="Plan for e.g. 8x80GB instead."),
         ),
     ),
+    "doctor": Command(
+        "Devices, kernels, storage and memory of the cluster, tried; and the time a job would take.", (CONFIG, SET)
+    ),
     "quantize": Command("Every stage: measure, encode, choose, assemble, verify. Resumes.", (CONFIG, SET, FRESH)),
     "probe": Command("Measure and encode only: the forward and the backward pass.", (CONFIG, SET, FRESH)),
     "allocate": Command("The plan for the budget, from stored measurements."),

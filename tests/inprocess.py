@@ -52,6 +52,8 @@ class InProcessWorkers:
             receipt = worker.hello()
         elif call.kind is CallKind.SETUP:
             receipt = worker.setup(replace(self.spec, name=name))
+        elif call.kind is CallKind.DIAGNOSE:
+            receipt = worker.diagnose(replace(self.spec, name=name))
         elif call.kind is CallKind.DROP:
             receipt = worker.drop()
         elif call.kind is CallKind.FINISH:

@@ -109,3 +109,14 @@ def test_repositories_of_other_makers_are_evaluated_on_the_device_as_on_the_cpu(
     for name, (cpu, cuda) in found.items():
         for ours, theirs in zip(cpu, cuda, strict=True):
             assert theirs == pytest.approx(ours, rel=1e-6), name
+
+
+def test_the_doctor_finds_nothing_wrong_with_the_device(tmp_path: Path) -> None:
+    found = child(
+        "from pathlib import Path\nfrom tests.pretended.job import doctored\n"
+        f"result = doctored(Path({str(tmp_path)!r}))"
+    )
+    assert found["device"] == "a pretended card"
+    assert found["failed"] == []
+    assert {"compute capability", "nvfp4 weights", "NVFP4 activations"} <= set(found["checked"])
+    assert found["copies"]

@@ -151,6 +151,33 @@ def test_a_running_cluster_is_joined_and_left_running(
     assert status.returncode == 0, status.stderr
 
 
+def test_the_doctor_examines_a_running_cluster_and_a_gpu_that_torch_cannot_use_fails(
+    tmp_path: Path, head: Head, qwen3: Path
+) -> None:
+    configuration(tmp_path, qwen3)
+    command = [sys.executable, "-m", "jobs", "doctor", str(tmp_path / "config.yaml"), "--json"]
+    command += ["--set", f"cluster.address={head.address}", "--set", "cluster.workers=2"]
+    codes, checks = [], []
+    for device in ("cpu", "gpu"):
+        done = subprocess.run(
+            [*command, "--set", f"cluster.device={device}"],
+            cwd=ROOT,
+            env={**os.environ, **SETTINGS},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        codes.append(done.returncode)
+        workers = json.loads(done.stdout)["workers"]
+        checks.append([(check["passed"], check["found"]) for worker in workers for check in worker["checks"]])
+    assert codes == [0, 3]
+    assert len(checks[0]) > 8
+    assert all(passed for passed, _ in checks[0])
+    assert [passed for passed, _ in checks[1]] == [False, False]
+    assert "has a GPU of" in checks[1][0][1]
+    assert "cannot use" in checks[1][0][1]
+
+
 def test_an_address_without_ray_is_refused_at_once(tmp_path: Path, qwen3: Path) -> None:
     for address in ("127.0.0.2:1", "nonsense"):
         config = load_with(tmp_path, qwen3, f"cluster.address={address}")

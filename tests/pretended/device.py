@@ -183,6 +183,7 @@ def pretended_cuda() -> Iterator[Ledger]:
         patch("actors.worker.share_of_cores", lambda: 1),
         patch.object(torch.cuda, "_lazy_init", lambda: None),
         patch.object(torch.cuda, "get_device_name", lambda *_: "a pretended card"),
+        patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
         patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
         patch.object(torch.cuda, "current_stream", _Stream),

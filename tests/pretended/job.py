@@ -8,7 +8,9 @@ from unittest.mock import patch
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from actors import diagnosis
 from actors.worker import ShardWorker
+from jobs.pipeline.diagnosis import doctor
 from jobs.pipeline.repository_evaluation import evaluate
 from jobs.pipeline.stages import quantize
 from prismaquant_ray.config import Config
@@ -69,3 +71,19 @@ def both_jobs(name: str, directory: Path, dtype: str) -> dict[str, Any]:
     found["launches"] = dict(ledger.launches.most_common())
     found["waits"] = [[kind, place, count] for (kind, place), count in ledger.waits.most_common()]
     return found
+
+
+def doctored(directory: Path) -> dict[str, Any]:
+    """What the doctor says about the device, by the name of a check; its rates are of small things."""
+    config = configuration(directory / "run", make_checkpoint(directory / "source", "llama"), FORMATS)
+    small = {"_PRODUCT": {"cuda": 64}, "_ENCODED": {"cuda": (32, 128)}, "_COPIED": 1 << 12, "_STORED": 1 << 12}
+    with pretended_cuda(), patch.object(inprocess, "ShardWorker", DeviceWorker), patch.multiple(diagnosis, **small):
+        found = doctor(config, open_workers=inprocess.in_process())
+    examined = found.workers[0]
+    assert examined.diagnosis is not None
+    return {
+        "device": examined.diagnosis.machine.device,
+        "failed": [check.found for _, check in found.failed],
+        "checked": [check.name for check in examined.checks],
+        "copies": examined.diagnosis.rates.to_host is not None,
+    }
