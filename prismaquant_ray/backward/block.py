@@ -118,7 +118,7 @@ class HeadBackward:
             self.tokens += drafted.shape[0] * drafted.shape[1]
             self._agreement(hidden, drafted, batch)
             return
-        for row, where, loss in self.loss.pieces(hidden.shape[1], batch):
+        for row, where, loss in self.loss.pieces(hidden.shape[1], batch, device=hidden.device):
             graph = self.block_pass.recompute(hidden[row : row + 1, where], batch)
             at_logits, _ = loss.gradient(graph.output[0].detach())
             self.block_pass.differentiate(graph, at_logits.unsqueeze(0), 1)

@@ -47,17 +47,20 @@ class Loss:
     ) -> tuple[Tensor, float]:
         """∂L/∂hidden (sequences, tokens, H) where `logits_of` hidden (1, n, H) are (1, n, V), and the loss in nats."""
         gradient = torch.empty_like(hidden)
-        loss_sum = 0.0
-        for row, where, targets in self.pieces(hidden.shape[1], batch, stream):
+        # Not as a number: the host would have to wait for every piece.
+        loss_sum = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for row, where, targets in self.pieces(hidden.shape[1], batch, stream, device=hidden.device):
             piece = hidden[row : row + 1, where].detach().requires_grad_()
             with torch.enable_grad():
                 logits = logits_of(piece)
             at_logits, loss = targets.gradient(logits[0].detach())
             (gradient[row : row + 1, where],) = torch.autograd.grad(logits, piece, at_logits.unsqueeze(0))
             loss_sum += loss
-        return gradient, loss_sum
+        return gradient, float(loss_sum)
 
-    def pieces(self, tokens: int, batch: Batch, stream: int = MODEL) -> Iterator[tuple[int, slice, PieceLoss]]:
+    def pieces(
+        self, tokens: int, batch: Batch, stream: int = MODEL, *, device: torch.device
+    ) -> Iterator[tuple[int, slice, PieceLoss]]:
         """Sequence, positions and loss of every piece, for the first `tokens` positions of each sequence.
 
         Position t predicts token t+1, or t+2 in the stream of the draft head. Sampling draws one uniform per token
@@ -69,33 +72,37 @@ class Loss:
             seeds = (self.seed, batch.first_sequence + row) + ((stream,) if stream else ())
             uniform = torch.from_numpy(np.random.default_rng(seeds).random(tokens))
             following = torch.cat([ids[ahead:].cpu(), torch.full((ahead,), IGNORED)])[:tokens]
+            following, uniform = (_moved(tensor, device) for tensor in (following, uniform))
             for start in range(0, tokens, self.piece):
                 where = slice(start, min(start + self.piece, tokens))
                 yield row, where, PieceLoss(self, following[where], uniform[where])
 
 
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PieceLoss:
-    """The loss of one piece, for its logits (n, V)."""
+    """The loss of one piece, for its logits (n, V), on their device."""
 
     loss: Loss
     following: Tensor
     uniform: Tensor
 
-    def gradient(self, logits: Tensor) -> tuple[Tensor, float]:
-        """∂L/∂logits (n, V) of the summed cross-entropy, softmax − onehot(label), and the loss in nats."""
+    def gradient(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """∂L/∂logits (n, V) of the summed cross-entropy, softmax − onehot(label), and the loss in nats, ()."""
         probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-        following = self.following.to(logits.device)
         sampled = self.loss.labels == "sampled"
-        target = sample(probabilities, self.uniform.to(logits.device)) if sampled else following
+        target = sample(probabilities, self.uniform) if sampled else self.following
         if self.loss.image_token is not None:
-            target = target.masked_fill(following == self.loss.image_token, IGNORED)
+            target = target.masked_fill(self.following == self.loss.image_token, IGNORED)
         # A label's probability may be 0 in float32; the largest never is.
         largest, likeliest = probabilities.max(-1, keepdim=True)
         label = target.clamp(min=0).unsqueeze(-1)
         behind = logits.gather(-1, likeliest).float() - logits.gather(-1, label).float()
         counted = (target != IGNORED).unsqueeze(-1)
-        loss = float(torch.where(counted, behind - largest.log(), 0.0).sum())
+        loss = torch.where(counted, behind - largest.log(), 0.0).sum()
         probabilities.scatter_add_(-1, label, torch.full_like(largest, -1.0))
         # Not a product with 0: rows that are not counted may hold NaN.
         return probabilities.masked_fill_(~counted, 0.0).to(logits.dtype), loss

@@ -332,10 +332,10 @@ def test_data_labels_of_the_draft_are_two_tokens_ahead() -> None:
     tokens = random_tokens(2, 8)
     batch = Batch(inputs={"input_ids": tokens}, holdout=torch.zeros(2, dtype=torch.bool), first_sequence=0)
     loss = Loss(labels="data", seed=0, vocab_size=320)
-    for row, where, piece in loss.pieces(7, batch, stream=1):
+    for row, where, piece in loss.pieces(7, batch, stream=1, device=torch.device("cpu")):
         assert where == slice(0, 7)
         assert piece.following.tolist() == [*tokens[row, 2:].tolist(), IGNORED]
-    for row, where, piece in loss.pieces(8, batch):
+    for row, where, piece in loss.pieces(8, batch, device=torch.device("cpu")):
         assert where == slice(0, 8)
         assert piece.following.tolist() == [*tokens[row, 1:].tolist(), IGNORED]
 

@@ -31,7 +31,7 @@ Costs = dict[str, dict[str, Any]]
 
 
 def costs_of(name: str, directory: Path, *settings: str) -> Costs:
-    """Of every call of a measurement, but for the first microbatch of a shard, which loads it."""
+    """Of every call of a measurement, but for the first microbatch of a shard, which loads it; an exit has no other."""
     make = make_checkpoint if name in ARCHITECTURES else make_family
     configured = full_configuration if name in VISION_FAMILIES else configuration
     config = configured(directory / "run", make(directory / "source", name), "calibration.microbatch=2", *settings)
@@ -44,7 +44,7 @@ def costs_of(name: str, directory: Path, *settings: str) -> Costs:
             loaded = self.task is not None and self.task.shard == shard
             LEDGER.clear()
             answer = super().run(shard, microbatch, arriving)
-            if loaded:
+            if loaded or _kind(shard) == "exit":
                 _note(found, f"{shard.stage} {_kind(shard)} microbatch")
             return answer
 
