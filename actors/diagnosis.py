@@ -7,7 +7,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +71,8 @@ class WorkerDiagnosis:
 
     machine: Machine
     torch_version: str
-    #: of a GPU: compute capability ×10, NVIDIA's driver, and the version of CUDA that torch was built for
-    capability: int | None
+    #: of a GPU: compute capability, as 9.0, NVIDIA's driver, and the version of CUDA that torch was built for
+    capability: str | None
     driver: str | None
     cuda: str | None
     cores: int
@@ -84,10 +84,8 @@ def diagnose(
     machine: Machine, device: torch.device, *, formats: Sequence[FormatName], dtype: torch.dtype, store: Store
 ) -> WorkerDiagnosis:
     """Check and time a device and the way to a store; takes seconds."""
-    cuda = device.type == "cuda"
-    major, minor = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    capability = 10 * major + minor if cuda else None
-    checks = [*_device_checks(capability), _product_check(device, dtype)]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    checks = [_product_check(device, dtype)]
     with torch.no_grad():
         checks += [_codec_check(codec, device) for codec in codecs_of(formats).values()]
         checks += [_projection_check(name, device) for name in formats if FORMATS[name].round_activation is not None]
@@ -95,7 +93,7 @@ def diagnose(
     return WorkerDiagnosis(
         machine=machine,
         torch_version=torch.__version__,
-        capability=capability,
+        capability=None if capability is None else f"{capability[0]}.{capability[1]}",
         driver=_driver(),
         cuda=torch.version.cuda,
         cores=len(os.sched_getaffinity(0)),
@@ -115,16 +113,6 @@ def _driver() -> str | None:
 
 
 # Checks ------------------------------------------------------------------------------------------------------------
-
-
-def _device_checks(capability: int | None) -> Iterator[Check]:
-    if capability is not None:
-        yield Check(
-            name="compute capability",
-            passed=capability >= 80,
-            found=f"{capability / 10:.1f}",
-            advice="kernels need 8.0 (A100, RTX 30) or later: use such nodes (cluster.labels)",
-        )
 
 
 def _product_check(device: torch.device, dtype: torch.dtype) -> Check:

@@ -50,7 +50,7 @@ from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.forward.gptq import Gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch
-from prismaquant_ray.kernels import check_triton
+from prismaquant_ray.kernels import check_gpu
 from prismaquant_ray.model.layout_builder import scope_of
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.records import RUN
@@ -204,7 +204,7 @@ class ShardWorker:
         cuda = self.device.type == "cuda"
         torch.set_num_threads(share_of_cores() if cuda else config.cluster.threads)
         if cuda:
-            check_triton()
+            check_gpu()
         # Sums keep float32: cuDNN's default, and that of split products in BF16, round them to ten bits or to eight.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -41,8 +41,8 @@ def _render_worker(examined: Examined, console: Console) -> None:
         console.print(f"{examined.worker}")
     else:
         machine = diagnosis.machine
-        built = f", CUDA {diagnosis.cuda}" if diagnosis.cuda else ""
-        built += f", driver {diagnosis.driver}" if diagnosis.driver else ""
+        found = {"CUDA": diagnosis.cuda, "driver": diagnosis.driver, "compute capability": diagnosis.capability}
+        built = "".join(f", {name} {value}" for name, value in found.items() if value)
         console.print(
             f"{examined.worker}: {machine.device} on {machine.host}, {diagnosis.cores} cores, "
             f"{gigabytes(machine.free_bytes)} to plan with, torch {diagnosis.torch_version}{built}"

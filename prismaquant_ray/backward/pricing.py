@@ -128,10 +128,10 @@ class Pricing:
                 grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
                 for name, decoded in self.decoded[group.name].items():
                     scale = decoded.input_scales[matrix.parameters[0]]
-                    products = [
+                    products = (
                         self._product(gradient, decoded.weights[parameter], parameter, routing)
                         for parameter, (_, gradient) in flat.items()
-                    ]
+                    )
                     difference = functools.reduce(torch.add, products)
                     if x.is_cpu or not FORMATS[name].has_kernel:
                         if name not in input_errors:

@@ -20,6 +20,8 @@ import torch
 from prismaquant_ray.errors import ResourceError
 
 NAMESPACE = "prismaquant_ray"
+#: The oldest GPUs that kernels and torch's grouped products run on, by compute capability.
+LEAST = (8, 0)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -46,8 +48,14 @@ def launcher(name: str) -> Callable[..., Any]:
     return found
 
 
-def check_triton() -> None:
-    """ResourceError where a GPU's kernels cannot be compiled, because Triton is missing."""
+def check_gpu() -> None:
+    """ResourceError where kernels cannot be compiled for this process's GPU."""
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST:
+        raise ResourceError(
+            f"the GPU of {socket.gethostname()} has compute capability {capability[0]}.{capability[1]}; kernels need "
+            f"{LEAST[0]}.{LEAST[1]} (A100, RTX 30) or later: use other nodes (cluster.labels), or cluster.device: cpu"
+        )
     if importlib.util.find_spec("triton") is None:
         raise ResourceError(
             f"{socket.gethostname()} has a GPU but not Triton, in which its kernels are written; torch for CUDA comes "

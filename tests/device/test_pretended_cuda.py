@@ -118,5 +118,5 @@ def test_the_doctor_finds_nothing_wrong_with_the_device(tmp_path: Path) -> None:
     )
     assert found["device"] == "a pretended card"
     assert found["failed"] == []
-    assert {"compute capability", "nvfp4 weights", "NVFP4 activations"} <= set(found["checked"])
+    assert {"memory", "nvfp4 weights", "NVFP4 activations"} <= set(found["checked"])
     assert found["copies"]

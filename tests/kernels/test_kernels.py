@@ -26,7 +26,7 @@ from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.gptq import Gptq, factorize, gptq_values
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_scaled, search_scales
 from prismaquant_ray.forward.statistics import expert_moments
-from prismaquant_ray.kernels import check_triton
+from prismaquant_ray.kernels import check_gpu
 from prismaquant_ray.kernels import launcher as kernel
 from tests.ray_cluster import ROOT
 
@@ -269,11 +269,15 @@ def test_every_kernel_compiles_for_every_generation_of_gpu_with_exact_divisions(
         assert counts["div.full.f32"] == counts["ld.local"] == counts["st.local"] == 0, (name, capability, counts)
 
 
-def test_without_triton_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_triton()
+def test_a_gpu_that_kernels_cannot_be_compiled_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    check_gpu()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ResourceError, match="has a GPU but not Triton"):
-        check_triton()
+        check_gpu()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ResourceError, match=r"has compute capability 7\.5; kernels need 8\.0"):
+        check_gpu()
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
