@@ -21,6 +21,7 @@ from actors.schedule.run_store import Recorded
 from actors.schedule.shards import Work, blocks_per_shard, pending_shards
 from actors.schedule.units import PASSES, Exit, Shard, Stage
 from prismaquant_ray.events import StepDone, busy_shares
+from prismaquant_ray.forward.routed_inputs import HESSIANS
 
 _NOTHING = Recorded(done=frozenset(), boundaries=frozenset())
 
@@ -309,37 +310,50 @@ class Machine:
     call: float = 2e-3
 
 
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The Linears of a block that read one input, stacked: as one, or of `experts` of which a token has `active`."""
+
+    out: int
+    width: int
+    experts: int = 1
+    active: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Chunks that experts are rounded in, as `forward.routed_inputs` cuts them."""
+        return math.ceil(self.experts / max(1, HESSIANS // self.width**2))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """A decoder of equal blocks. `linears` are the (out, in) of fused groups, `inputs` the widths that have a Hessian.
+    """A decoder of equal blocks. `codecs` are bits a weight of each quantized format."""
 
-    `codecs` are, for each quantized format, bits a weight, kernels for a piece of the scale search, kernels for a GPTQ
-    column. `piece` is `_PIECE` of `forward.scale_search`.
-    """
-
-    blocks: int = 64
-    hidden: int = 5120
-    vocabulary: int = 248_320
-    linears: tuple[tuple[int, int], ...] = ((14_336, 5120), (5120, 6144), (34_816, 5120), (5120, 17_408))
-    codecs: tuple[tuple[float, int, int], ...] = ((4.5, 770, 14), (8.25, 22, 10))
-    piece: int = 1 << 16
+    blocks: int
+    hidden: int
+    vocabulary: int
+    matrices: tuple[Matrix, ...]
+    codecs: tuple[float, ...] = (4.5, 8.25)
 
     @property
     def parameters(self) -> int:
         """Of a block."""
-        return sum(out * width for out, width in self.linears)
+        return sum(each.out * each.width * each.experts for each in self.matrices)
+
+    @property
+    def active(self) -> int:
+        """Weights of a block that a token is multiplied by."""
+        return sum(each.out * each.width * each.active for each in self.matrices)
 
     @property
     def candidate_bytes(self) -> float:
         """Of a block, every format."""
-        return self.parameters * sum(bits for bits, _, _ in self.codecs) / 8
+        return self.parameters * sum(self.codecs) / 8
 
     @property
-    def launches(self) -> float:
-        """Kernels that encode a block: pieces of the scale search, columns of GPTQ."""
-        pieces = sum(math.ceil(out / max(1, self.piece // width)) for out, width in self.linears)
-        columns = sum(width for _, width in self.linears)
-        return sum(search * pieces + gptq * columns for _, search, gptq in self.codecs)
+    def launches(self) -> int:
+        """Kernels that encode a block: tests/device/test_costs.py counts 945 for four matrices in two formats."""
+        return 120 * len(self.codecs) * sum(each.at_once for each in self.matrices)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -360,40 +374,86 @@ class Calibration:
         return self.microbatch * self.length * model.hidden * 2
 
 
-GPU = Machine()
-MODEL = Model()
-COARSE = replace(MODEL, piece=1 << 26)
+#: Assumptions about an H100 and a B200; of storage, network and host the same.
+MACHINES = {"H100": Machine(), "B200": Machine(bfloat16=1000e12, float32=60e12)}
+GPU = MACHINES["H100"]
+#: Widths of Qwen3-8B, Qwen3.6-27B, Qwen3.6-35B-A3B and Qwen3.5-122B-A10B; hybrid attention as its linear blocks.
+MODELS = {
+    "8B": Model(
+        blocks=36,
+        hidden=4096,
+        vocabulary=151_936,
+        matrices=(Matrix(6144, 4096), Matrix(4096, 4096), Matrix(24_576, 4096), Matrix(4096, 12_288)),
+    ),
+    "27B": Model(
+        blocks=64,
+        hidden=5120,
+        vocabulary=248_320,
+        matrices=(Matrix(14_336, 5120), Matrix(5120, 6144), Matrix(34_816, 5120), Matrix(5120, 17_408)),
+    ),
+    "35B-A3B": Model(
+        blocks=40,
+        hidden=2048,
+        vocabulary=248_320,
+        matrices=(
+            Matrix(12_288, 2048),
+            Matrix(2048, 4096),
+            Matrix(1024, 2048, 256, 8),
+            Matrix(2048, 512, 256, 8),
+            Matrix(1024, 2048),
+            Matrix(2048, 512),
+        ),
+    ),
+    "122B-A10B": Model(
+        blocks=48,
+        hidden=3072,
+        vocabulary=248_320,
+        matrices=(
+            Matrix(20_480, 3072),
+            Matrix(3072, 8192),
+            Matrix(2048, 3072, 256, 8),
+            Matrix(3072, 1024, 256, 8),
+            Matrix(2048, 3072),
+            Matrix(3072, 1024),
+        ),
+    ),
+}
+MODEL = MODELS["27B"]
+# Kernels of a microbatch in a block: what tests/device/test_costs.py counts of a block of experts in bfloat16.
+_FORWARD, _BACKWARD = 189, 363
 
 
 def durations_of(model: Model, machine: Machine, calibration: Calibration) -> Durations:
     """Floating-point operations, launches and bytes over what the machine sustains.
 
-    Attention scores and element-wise work are left out; products that the code makes in float32 (Hessians, prices) are
-    counted as float32.
+    Attention scores and element-wise work are left out. Products have BF16 factors; GPTQ and its acceptance, which have
+    not, count as float32. The host launches while the device computes: the slower one counts.
     """
     tokens = calibration.microbatch * calibration.length
-    product = 2 * tokens * model.parameters
+    product = 2 * tokens * model.active / machine.bfloat16
     copies = 3 * calibration.hop_bytes(model) / machine.host
-    hessians = 2 * tokens * sum(width**2 for _, width in model.linears)
-    # Judging three attempts and the winner twice, lazy updates, and three factorizations of each Hessian.
+    # Of experts also that of all together.
+    rows = sum((2 * each.active if each.experts > 1 else 1) * each.width**2 for each in model.matrices)
+    hessians = 2 * tokens * rows / machine.bfloat16
+    # Judging three attempts, errors pushed on, and a factorization of each Hessian.
     codecs = len(model.codecs)
-    encoding = (2 * 5 + 1) * codecs * sum(out * width**2 for out, width in model.linears)
-    encoding += 2 * sum(width**3 for _, width in model.linears)
+    encoding = sum(
+        each.experts * ((2 * 3 + 1) * codecs * each.out * each.width**2 + each.width**3) for each in model.matrices
+    )
     weights = 2 * model.parameters
     head = model.vocabulary * model.hidden
     return Durations(
         entry=Cost(load=2 * head / machine.storage, microbatch=copies),
         forward=Cost(
             load=weights / machine.storage,
-            microbatch=product / machine.bfloat16 + hessians / machine.float32 + copies,
-            finish=encoding / machine.float32
-            + model.launches * machine.launch
+            microbatch=max(product + hessians, _FORWARD * machine.launch) + copies,
+            finish=max(encoding / machine.float32, model.launches * machine.launch)
             + model.candidate_bytes / machine.storage,
         ),
         exit=Cost(load=2 * head / machine.storage, microbatch=4 * tokens * head / machine.bfloat16 + 2 * copies),
         backward=Cost(
             load=(weights + model.candidate_bytes) / machine.storage,
-            microbatch=2 * product / machine.bfloat16 + (1 + codecs) * product / machine.float32 + copies,
+            microbatch=max((3 + codecs) * product, _BACKWARD * machine.launch) + copies,
         ),
         hop=calibration.hop_bytes(model) / machine.network,
         call=machine.call,
@@ -515,14 +575,36 @@ def row(found: Outlook, label: str) -> str:
     )
 
 
+def stages_row(name: str, card: str) -> str:
+    """Seconds of a block on one GPU by what takes them, minutes of both passes on 1, 8 and 64, the largest part."""
+    model, machine, calibration = MODELS[name], MACHINES[card], Calibration()
+    durations = durations_of(model, machine, calibration)
+    storing = model.candidate_bytes / machine.storage
+    parts = {
+        "loading": durations.forward.load + durations.backward.load,
+        "forward": calibration.microbatches * durations.forward.microbatch,
+        "rounding": durations.forward.finish - storing,
+        "storing": storing,
+        "backward": calibration.microbatches * durations.backward.microbatch,
+    }
+    minutes = (f"{outlook(gpus, model=model, machine=machine).seconds / 60:.1f}" for gpus in (1, 8, 64))
+    cells = [*(f"{part:.1f}" for part in parts.values()), *minutes, max(parts, key=lambda part: parts[part])]
+    return f"| {name} on {card} | " + " | ".join(cells) + " |"
+
+
 def main() -> None:
     """Print the tables of docs/scaling.md that are computed."""
+    print("seconds of one block, 256 × 1024 tokens\n")
+    heads = ["model", "loading", "forward", "rounding", "storing", "backward", "1", "8", "64", "most"]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for card in MACHINES:
+        for name in MODELS:
+            print(stages_row(name, card))
     print("seconds of one block, microbatches of 4 × 1024 tokens\n")
     print("| pass | load | microbatch | encode or commit | c, k = 1 | f, k = 1 | c/f |\n|---|---|---|---|---|---|---|")
     durations = durations_of(MODEL, GPU, Calibration())
     print(block_row(durations, Stage.FORWARD, "forward"))
     print(block_row(durations, Stage.BACKWARD, "backward"))
-    print(block_row(durations_of(COARSE, GPU, Calibration()), Stage.FORWARD, "forward, search in pieces of 2²⁶"))
     print(f"hop {durations.hop:.3f} s, exit {durations.exit.microbatch:.3f} s a microbatch\n")
     print(
         "| GPUs | workers | blocks a shard | forward min | backward min | closed form min "
@@ -543,8 +625,6 @@ def variants() -> list[tuple[str, Outlook]]:
         ("64, microbatch 1, 1,024 sequences", outlook(64, calibration=Calibration(sequences=1024, microbatch=1))),
         ("64, 2 blocks a shard", outlook(64, limit=2)),
         ("64, 4 GB/s of storage", outlook(64, machine=replace(GPU, storage=4e9))),
-        ("8, search in pieces of 2²⁶", outlook(8, model=COARSE)),
-        ("64, search in pieces of 2²⁶", outlook(64, model=COARSE)),
         ("64, microbatch 16", outlook(64, calibration=Calibration(microbatch=16))),
         ("64, microbatch 16, all asked for", outlook(64, calibration=Calibration(microbatch=16), at_most=65)),
     ]
