@@ -2,8 +2,8 @@
 
 Each is an operator of torch, so that its tensors' device chooses: on a CPU the reference in torch, which stands beside
 its use and defines the result; on a GPU the function `launch_…` of a module of this package, both with its name, which
-launches a Triton kernel. Sums are added in another order there: results agree to float32's rounding, and bit by bit
-where sums are exact.
+launches a Triton kernel, or a few of torch's. Sums are added in another order there: results agree to float32's
+rounding, and bit by bit where sums are exact.
 """
 
 from __future__ import annotations
