@@ -162,7 +162,8 @@ class ShardTask:
         self.context.run_store.write_record(self.shard.stage, unit, record)
 
     def close(self) -> None:
-        """Release all weights."""
+        """Release all weights, and what an interrupted step left to check."""
+        self.context.runner.checks.clear()
         self.task.close()
         self.attempt.resident.close()
 

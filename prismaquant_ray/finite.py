@@ -40,6 +40,10 @@ class FiniteChecks:
         answer.copy_(_sums_are_finite(tensors), non_blocking=True)
         self._open.append((problem, answer, tensors))
 
+    def clear(self) -> None:
+        """Forget what was added, and let go of its tensors: the step it belongs to was given up."""
+        self._open.clear()
+
     def settle(self) -> None:
         """Raise what was found. Costs no time where the device has done everything that was added."""
         opened, self._open = self._open, []

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from actors.connect import joins
-from actors.memory import free_memory
+from actors.memory import free_memory, planned_of
 from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from prismaquant_ray import __version__, records
 from prismaquant_ray.config import Config
@@ -116,11 +116,11 @@ def expected_workers(config: Config) -> int:
 
 
 def free_device_memory(config: Config) -> int:
-    """Free bytes, in total, on the devices of this machine's workers."""
+    """Free bytes to plan with, in total, on the devices of this machine's workers."""
     import torch
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
-        return sum(torch.cuda.mem_get_info(device)[0] for device in range(torch.cuda.device_count()))
+        return sum(planned_of(torch.cuda.mem_get_info(device)[0]) for device in range(torch.cuda.device_count()))
     return free_memory()
 
 
