@@ -44,7 +44,7 @@ class BlockBackward:
         self.module = runner.load_block(index)
         self.formats = tuple(formats)
         self._graph: Recomputed | None = None
-        self.pricing = Pricing(self.block, self.module, formats, candidates, runner.device)
+        self.pricing = Pricing(self.block, self.module, formats, candidates, runner.copies)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The block's output for hidden (sequences, tokens, H); its graph is held until `backward`."""

@@ -25,6 +25,7 @@ from prismaquant_ray.backward.price import (
     rounded_projections,
     weight_change,
 )
+from prismaquant_ray.copies import DeviceCopies
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
@@ -55,18 +56,17 @@ class Pricing:
         module: nn.Module,
         formats: Sequence[FormatName],
         candidates: CandidateTensors,
-        device: torch.device,
+        copies: DeviceCopies,
     ) -> None:
         self.block = block
         self.module = module
-        self.device = device
         self.traces: dict[str, Tensor] = {
-            parameter: torch.zeros(*_channels(matrix, parameter), device=device)
+            parameter: torch.zeros(*_channels(matrix, parameter), device=copies.device)
             for group in block.groups
             for matrix in group.matrices
             for parameter in matrix.parameters
         }
-        decoder = CandidateDecoder(candidates, device)
+        decoder = CandidateDecoder(candidates, copies)
         self.decoded: dict[str, dict[FormatName, Decoded]] = {
             group.name: {
                 name: decoder.decode(group, name)

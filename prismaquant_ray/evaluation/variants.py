@@ -122,7 +122,7 @@ class Variants:
         ]
         used = {name for choice in chosen for name in choice.values() if FORMATS[name].codec is not None}
         stored = {name: self.candidates(block.index, name) for name in sorted(used)}
-        decoder = CandidateDecoder(stored, self.source.device)
+        decoder = CandidateDecoder(stored, self.source.copies)
         shared: dict[tuple[str, FormatName], InputRounding] = {}
         rows: list[Replacements] = [{}]
         for variant, choice in zip(self.variants, chosen, strict=True):

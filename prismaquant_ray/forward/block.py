@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.calibration.dataset import Batch
+from prismaquant_ray.copies import HostCopies
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Tensors, experts_of
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.formats.nvfp4 import divisor
 from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.gptq import HessianFactor
-from prismaquant_ray.forward.host_copies import HostCopies
 from prismaquant_ray.forward.routed_inputs import RoutedInputs
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums, divided
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prismaquant_ray.copies import DeviceCopies
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import stack
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
@@ -26,11 +27,11 @@ class Decoded:
 
 
 class CandidateDecoder:
-    """Decodes a block's candidates on `device`; formats that share a codec share the decoded weights."""
+    """Decodes a block's candidates on a device; formats that share a codec share the decoded weights."""
 
-    def __init__(self, candidates: CandidateTensors, device: torch.device) -> None:
+    def __init__(self, candidates: CandidateTensors, copies: DeviceCopies) -> None:
         self.candidates = candidates
-        self.device = device
+        self.copies = copies
         self._weights: dict[tuple[str, str], Tensor] = {}
 
     def decode(self, group: FusedGroup, name: FormatName) -> Decoded:
@@ -45,11 +46,14 @@ class CandidateDecoder:
                 key = (parameter, codec.name)
                 if key not in self._weights:
                     # Moved as they are stored, at a third of the bytes.
-                    weights = [codec.decode(own(tensors, linear, self.device)) for linear in linears]
+                    weights = [codec.decode(self._moved(own(tensors, linear))) for linear in linears]
                     self._weights[key] = torch.cat(weights, dim=-2)
                 found.weights[parameter] = self._weights[key]
-                found.input_scales[parameter] = None if scale is None else scale.to(self.device)
+                found.input_scales[parameter] = None if scale is None else self.copies.take(scale)
         return found
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {suffix: self.copies.take(tensor) for suffix, tensor in tensors.items()}
 
 
 def members(matrix: Matrix) -> dict[str, tuple[LinearSpec, ...]]:
@@ -59,9 +63,8 @@ def members(matrix: Matrix) -> dict[str, tuple[LinearSpec, ...]]:
     return {parameter: (linear,) for parameter, linear in zip(matrix.parameters, matrix.linears, strict=True)}
 
 
-def own(tensors: Mapping[str, Tensor], linear: LinearSpec, device: torch.device) -> dict[str, Tensor]:
-    """A Linear's shipped tensors by suffix on a device; those of every expert as one stack."""
+def own(tensors: Mapping[str, Tensor], linear: LinearSpec) -> dict[str, Tensor]:
+    """A Linear's shipped tensors by suffix; those of every expert as one stack."""
     suffixes = [name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] == linear.names[0]]
     each = [{suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes} for name in linear.names]
-    together = each[0] if linear.experts is None else stack(each)
-    return {suffix: tensor.to(device) for suffix, tensor in together.items()}
+    return each[0] if linear.experts is None else stack(each)

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from prismaquant_ray.copies import DeviceCopies
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import FiniteChecks, all_finite
 from prismaquant_ray.layout import Block, BlockKind
@@ -40,6 +41,8 @@ class ModelRunner:
         self.meta_model, self.layout = build_layout(checkpoint, scope)
         #: Weights of blocks by parameter, by index, as `load_block` takes them.
         self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
+        #: Of weights, to the device.
+        self.copies = DeviceCopies(device)
         #: Of what blocks put out; whoever runs them settles these.
         self.checks = FiniteChecks(device)
         # What blocks read of a microbatch, on the device: `inputs` by their identity.
@@ -58,9 +61,10 @@ class ModelRunner:
         module = self._new(block)
         shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
         weights = self.prefetcher.get(index)
-        state = {name: weight.view(shapes[name]) for name, weight in weights.items()}
+        # The host lets go of each when it is on the device.
+        state = {name: self.copies.take(weights.pop(name)).view(shapes[name]) for name in [*weights]}
         module.load_state_dict(state, strict=True, assign=True)
-        return module.requires_grad_(False).to(self.device, non_blocking=True)
+        return module.requires_grad_(False).to(self.device)
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Weights by parameter; experts stored one by one are concatenated along the rows."""
@@ -68,9 +72,7 @@ class ModelRunner:
         read, weights = self._read(block.tensors), {}
         for parameter in block.parameters:
             tensors = [read.pop(name) for name in parameter.tensors]
-            joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            # Pinned memory makes copies to the GPU asynchronous.
-            weights[parameter.name] = joined.pin_memory() if self.device.type == "cuda" else joined
+            weights[parameter.name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return weights
 
     def _new(self, block: Block) -> nn.Module:
@@ -171,7 +173,7 @@ class ModelRunner:
     def _resident(self, names: Sequence[str]) -> Iterator[None]:
         model = self.meta_model.model
         read = self._read(names)
-        weights = {name: nn.Parameter(t.to(self.device), requires_grad=False) for name, t in read.items()}
+        weights = {name: nn.Parameter(self.copies.take(t), requires_grad=False) for name, t in read.items()}
         # A tied head is the same parameter under two owners; both must see the loaded one.
         by_identity = {id(model.get_parameter(name)): value for name, value in weights.items()}
         replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []

@@ -173,7 +173,7 @@ class Perturbed:
         with ExitStack() as stack:
             for matrix in group.matrices:
                 for linear in matrix.linears:
-                    decoded = spec.codec.decode(own(tensors, linear, torch.device("cpu"))).float()
+                    decoded = spec.codec.decode(own(tensors, linear)).float()
                     scale = tensors.get(f"{linear.names[0]}.input_global_scale")
 
                     def rounded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
@@ -310,7 +310,7 @@ def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probe
             assert codec is not None
             gradients = torch.autograd.grad(loss, weights)
             for linear, weight, gradient in zip(matrix.linears, weights, gradients, strict=True):
-                decoded = codec.decode(own(tensors, linear, torch.device("cpu"))).float()
+                decoded = codec.decode(own(tensors, linear)).float()
                 total += float((gradient * (decoded - weight.requires_grad_(False))).sum())
         p = probed.projected[block.index].of(name, "INT4")
         assert len(p) == seen

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -188,6 +189,8 @@ def pretended_cuda() -> Iterator[Ledger]:
         patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
         patch.object(torch.cuda, "current_stream", _Stream),
         patch.object(torch.cuda, "Stream", _Stream),
+        patch.object(torch.cuda, "Event", _Event),
+        patch.object(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(is_integrated=False)),
         patch.object(torch.cuda, "stream", lambda _: nullcontext()),
         patch.object(Pretended, "record_stream", lambda *_: None),
         _Factories(),
@@ -206,6 +209,16 @@ class _Stream:
     def synchronize(self) -> None:
         """The host waits for the device."""
         LEDGER.synchronize()
+
+
+class _Event:
+    """Of a copy, which is done by the time the host asks."""
+
+    def record(self, _: _Stream) -> None:
+        """Nothing to do."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
 
 def _moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
