@@ -23,6 +23,10 @@ from prismaquant_ray.events import Events, Machine, ShardDone, ShardYielded, Ste
 if TYPE_CHECKING:
     from prismaquant_ray.storage.record import Artifact
 
+#: Outputs of a shard that stay in its node's memory until a worker takes the shard that reads them; the rest is read from
+#: the run store. A lone worker takes that shard last, and Ray has room for twice as much on a machine it was started on.
+WAITING_BYTES = 1 << 28
+
 
 @dataclass(slots=True, eq=False)
 class _Output:
@@ -55,6 +59,14 @@ class _Pass:
             for microbatch, source in sources.items():
                 for readers in (self.unread, self.unfinished):
                     readers.setdefault(Step(source, microbatch), set()).add(shard)
+
+    def waiting(self, shard: int) -> int:
+        """Bytes of a shard's stored outputs that are still referenced."""
+        return sum(
+            output.artifact.size
+            for step, output in self.outputs.items()
+            if step.shard == shard and output.artifact is not None and output.reference is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +280,8 @@ class Controller:
         output = state.outputs.setdefault(step, _Output())
         output.artifact = artifact
         state.ring.appeared(step)
-        if step in state.unread and not state.unread[step]:
+        readers = state.unread.get(step, set())
+        if not readers or (readers.isdisjoint(state.ring.held.values()) and state.waiting(step.shard) > WAITING_BYTES):
             output.reference = None
 
     def _not_read(self, state: _Pass, flight: _Flight) -> None:

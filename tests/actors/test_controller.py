@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.controller import Controller, sources_of
+from actors.controller import WAITING_BYTES, Controller, sources_of
 from actors.messages import Failure, Receipt
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.pass_graph import PassGraph
@@ -129,6 +129,9 @@ class Handing(Scripted):
     they have a record.
     """
 
+    #: Bytes of what a step puts out.
+    size = 0
+
     def __init__(self, passed: Sequence[Shard], seed: int, losses: int = 0, stored: float = 0.5) -> None:
         super().__init__()
         self.passed = passed
@@ -204,7 +207,7 @@ class Handing(Scripted):
         self.waiting[worker] = [m for m in waiting if m not in written]
         output = Output(last, call.microbatch, worker)
         self.outputs[last, call.microbatch] = weakref.ref(output)
-        stored = {m: Artifact(key=f"{last}/{m}", size=0, sha256="") for m in written}
+        stored = {m: Artifact(key=f"{last}/{m}", size=self.size, sha256="") for m in written}
         receipt = Receipt(worker=worker, started=0.0, seconds=1.0, peak_bytes=1, stored=stored)
         return Reply(worker=worker, receipt=receipt, output=output)
 
@@ -282,6 +285,28 @@ def test_an_output_is_let_go_of_once_it_is_stored_and_all_have_read_it(stage: St
     driver.run_pass(passed)
     assert held[True] > 5
     assert held[False] > 5
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_waits_for_a_shard_that_nobody_has_taken_is_of_bounded_size(workers: int) -> None:
+    passed = whole_pass(PassGraph(decoder=3, texts=20), Stage.FORWARD)
+    most = 0
+
+    class Watching(Handing):
+        size = WAITING_BYTES // 8
+
+        def wait(self, timeout: float) -> Sequence[Reply]:
+            nonlocal most
+            for shard in passed:
+                waiting = [output() for (unit_, _), output in self.outputs.items() if unit_ == shard.units[-1]]
+                most = max(most, sum(each is not None for each in waiting))
+            return super().wait(timeout)
+
+    driver, _ = controller(Watching(passed, 0, stored=1.0), workers)
+    driver.run_pass(passed)
+    # The last to arrive is not yet known to be stored.
+    assert most <= 9
+    assert workers == 2 or most >= 8
 
 
 def test_what_a_lost_node_had_put_out_is_read_from_the_store_once_its_shard_is_finished() -> None:
