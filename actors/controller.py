@@ -23,8 +23,8 @@ from prismaquant_ray.events import Events, Machine, ShardDone, ShardYielded, Ste
 if TYPE_CHECKING:
     from prismaquant_ray.storage.record import Artifact
 
-#: Outputs of a shard that stay in its node's memory until a worker takes the shard that reads them; the rest is read from
-#: the run store. A lone worker takes that shard last, and Ray has room for twice as much on a machine it was started on.
+#: Outputs of a shard that stay in its node's memory until a worker takes the shard that reads them; the rest is read
+#: from the run store. A lone worker takes that shard last, and Ray, where a run starts it, has room for twice as much.
 WAITING_BYTES = 1 << 28
 
 
