@@ -20,8 +20,8 @@ from typing import Any
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
 
-# Activations of a few microbatches; Ray spills to its temporary directory beyond that.
-_OBJECT_STORE_BYTES = 512 * 2**20
+#: Activations of a few microbatches; Ray spills to its temporary directory beyond that.
+OBJECT_STORE_BYTES = 512 * 2**20
 LOOPBACK = "127.0.0.1"
 
 
@@ -121,7 +121,7 @@ def _started(config: ClusterConfig) -> Iterator[None]:
             log_to_driver=False,
             logging_level="error",
             namespace="prismaquant",
-            object_store_memory=_OBJECT_STORE_BYTES,
+            object_store_memory=OBJECT_STORE_BYTES,
             _node_ip_address=LOOPBACK,
             _temp_dir=directory,
         )
@@ -149,7 +149,7 @@ def _remove(directory: str) -> None:
 class Capacity:
     """The cluster's resources: nodes, and how many workers fit, on GPUs or on CPU cores.
 
-    `sharing` is the largest number of workers on one node, which share its memory; 1 on GPUs.
+    `sharing` is the largest number of workers on one node, which share its memory.
     """
 
     nodes: int
@@ -177,7 +177,7 @@ def capacity(config: ClusterConfig) -> Capacity:
     return Capacity(
         nodes=len(nodes),
         workers=sum(slots),
-        sharing=1 if gpu else max(1, *slots) if slots else 1,
+        sharing=max(1, *slots) if slots else 1,
         gpu=gpu,
         gpus=sum(gpus),
         cpus=sum(cpus),

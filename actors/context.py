@@ -10,7 +10,7 @@ from functools import cached_property
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Shard, Stage
-from prismaquant_ray.backward.loss import Loss
+from prismaquant_ray.backward.loss import GPU_LOGIT_BYTES, LOGIT_BYTES, Loss
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variants
@@ -71,7 +71,11 @@ class WorkerContext:
         """The loss of the model and of its draft head."""
         config, layout = self.config.calibration, self.runner.layout
         return Loss(
-            labels=config.labels, seed=config.seed, vocab_size=layout.vocab_size, image_token=layout.image_token
+            labels=config.labels,
+            seed=config.seed,
+            vocab_size=layout.vocab_size,
+            image_token=layout.image_token,
+            logit_bytes=LOGIT_BYTES if self.runner.device.type == "cpu" else GPU_LOGIT_BYTES,
         )
 
     @property

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from actors.schedule.shards import blocks_per_shard
-from prismaquant_ray.backward.loss import LOGIT_BYTES
+from prismaquant_ray.backward.loss import GPU_LOGIT_BYTES, LOGIT_BYTES
 from prismaquant_ray.config import Config
+from prismaquant_ray.copies import PIECE_BYTES, PIECES
 from prismaquant_ray.evaluation.variants import Variant
+from prismaquant_ray.events import Machine
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
+from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.forward.block import hessian_bytes
 from prismaquant_ray.forward.encode import AT_ONCE
 from prismaquant_ray.forward.routed_inputs import HESSIANS
 from prismaquant_ray.layout import HEADS, Block, BlockKind, Layout
 
-# torch, transformers, Ray's worker and the calibration tokens of one process.
+# torch, transformers, Ray's worker and the calibration tokens of one process; and CUDA's libraries, which nobody has
+# measured here, with the ring that copies pass.
 BASE_BYTES = 700_000_000
+_GPU_BASE_BYTES = BASE_BYTES + 2_000_000_000 + PIECES * PIECE_BYTES
 # Logits of one piece, their softmax, its cumulative sum and their gradient.
 _EXIT_COPIES = 6
 # Float32 copies of a fused group while it is rounded: stacked weights, three attempts and their errors, codes.
@@ -26,17 +31,64 @@ _ROUNDING_COPIES = 8
 _COMPACT_COPIES = 4
 # Training and held-out Hessians of some experts, and temporaries of their factorization.
 _HESSIAN_COPIES = 5
-# Boundaries of a microbatch in flight: four to be written, two to be read, one in and one out.
+# Boundaries of a microbatch in flight: four to be written, two to be read, one in and one out; on a GPU the last two.
 _BOUNDARIES = 8
+_GPU_BOUNDARIES = 2
+# A block's candidates on their way from a GPU to the store: those of two blocks in pinned memory, which is allocated in
+# powers of two, and what of one is being written.
+_LEAVING = 2 * 2 + 1
+
+# Embedding and head, as they are read and as tensors.
+_HEADS_READ = 3
+#: What to do when a worker's memory is not enough.
+ADVICE = (
+    "lower calibration.microbatch, calibration.length or cluster.workers, name fewer formats, or use devices with more "
+    "memory"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """Bytes of one memory that a worker takes: `fixed`, and `block` for each block it loads at a time, or `exit`."""
+
+    fixed: int
+    block: int
+    exit: int = 0
+
+    def peak(self, blocks: int) -> int:
+        """With `blocks` blocks at a time."""
+        return self.fixed + max(blocks * self.block, self.exit)
+
+    def fitting(self, free: int) -> int:
+        """Blocks that fit into `free` bytes."""
+        return (free - self.fixed) // self.block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Free:
+    """Bytes that a worker may take: where it computes, and of the host beside a GPU with a memory of its own."""
+
+    memory: int
+    host: int | None = None
+    gpu: bool = False
+
+    @classmethod
+    def of(cls, machine: Machine, sharing: int) -> Free:
+        """Of one of `sharing` workers on a machine."""
+        if machine.device == "cpu":
+            return cls(memory=machine.free_bytes // sharing)
+        host = machine.host_free_bytes
+        return cls(memory=machine.free_bytes, host=None if host is None else host // sharing, gpu=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
     """Bytes. `block_*` count once per loaded block, for the largest block; the rest once per worker.
 
-    `base`: the process. `working`: encoding one block and moving boundaries. `exit`: final norm, head and logits, or a
-    draft or output head, while no other block is loaded. `candidate_bytes` and `boundary` (the output of one block for
-    all tokens) are in the run store.
+    A worker on a CPU has one memory: `base` is its process; `working` encoding one block, reading another and moving
+    boundaries; `exit` final norm, head and logits, or a draft or output head, while no other block is loaded. A GPU's
+    worker takes `device` of its memory and `host` beside it. `candidate_bytes` and `boundary` (the output of one block
+    for all tokens) are in the run store.
     """
 
     base: int
@@ -46,28 +98,58 @@ class MemoryPlan:
     block_hessians: int
     block_candidates: int
     block_activations: int
+    device: Room
+    host: Room
     blocks: int
     candidate_bytes: int
     boundary: int
     repository: int
-    block: int = field(init=False)
 
-    def __post_init__(self) -> None:
+    @property
+    def block(self) -> int:
         """One loaded block: the forward pass holds Hessians, the backward pass candidates and activations.
 
         While a shard is finished, without activations by then, the following one is read.
         """
         weights, candidates = self.block_weights, self.block_candidates
         finishing = 2 * weights + self.block_hessians, 2 * (weights + candidates)
-        object.__setattr__(self, "block", max(*finishing, weights + candidates + self.block_activations))
+        return max(*finishing, weights + candidates + self.block_activations)
 
-    def worker(self, blocks: int) -> int:
-        """Peak of a worker that holds `blocks` blocks at a time."""
-        return self.base + self.working + max(blocks * self.block, self.exit)
+    @property
+    def cpu(self) -> Room:
+        """The memory of a worker on a CPU."""
+        return Room(fixed=self.base + self.working, block=self.block, exit=self.exit)
 
-    def fitting(self, free: int) -> int:
-        """Blocks that fit into `free` bytes."""
-        return (free - self.base - self.working) // self.block
+    @property
+    def shared(self) -> Room:
+        """The one memory of a GPU and its CPU on a chip that has no other."""
+        device, host = self.device, self.host
+        return Room(fixed=device.fixed + host.fixed, block=device.block + host.block, exit=device.exit + host.exit)
+
+    def rooms(self, free: Free) -> dict[str, tuple[Room, int]]:
+        """What a worker takes and has of each memory, by its name."""
+        if not free.gpu:
+            return {"memory": (self.cpu, free.memory)}
+        if free.host is None:
+            return {"memory of GPU and CPU": (self.shared, free.memory)}
+        return {"GPU memory": (self.device, free.memory), "host memory": (self.host, free.host)}
+
+    def room(self, free: Free) -> Room:
+        """What a worker takes of the memory where it computes."""
+        return next(room for room, _ in self.rooms(free).values())
+
+    def fitting(self, free: Free) -> int:
+        """Blocks that fit."""
+        return min(room.fitting(have) for room, have in self.rooms(free).values())
+
+    def lacking(self, free: Free) -> str | None:
+        """What is missing for one block at a time; None when nothing is."""
+        short = [
+            f"{gigabytes(room.peak(1))} of {name}, {gigabytes(have)} are free"
+            for name, (room, have) in self.rooms(free).items()
+            if room.peak(1) > have
+        ]
+        return "; ".join(short) or None
 
     def run_store(self, blocks: int) -> int:
         """Most bytes in the run store with shards of `blocks` blocks: boundaries, some gradients, candidates."""
@@ -76,22 +158,22 @@ class MemoryPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardSize:
-    """Blocks that a worker loads at a time, and why: how many fit into `free` bytes, how many keep all workers busy."""
+    """Blocks that a worker loads at a time, and why: how many fit into what is free, how many keep all workers busy."""
 
     blocks: int
-    free: int
+    free: Free
     fitting: int
     wanted: int
     configured: bool
 
 
-def shard_size(plan: MemoryPlan, config: Config, *, workers: int, free: int) -> ShardSize:
-    """`cluster.blocks_per_shard`, or as many blocks as fit into `free` bytes of a worker and keep all workers busy.
+def shard_size(plan: MemoryPlan, config: Config, *, workers: int, free: Free) -> ShardSize:
+    """`cluster.blocks_per_shard`, or as many blocks as fit into what a worker may take and keep all workers busy.
 
-    `cluster.memory`, when it is set, takes the place of `free`.
+    `cluster.memory`, when it is set, takes the place of the memory where a worker computes.
     """
     if config.cluster.memory != "auto":
-        free = config.cluster.memory
+        free = replace(free, memory=config.cluster.memory)
     fitting = plan.fitting(free)
     wanted = blocks_per_shard(blocks=plan.blocks, workers=workers, fitting=plan.blocks)
     configured = config.cluster.blocks_per_shard
@@ -114,24 +196,40 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
     has_experts = any(group.experts for group in layout.groups)
     hop = calibration.microbatch * calibration.length * layout.hidden_size * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
-    exit_bytes = vocabulary + _EXIT_COPIES * min(LOGIT_BYTES, 4 * calibration.length * layout.vocab_size)
-    heads = [
-        _held(block, layout, config, compute).total + exit_bytes + (vocabulary if block.kind is BlockKind.DRAFT else 0)
-        for block in layout.of(*HEADS)
+    head = (
+        max(
+            _held(block, layout, config, compute).total + (vocabulary if block.kind is BlockKind.DRAFT else 0)
+            for block in layout.of(*HEADS)
+        )
+        if layout.of(*HEADS)
+        else 0
+    )
+    exits = [
+        vocabulary + _EXIT_COPIES * min(logits, 4 * calibration.length * layout.vocab_size) + head
+        for logits in (LOGIT_BYTES, GPU_LOGIT_BYTES)
     ]
-    return MemoryPlan(
-        base=BASE_BYTES,
-        working=max(block.source_bytes + candidate_bytes([block], config.formats) for block in chain)
-        + 3 * 4 * widest**2
+    candidates = max(candidate_bytes([block], config.formats) for block in chain)
+    reading = max(block.source_bytes + candidate_bytes([block], config.formats) for block in chain)
+    encoding = (
+        3 * 4 * widest**2
         + _ROUNDING_COPIES * 4 * min(largest, AT_ONCE)
         + _COMPACT_COPIES * largest
-        + _BOUNDARIES * hop
-        + (_HESSIAN_COPIES * 4 * HESSIANS if has_experts else 0),
-        exit=max([exit_bytes, *heads]),
+        + (_HESSIAN_COPIES * 4 * HESSIANS if has_experts else 0)
+    )
+    return MemoryPlan(
+        base=BASE_BYTES,
+        working=reading + encoding + _BOUNDARIES * hop,
+        exit=exits[0],
         block_weights=held.weights,
         block_hessians=held.hessians,
         block_candidates=held.candidates,
         block_activations=held.activations,
+        device=Room(fixed=encoding + _GPU_BOUNDARIES * hop, block=held.total, exit=exits[1]),
+        host=Room(
+            fixed=_GPU_BASE_BYTES + reading + _LEAVING * candidates + _BOUNDARIES * hop,
+            block=held.weights + candidates,
+            exit=_HEADS_READ * vocabulary,
+        ),
         blocks=len(layout.blocks),
         candidate_bytes=candidate_bytes(layout.blocks, config.formats),
         boundary=calibration.sequences * calibration.length * layout.hidden_size * compute,
@@ -152,19 +250,30 @@ def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants
     hop = (1 + len(variants)) * tokens * layout.hidden_size * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
     heads = 2 if any(variant.choice is None for variant in variants) else 1
+    reading = max(block.source_bytes for block in chain)
+    activations = max(
+        4 * tokens * (4 * layout.hidden_size + sum(linear.in_features + linear.out_features for linear in b.linears))
+        for b in chain
+    )
+    # Logits of one piece in float64, of the source and of one variant.
+    piece = _EXIT_COPIES * 2 * min(GPU_LOGIT_BYTES, 4 * length * layout.vocab_size)
     return MemoryPlan(
         base=BASE_BYTES,
-        working=max(block.source_bytes for block in chain) + 4 * group + _BOUNDARIES * hop,
-        # Logits of one piece in float64, of the source and of one variant.
+        working=reading + 4 * group + _BOUNDARIES * hop,
         exit=heads * vocabulary + _EXIT_COPIES * 2 * LOGIT_BYTES,
         block_weights=largest * compute,
         block_hessians=0,
         block_candidates=largest * copies,
-        block_activations=max(
-            4
-            * tokens
-            * (4 * layout.hidden_size + sum(linear.in_features + linear.out_features for linear in b.linears))
-            for b in chain
+        block_activations=activations,
+        device=Room(
+            fixed=4 * group + _GPU_BOUNDARIES * hop,
+            block=largest * (compute + copies) + activations,
+            exit=heads * vocabulary + piece,
+        ),
+        host=Room(
+            fixed=_GPU_BASE_BYTES + heads * reading + _BOUNDARIES * hop,
+            block=largest * (compute + copies),
+            exit=heads * _HEADS_READ * vocabulary,
         ),
         blocks=len(chain),
         candidate_bytes=0,

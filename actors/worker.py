@@ -43,6 +43,7 @@ from prismaquant_ray import __version__
 from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config
+from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import DeviceMemoryError, PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
 from prismaquant_ray.events import Machine, StepMetrics
@@ -181,14 +182,17 @@ class ShardWorker:
         )
 
     def _machine(self) -> Machine:
-        cuda = self.device.type == "cuda"
+        cuda, host = self.device.type == "cuda", free_memory()
+        device = planned_of(torch.cuda.mem_get_info()[0]) if cuda else host
+        apart = has_own_memory(self.device)
         return Machine(
             version=__version__,
             pid=os.getpid(),
             host=socket.gethostname(),
             device=torch.cuda.get_device_name() if cuda else "cpu",
-            free_bytes=planned_of(torch.cuda.mem_get_info()[0]) if cuda else free_memory(),
+            free_bytes=device if apart else min(device, host),
             host_bytes=int(psutil.virtual_memory().total),
+            host_free_bytes=host if apart else None,
         )
 
     def _set_up_device(self, spec: WorkerSpec) -> None:

@@ -68,7 +68,7 @@ COMMANDS = {
         (
             CONFIG,
             SET,
-            click.Option(["--for", "machines"], multiple=True, metavar="NxSIZE", help="Plan for e.g. 8x80GB instead."),
+            click.Option(["--for", "machines"], multiple=True, metavar="NxGPU", help="Plan for e.g. 8xH100 or 8x80GB."),
         ),
     ),
     "doctor": Command(

@@ -41,7 +41,10 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Where a worker runs: its process, its device, bytes free on the device and in all on the host."""
+    """Where a worker runs: its process, its device, bytes free on the device and in all on the host.
+
+    `host_free_bytes` is what is free on the host beside a GPU that has a memory of its own.
+    """
 
     version: str
     pid: int
@@ -49,6 +52,7 @@ class Machine:
     device: str
     free_bytes: int
     host_bytes: int
+    host_free_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

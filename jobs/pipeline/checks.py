@@ -7,11 +7,12 @@ import os
 import shutil
 from pathlib import Path
 
-from actors.connect import joins
+from actors.connect import OBJECT_STORE_BYTES, joins
 from actors.memory import free_memory, planned_of
-from actors.memory_plan import MemoryPlan, ShardSize, shard_size
+from actors.memory_plan import ADVICE, Free, MemoryPlan, ShardSize, shard_size
 from prismaquant_ray import __version__, records
 from prismaquant_ray.config import Config
+from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
@@ -59,14 +60,14 @@ def check_room(config: Config, plan: MemoryPlan) -> ShardSize:
         InputError: memory or disk cannot hold the run; the message has the plan's figures.
     """
     workers = expected_workers(config)
-    size = shard_size(plan, config, workers=workers, free=free_device_memory(config) // workers)
-    if plan.worker(1) > size.free and (not joins(config.cluster) or config.cluster.memory != "auto"):
+    size = shard_size(plan, config, workers=workers, free=free_here(config, workers))
+    lacking = plan.lacking(size.free)
+    if lacking is not None and (not joins(config.cluster) or config.cluster.memory != "auto"):
         raise InputError(
-            f"not enough memory: {workers} workers need {gigabytes(plan.worker(1))} each (weights "
+            f"not enough memory: each of {workers} workers needs {lacking} for each (weights "
             f"{gigabytes(plan.block_weights)}, Hessians {gigabytes(plan.block_hessians)}, candidates "
             f"{gigabytes(plan.block_candidates)}, activations {gigabytes(plan.block_activations)}, head "
-            f"{gigabytes(plan.exit)}, working {gigabytes(plan.working)}, process {gigabytes(plan.base)}), "
-            f"{gigabytes(size.free)} are there for each; lower cluster.workers or calibration.microbatch"
+            f"{gigabytes(plan.exit)}, working {gigabytes(plan.working)}, process {gigabytes(plan.base)}); {ADVICE}"
         )
     _check_disk(config, plan, size.blocks)
     return size
@@ -92,15 +93,16 @@ def _check_disk(config: Config, plan: MemoryPlan, blocks: int) -> None:
             )
 
 
-def with_dtype(config: Config) -> Config:
-    """The configuration with `model.dtype` decided: a run has one for good."""
+def with_dtype(config: Config, *, gpu: bool | None = None) -> Config:
+    """The configuration with `model.dtype` decided, for GPUs or not: a run has one for good."""
     if config.model.dtype != "auto":
         return config
-    gpu = config.cluster.device == "gpu"
-    if config.cluster.device == "auto":
-        import torch
+    if gpu is None:
+        gpu = config.cluster.device == "gpu"
+        if config.cluster.device == "auto":
+            import torch
 
-        gpu = torch.cuda.is_available()
+            gpu = torch.cuda.is_available()
     decided = config.model.model_copy(update={"dtype": "bfloat16" if gpu else "float32"})
     return config.model_copy(update={"model": decided})
 
@@ -115,13 +117,18 @@ def expected_workers(config: Config) -> int:
     return gpus or max(1, (os.cpu_count() or 1) // config.cluster.threads)
 
 
-def free_device_memory(config: Config) -> int:
-    """Free bytes to plan with, in total, on the devices of this machine's workers."""
+def free_here(config: Config, workers: int) -> Free:
+    """What each of `workers` workers may take on this machine, beside the object store of a Ray started here."""
     import torch
 
-    if config.cluster.device != "cpu" and torch.cuda.is_available():
-        return sum(planned_of(torch.cuda.mem_get_info(device)[0]) for device in range(torch.cuda.device_count()))
-    return free_memory()
+    host = max(0, free_memory() - (0 if joins(config.cluster) else OBJECT_STORE_BYTES)) // workers
+    if config.cluster.device == "cpu" or not torch.cuda.is_available():
+        return Free(memory=host)
+    devices = range(torch.cuda.device_count())
+    least = min(planned_of(torch.cuda.mem_get_info(device)[0]) for device in devices)
+    if all(has_own_memory(torch.device("cuda", device)) for device in devices):
+        return Free(memory=least, host=host, gpu=True)
+    return Free(memory=min(least, host), gpu=True)
 
 
 def fingerprint(config: Config, source: TensorSource) -> Settings:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from actors.diagnosis import PLACE, Check, WorkerDiagnosis
-from actors.memory_plan import MemoryPlan, shard_size
+from actors.memory_plan import ADVICE, Free, MemoryPlan, shard_size
 from actors.messages import WorkerSpec
 from actors.protocol import Call, CallKind, Reply
 from jobs.pipeline import checks, sources
@@ -80,8 +80,10 @@ def doctor(config: Config, *, open_workers: OpenWorkers = ray_workers) -> Diagno
         sharing = pool.sharing()
     workers = [_examined(name, result, plan, sharing) for name, result in found.items()]
     diagnoses = [each.diagnosis for each in workers if each.diagnosis is not None]
-    free = min((each.machine.free_bytes // sharing for each in diagnoses), default=0)
-    blocks = max(1, shard_size(plan, config, workers=len(found), free=free).blocks)
+    sizes = [
+        shard_size(plan, config, workers=len(found), free=Free.of(each.machine, sharing)).blocks for each in diagnoses
+    ]
+    blocks = max(1, min(sizes, default=1))
     rates = [each.rates for each in diagnoses]
     return Diagnosis(
         dtype=config.model.dtype,
@@ -142,7 +144,7 @@ def _answer(reply: Reply) -> WorkerDiagnosis | Check:
 def _examined(name: str, result: WorkerDiagnosis | Check, plan: MemoryPlan, sharing: int) -> Examined:
     if isinstance(result, Check):
         return Examined(worker=name, diagnosis=None, checks=[result])
-    machine, free = result.machine, result.machine.free_bytes // sharing
+    machine, free = result.machine, Free.of(result.machine, sharing)
     own = [
         Check(
             name="version",
@@ -152,9 +154,13 @@ def _examined(name: str, result: WorkerDiagnosis | Check, plan: MemoryPlan, shar
         ),
         Check(
             name="memory",
-            passed=plan.worker(1) <= free,
-            found=f"{gigabytes(plan.worker(1))} are planned with one block at a time, {gigabytes(free)} are free",
-            advice="lower calibration.microbatch or cluster.workers, name fewer formats, or use larger devices",
+            passed=plan.lacking(free) is None,
+            found="one block at a time takes "
+            + ", ".join(
+                f"{gigabytes(room.peak(1))} of {gigabytes(have)} of {name}"
+                for name, (room, have) in plan.rooms(free).items()
+            ),
+            advice=ADVICE,
         ),
     ]
     return Examined(worker=name, diagnosis=result, checks=[*own, *result.checks])

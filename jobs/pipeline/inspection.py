@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from actors.connect import joins
-from actors.memory import planned_of
 from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from jobs.pipeline import checks
+from jobs.pipeline.cards import Gpus
+from jobs.pipeline.estimate import StageTime, estimate
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
 from prismaquant_ray.config import Config
-from prismaquant_ray.config_values import parse_bytes
-from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats import FormatName, codecs_of
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.records import ServerMemory
 from prismaquant_ray.source.protocol import TensorSource
 
-_MACHINE = re.compile(r"(\d+)x(.+)")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachinePlan:
-    """The plan of a run on `workers` devices of a given size, e.g. 8x80GB; sizes in bytes.
+    """The plan of a run on `workers` GPUs of a given kind or size, e.g. 8xH100 or 8x80GB; sizes in bytes.
 
-    `fitting` blocks fit on a device; `wanted` blocks per shard give every worker enough visits.
+    `fitting` blocks fit on a GPU; `wanted` blocks per shard give every worker enough visits. A worker takes
+    `worker_bytes` of a GPU and `host_bytes` beside it, none where both have one memory. `lacking` says what is missing
+    for one block at a time. The time by stage is known for cards of `CARDS`.
     """
 
     machine: str
     workers: int
-    fits: bool
+    lacking: str | None
     blocks_per_shard: int
     fitting: int
     wanted: int
     worker_bytes: int
+    host_bytes: int
     run_store_bytes: int
+    stages: list[StageTime]
+
+    @property
+    def fits(self) -> bool:
+        """Whether a run is possible."""
+        return self.lacking is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,19 +80,22 @@ class Inspection:
 def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
     """Layout, candidates, budget bounds, memory and disk plan.
 
-    With `machines`, e.g. 8x80GB, the plan is for those instead of this one, and weights may be missing.
+    With `machines`, e.g. 8xH100 or 8x80GB, the plan is for those GPUs instead of this machine, and weights may be
+    missing.
 
     Raises:
         InputError: the configuration cannot be used, or its run cannot fit on this machine.
     """
-    others = [_machine(machine) for machine in machines]
+    others = [Gpus.parse(machine) for machine in machines]
+    if others:
+        config = checks.with_dtype(config, gpu=True)
     run = Run(config, weights=False)
     layout, sizes = run.layout, run.sizes
     limit = sizes.limit(config.budget)
     plan = run.memory_plan
     workers = checks.expected_workers(config)
     if others:
-        size = shard_size(plan, config, workers=workers, free=checks.free_device_memory(config) // workers)
+        size = shard_size(plan, config, workers=workers, free=checks.free_here(config, workers))
     else:
         size = checks.check_room(config, plan)
     return Inspection(
@@ -108,9 +116,9 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
         workers=workers,
         on_this_machine=not joins(config.cluster),
         blocks_per_shard=size,
-        worker_bytes=plan.worker(size.blocks),
+        worker_bytes=plan.room(size.free).peak(size.blocks),
         run_store_bytes=plan.run_store(size.blocks),
-        machines=[_plan(config, plan, machine, *other) for machine, other in zip(machines, others, strict=True)],
+        machines=[_plan(run, plan, other) for other in others],
     )
 
 
@@ -119,33 +127,28 @@ def _stored(sizes: Sizes, config: Config, limit: int) -> int:
     return limit if config.budget.bpp is None else limit + int((sizes.stored - sizes.weights).max(axis=1).sum())
 
 
-def _machine(text: str) -> tuple[int, int]:
-    """Number of workers and bytes per worker from 8x80GB."""
-    found = _MACHINE.fullmatch(text)
-    try:
-        count, size = (int(found[1]), parse_bytes(found[2])) if found else (0, 0)
-    except ValueError as error:
-        raise InputError(f"--for {text}: {error}") from error
-    if count < 1 or size < 1:
-        raise InputError(f"--for {text}: write how many devices of how much memory, e.g. 8x80GB")
-    return count, size
-
-
-def _plan(config: Config, plan: MemoryPlan, machine: str, workers: int, memory: int) -> MachinePlan:
-    """The plan for a machine with `workers` GPUs of `memory` bytes each."""
+def _plan(run: Run, plan: MemoryPlan, machines: Gpus) -> MachinePlan:
+    config, layout = run.config, run.layout
+    # What is configured for this machine says nothing about another one.
     elsewhere = config.model_copy(update={"cluster": config.cluster.model_copy(update={"memory": "auto"})})
-    memory = planned_of(memory)
-    size = shard_size(plan, elsewhere, workers=workers, free=memory)
+    size = shard_size(plan, elsewhere, workers=machines.workers, free=machines.free)
     blocks = max(1, size.blocks)
+    rooms = [room for room, _ in plan.rooms(machines.free).values()]
+    stages: list[StageTime] = []
+    if machines.card is not None:
+        rates = [machines.card.rates(len(codecs_of(config.formats)))] * machines.workers
+        stages = estimate(layout, config, plan, rates, blocks_per_shard=blocks)
     return MachinePlan(
-        machine=machine,
-        workers=workers,
-        fits=plan.worker(blocks) <= memory,
+        machine=machines.text,
+        workers=machines.workers,
+        lacking=plan.lacking(machines.free),
         blocks_per_shard=blocks,
         fitting=max(0, size.fitting),
         wanted=size.wanted,
-        worker_bytes=plan.worker(blocks),
+        worker_bytes=rooms[0].peak(blocks),
+        host_bytes=sum(room.peak(blocks) for room in rooms[1:]),
         run_store_bytes=plan.run_store(blocks),
+        stages=stages,
     )
 
 

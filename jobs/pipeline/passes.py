@@ -14,7 +14,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from actors.controller import Controller
-from actors.memory_plan import MemoryPlan, shard_size
+from actors.memory_plan import ADVICE, Free, MemoryPlan, shard_size
 from actors.messages import WorkerSpec
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import REQUESTS, RunStore
@@ -34,6 +34,7 @@ from prismaquant_ray.events import (
     ShardsShrunk,
     ShardsSized,
 )
+from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.records import DeviceRecord
 from prismaquant_ray.serialization import to_bytes
 
@@ -97,13 +98,18 @@ class Passes(ABC):
                 self.memory_plan,
                 self.spec.config,
                 workers=pool.wanted,
-                free=first.free_bytes // pool.sharing(),
+                free=Free.of(first, pool.sharing()),
             )
+            lacking = self.memory_plan.lacking(size.free)
+            if lacking is not None:
+                raise ResourceError(
+                    f"a worker on {first.host} ({first.device}) cannot hold one block at a time: {lacking}; {ADVICE}"
+                )
             self.events(
                 ShardsSized(
                     model_blocks=self.memory_plan.blocks,
                     blocks=size.blocks,
-                    free_bytes=size.free,
+                    free_bytes=size.free.memory,
                     fitting=size.fitting,
                     wanted=size.wanted,
                 )
@@ -130,10 +136,9 @@ class Passes(ABC):
     def _shrunk(self, limit: int, error: DeviceMemoryError) -> int:
         """Half as many blocks at a time as did not fit; shards of any size give the same bytes."""
         if limit == 1:
-            plan = self.memory_plan
+            planned = gigabytes(self.memory_plan.device.peak(1))
             raise ResourceError(
-                f"{error}, with one block at a time, for which {plan.worker(1) / 1e9:.2f} GB are planned; lower "
-                "calibration.microbatch or calibration.length, or use devices with more memory"
+                f"{error}, with one block at a time, for which {planned} are planned; {ADVICE}"
             ) from error
         self.events(ShardsShrunk(blocks=limit // 2, message=str(error)))
         return limit // 2

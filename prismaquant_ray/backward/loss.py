@@ -21,6 +21,8 @@ Labels = Literal["sampled", "data"]
 IGNORED = -100
 #: Logits of one piece: the head's cost in memory does not grow with the microbatch.
 LOGIT_BYTES = 1 << 26
+#: The same on a GPU, which reads the whole head for every piece, from a memory much slower than its products.
+GPU_LOGIT_BYTES = 1 << 29
 #: Random streams of the labels of one sequence: those of the model, and of its draft head.
 MODEL, DRAFT = 0, 1
 
@@ -29,18 +31,20 @@ MODEL, DRAFT = 0, 1
 class Loss:
     """Cross-entropy against labels of one kind.
 
-    `vocab_size` bounds a piece; positions that predict `image_token`, a placeholder for images, have no loss.
+    `vocab_size` and `logit_bytes` bound a piece; positions that predict `image_token`, a placeholder for images, have
+    no loss.
     """
 
     labels: Labels
     seed: int
     vocab_size: int
     image_token: int | None = None
+    logit_bytes: int = LOGIT_BYTES
 
     @property
     def piece(self) -> int:
         """Positions whose logits are computed at a time."""
-        return max(1, LOGIT_BYTES // (4 * self.vocab_size))
+        return max(1, self.logit_bytes // (4 * self.vocab_size))
 
     def gradient(
         self, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, batch: Batch, *, stream: int = MODEL

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from actors.connect import capacity, joins, worker_count
+from actors.memory_plan import Free
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.events import Machine
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True, **labels: str) -> dict[str, Any]:
@@ -42,11 +44,21 @@ def test_dead_nodes_and_nodes_with_other_labels_do_not_count(nodes: list[dict[st
     assert str(found) == "the cluster has 0 GPUs and 4 CPUs on 1 nodes with labels pool=spot"
 
 
+def machine(device: str, free: int, host: int | None = None) -> Machine:
+    return Machine(version="", pid=1, host="here", device=device, free_bytes=free, host_bytes=0, host_free_bytes=host)
+
+
 def test_workers_of_one_node_share_its_memory_but_not_its_gpus(nodes: list[dict[str, Any]]) -> None:
     nodes += [node(4), node(2)]
-    assert capacity(ClusterConfig()).sharing == 4
+    sharing = capacity(ClusterConfig()).sharing
+    assert sharing == 4
+    assert Free.of(machine("cpu", 400), sharing) == Free(memory=100)
     nodes.append(node(8, 8))
-    assert capacity(ClusterConfig()).sharing == 1
+    sharing = capacity(ClusterConfig()).sharing
+    assert sharing == 8
+    assert Free.of(machine("NVIDIA H100", 80, host=400), sharing) == Free(memory=80, host=50, gpu=True)
+    # A chip that is GPU and CPU at once.
+    assert Free.of(machine("NVIDIA GB10", 120), 1) == Free(memory=120, gpu=True)
     nodes.clear()
     assert capacity(ClusterConfig()).sharing == 1
 

@@ -164,7 +164,7 @@ def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path
         "run.measure()\n"
         # Not ru_maxrss, which a child inherits from the process that forked it.
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
-        "print(int(peak) * 1024, run.memory_plan.worker(1))\n"
+        "print(int(peak) * 1024, run.memory_plan.cpu.peak(1))\n"
     )
     peaks = {}
     shape = {"hidden": 512, "intermediate": 2048, "heads": 8, "kv_heads": 8, "head_dim": 64}

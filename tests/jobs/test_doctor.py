@@ -111,7 +111,7 @@ def test_a_worker_with_too_little_memory_fails(config: Config, monkeypatch: pyte
     monkeypatch.setattr(inprocess, "ShardWorker", Small)
     found = doctor(config, open_workers=in_process(1))
     assert list(failed(found)) == ["worker-0 memory"]
-    assert "are planned with one block at a time, 0.10 GB are free" in failed(found)["worker-0 memory"]
+    assert "GB of 0.10 GB of memory" in failed(found)["worker-0 memory"]
 
 
 def test_a_worker_that_dies_is_named_and_the_others_are_examined(

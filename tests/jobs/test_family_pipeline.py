@@ -206,7 +206,7 @@ def test_reference_models_are_planned_from_their_configuration(tmp_path: Path, m
         f"store.output={tmp_path / 'output'}",
     ]
     config = load_config(ROOT / f"configs/models/{model}/inspect.yaml", overrides)
-    machines = ["1x24GB", "1x80GB", "8x80GB", "1x128GB"]
+    machines = ["1x24GB", "1x80GB", "8x80GB", "1x128GB", "1xGB10", "8xh100"]
     result = inspect(config, machines=machines)
     assert result.blocks == blocks
     assert result.quantizable_parameters / 1e9 == pytest.approx(parameters, abs=0.05)
@@ -214,17 +214,27 @@ def test_reference_models_are_planned_from_their_configuration(tmp_path: Path, m
     assert "no weights" in result.guesses[0]
     plans = {plan.machine: plan for plan in result.machines}
     assert list(plans) == machines
+    sizes = {"GB10": 128e9, "h100": 80e9}
     for plan in plans.values():
-        memory = float(plan.machine.partition("x")[2].removesuffix("GB")) * 1e9
-        assert plan.fits == (plan.worker_bytes <= memory)
+        card = plan.machine.partition("x")[2]
+        memory = sizes.get(card) or float(card.removesuffix("GB")) * 1e9
+        # 8 % are left to fragments and workspaces.
+        assert plan.fits == (plan.worker_bytes <= 0.92 * memory)
         assert 1 <= plan.blocks_per_shard <= max(1, plan.fitting)
+        assert (plan.host_bytes > 0) == (card != "GB10"), "a chip with one memory has no other"
+        assert bool(plan.stages) == (card in sizes)
     assert plans["1x24GB"].fits == (model != "qwen3.5-122b-a10b")
     assert plans["1x80GB"].fits
     assert plans["8x80GB"].blocks_per_shard <= plans["1x80GB"].blocks_per_shard
     assert plans["1x128GB"].blocks_per_shard > plans["1x80GB"].blocks_per_shard
+    assert plans["1xGB10"].fitting < plans["1x128GB"].fitting, "what the host keeps counts, too"
+    assert plans["8xh100"].blocks_per_shard == plans["8x80GB"].blocks_per_shard
+    assert [stage.stage for stage in plans["8xh100"].stages] == [
+        "forward pass", "encoding", "backward pass", "assembly", "verification",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("machine", ["80GB", "0x80GB", "1x", "1xmuch", "x80GB"])
+@pytest.mark.parametrize("machine", ["80GB", "0x80GB", "1x", "1xmuch", "x80GB", "0xH100", "8xH300"])
 def test_a_machine_that_is_none_is_refused(machine: str) -> None:
     config = load_config(ROOT / "configs/models/qwen3.6-27b/inspect.yaml")
     with pytest.raises(InputError, match=f"--for {machine}"):

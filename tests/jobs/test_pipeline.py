@@ -590,7 +590,9 @@ def test_not_enough_memory_or_disk_is_refused_with_figures(
     config = configuration(tmp_path, source)
     with monkeypatch.context() as patched:
         patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
-        refused(config, r"not enough memory: 1 workers need \d\.\d\d GB each .*Hessians")
+        refused(
+            config, r"not enough memory: each of 1 workers needs \d\.\d\d GB of memory, \d\.\d\d GB are free .*Hessians"
+        )
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**3))
         refused(config, r"not enough disk .*run store \d\.\d\d GB")
