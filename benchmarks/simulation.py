@@ -20,6 +20,7 @@ from actors.schedule.ring import FINISH, Ring, Step
 from actors.schedule.run_store import Recorded
 from actors.schedule.shards import Work, blocks_per_shard, pending_shards
 from actors.schedule.units import PASSES, Exit, Shard, Stage
+from jobs.pipeline.cards import CARDS, STORAGE, SUSTAINED_PRODUCTS, SUSTAINED_SINGLE
 from prismaquant_ray.events import StepDone, busy_shares
 from prismaquant_ray.forward.routed_inputs import HESSIANS
 
@@ -301,10 +302,10 @@ def _after_exits(durations: Durations, microbatches: int, workers: int) -> tuple
 class Machine:
     """What a worker is assumed to sustain: FLOP/s, bytes/s, and seconds of one kernel launch and of one call."""
 
-    bfloat16: float = 400e12
-    float32: float = 40e12
+    bfloat16: float
+    float32: float
+    storage: float
     launch: float = 8e-6
-    storage: float = 1e9
     network: float = 3e9
     host: float = 5e9
     call: float = 2e-3
@@ -374,8 +375,15 @@ class Calibration:
         return self.microbatch * self.length * model.hidden * 2
 
 
-#: Assumptions about an H100 and a B200; of storage, network and host the same.
-MACHINES = {"H100": Machine(), "B200": Machine(bfloat16=1000e12, float32=60e12)}
+#: An H100 and a B200 as `inspect --for` takes them; of storage, network and host the same.
+MACHINES = {
+    name: Machine(
+        bfloat16=SUSTAINED_PRODUCTS * CARDS[name].products,
+        float32=SUSTAINED_SINGLE * CARDS[name].single,
+        storage=STORAGE,
+    )
+    for name in ("H100", "B200")
+}
 GPU = MACHINES["H100"]
 #: Widths of Qwen3-8B, Qwen3.6-27B, Qwen3.6-35B-A3B and Qwen3.5-122B-A10B; hybrid attention as its linear blocks.
 MODELS = {
