@@ -10,14 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
-from pydantic import JsonValue
+from typing_extensions import TypeAliasType
 
 from prismaquant_ray.formats import FormatName
 
 T = TypeVar("T")
 
+#: What JSON can say.
+Json = TypeAliasType("Json", "dict[str, Json] | list[Json] | str | bool | int | float | None")
 #: Settings as JSON, by name.
-Settings = dict[str, JsonValue]
+Settings = dict[str, Json]
 
 # Keys ---------------------------------------------------------------------------------------------------------------
 

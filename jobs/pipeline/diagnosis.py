@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.diagnosis import PLACE, Check, WorkerDiagnosis
+from actors.diagnosis import PLACE, WorkerDiagnosis
 from actors.memory_plan import ADVICE, Free, MemoryPlan, shard_size
 from actors.messages import WorkerSpec
 from actors.protocol import Call, CallKind, Reply
@@ -19,6 +19,7 @@ from jobs.pipeline.run import Run
 from jobs.pipeline.workers import OpenWorkers, WorkerPool, ray_workers
 from prismaquant_ray import __version__
 from prismaquant_ray.config import Config
+from prismaquant_ray.device_checks import Check
 from prismaquant_ray.errors import ResourceError
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.storage.connection import absolute

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family, family_of
 from prismaquant_ray.families.base import ATTENTION, GATED_MLP, NOT_A_LINEAR
@@ -17,6 +16,9 @@ from prismaquant_ray.model.experts import is_packed, unquantizable
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead, is_draft
 from prismaquant_ray.source.protocol import TensorSource, tensor_info
+
+if TYPE_CHECKING:
+    from prismaquant_ray.config import Config
 
 _WEIGHT = ".weight"
 

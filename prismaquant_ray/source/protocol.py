@@ -9,10 +9,11 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.source.header import TensorInfo
-from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    from prismaquant_ray.storage.store import Store
 
 # A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")

@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from pydantic import JsonValue
-
 from prismaquant_ray.errors import DamagedError, StoreError
+from prismaquant_ray.records import Json
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Record:
     """A finished unit of work: its artifacts by name, and metrics small enough for JSON (stored as `facts`)."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
-    metrics: dict[str, JsonValue] = field(default_factory=dict)
+    metrics: dict[str, Json] = field(default_factory=dict)
 
 
 def new_attempt() -> str:

@@ -16,6 +16,7 @@ from actors.schedule.recovery import Cause
 from actors.worker import ShardWorker
 from jobs.commands import doctor as command
 from jobs.pipeline.diagnosis import Diagnosis, doctor
+from prismaquant_ray import device_checks
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS
@@ -89,13 +90,13 @@ def test_what_a_run_store_holds_stays(config: Config) -> None:
 def test_a_device_that_rounds_otherwise_fails(
     config: Config, monkeypatch: pytest.MonkeyPatch, name: str, broken: Callable[[Any], Any]
 ) -> None:
-    function, calls = getattr(diagnosis, name), iter(range(1000))
+    function, calls = getattr(device_checks, name), iter(range(1000))
 
     def every_second(*args: Any) -> Any:
         found = function(*args)
         return broken(found) if next(calls) % 2 else found
 
-    monkeypatch.setattr(diagnosis, name, every_second)
+    monkeypatch.setattr(device_checks, name, every_second)
     found = doctor(config, open_workers=in_process(1))
     assert {key.partition(" ")[2] for key in failed(found)} == {
         f"{name} weights" for name in ("int4", "mxfp4", "nvfp4", "fp8", "mxfp8")
