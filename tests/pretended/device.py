@@ -187,6 +187,8 @@ def pretended_cuda() -> Iterator[Ledger]:
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         patch.object(torch.cuda, "mem_get_info", lambda *_: (80 * 10**9, 80 * 10**9)),
         patch.object(torch.cuda, "max_memory_allocated", lambda *_: 0),
+        patch.object(torch.cuda, "reset_peak_memory_stats", lambda *_: None),
+        patch.object(torch.cuda, "set_sync_debug_mode", lambda _: None),
         patch.object(torch.cuda, "current_stream", _Stream),
         patch.object(torch.cuda, "Stream", _Stream),
         patch.object(torch.cuda, "Event", _Event),
@@ -212,13 +214,19 @@ class _Stream:
 
 
 class _Event:
-    """Of a copy, which is done by the time the host asks."""
+    """Of a stream, which is done by the time the host asks. Between any two lies a millisecond."""
 
-    def record(self, _: _Stream) -> None:
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self, _: _Stream | None = None) -> None:
         """Nothing to do."""
 
     def synchronize(self) -> None:
         """Nothing to wait for."""
+
+    def elapsed_time(self, _: _Event) -> float:
+        """Milliseconds."""
+        return 1.0
 
 
 def _moving(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
