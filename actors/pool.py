@@ -24,6 +24,8 @@ WORKER_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     # Memory of a GPU that one block leaves in pieces serves the next one.
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # cuBLAS adds in the same order every time only with workspaces of a fixed size.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from actors.block_tasks import BackwardTask, ForwardTask, HeadBackwardTask, HeadTask
 from actors.boundary_tasks import EntryTask, ExitTask, PixelsTask
@@ -209,6 +210,9 @@ class ShardWorker:
         torch.set_num_threads(share_of_cores() if cuda else config.cluster.threads)
         if cuda:
             check_gpu()
+            # The same bits every time, but for operations that have no such kernel: the backward pass of attention.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         # Sums keep float32: cuDNN's default, and that of split products in BF16, round them to ten bits or to eight.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -272,7 +272,9 @@ class EventLog:
         self.peak_bytes: int = max((step.peak_bytes for step in steps_of(_parse(bytes(self._text), store))), default=0)
 
     def __call__(self, event: Event) -> None:
-        """Add an event; it reaches the store within seconds."""
+        """Add an event, unless it is a notice; it reaches the store within seconds."""
+        if isinstance(event, Notice):
+            return
         if isinstance(event, StepDone):
             self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
         self._text += event.line().encode() + b"\n"

@@ -28,6 +28,7 @@ from prismaquant_ray.events import (
     Event,
     Events,
     Machine,
+    Notice,
     ObjectRepaired,
     PassBegan,
     ShardDone,
@@ -66,6 +67,7 @@ class Passes(ABC):
         self.run_store = run_store
         self.events = events
         self.check = check
+        self._slow = False
 
     @abstractmethod
     def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
@@ -192,6 +194,14 @@ class Passes(ABC):
     def admit(self, worker: Machine) -> None:
         """Raise InputError unless the worker has the kind of device the run began with; others round differently."""
         store = self.run_store.store
+        if worker.device != "cpu" and self.spec.config.model.dtype == "float32" and not self._slow:
+            self._slow = True
+            self.events(
+                Notice(
+                    message=f"blocks compute in float32 on {worker.device}, several times slower than in bfloat16; "
+                    "model.dtype: auto is bfloat16 where the driver has a GPU or cluster.device is gpu"
+                )
+            )
         if store.create(records.DEVICE, to_bytes(DeviceRecord(device=worker.device))):
             return
         begun = read_stored(store, DeviceRecord, records.DEVICE, made_by="quantize --fresh")

@@ -114,7 +114,9 @@ class PieceLoss:
 
 def sample(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Labels (tokens,) by inversion of the cumulative distribution (tokens, V), for uniform (tokens,) in [0, 1)."""
-    cumulative = probabilities.cumsum(-1)
+    # CUDA scans a row by itself in parts whose order varies, and with them its sums; several rows are scanned alike.
+    alone = len(probabilities) == 1 and probabilities.device.type != "cpu"
+    cumulative = probabilities.expand(2, -1).cumsum(-1)[:1] if alone else probabilities.cumsum(-1)
     # Scaled by the total, which rounding leaves a little off 1.
     position = (uniform.to(cumulative.dtype) * cumulative[:, -1]).unsqueeze(-1)
     return torch.searchsorted(cumulative, position, right=True).squeeze(-1).clamp_(max=probabilities.shape[-1] - 1)

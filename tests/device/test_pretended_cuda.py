@@ -120,3 +120,4 @@ def test_the_doctor_finds_nothing_wrong_with_the_device(tmp_path: Path) -> None:
     assert found["failed"] == []
     assert {"memory", "nvfp4 weights", "NVFP4 activations"} <= set(found["checked"])
     assert found["copies"]
+    assert found["deterministic"]

@@ -21,6 +21,7 @@ from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.events import (
     EventLog,
     Events,
+    Notice,
     PassBegan,
     RunBegan,
     ShardDone,
@@ -69,10 +70,10 @@ def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None
 def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:
     told = [began(), step("worker-0", 1.0, 2.0, tokens=3, loss=0.5), step("worker-0", 1.0, 2.0, microbatch=None), LOST]
     log = EventLog(Store(tmp_path))
-    for event in told:
+    for event in (Notice(message="for people"), *told):
         log(event)
     log.flush()
-    assert read_events(Store(tmp_path)) == told
+    assert read_events(Store(tmp_path)) == told, "a notice is not kept"
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["pass", "step", "step", "lost"]
     assert "loss" not in lines[2], "a figure that a step does not have is left out"

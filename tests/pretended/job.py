@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from actors import diagnosis
@@ -86,4 +87,5 @@ def doctored(directory: Path) -> dict[str, Any]:
         "failed": [check.found for _, check in found.failed],
         "checked": [check.name for check in examined.checks],
         "copies": examined.diagnosis.rates.to_host is not None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
