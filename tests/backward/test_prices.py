@@ -159,6 +159,15 @@ class Perturbed:
         self.model.requires_grad_(False)
         self.errors: dict[int, tuple[Any, Any]] = {}
         self.epsilon = torch.zeros(0)
+        #: Tokens with an input, or a label, that the last bits of its computation decide.
+        self.undecided = torch.zeros(0, dtype=torch.bool)
+        self.group = ""
+
+    def judged(
+        self, group: FusedGroup, name: FormatName, tensors: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """p of every token, and whether the last bits of an input decide how it is rounded."""
+        return self.p(group, name, tensors, batch), self.undecided
 
     def p(self, group: FusedGroup, name: FormatName, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """∂L/∂ε of every token, or patch, with the labels that the probe samples."""
@@ -170,6 +179,8 @@ class Perturbed:
             if "merger" in group.name:
                 tokens //= 4
         self.epsilon = torch.zeros(tokens, requires_grad=True)
+        self.undecided = torch.zeros(tokens, dtype=torch.bool)
+        self.group = group.name
         with ExitStack() as stack:
             for matrix in group.matrices:
                 for linear in matrix.linears:
@@ -199,7 +210,11 @@ class Perturbed:
         labels = []
         for row, own_logits in enumerate(logits.detach()):
             uniform = np.random.default_rng((SEED, batch.first_sequence + row)).random(len(own_logits))
-            target = sample(torch.softmax(own_logits, -1), torch.from_numpy(uniform))
+            probabilities, uniform = torch.softmax(own_logits, -1), torch.from_numpy(uniform)
+            target = sample(probabilities, uniform)
+            unsure = torch.stack([sample(probabilities, uniform + move) != target for move in (-1e-6, 1e-6)]).any(0)
+            if "visual" not in self.group:
+                self.undecided[row * len(target) : (row + 1) * len(target)] |= unsure
             image = getattr(self.model.config, "image_token_id", None)
             if image is not None:
                 target[:-1][batch.tokens[row, 1:] == image] = IGNORED
@@ -209,10 +224,19 @@ class Perturbed:
     def _hook(self, decoded: Tensor, rounded: Any) -> Any:
         def add(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach().flatten(0, -2)
-            error = rounded(x) @ decoded.T - x @ module.weight.T
+            error = self._rounded(rounded, x, slice(None)) @ decoded.T - x @ module.weight.T
             return output + (self.epsilon.unsqueeze(-1) * error).view(output.shape)
 
         return add
+
+    def _rounded(self, rounded: Any, x: Tensor, tokens: slice) -> Tensor:
+        """The inputs (rows, I) of some tokens, rounded."""
+        found: Tensor = rounded(x)
+        for seed in range(4):
+            signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+            moved = (rounded(x * (1 + 1e-5 * signs)) - found).abs()
+            self.undecided[tokens] |= (moved > 1e-4 * x.abs().amax(-1, keepdim=True)).any(-1)
+        return found
 
     def _experts(self, module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Token by token, expert by expert."""
@@ -236,7 +260,9 @@ class Perturbed:
             return output
         decoded, rounded = found
         clean = x.detach()
-        error = decoded[expert] @ rounded(clean.unsqueeze(0))[0] - weight @ clean
+        error = (
+            decoded[expert] @ self._rounded(rounded, clean.unsqueeze(0), slice(token, token + 1))[0] - weight @ clean
+        )
         return output + self.epsilon[token] * error
 
 
@@ -266,8 +292,14 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
         if (group.name, str(name)) not in probed.projected[block.index]:
             continue  # the shape does not allow the format
         tensors = probed.tensors[block.index][name]
-        expected = torch.cat([reference.p(group, name, tensors, batch) for batch in batches])
+        expected, undecided = (
+            torch.cat(each)
+            for each in zip(*(reference.judged(group, name, tensors, batch) for batch in batches), strict=True)
+        )
         found = probed.projected[block.index].of(group.name, str(name))
+        # The reference has other last bits: where they decide how an input is rounded, or a label, it says nothing.
+        assert undecided.float().mean() < 0.1
+        expected = torch.where(undecided, found, expected)
         scale = float(expected.abs().max())
         assert scale > 0
         torch.testing.assert_close(
@@ -381,7 +413,7 @@ def test_a_tower_without_a_gradient_is_an_error(probes: Mapping[str, Probed]) ->
         patches = probed.runner.patches(batch.inputs)
     output = block_pass.forward(patches, batch)
     block_pass.backward(torch.zeros_like(output), batch)
-    with pytest.raises(InputError, match=r"visual\.blocks\.0\.\S+: its gradient is zero"):
+    with pytest.raises(InputError, match=r"visual\.blocks\.0: no gradient reaches it"):
         block_pass.finish(100)
 
 
