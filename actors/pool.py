@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.connect import Capacity, capacity
@@ -11,7 +11,7 @@ from actors.messages import Receipt, WorkerSpec
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
 from actors.worker import ShardWorker
-from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.errors import ResourceError, WorkerBugError
 
 # glibc settings. Arenas: by default every thread gets its own and cannot reuse memory that a storage thread freed; with
 # sixteen arenas a worker's memory grows with the number of blocks, with two it does not. Allocations above 16 MiB are
@@ -27,6 +27,15 @@ WORKER_ENVIRONMENT = {
     # cuBLAS adds in the same order every time only with workspaces of a fixed size.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A call on its way: whose it is, what it does, and what it puts out."""
+
+    worker: str
+    what: str
+    output: Any = None
 
 
 class RayWorkers:
@@ -53,18 +62,18 @@ class RayWorkers:
             options["memory"] = cluster.memory
         self._class = ray.remote(ShardWorker).options(**options)
         self._actors: dict[str, Any] = {}
-        self._flying: dict[Any, tuple[str, Any]] = {}
+        self._flying: dict[Any, Flight] = {}
 
     def start(self, worker: str) -> None:
         """Ask the cluster for an actor."""
         actor = self._class.remote()
         self._actors[worker] = actor
-        self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = worker, None
+        self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = Flight(worker, "hello")
 
     def submit(self, worker: str, call: Call) -> None:
         """Send a call under a name that dashboards and process lists show."""
         actor = self._actors[worker]
-        output = None
+        output, what = None, str(call.kind)
         if call.kind is CallKind.SETUP:
             reference = actor.setup.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
         elif call.kind is CallKind.DIAGNOSE:
@@ -73,15 +82,17 @@ class RayWorkers:
             reference = actor.drop.remote()
         else:
             assert call.shard is not None
-            name = f"prismaquant {call.shard.stage} {call.kind} {call.shard.name}"
+            what = f"{call.shard.stage} {call.kind} {call.shard.name}"
+            name = f"prismaquant {what}"
             if call.kind is CallKind.FINISH:
                 reference = actor.finish.options(name=name).remote(call.shard, call.following)
             elif call.kind is CallKind.PREFETCH:
                 reference = actor.prefetch.options(name=name).remote(call.shard)
             else:
+                what += f", microbatch {call.microbatch}"
                 run = actor.run.options(name=name, num_returns=2)
                 output, reference = run.remote(call.shard, call.microbatch, call.arriving)
-        self._flying[reference] = worker, output
+        self._flying[reference] = Flight(worker, what, output)
 
     def wait(self, timeout: float) -> Sequence[Reply]:
         """Every reply there is, or the first one to arrive."""
@@ -108,7 +119,8 @@ class RayWorkers:
             WorkerCrashedError,
         )
 
-        worker, output = self._flying.pop(reference)
+        flight = self._flying.pop(reference)
+        worker = flight.worker
         try:
             receipt: Receipt = ray.get(reference)
         except ObjectLostError:
@@ -117,18 +129,18 @@ class RayWorkers:
             if isinstance(error.cause, ObjectLostError):
                 return Reply(worker=worker)
             _refuse_unimportable(str(error))
-            raise
+            raise WorkerBugError(type(error.cause).__name__, str(error.cause), f"{flight.what} on {worker}") from error
         except (OutOfDiskError, RuntimeEnvSetupError) as error:
             raise ResourceError(f"Ray on the node of {worker}: {_first_line(error)}") from error
         except (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
             _refuse_unimportable(str(error))
             self._forget(worker)
             return Reply(worker=worker, lost=(_cause(error), _first_line(error)))
-        return Reply(worker=worker, receipt=receipt, output=output)
+        return Reply(worker=worker, receipt=receipt, output=flight.output)
 
     def stop(self, worker: str) -> None:
         """Kill an actor."""
-        self._flying = {reference: entry for reference, entry in self._flying.items() if entry[0] != worker}
+        self._flying = {reference: entry for reference, entry in self._flying.items() if entry.worker != worker}
         self._forget(worker)
 
     def _forget(self, worker: str) -> None:

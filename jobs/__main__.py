@@ -129,7 +129,7 @@ def cli() -> None:
 
 def _execute(name: str, /, *, as_json: bool, debug: bool, **values: Any) -> None:
     """Run a command; report an error as one line and an exit code."""
-    from prismaquant_ray.errors import PrismaquantError
+    from prismaquant_ray.errors import PrismaquantError, WorkerBugError
 
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -146,8 +146,9 @@ def _execute(name: str, /, *, as_json: bool, debug: bool, **values: Any) -> None
         # The outermost frame: any other exception is a bug of ours. It ends the command.
         if debug:
             raise
+        kind = "" if isinstance(error, WorkerBugError) else f"{type(error).__name__}: "
         summary = " ".join(str(error).split())[:500]
-        click.echo(f"bug: {type(error).__name__}: {summary} (run again with --debug for the traceback)", err=True)
+        click.echo(f"bug: {kind}{summary} (run again with --debug for the traceback)", err=True)
         sys.exit(1)
 
 

@@ -10,8 +10,8 @@ PrismaquantError          exit 1
     └── DamagedError      exit 3   one stored object is missing or is not what its record says
 ```
 
-Any other exception is a bug and ends with exit code 1. Instances survive pickling between
-actors unchanged.
+Any other exception is a bug and ends with exit code 1; that of a worker arrives as `WorkerBugError`. Instances survive
+pickling between actors unchanged.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ __all__ = [
     "PrismaquantError",
     "ResourceError",
     "StoreError",
+    "WorkerBugError",
 ]
 
 
@@ -51,6 +52,17 @@ class ResourceError(PrismaquantError):
 
 class DeviceMemoryError(ResourceError):
     """A GPU has no memory left for a shard. With fewer blocks it may have enough."""
+
+
+class WorkerBugError(Exception):
+    """A worker raised something that no other class here stands for: `kind` and `text` of it, and in which call."""
+
+    def __init__(self, kind: str, text: str, where: str) -> None:
+        super().__init__(f"{kind}: {text} ({where})")
+        self.parts = kind, text, where
+
+    def __reduce__(self) -> tuple[type[WorkerBugError], tuple[str, str, str]]:
+        return WorkerBugError, self.parts
 
 
 class StoreError(PrismaquantError):

@@ -198,7 +198,8 @@ class Layout:
     `embedding`, `pixels` and `head` name the tensors that the entry of the model, the entry of its vision tower and its
     exit load (entry and exit share the embedding when it is tied). `ignored` gives the reason for every matrix that
     stays as it is, by module path. `guesses` is empty for a known family; otherwise it lists assumptions.
-    `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets.
+    `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets. `tied` names
+    embedding and output head where the configuration ties them and the checkpoint stores both.
     """
 
     architecture: str
@@ -214,6 +215,7 @@ class Layout:
     vocab_size: int
     image_token: int | None
     top_k: int
+    tied: tuple[str, str] | None = None
 
     @cached_property
     def groups(self) -> tuple[FusedGroup, ...]:

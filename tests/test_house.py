@@ -35,6 +35,7 @@ THIRD_PARTY_JSON = {
     "prismaquant_ray.repository.routing.is_ignored": "quantization_config",
     "prismaquant_ray.repository.writer.write_repository": "a manifest",
     "prismaquant_ray.source.checkpoint.read_json": "config.json and what is like it",
+    "prismaquant_ray.source.config_json.portable": "config.json",
 }
 
 

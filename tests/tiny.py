@@ -106,7 +106,7 @@ def make_checkpoint(
     _randomise(model, seed)
     model.to(torch.bfloat16)
     model.save_pretrained(directory, max_shard_size=_shard_size(model, shards))
-    _tokenizer().save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -179,7 +179,7 @@ def _shard_size(model: PreTrainedModel, shards: int) -> int:
 
 
 @functools.cache
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of exactly `VOCABULARY` tokens, trained on the pseudo-English prose."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -41,7 +41,7 @@ from transformers import (
 )
 from transformers.processing_utils import ProcessorMixin
 
-from tests.tiny import LOGIT_STD, VOCABULARY, _tokenizer, random_tokens
+from tests.tiny import LOGIT_STD, VOCABULARY, random_tokens, tokenizer
 
 # family: (config class, model class)
 _CLASSES: dict[str, tuple[Any, Any]] = {
@@ -473,7 +473,7 @@ def _save(state: dict[str, Tensor], directory: Path, shards: int) -> None:
 
 
 def _hub_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    plain = _tokenizer()
+    plain = tokenizer()
     if not family.startswith("qwen3_5"):
         return plain
     sees = family in VISION_FAMILIES

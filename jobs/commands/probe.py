@@ -33,6 +33,9 @@ def render(result: ProbeSummary, console: Console) -> None:
     if result.draft_agreement:
         agreement = ", ".join(f"{name} {share:.3f}" for name, share in result.draft_agreement.items())
         console.print(f"  draft head agrees with the model's best guess: {agreement}")
+    if result.without_gradient:
+        more = f" and {len(result.without_gradient) - 1} more" if len(result.without_gradient) > 1 else ""
+        console.print(f"  note: no gradient reaches {result.without_gradient[0]}{more}; every format of it is priced 0")
     console.print("most sensitive:")
     for price in result.most_sensitive[:5]:
         console.print(f"  {price.cost:.5f} ± {price.standard_error:.5f}  {price.format:<8} {price.group}")

@@ -21,7 +21,7 @@ from prismaquant_ray.report.shipped import gather_shipped
 from prismaquant_ray.repository.manifest import MANIFEST, is_dequantized
 from prismaquant_ray.repository.staging import check_output, staged_output
 from prismaquant_ray.repository.verify import verify_repository
-from prismaquant_ray.repository.writer import Written, write_repository
+from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.prefix import Prefix
@@ -85,7 +85,7 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
             raise PrismaquantError(
                 f"the repository is wrong ({verification.problems[0]}); this is a bug, nothing was published"
             )
-        _check_budget(measured, plan, store, repository.total_bytes)
+        _check_budget(measured, plan, store, repository)
     run.note(
         RepositoryWritten(
             uri=absolute(output),
@@ -106,19 +106,23 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
     )
 
 
-def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, total_bytes: int) -> None:
-    """Check the budget against the written bytes, or against the tensors as a server loads them."""
+def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, repository: WrittenRepository) -> None:
+    """Check the budget against the written bytes, those of weights, or the tensors as a server loads them."""
     budget, serving = measured.config.budget, measured.sizes.serving
     if plan.target != budget.target:
         return  # made for another budget, checked when it was planned
-    exceeded = budget.bytes is not None and total_bytes > budget.bytes
+    exceeded = budget.bytes is not None and repository.total_bytes > budget.bytes
+    if budget.bpp is not None:
+        parameters = measured.layout.parameters
+        exceeded = round(repository.bpp * parameters / 8) > int(budget.bpp * parameters / 8)
     if budget.vram is not None:
         assert serving is not None
         loaded = json.loads(store.get(INDEX))["metadata"]["total_size"]
         exceeded = serving.needed(loaded) > budget.vram
     if exceeded:
         raise PrismaquantError(
-            f"{total_bytes} bytes exceed the budget {budget.target}; this is a bug, nothing was published"
+            f"{repository.total_bytes} bytes and {repository.bpp:.4f} bits per parameter exceed the budget "
+            f"{budget.target}; this is a bug, nothing was published"
         )
 
 

@@ -53,6 +53,24 @@ def check_weights(source: TensorSource, layout: Layout) -> None:
             check_finite(source.read([name]), source.store.uri)
 
 
+def check_tied(source: TensorSource, layout: Layout) -> None:
+    """Raise InputError where config.json ties embedding and output head, and the checkpoint has two that differ.
+
+    transformers would use both, a server that follows config.json the embedding.
+    """
+    if layout.tied is None:
+        return
+    import torch
+
+    read = source.read(layout.tied)
+    if not torch.equal(*(read[name] for name in layout.tied)):
+        embedding, head = layout.tied
+        raise InputError(
+            f"{source.store.uri}: config.json says tie_word_embeddings, but {head} is not {embedding}; set "
+            f"tie_word_embeddings to false if the model has an output head of its own, or remove {head}"
+        )
+
+
 def check_room(config: Config, plan: MemoryPlan) -> ShardSize:
     """Blocks that a worker of this machine will load at a time. Workers of other machines report their own memory.
 

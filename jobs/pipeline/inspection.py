@@ -101,7 +101,7 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
     return Inspection(
         architecture=layout.architecture,
         family=layout.family,
-        guesses=[*layout.guesses, *_assumed(run.source)],
+        guesses=[*layout.guesses, *_assumed(run.source), *_left_out(run.source)],
         blocks=len(layout.blocks),
         quantizable_parameters=layout.parameters,
         source_bytes=sum(info.nbytes for info in run.source.stored.values()),
@@ -150,6 +150,14 @@ def _plan(run: Run, plan: MemoryPlan, machines: Gpus) -> MachinePlan:
         run_store_bytes=plan.run_store(blocks),
         stages=stages,
     )
+
+
+def _left_out(source: TensorSource) -> Iterator[str]:
+    """Folders that are not copied."""
+    copied = {*source.other_files()}
+    folders = sorted({key.partition("/")[0] for key in source.store.list() if "/" in key and key not in copied})
+    if folders:
+        yield f"files in {', '.join(f'{folder}/' for folder in folders)} are not copied"
 
 
 def _assumed(source: TensorSource) -> Iterator[str]:

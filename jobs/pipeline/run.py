@@ -165,6 +165,7 @@ class Run:
             return
         checks.check_room(self.config, self.memory_plan)
         _ = self.calibration
+        checks.check_tied(self.source, self.layout)
         if self.source.store.path is not None:
             # Not for object stores: workers check the tensors they load.
             checks.check_weights(self.source, self.layout)

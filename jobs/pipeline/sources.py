@@ -9,6 +9,7 @@ from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.config import CalibrationConfig, EvaluationConfig, ModelConfig
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.source.checkpoint import Checkpoint
@@ -63,6 +64,12 @@ def load_tokens(
         texts = load_sequences(
             data.text, tokenizer, sequences=data.sequences, length=data.length, seed=seed, holdout=holdout
         )
+        largest = int(texts.tokens.max())
+        if largest >= layout.vocab_size:
+            raise InputError(
+                f"{source.store.uri}: the tokenizer makes token {largest} ({tokenizer.decode([largest])!r}), the "
+                f"embedding has {layout.vocab_size} rows; tokenizer and weights do not belong together"
+            )
         if data.images is None:
             return texts
         from prismaquant_ray.calibration.images import load_images

@@ -181,12 +181,16 @@ class Pricing:
             for (group, name), of_sequences, of_causes in zip(keys, squares, parts, strict=True):
                 groups[group][name] = price(of_sequences, of_causes, tokens)
         traces: dict[str, float | list[float]] = {}
+        reached = False
         for linear, trace in self._traces_by_linear():
-            if not bool(trace.any()):
-                raise InputError(
-                    f"{linear.name}: its gradient is zero for every calibration token; it cannot be priced"
-                )
+            # A Linear alone may have no effect, as beside an output projection of zeros: then every format is free.
+            reached = reached or bool(trace.any())
             traces[linear.name] = (trace.sum(-1) / tokens).tolist()
+        if not reached:
+            raise InputError(
+                f"{self.block.prefix or self.block.groups[0].name}: no gradient reaches it for any calibration token; "
+                "it cannot be priced"
+            )
         return BackwardRecord(groups=groups, fisher_trace=traces, tokens=tokens)
 
     def _traces_by_linear(self) -> Iterator[tuple[LinearSpec, Tensor]]:

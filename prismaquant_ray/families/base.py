@@ -67,5 +67,20 @@ class Family:
 ATTENTION = FusedRule(name="qkv_proj", members=("q_proj", "k_proj", "v_proj"))
 GATED_MLP = FusedRule(name="gate_up_proj", members=("gate_proj", "up_proj"))
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attention:
+    """A kind of attention with projections of its own, as in a `Family`."""
+
+    fused: tuple[FusedRule, ...]
+    ignored: tuple[tuple[str, str], ...]
+
+
+#: Multi-head latent attention. Source: DeepSeek-AI, "DeepSeek-V2" (arXiv 2405.04434), section 2.1.
+LATENT = Attention(
+    fused=(FusedRule(name="fused_qkv_a_proj", members=("q_a_proj", "kv_a_proj_with_mqa")),),
+    ignored=(("kv_b_proj", "the runtime absorbs it into latent attention, which multiplies in 16 bits"),),
+)
+
 ROUTER = "router: a wrong expert costs more than its few bytes"
 NOT_A_LINEAR = "neither a Linear nor experts that can be taken apart"

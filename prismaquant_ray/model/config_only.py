@@ -13,6 +13,7 @@ from prismaquant_ray.model.layout_builder import architecture_of, transformers_c
 from prismaquant_ray.model.meta_model import MetaModel, build_on_meta
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.source.checkpoint import read_json
+from prismaquant_ray.source.config_json import portable
 from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, files_beside_weights
@@ -27,7 +28,7 @@ class ConfigOnlyCheckpoint:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.config = read_json(store, "config.json")
+        self.config = portable(read_json(store, "config.json"))
         self.tensors: dict[str, TensorInfo] = {}
         for name, shape in _shapes(self):
             self.tensors[name] = TensorInfo(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family, family_of
-from prismaquant_ray.families.base import ATTENTION, GATED_MLP, NOT_A_LINEAR
+from prismaquant_ray.families.base import NOT_A_LINEAR
 from prismaquant_ray.layout import EXPERT, Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, Parameter
 from prismaquant_ray.model.experts import is_packed, unquantizable
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead, is_draft
+from prismaquant_ray.model.unknown_family import derive
+from prismaquant_ray.source.config_json import with_numbers
 from prismaquant_ray.source.protocol import TensorSource, tensor_info
 
 if TYPE_CHECKING:
@@ -49,7 +52,7 @@ def transformers_config(checkpoint: TensorSource) -> Any:
             f"{checkpoint.store.uri}: transformers does not know model_type {model_type!r}; update transformers "
             "or check config.json"
         )
-    return CONFIG_MAPPING[model_type].from_dict(dict(checkpoint.config))
+    return CONFIG_MAPPING[model_type].from_dict(with_numbers(checkpoint.config))
 
 
 def architecture_of(checkpoint: TensorSource) -> str:
@@ -73,18 +76,24 @@ def build_layout(checkpoint: TensorSource, scope: Scope = Scope()) -> tuple[Meta
         meta_model = MetaModel(config, architecture, blocks_path=known.blocks, vision=known.vision)
         return meta_model, _Builder(checkpoint, meta_model, known, scope).layout(architecture, ())
     meta_model = MetaModel(config, architecture)
-    generic = Family(name="generic", architectures=(), blocks=meta_model.blocks_path, fused=(ATTENTION, GATED_MLP))
-    guesses = (
-        f"{architecture} has no family; its decoder is assumed to be {meta_model.blocks_path}",
-        "q/k/v and gate/up projections are assumed to be fused by the runtime, everything else to stand alone",
-    )
-    return meta_model, _Builder(checkpoint, meta_model, generic, scope).layout(architecture, guesses)
+    unknown = derive(meta_model, architecture)
+    builder = _Builder(checkpoint, meta_model, unknown.family, scope, unknown.kept)
+    return meta_model, builder.layout(architecture, unknown.guesses)
 
 
 class _Builder:
     """Parses every module name once."""
 
-    def __init__(self, checkpoint: TensorSource, meta_model: MetaModel, family: Family, scope: Scope) -> None:
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        meta_model: MetaModel,
+        family: Family,
+        scope: Scope,
+        kept: Sequence[Mapping[str, str]] = (),
+    ) -> None:
+        """`kept` has the Linears of each decoder layer that stay, by path in it, with the reason."""
+        self.kept = kept or [{} for _ in meta_model.layers]
         self.checkpoint = checkpoint
         self.meta_model = meta_model
         self.family = family
@@ -100,13 +109,12 @@ class _Builder:
         embedding_module = model.get_input_embeddings()
         embedding = tuple(
             f"{path}.{name}"
-            for path, module in model.named_modules()
-            if module is embedding_module
-            for name, _ in module.named_parameters(recurse=False)
+            for path in self.meta_model.entry
+            for name, _ in model.get_submodule(path).named_parameters(recurse=False)
         )
         pixels = self._vision()
         for index, layer in enumerate(self.meta_model.layers):
-            self._add(BlockKind.DECODER, f"{self.meta_model.blocks_path}.{index}", layer)
+            self._add(BlockKind.DECODER, f"{self.meta_model.blocks_path}.{index}", layer, self.kept[index])
         self._draft()
         head = self._head(embedding)
         copied = self._copied({*embedding, *pixels, *head})
@@ -124,6 +132,7 @@ class _Builder:
             vocab_size=embedding_module.weight.shape[0],
             image_token=getattr(config, "image_token_id", None) if pixels else None,
             top_k=getattr(config.get_text_config(), "num_experts_per_tok", 0),
+            tied=self._tied(),
         )
         if not layout.groups:
             raise InputError(f"{self.meta_model.blocks_path} has no Linear that could be quantized; is it the decoder?")
@@ -185,11 +194,23 @@ class _Builder:
                 continue
             if module is output and self.scope.head:
                 self._add_head(path, module)
+            elif isinstance(module, nn.Linear) and path in self.meta_model.entry:
+                self.ignored[path] = "before the first layer: only blocks and the output head are measured"
             elif isinstance(module, nn.Linear):
                 self.ignored[path] = refused or "output head: model.quantize_lm_head is not set"
             elif isinstance(module, nn.Embedding):
                 self.ignored[path] = "embedding: never quantized"
         return (*head, *embedding) if tied else head
+
+    def _tied(self) -> tuple[str, str] | None:
+        """Embedding and output head, where they are one by the configuration and two in the checkpoint."""
+        model = self.meta_model.model
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        if output is None or output.weight is not embedding.weight:
+            return None
+        names = {id(module): f"{path}{_WEIGHT}" for path, module in model.named_modules()}
+        pair = names[id(embedding)], names[id(output)]
+        return pair if self.checkpoint.tensors.keys() >= {*pair} else None
 
     def _add_head(self, path: str, module: nn.Linear) -> None:
         linear = LinearSpec(
@@ -219,8 +240,8 @@ class _Builder:
 
     # One block ------------------------------------------------------------------------------------------------
 
-    def _add(self, kind: BlockKind, prefix: str, module: nn.Module) -> None:
-        self._append(kind, prefix, self._parameters(prefix, module), self._matrices(prefix, module))
+    def _add(self, kind: BlockKind, prefix: str, module: nn.Module, kept: Mapping[str, str] | None = None) -> None:
+        self._append(kind, prefix, self._parameters(prefix, module), self._matrices(prefix, module, kept=kept or {}))
 
     def _append(
         self, kind: BlockKind, prefix: str, parameters: tuple[Parameter, ...], matrices: Sequence[Matrix]
@@ -266,10 +287,13 @@ class _Builder:
             for member in members
         )
 
-    def _matrices(self, prefix: str, module: nn.Module, relative: str = "") -> list[Matrix]:
+    def _matrices(
+        self, prefix: str, module: nn.Module, relative: str = "", kept: Mapping[str, str] = MappingProxyType({})
+    ) -> list[Matrix]:
         """Matrices that may be quantized; every other matrix is ignored, with the reason."""
         found: dict[str, list[tuple[LinearSpec, str]]] = {}
         experts: list[Matrix] = []
+        paths = {path for path, entry in module.named_modules() if isinstance(entry, nn.Linear)}
         for path, entry in module.named_modules():
             inside = ".".join(part for part in (relative, path) if part)
             name = self.family.checkpoint_name(".".join(part for part in (prefix, path) if part))
@@ -277,7 +301,7 @@ class _Builder:
             if not any(ndim > 1 for ndim in shapes):
                 continue
             leaf = path.rpartition(".")[2]
-            reason = self.reasons.get(inside, self.reasons.get(leaf))
+            reason = self.reasons.get(inside, self.reasons.get(leaf, kept.get(path)))
             if reason is None and is_packed(entry):
                 reason = unquantizable(entry)
             elif reason is None and not isinstance(entry, nn.Linear):
@@ -288,7 +312,10 @@ class _Builder:
                 experts += self._experts(name, path, entry)
             else:
                 parent = name.rpartition(".")[0]
+                # A rule holds where all its members are: one of them alone is a matrix by itself.
                 rule = self.rule_of.get(leaf)
+                if rule is not None and not {f"{path.removesuffix(leaf)}{each}" for each in rule.members} <= paths:
+                    rule = None
                 linear = LinearSpec(
                     name=name,
                     out_features=entry.out_features,

@@ -9,12 +9,14 @@ right shape, which the stub ignores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families.base import Vision
@@ -47,6 +49,8 @@ class _Stub(nn.Module):
         # Not a submodule: its parameters are not the model's any more.
         object.__setattr__(self, "layer", layer)
         self.act: Any = None
+        #: Whether the layer returns a tuple, whose first entry is the hidden state.
+        self.as_tuple = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -54,11 +58,9 @@ class _Stub(nn.Module):
         except AttributeError:
             return getattr(self.layer, name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.act is None:
-            return hidden
-        result: Tensor = self.act(hidden, *args, **kwargs)
-        return result
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        result: Tensor = hidden if self.act is None else self.act(hidden, *args, **kwargs)
+        return (result,) if self.as_tuple else result
 
 
 class MetaModel:
@@ -73,13 +75,21 @@ class MetaModel:
     ) -> None:
         self.config = config
         self.model = build_on_meta(config, architecture)
-        self.blocks_path = blocks_path or longest_layer_list(self.model)
+        self.blocks_path = blocks_path or decoder_layers(self.model, config)
         self.layers, self._stubs = _stubbed(self.model, self.blocks_path)
+        embedding = self.model.get_input_embeddings()
+        #: Paths of the modules with parameters that run before the first layer.
+        self.entry = tuple(path for path, module in self.model.named_modules() if module is embedding)
         self.vision = vision
         if vision is not None:
             self.tower = self.model.get_submodule(vision.tower)
             self.vision_layers, self._vision_stubs = _stubbed(self.tower, vision.blocks)
             self.merger = self.tower.get_submodule(vision.merger)
+
+    def returning(self, tuples: Sequence[bool]) -> None:
+        """Say of the first layers whether they return tuples."""
+        for stub, as_tuple in zip(self._stubs, tuples, strict=False):
+            stub.as_tuple = as_tuple
 
     @property
     def final_norm(self) -> nn.Module:
@@ -110,8 +120,27 @@ class MetaModel:
             return output[0] if isinstance(output, tuple) else output
 
         inputs = {name: value for name, value in inputs.items() if name != PIXELS}
-        with _answering(self.model.get_input_embeddings(), lambda *_, **__: hidden.detach()):
+        with self._entered(hidden):
             return self._until(self._stubs[index], act, inputs)
+
+    def until(self, index: int, act: Callable[..., Tensor], inputs: Inputs) -> Tensor:
+        """What `act` returns for the arguments of decoder layer `index`; the modules before it must be loaded."""
+        return self._until(self._stubs[index], act, inputs)
+
+    @contextmanager
+    def _entered(self, hidden: Tensor) -> Iterator[None]:
+        """What runs before the layers is not loaded: the embedding returns `hidden`, the rest zeros of its shape."""
+        embedding, answered = self.model.get_input_embeddings(), hidden.detach()
+        width = embedding.weight.shape[1]
+        if width != hidden.shape[-1]:
+            # It is projected to the layers' width, by a module that is not loaded either.
+            answered = answered.new_zeros(*hidden.shape[:-1], width)
+        with ExitStack() as stack:
+            for path in self.entry:
+                module = self.model.get_submodule(path)
+                answer = (lambda *_, **__: answered) if module is embedding else _zeros_of(module, hidden.device)
+                stack.enter_context(_answering(module, answer))
+            yield
 
     def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits for the last layer's output; pointwise in tokens. Final norm and head must be loaded.
@@ -123,7 +152,7 @@ class MetaModel:
         stub.act = lambda *_, **__: hidden
         try:
             with ExitStack() as stack:
-                stack.enter_context(_answering(self.model.get_input_embeddings(), lambda *_, **__: hidden.detach()))
+                stack.enter_context(self._entered(hidden))
                 if head is not None:
                     stack.enter_context(_answering(self.model.get_output_embeddings(), head))
                 logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
@@ -185,15 +214,36 @@ class MetaModel:
         raise InputError(f"{type(self.model).__name__}: its forward does not reach the layer that is to run")
 
 
+def _zeros_of(module: Any, device: torch.device) -> Callable[..., Any]:
+    """A forward that computes nothing but the shapes of what the module returns."""
+
+    def moved(tree: Any, place: Callable[[Tensor], Tensor]) -> Any:
+        return pytree.tree_map_only(Tensor, place, tree)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = moved((args, kwargs), lambda tensor: tensor.to("meta"))
+        # At a tied exit its parameters are loaded.
+        state = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+        with _answering(module, functools.partial(type(module).forward, module)):
+            found = torch.func.functional_call(module, state, args, kwargs)
+        return moved(found, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device))
+
+    return forward
+
+
 @contextmanager
 def _answering(module: Any, answer: Callable[..., Any]) -> Iterator[None]:
     """Inside the with-block the module's forward is `answer`."""
     # __dict__: setattr would register `answer` as a child when it is a module.
+    before = module.__dict__.get("forward")
     module.__dict__["forward"] = answer
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 def _stubbed(model: Any, path: str) -> tuple[tuple[nn.Module, ...], tuple[_Stub, ...]]:
@@ -223,23 +273,49 @@ def build_on_meta(config: Any, architecture: str) -> Any:
         routed = {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}
         model = model_class._from_config(config, **routed)
     model.eval()
-    for module in model.modules():
-        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        volatile = [name for name in meta if name in module._non_persistent_buffers_set]
-        for name in volatile:
-            buffer = torch.zeros_like(getattr(module, name), device="cpu")
-            # NaN shows up in the first hidden state if the model does not fill the buffer itself.
-            setattr(module, name, buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer)
-        if volatile:
-            # transformers fills non-persistent buffers here after it has built a model on the meta device.
-            model._init_weights(module)
+    _fill_buffers(model, model)
     return model
 
 
-def longest_layer_list(model: nn.Module) -> str:
-    """Path of the ModuleList with the most members: the decoder, in every architecture without a family so far."""
-    lists = [(len(module), name) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+def _fill_buffers(module: Any, owner: Any) -> bool:
+    """Fill non-persistent buffers as transformers does; whether there were any in the module.
+
+    transformers has the nearest enclosing model initialize every module, inner ones first: some fill the buffers of
+    modules inside them.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        owner = module
+    inside = [_fill_buffers(child, owner) for child in module.children()]
+    meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    volatile = [name for name in meta if name in module._non_persistent_buffers_set]
+    for name in volatile:
+        buffer = torch.zeros_like(getattr(module, name), device="cpu")
+        # NaN shows up in the first hidden state if the model does not fill the buffer itself.
+        setattr(module, name, buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer)
+    if volatile or any(inside):
+        owner._init_weights(module)
+        return True
+    return False
+
+
+def decoder_layers(model: Any, config: Any) -> str:
+    """Path of the decoder's list of layers, for an architecture without a family.
+
+    Raises:
+        InputError: there is no decoder alone, or no list of layers in it.
+    """
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{name} has an encoder before its decoder, which is not supported; use a decoder-only model")
+    decoder = model.get_decoder()
+    prefix = next(path for path, module in model.named_modules() if module is decoder)
+    within = f"{prefix}." if prefix else ""
+    lists = {
+        f"{within}{path}": len(module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)
+    }
     if not lists:
-        raise InputError(f"{type(model).__name__} has no list of layers, so it cannot be loaded block by block")
-    _, path = max(lists, key=lambda entry: entry[0])
-    return str(path)
+        raise InputError(f"{name} has no list of layers, so it cannot be loaded block by block")
+    wanted = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return next((path for path, count in lists.items() if count == wanted), max(lists, key=lambda path: lists[path]))

@@ -37,7 +37,8 @@ class ProbeSummary:
     """Counts, the most sensitive groups and the gains of rounding.
 
     `uniform_loss` is by format, None where some group cannot take it; `holdout_error_to_nearest` and `methods` are by
-    codec; `experts` by layer; `draft_agreement` by format of the whole draft head, None without one.
+    codec; `experts` by layer; `draft_agreement` by format of the whole draft head, None without one. No gradient
+    reached the Linears in `without_gradient`: they are priced 0 in every format.
     """
 
     run: str
@@ -50,6 +51,7 @@ class ProbeSummary:
     most_sensitive: list[GroupPrice]
     experts: dict[str, ExpertTokens]
     draft_agreement: dict[str, float] | None
+    without_gradient: list[str]
     peak_worker_bytes: int
 
 
@@ -71,6 +73,12 @@ def summarize_probe(data: RunData) -> ProbeSummary:
             for entry in expert_findings(data)
         },
         draft_agreement=agreement(data.layout, data.backward),
+        without_gradient=[
+            name
+            for record in data.backward.values()
+            for name, trace in record.fisher_trace.items()
+            if not any(trace if isinstance(trace, list) else [trace])
+        ],
         peak_worker_bytes=data.peak_bytes,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.source import block_fp8
+from prismaquant_ray.source.config_json import portable
 from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
+from prismaquant_ray.source.wide import Bf16Decoder, as_bf16, narrowed, wide_matrices, with_bf16
 from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.store import Store
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _SAMPLE = 4096
+# model-00001-of-00002.safetensors
+_SHARD = re.compile(r"([^/]+)-(\d+)-of-(\d+)\.safetensors")
 
 
 def read_header(store: Prefix, file: str) -> list[TensorInfo]:
@@ -66,7 +71,7 @@ class Checkpoint:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.source_config = read_json(store, "config.json")
+        self.source_config = portable(read_json(store, "config.json"))
         self.files = self._files()
         self.stored: dict[str, TensorInfo] = {}
         for file in self.files:
@@ -82,11 +87,20 @@ class Checkpoint:
         self._scaled = block_fp8.pair(self.stored, block, store.uri) if block else {}
         self._decoder = block_fp8.BlockFp8Decoder(store, self._scaled)
         scales = {scaled.scale.name for scaled in self._scaled.values()}
+        # Of a quantized checkpoint the scheme says what a tensor is.
+        unquantized = block_fp8.KEY not in self.config
+        self._wide = wide_matrices(info for info in self.stored.values() if info.name not in scales and unquantized)
+        self._narrow = Bf16Decoder(store, self._wide)
+        if self._wide:
+            self.config = with_bf16(self.config)
         self.tensors: dict[str, TensorInfo] = {
-            name: self._scaled[name].info if name in self._scaled else info
-            for name, info in self.stored.items()
-            if name not in scales
+            name: self._read_as(info) for name, info in self.stored.items() if name not in scales
         }
+
+    def _read_as(self, info: TensorInfo) -> TensorInfo:
+        if info.name in self._scaled:
+            return self._scaled[info.name].info
+        return as_bf16(info) if info.name in self._wide else info
 
     def _files(self) -> tuple[str, ...]:
         self._index: dict[str, str] | None = None
@@ -105,7 +119,27 @@ class Checkpoint:
             return tuple(sorted(set(weight_map.values())))
         if self.store.size(SINGLE) is not None:
             return (SINGLE,)
-        raise InputError(f"{self.store.uri}: neither {SINGLE} nor {INDEX}; convert the model to safetensors first")
+        return self._shards()
+
+    def _shards(self) -> tuple[str, ...]:
+        """The files of a checkpoint without an index: every one says how many there are."""
+        found = {key: match for key in self.store.list() if (match := _SHARD.fullmatch(key))}
+        if not found:
+            raise InputError(f"{self.store.uri}: neither {SINGLE} nor {INDEX}; convert the model to safetensors first")
+        kinds = {(match[1], match[3]) for match in found.values()}
+        if len(kinds) > 1:
+            raise InputError(
+                f"{self.store.uri}: {min(found)} and {max(found)} belong to different checkpoints and there is no "
+                f"{INDEX}; remove one, or fetch the index"
+            )
+        ((stem, count),) = kinds
+        wanted = (
+            f"{stem}-{str(number).zfill(len(count))}-of-{count}.safetensors" for number in range(1, int(count) + 1)
+        )
+        missing = next((file for file in wanted if file not in found), None)
+        if missing is not None:
+            raise InputError(f"{self.store.uri}: {missing} is missing, and there is no {INDEX}; fetch it")
+        return tuple(sorted(found))
 
     def _header(self, file: str) -> list[TensorInfo]:
         try:
@@ -123,6 +157,8 @@ class Checkpoint:
     def piece(self, name: str) -> Piece:
         """A tensor's bytes, as read_pieces takes them."""
         info = tensor_info(self, name)
+        if name in self._wide:
+            return self._narrow, info
         return self._decoder if name in self._scaled else self.store, info
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -146,10 +182,14 @@ class Checkpoint:
     def _parts(self, name: str) -> list[TensorInfo]:
         """The stored tensors that a tensor is made of."""
         info = tensor_info(self, name)
+        if name in self._wide:
+            return [self._wide[name]]
         return [self._scaled[name].weight, self._scaled[name].scale] if name in self._scaled else [info]
 
     def _tensor(self, name: str, buffers: Sequence[Buffer]) -> Tensor:
         info = self.tensors[name]
+        if name in self._wide:
+            return narrowed(buffers[0]).reshape(info.shape) if info.nbytes else torch.empty(info.shape).bfloat16()
         if name not in self._scaled:
             return as_tensor(buffers[0], info.dtype, info.shape)
         scaled = self._scaled[name]

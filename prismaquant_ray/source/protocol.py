@@ -81,6 +81,10 @@ def tensor_info(source: TensorSource, name: str) -> TensorInfo:
     return source.tensors[name]
 
 
+# Folders whose files belong to a model; others hold other forms of it (original/, onnx/) or nothing that is loaded.
+_FOLDERS = ("additional_chat_templates/",)
+
+
 def files_beside_weights(store: Store) -> list[str]:
-    """Top-level files that are not weights of any kind: tokenizer, configuration, licence, …"""
-    return [key for key in store.list() if "/" not in key and not key.endswith(_WEIGHTS)]
+    """Files that are not weights of any kind: tokenizer, configuration, chat templates, licence, …"""
+    return [key for key in store.list() if ("/" not in key or key.startswith(_FOLDERS)) and not key.endswith(_WEIGHTS)]

@@ -50,5 +50,7 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="prismaquant-") as directory:
         for name in checkpoint.other_files():
-            (Path(directory) / name).write_bytes(checkpoint.store.get(name))
+            file = Path(directory) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(checkpoint.store.get(name))
         yield Path(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from actors.connect import Capacity
 from actors.messages import WorkerSpec
-from actors.pool import RayWorkers
+from actors.pool import Flight, RayWorkers
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
-from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.errors import ResourceError, WorkerBugError
 from tests.runs import configuration
 from tests.tiny import make_checkpoint
 
@@ -110,7 +111,7 @@ def reply(workers: RayWorkers, error: Exception, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ray, "get", get)
     workers._actors["worker-0"] = "the actor"
-    workers._flying["the call"] = "worker-0", None
+    workers._flying["the call"] = Flight("worker-0", "backward run exit-00000, microbatch 0")
     return workers._reply("the call")
 
 
@@ -161,6 +162,18 @@ def test_what_every_worker_of_a_node_would_meet_ends_the_run_in_one_line(
         reply(workers(), error, monkeypatch)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_exception_of_a_worker_arrives_as_what_it_was_and_where(
+    workers: Callable[..., RayWorkers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cause = KeyError("model.layers.0.mamba.dt_proj")
+    error = exceptions.RayTaskError("run", "a long traceback", cause)
+    with pytest.raises(WorkerBugError) as caught:
+        reply(workers(), error, monkeypatch)
+    expected = "KeyError: 'model.layers.0.mamba.dt_proj' (backward run exit-00000, microbatch 0 on worker-0)"
+    assert str(caught.value) == str(copy.copy(caught.value)) == expected
+    assert caught.value.__cause__ is error, "the frames, for --debug"
 
 
 def test_a_lost_object_is_no_lost_worker(

@@ -15,7 +15,7 @@ from actors.pool import WORKER_ENVIRONMENT
 from jobs.__main__ import COMMANDS, CONFIG, cli
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.plans import Planner
-from prismaquant_ray.errors import InputError
+from prismaquant_ray.errors import InputError, WorkerBugError
 from tests.inprocess import in_process
 from tests.light import light
 from tests.runs import configuration, quantized
@@ -113,6 +113,15 @@ def test_a_bug_is_one_line_and_exit_code_1(finished: Path, monkeypatch: pytest.M
     assert result.exit_code == 1
     assert result.stderr == "bug: ZeroDivisionError: oh (run again with --debug for the traceback)\n"
     assert isinstance(call("allocate", finished, "--debug").exception, ZeroDivisionError)
+
+    def broken_there(*_: object) -> None:
+        raise WorkerBugError("KeyError", "'x'", "forward run 0003, microbatch 2 on worker-1")
+
+    monkeypatch.setattr(Planner, "plan_for", broken_there)
+    expected = (
+        "bug: KeyError: 'x' (forward run 0003, microbatch 2 on worker-1) (run again with --debug for the traceback)\n"
+    )
+    assert call("allocate", finished).stderr == expected
 
 
 def test_ctrl_c_says_that_the_run_continues(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import FusedRule, family_of
 from prismaquant_ray.model.capture import capture_activations
 from prismaquant_ray.model.layout_builder import build_layout, transformers_config
-from prismaquant_ray.model.meta_model import longest_layer_list
+from prismaquant_ray.model.meta_model import decoder_layers
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
@@ -182,10 +182,16 @@ def test_a_nan_weight_is_named_when_its_block_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_list_of_layers_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
+    config = BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    bare = BertModel(config)
+    bare.encoder.layer = torch.nn.Identity()
     with pytest.raises(InputError, match="no list of layers"):
-        longest_layer_list(torch.nn.Linear(2, 2))
+        decoder_layers(bare, config)
+    config.is_encoder_decoder = True
+    with pytest.raises(InputError, match="has an encoder before its decoder"):
+        decoder_layers(bare, config)
     # GPT-2 has layers, but none of its matrices is a Linear.
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "m")
     with pytest.raises(InputError, match="no Linear that could be quantized"):

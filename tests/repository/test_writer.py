@@ -133,7 +133,8 @@ def test_unknown_tensors_and_other_dtypes_pass_through(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "made", "llama_untied")
     tensors = load_file(source / "model.safetensors")
     extra = {
-        "mtp.layers.0.mlp.down_proj.weight": torch.randn(4, 6),
+        "mtp.layers.0.mlp.down_proj.weight": torch.randn(4, 6).bfloat16(),
+        "vision.position": torch.randn(4, 6),
         "vision.table": torch.arange(5),
         "vision.flags": torch.tensor([True, False]),
         "vision.half": torch.randn(3).half(),

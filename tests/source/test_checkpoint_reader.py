@@ -22,7 +22,9 @@ from tests.pieces import bytes_of
 
 Body = dict[str, Any]
 TENSORS = {
-    "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "a.table": torch.arange(12, dtype=torch.float32).reshape(3, 4),
+    "a.bias": torch.arange(3, dtype=torch.float32),
+    "gate.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
     "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).reshape(2, 3),
     "b.scale": torch.arange(4, dtype=torch.uint8).view(torch.float8_e5m2),
     "empty": torch.empty(0, 5),
@@ -62,6 +64,21 @@ def test_tensors_come_back_bit_for_bit_including_empty_ones(tmp_path: Path) -> N
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name].float(), tensor.float())
         assert len(bytes_of(checkpoint, name)) == tensor.nbytes
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (0, 4)])
+def test_a_matrix_of_32_bits_is_read_as_bf16(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    stored = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    checkpoint = open_file(tmp_path, save({"a.weight": stored}))
+    assert checkpoint.tensors["a.weight"].dtype == "BF16"
+    assert checkpoint.stored["a.weight"].dtype == "F32"
+    assert torch.equal(checkpoint.read(["a.weight"])["a.weight"], stored.bfloat16())
+    assert bytes_of(checkpoint, "a.weight") == stored.bfloat16().view(torch.uint8).numpy().tobytes()
+    holder, info = checkpoint.piece("a.weight")
+    for start in range(0, info.nbytes, 3):
+        stop = min(start + 5, info.nbytes)
+        (part,) = holder.get_ranges(info.file, [(start, stop)])
+        assert bytes(part) == bytes_of(checkpoint, "a.weight")[start:stop]
 
 
 ATTACKS: dict[str, tuple[bytes, str]] = {
@@ -210,7 +227,7 @@ def test_a_directory_that_is_no_model_is_refused(damage: Callable[[Path], None],
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tensor c.weight is missing"):
-        open_file(tmp_path, save(TENSORS)).read(["a.weight", "c.weight"])
+        open_file(tmp_path, save(TENSORS)).read(["a.table", "c.weight"])
 
 
 def test_weights_in_other_files_are_not_other_files(tmp_path: Path) -> None:

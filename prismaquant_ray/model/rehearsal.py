@@ -1,0 +1,198 @@
+"""A few tokens run through weights of zeros, to learn how an unknown architecture calls its layers.
+
+Zeros cost no memory: the system maps all of them to one page. What is learned here is otherwise assumed for known
+families: that only the embedding runs before the first layer, that a layer returns a tensor, and that each of its
+Linears is called, returns a tensor, and has a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.meta_model import MetaModel
+
+_SEQUENCES, _TOKENS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RehearsedLayer:
+    """Whether a layer returns a tuple; its Linears that cannot be quantized, by path in it, with the reason."""
+
+    as_tuple: bool
+    kept: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsed:
+    """Paths of the modules with parameters that run before the first layer; and what is true of each layer."""
+
+    entry: tuple[str, ...]
+    layers: tuple[RehearsedLayer, ...]
+
+
+def rehearse(meta_model: MetaModel) -> Rehearsed:
+    """Learn how the model runs its layers.
+
+    Raises:
+        InputError: a layer reads more from before the first one than its hidden state, or the model does not run.
+    """
+    name = type(meta_model.model).__name__
+    try:
+        with torch.no_grad():
+            entry, hidden = _entry(meta_model)
+        meta_model.entry = entry
+        layers = _layers(meta_model, hidden)
+        with torch.no_grad():
+            _check_carried(meta_model, entry)
+    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{name} cannot be run layer by layer: a few tokens on weights of zeros end with {type(error).__name__} "
+            f"({text}); this architecture is not supported"
+        ) from error
+    return Rehearsed(entry=entry, layers=layers)
+
+
+def _inputs() -> dict[str, Tensor]:
+    return {"input_ids": torch.zeros(_SEQUENCES, _TOKENS, dtype=torch.long)}
+
+
+def _entry(meta_model: MetaModel) -> tuple[tuple[str, ...], Tensor]:
+    """What runs before the first layer, and the hidden state it makes."""
+    found: list[str] = []
+    model = meta_model.model
+    owners = {path: module for path, module in model.named_modules() if _owns(module)}
+    handles = [
+        module.register_forward_pre_hook(lambda *_, path=path: found.append(path)) for path, module in owners.items()
+    ]
+    try:
+        with filled(model, 0.0):
+            hidden = meta_model.embed(_inputs())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(dict.fromkeys(found)), hidden
+
+
+def _owns(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _layers(meta_model: MetaModel, hidden: Tensor) -> tuple[RehearsedLayer, ...]:
+    """Every layer; equal ones are run once."""
+    known: dict[Any, RehearsedLayer] = {}
+    found: list[RehearsedLayer] = []
+    for index, layer in enumerate(meta_model.layers):
+        kind = type(layer), tuple((name, tuple(tensor.shape)) for name, tensor in layer.named_parameters())
+        if kind not in known:
+            known[kind] = _run(meta_model, index, layer, hidden)
+        found.append(known[kind])
+        # The model hands a layer's output to the next one in the layer's own form.
+        meta_model.returning([each.as_tuple for each in found])
+    return tuple(found)
+
+
+def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) -> RehearsedLayer:
+    """Run a layer with a graph, and ask where gradients arrive: the graph has them, though all are zero."""
+    loaded, outputs, answers = copy.deepcopy(layer), dict[str, Any](), list[bool]()
+    linears = {path: module for path, module in loaded.named_modules() if isinstance(module, nn.Linear)}
+
+    def note(path: str) -> Any:
+        return lambda _, __, output: outputs.__setitem__(path, output)
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = loaded(x, *args, **kwargs)
+        answers.append(isinstance(output, tuple))
+        return output
+
+    for path, module in linears.items():
+        module.register_forward_hook(note(path))
+    entering = hidden.detach().requires_grad_()
+    with filled(loaded, 0.0), torch.enable_grad():
+        leaving = meta_model.run_layer(index, run, entering, _inputs())
+    tensors = {path: output for path, output in outputs.items() if isinstance(output, Tensor) and output.requires_grad}
+    reached: set[str] = set()
+    if tensors and leaving.requires_grad:
+        gradients = torch.autograd.grad(leaving, [*tensors.values()], torch.ones_like(leaving), allow_unused=True)
+        reached = {path for path, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
+    # Of experts that are modules each, a few tokens reach a few: they are all alike.
+    called, differentiable = ({_alike(path) for path in paths} for paths in (outputs, reached))
+    kept = {}
+    for path in linears:
+        if _alike(path) not in called:
+            kept[path] = "its code does not call it"
+        elif path in outputs and not isinstance(outputs[path], Tensor):
+            kept[path] = "it does not return a tensor alone"
+        elif _alike(path) not in differentiable:
+            kept[path] = "no gradient passes through it, so it cannot be priced"
+    return RehearsedLayer(as_tuple=answers[0], kept=kept)
+
+
+def _alike(path: str) -> str:
+    """A path without the numbers in it."""
+    return ".".join("{}" if part.isdecimal() else part for part in path.split("."))
+
+
+def _check_carried(meta_model: MetaModel, entry: Sequence[str]) -> None:
+    """InputError where a layer's other arguments depend on the weights that run before the first layer."""
+    for index in (0, len(meta_model.layers) - 1):
+        seen = []
+        for value in (0.0, 1.0):
+            with filled(meta_model.model, value):
+                seen.append(_arguments(meta_model, index))
+        if not all(torch.equal(*pair) for pair in zip(*seen, strict=True)):
+            raise InputError(
+                f"{type(meta_model.model).__name__}: its layers read more of {', '.join(entry)} than the hidden state, "
+                "which is not supported"
+            )
+
+
+def _arguments(meta_model: MetaModel, index: int) -> list[Tensor]:
+    """Every tensor that a layer is given beside its hidden state."""
+    found: list[Tensor] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found.extend(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return hidden
+
+    meta_model.until(index, record, _inputs())
+    return found
+
+
+@contextmanager
+def filled(module: nn.Module, value: float) -> Iterator[None]:
+    """Inside the with-block parameters and buffers on the meta device are real, and one number everywhere."""
+    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        saved.append((part, dict(part._parameters), dict(part._buffers)))
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(_full(parameter, value), requires_grad=False)
+                part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = _full(buffer, value)
+    try:
+        yield
+    finally:
+        for part, parameters, buffers in saved:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+
+
+def _full(tensor: Tensor, value: float) -> Tensor:
+    if value:
+        # One number, at every place.
+        return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)

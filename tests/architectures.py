@@ -1,0 +1,171 @@
+"""Tiny checkpoints of architectures that no family describes, as their own `save_pretrained` lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from tests.tiny import tokenizer
+
+VOCABULARY = 320
+_USUAL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+class Architecture(NamedTuple):
+    """A class of transformers, its configuration, and the Linears that must stay, by the end of their names."""
+
+    name: str
+    config: Mapping[str, Any]
+    kept: tuple[str, ...] = ()
+    config_name: str = ""
+
+
+def _usual(name: str, *kept: str, config_name: str = "", **other: Any) -> Architecture:
+    return Architecture(name, {**_USUAL, **other}, kept, config_name)
+
+
+WORKING: dict[str, Architecture] = {
+    "apertus": _usual("ApertusForCausalLM"),
+    "bloom": Architecture(
+        "BloomForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+    ),
+    "cohere2": _usual("Cohere2ForCausalLM", sliding_window=24),
+    "deepseek_v2": _usual("DeepseekV2ForCausalLM", "kv_b_proj", q_lora_rank=None, **_LATENT),
+    "deepseek_v32": _usual(
+        "DeepseekV32ForCausalLM", "indexer.wq_b", "kv_b_proj", q_lora_rank=32, index_n_heads=4, index_head_dim=16,
+        index_topk=8, **_LATENT,
+    ),
+    "falcon": Architecture(
+        "FalconForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2,
+                              "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "falcon_h1": _usual("FalconH1ForCausalLM", head_dim=16, mamba_d_ssm=128, mamba_rms_norm=False, **_MAMBA),
+    "gpt_bigcode": Architecture("GPTBigCodeForCausalLM", _GPT),
+    "gptj": Architecture("GPTJForCausalLM", {**_GPT, "rotary_dim": 8}),
+    "granite_hybrid": _usual(
+        "GraniteMoeHybridForCausalLM", num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=64,
+        layer_types=["mamba", "attention"], **_MAMBA,
+    ),
+    "hunyuan_moe": _usual("HunYuanMoEV1ForCausalLM", "mlp.gate.wg", num_experts=4, moe_topk=2, head_dim=16),
+    "jamba": _usual(
+        "JambaForCausalLM", "mamba.dt_proj", "router", num_experts=4, num_experts_per_tok=2, attn_layer_offset=1,
+        attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, mamba_d_state=16, mamba_dt_rank=8,
+    ),
+    "llama4_text": _usual(
+        "Llama4ForCausalLM", "feed_forward.router", config_name="Llama4TextConfig", intermediate_size_mlp=128,
+        num_local_experts=4, num_experts_per_tok=1, head_dim=16, interleave_moe_layer_step=2,
+    ),
+    "mamba2": Architecture(
+        "Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16,
+                              "num_heads": 4, "head_dim": 32, "expand": 2, "n_groups": 1, "chunk_size": 16},
+    ),
+    "mpt": Architecture(
+        "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
+    ),
+    "nemotron": _usual("NemotronForCausalLM", head_dim=16),
+    "opt": Architecture(
+        "OPTForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 48},
+        ("project_in", "project_out"),
+    ),
+    "phi3": _usual("Phi3ForCausalLM"),
+    "qwen2_moe": _usual(
+        "Qwen2MoeForCausalLM", "shared_expert_gate", moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        num_experts=8, num_experts_per_tok=2,
+    ),
+    "qwen3_next": _usual(
+        "Qwen3NextForCausalLM", "shared_expert_gate", moe_intermediate_size=64, shared_expert_intermediate_size=64,
+        num_experts=8, num_experts_per_tok=2, head_dim=16, num_hidden_layers=4, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+    ),
+}  # fmt: skip
+
+#: What an architecture that cannot be had is refused with.
+REFUSED: dict[str, tuple[Architecture, str]] = {
+    "gemma3n_text": (
+        _usual(
+            "Gemma3nForCausalLM", config_name="Gemma3nTextConfig", head_dim=16, num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24, num_kv_shared_layers=2,
+            vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16, laurel_rank=8, altup_num_inputs=4,
+            intermediate_size=[128] * 4, activation_sparsity_pattern=[0.0] * 4,
+        ),
+        "cannot be run layer by layer",
+    ),
+    "gpt2": (Architecture("GPT2LMHeadModel", _GPT), "no Linear that could be quantized"),
+    "llama_classifier": (_usual("LlamaForSequenceClassification"), "has no output head"),
+    "llama_base": (_usual("LlamaModel"), "has no output head"),
+    "t5": (
+        Architecture("T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128,
+                                                    "num_layers": 2, "num_heads": 4}),
+        "has an encoder before its decoder",
+    ),
+}  # fmt: skip
+
+
+def make_architecture(directory: Path, architecture: Architecture) -> Path:
+    """Random weights of a size that keeps activations alive, in BF16; with a tokenizer."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, architecture.name)
+    config_class = (
+        getattr(transformers, architecture.config_name) if architecture.config_name else model_class.config_class
+    )
+    model = model_class(config_class(**architecture.config)).eval()
+    generator = torch.Generator().manual_seed(1)
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "norm" not in name:
+                scale = 0.25 if parameter is embedding else parameter.shape[-1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return directory

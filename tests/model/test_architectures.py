@@ -1,0 +1,56 @@
+"""Architectures without a family: run as transformers runs them, written and verified, or refused in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from jobs.commands import inspect as inspect_command
+from jobs.pipeline.assembly import verify
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.storage.store import Store
+from tests.architectures import REFUSED, VOCABULARY, WORKING, make_architecture
+from tests.model.test_models import streamed
+from tests.runs import configuration, quantized
+
+
+@pytest.fixture(scope="module", params=WORKING)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = request.param
+    return make_architecture(tmp_path_factory.mktemp("model") / name, WORKING[name])
+
+
+def test_blocks_one_by_one_give_the_logits_of_transformers(checkpoint: Path) -> None:
+    architecture = WORKING[checkpoint.name]
+    whole = getattr(transformers, architecture.name).from_pretrained(checkpoint, dtype=torch.float32)
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
+    runner = ModelRunner(Checkpoint(Store(checkpoint)), dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        expected = whole(tokens).logits
+        found = streamed(runner, tokens)[1]
+    # Experts are summed in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for end in architecture.kept:
+        assert any(name.endswith(end) for name in runner.layout.ignored), end
+        assert not any(linear.name.endswith(end) for linear in runner.layout.linears()), end
+
+
+def test_the_whole_job_writes_a_repository_that_verifies(checkpoint: Path, tmp_path: Path) -> None:
+    settings = ("rounding.gptq=null", "rounding.scale_search.grid=2", "calibration.sequences=4")
+    config = configuration(tmp_path, checkpoint, *settings, bpp=7.0)
+    quantized(config)
+    assert verify(config).bpp <= 7.0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_had_is_refused_by_inspect(tmp_path: Path, name: str) -> None:
+    architecture, words = REFUSED[name]
+    config = configuration(tmp_path, make_architecture(tmp_path / "source", architecture))
+    with pytest.raises(InputError, match=words) as raised:
+        inspect_command.run(config)
+    assert "\n" not in str(raised.value)
