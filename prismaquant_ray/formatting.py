@@ -113,6 +113,11 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def verified(*, names_proven: bool) -> str:
+    """What a check without problems has shown."""
+    return "verified" if names_proven else "verified, but for serving names: no family knows this architecture's"
+
+
 def target(name: str) -> str:
     """A plan's target: 5.5 bpp, 19.0 GB, 24.0 GB of VRAM (1 x 32768 tokens)."""
     found = re.fullmatch(r"([0-9.]+)bpp|(\d+)B(?:-vram-(\d+)x(\d+)-.*)?", name)

@@ -191,6 +191,10 @@ class NameAlias:
         return f".{self.part}." in f".{name}."
 
 
+#: The family of an architecture that has none.
+GENERIC = "generic"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A model as the quantizer sees it.
@@ -221,6 +225,11 @@ class Layout:
     def groups(self) -> tuple[FusedGroup, ...]:
         """Every fused group of the model, in block order: the allocator's items."""
         return tuple(group for block in self.blocks for group in block.groups)
+
+    @property
+    def names_proven(self) -> bool:
+        """Whether a family says how the runtime spells modules and which of them it fuses."""
+        return self.family != GENERIC
 
     @cached_property
     def block_of(self) -> dict[str, Block]:

@@ -42,6 +42,15 @@ _MAMBA: dict[str, Any] = {
     "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }
+# More blocks than the decoder has.
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 16,
@@ -114,6 +123,43 @@ WORKING: dict[str, Architecture] = {
         "OPTForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2,
                            "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 48},
         ("project_in", "project_out"),
+    ),
+    "ernie4_5_moe": _usual(
+        "Ernie4_5_MoeForCausalLM", moe_intermediate_size=64, moe_num_experts=8, moe_k=2, moe_layer_start_index=1,
+        moe_num_shared_experts=1,
+    ),
+    "gemma3_vision": Architecture(
+        "Gemma3ForConditionalGeneration",
+        {"text_config": {**_USUAL, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+         "vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
+         "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7},
+        ("vision_tower.encoder.layers.2.mlp.fc1",),
+    ),
+    "gpt_neox": _usual("GPTNeoXForCausalLM"),
+    "granitemoe": _usual(
+        "GraniteMoeForCausalLM", "block_sparse_moe.input_linear", num_local_experts=4, num_experts_per_tok=2
+    ),
+    "minimax_m2": _usual("MiniMaxM2ForCausalLM", num_local_experts=8, num_experts_per_tok=2, head_dim=16),
+    "mistral3": Architecture(
+        "Mistral3ForConditionalGeneration",
+        {"text_config": {**_USUAL, "model_type": "mistral", "head_dim": 16},
+         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16}, "image_token_index": 5},
+        ("multi_modal_projector.linear_1",),
+    ),
+    "nemotron_h": Architecture(
+        "NemotronHForCausalLM",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1,
+         "ssm_state_size": 16, "chunk_size": 16, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
+    ),
+    "qwen2_5_vl": Architecture(
+        "Qwen2_5_VLForConditionalGeneration",
+        {"text_config": {**_USUAL, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+                                                       "rope_theta": 10000.0}},
+         "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
+                           "out_hidden_size": 64, "fullatt_block_indexes": [2]},
+         "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7},
+        ("visual.blocks.2.attn.qkv", "visual.patch_embed.proj"),
     ),
     "phi3": _usual("Phi3ForCausalLM"),
     "qwen2_moe": _usual(

@@ -8,6 +8,7 @@ from jobs.commands.progress import run_progress
 from jobs.pipeline.assembly import AssembledRepository, assemble
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import Config
+from prismaquant_ray.formatting import verified
 
 
 def run(config: Config, *, fresh: bool = False) -> AssembledRepository:
@@ -23,5 +24,6 @@ def render(result: AssembledRepository, console: Console) -> None:
     """Print the size and bits of the repository."""
     console.print(
         f"{result.repository}: {result.total_bytes / 1e6:,.1f} MB, {result.bpp:.4f} bits per quantizable "
-        f"parameter, {result.bits_all_parameters:.3f} per parameter of the whole model; verified"
+        f"parameter, {result.bits_all_parameters:.3f} per parameter of the whole model; "
+        f"{verified(names_proven=result.names_proven)}"
     )

@@ -8,6 +8,7 @@ from jobs.commands.progress import run_progress
 from jobs.pipeline import assembly
 from jobs.pipeline.assembly import VerifiedRepository
 from prismaquant_ray.config import Config
+from prismaquant_ray.formatting import verified
 
 
 def run(config: Config) -> VerifiedRepository:
@@ -19,7 +20,7 @@ def run(config: Config) -> VerifiedRepository:
 def render(result: VerifiedRepository, console: Console) -> None:
     """The verdict, then every problem."""
     counts = ", ".join(f"{count} {name}" for name, count in result.linears.items() if count)
-    verdict = "verified" if result.ok else f"{len(result.problems)} problems"
+    verdict = verified(names_proven=result.names_proven) if result.ok else f"{len(result.problems)} problems"
     console.print(
         f"{result.repository}: {verdict}; {result.tensors} tensors, {counts} Linears, "
         f"{result.total_bytes / 1e6:,.1f} MB, {result.bpp:.4f} bits per parameter"

@@ -30,7 +30,10 @@ from prismaquant_ray.storage.store import Store
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AssembledRepository:
-    """A verified repository: bytes of every file, SHA-256 of every shard, and its plan."""
+    """A verified repository: bytes of every file, SHA-256 of every shard, and its plan.
+
+    Without `names_proven` no family knows how a server spells the modules, and what it fuses.
+    """
 
     repository: str
     total_bytes: int
@@ -39,6 +42,7 @@ class AssembledRepository:
     files: dict[str, int]
     sha256: dict[str, str]
     plan: PlanSummary
+    names_proven: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,7 @@ class VerifiedRepository:
 
     repository: str
     ok: bool
+    names_proven: bool
     problems: list[str]
     linears: dict[FormatName, int]
     tensors: int
@@ -103,6 +108,7 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
         files=repository.files,
         sha256=repository.sha256,
         plan=plan.summary,
+        names_proven=measured.layout.names_proven,
     )
 
 
@@ -152,6 +158,7 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
     return VerifiedRepository(
         repository=str(output),
         ok=found.ok,
+        names_proven=measured.layout.names_proven,
         problems=list(found.problems),
         linears=dict(found.linears),
         tensors=found.tensors,

@@ -16,7 +16,8 @@ from prismaquant_ray.layout import EXPERT, Block, BlockKind, FusedGroup, Layout,
 from prismaquant_ray.model.experts import is_packed, unquantizable
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead, is_draft
-from prismaquant_ray.model.unknown_family import derive
+from prismaquant_ray.model.naming import Naming
+from prismaquant_ray.model.unknown_family import Derived, derive
 from prismaquant_ray.source.config_json import with_numbers
 from prismaquant_ray.source.protocol import TensorSource, tensor_info
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from prismaquant_ray.config import Config
 
 _WEIGHT = ".weight"
+_TOWER = "it does not run on text, and its tower is not known"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,8 +78,8 @@ def build_layout(checkpoint: TensorSource, scope: Scope = Scope()) -> tuple[Meta
         meta_model = MetaModel(config, architecture, blocks_path=known.blocks, vision=known.vision)
         return meta_model, _Builder(checkpoint, meta_model, known, scope).layout(architecture, ())
     meta_model = MetaModel(config, architecture)
-    unknown = derive(meta_model, architecture)
-    builder = _Builder(checkpoint, meta_model, unknown.family, scope, unknown.kept)
+    unknown = derive(meta_model, architecture, checkpoint.tensors)
+    builder = _Builder(checkpoint, meta_model, unknown.family, scope, unknown)
     return meta_model, builder.layout(architecture, unknown.guesses)
 
 
@@ -90,10 +92,10 @@ class _Builder:
         meta_model: MetaModel,
         family: Family,
         scope: Scope,
-        kept: Sequence[Mapping[str, str]] = (),
+        unknown: Derived | None = None,
     ) -> None:
-        """`kept` has the Linears of each decoder layer that stay, by path in it, with the reason."""
-        self.kept = kept or [{} for _ in meta_model.layers]
+        self.names = Naming(family, meta_model, unknown)
+        self.kept = [{} for _ in meta_model.layers] if unknown is None else unknown.kept
         self.checkpoint = checkpoint
         self.meta_model = meta_model
         self.family = family
@@ -108,7 +110,7 @@ class _Builder:
         model, config = self.meta_model.model, self.meta_model.config
         embedding_module = model.get_input_embeddings()
         embedding = tuple(
-            f"{path}.{name}"
+            self.names.tensor(f"{path}.{name}")
             for path in self.meta_model.entry
             for name, _ in model.get_submodule(path).named_parameters(recurse=False)
         )
@@ -177,9 +179,9 @@ class _Builder:
         model = self.meta_model.model
         tower = f"{self.family.vision.tower}." if self.family.vision else None
         parameters = {
-            name: tuple(parameter.shape)
+            self.names.tensor(name): tuple(parameter.shape)
             for name, parameter in model.named_parameters()
-            if tower is None or not name.startswith(tower)
+            if (tower is None or not name.startswith(tower)) and self.names.runs(name.rpartition(".")[0])
         }
         for name, shape in parameters.items():
             self._tensor(name, shape)
@@ -192,15 +194,22 @@ class _Builder:
         for path, module in model.named_modules():
             if tower is not None and f"{path}.".startswith(tower):
                 continue
+            name = self.names.module(path)
             if module is output and self.scope.head:
                 self._add_head(path, module)
-            elif isinstance(module, nn.Linear) and path in self.meta_model.entry:
-                self.ignored[path] = "before the first layer: only blocks and the output head are measured"
-            elif isinstance(module, nn.Linear):
-                self.ignored[path] = refused or "output head: model.quantize_lm_head is not set"
-            elif isinstance(module, nn.Embedding):
-                self.ignored[path] = "embedding: never quantized"
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                self.ignored[name] = self._outside(path, module, refused)
         return (*head, *embedding) if tied else head
+
+    def _outside(self, path: str, module: nn.Module, refused: str | None) -> str:
+        """Why a matrix outside the blocks stays."""
+        if isinstance(module, nn.Embedding):
+            return "embedding: never quantized"
+        if path in self.meta_model.entry:
+            return "before the first layer: only blocks and the output head are measured"
+        if module is not self.meta_model.model.get_output_embeddings() and not self.names.runs(path):
+            return _TOWER
+        return refused or "output head: model.quantize_lm_head is not set"
 
     def _tied(self) -> tuple[str, str] | None:
         """Embedding and output head, where they are one by the configuration and two in the checkpoint."""
@@ -208,23 +217,29 @@ class _Builder:
         embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
         if output is None or output.weight is not embedding.weight:
             return None
-        names = {id(module): f"{path}{_WEIGHT}" for path, module in model.named_modules()}
+        names = {id(module): self.names.tensor(f"{path}{_WEIGHT}") for path, module in model.named_modules()}
         pair = names[id(embedding)], names[id(output)]
         return pair if self.checkpoint.tensors.keys() >= {*pair} else None
 
     def _add_head(self, path: str, module: nn.Linear) -> None:
+        name = self.names.module(path)
         linear = LinearSpec(
-            name=path,
+            name=name,
             out_features=module.out_features,
             in_features=module.in_features,
-            sources=(f"{path}{_WEIGHT}",),
+            sources=(f"{name}{_WEIGHT}",),
         )
-        matrix = Matrix(name=path, input=path, linears=(linear,), parameters=(f"{path}{_WEIGHT}",))
+        matrix = Matrix(name=name, input=name, linears=(linear,), parameters=(f"{path}{_WEIGHT}",))
         self._append(BlockKind.HEAD, "", self._parameters("", nn.ModuleDict({path: module})), (matrix,))
 
     def _copied(self, loaded: set[str]) -> tuple[str, ...]:
         """Mark the tensors that no part of the model loads as copied; a note about them."""
         loaded |= {tensor for block in self.blocks for tensor in block.tensors}
+        towers = self.names.tensors_of_towers()
+        for name in towers:
+            if name not in loaded and len(self.checkpoint.tensors[name].shape) > 1:
+                self.ignored.setdefault(name.removesuffix(_WEIGHT), _TOWER)
+        loaded |= towers
         known = [f"{name}." for name in self.ignored]
         left = [
             name
@@ -268,9 +283,10 @@ class _Builder:
         found = []
         for name, tensor in module.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
-            full = self.family.checkpoint_name(f"{prefix}.{name}" if prefix else name)
+            full = self.names.tensor(f"{prefix}.{name}" if prefix else name)
             if f"{path}." in packed and full not in self.checkpoint.tensors and tensor.ndim == 3:
-                tensors = self._unpacked(full.rpartition(".")[0], leaf, tuple(tensor.shape))
+                experts = self.names.module(f"{prefix}.{path}" if prefix else path)
+                tensors = self._unpacked(experts, leaf, tuple(tensor.shape))
             else:
                 tensors = (self._tensor(full, tuple(tensor.shape)),)
             found.append(Parameter(name=name, tensors=tensors))
@@ -296,14 +312,16 @@ class _Builder:
         paths = {path for path, entry in module.named_modules() if isinstance(entry, nn.Linear)}
         for path, entry in module.named_modules():
             inside = ".".join(part for part in (relative, path) if part)
-            name = self.family.checkpoint_name(".".join(part for part in (prefix, path) if part))
+            name = self.names.module(".".join(part for part in (prefix, path) if part))
             shapes = [parameter.ndim for parameter in entry.parameters(recurse=False)]
             if not any(ndim > 1 for ndim in shapes):
                 continue
             leaf = path.rpartition(".")[2]
             reason = self.reasons.get(inside, self.reasons.get(leaf, kept.get(path)))
             if reason is None and is_packed(entry):
-                reason = unquantizable(entry)
+                reason = unquantizable(entry) or self.names.strange_stack(
+                    ".".join(part for part in (prefix, path) if part)
+                )
             elif reason is None and not isinstance(entry, nn.Linear):
                 reason = NOT_A_LINEAR
             if reason is not None:

@@ -76,6 +76,10 @@ class MetaModel:
         self.config = config
         self.model = build_on_meta(config, architecture)
         self.blocks_path = blocks_path or decoder_layers(self.model, config)
+        #: Shapes of every parameter and persistent buffer, by name.
+        self.state = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        #: Parameters outside the blocks by the checkpoint's names, where these differ.
+        self.parameter_of: dict[str, str] = {}
         self.layers, self._stubs = _stubbed(self.model, self.blocks_path)
         embedding = self.model.get_input_embeddings()
         #: Paths of the modules with parameters that run before the first layer.

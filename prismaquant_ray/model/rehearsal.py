@@ -33,9 +33,10 @@ class RehearsedLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rehearsed:
-    """Paths of the modules with parameters that run before the first layer; and what is true of each layer."""
+    """Paths of the modules with parameters that run before the first layer, and behind the last; and each layer."""
 
     entry: tuple[str, ...]
+    exit: tuple[str, ...]
     layers: tuple[RehearsedLayer, ...]
 
 
@@ -53,13 +54,14 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
         layers = _layers(meta_model, hidden)
         with torch.no_grad():
             _check_carried(meta_model, entry)
+            leaving = _exit(meta_model, hidden)
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(
             f"{name} cannot be run layer by layer: a few tokens on weights of zeros end with {type(error).__name__} "
             f"({text}); this architecture is not supported"
         ) from error
-    return Rehearsed(entry=entry, layers=layers)
+    return Rehearsed(entry=entry, exit=leaving, layers=layers)
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -68,19 +70,32 @@ def _inputs() -> dict[str, Tensor]:
 
 def _entry(meta_model: MetaModel) -> tuple[tuple[str, ...], Tensor]:
     """What runs before the first layer, and the hidden state it makes."""
-    found: list[str] = []
-    model = meta_model.model
-    owners = {path: module for path, module in model.named_modules() if _owns(module)}
+    with filled(meta_model.model, 0.0), _running(meta_model.model) as found:
+        hidden = meta_model.embed(_inputs())
+    return tuple(found), hidden
+
+
+def _exit(meta_model: MetaModel, hidden: Tensor) -> tuple[str, ...]:
+    """What runs behind the last layer."""
+    with filled(meta_model.model, 0.0), _running(meta_model.model) as found:
+        meta_model.logits(hidden)
+    return tuple(path for path in found if path not in meta_model.entry)
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[dict[str, None]]:
+    """Paths of the modules with parameters of their own that run inside the with-block, in order."""
+    found: dict[str, None] = {}
     handles = [
-        module.register_forward_pre_hook(lambda *_, path=path: found.append(path)) for path, module in owners.items()
+        module.register_forward_pre_hook(lambda *_, path=path: found.setdefault(path))
+        for path, module in model.named_modules()
+        if _owns(module)
     ]
     try:
-        with filled(model, 0.0):
-            hidden = meta_model.embed(_inputs())
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(dict.fromkeys(found)), hidden
 
 
 def _owns(module: nn.Module) -> bool:

@@ -175,7 +175,8 @@ class ModelRunner:
         read = self._read(names)
         weights = {name: nn.Parameter(self.copies.take(t), requires_grad=False) for name, t in read.items()}
         # A tied head is the same parameter under two owners; both must see the loaded one.
-        by_identity = {id(model.get_parameter(name)): value for name, value in weights.items()}
+        own = self.meta_model.parameter_of
+        by_identity = {id(model.get_parameter(own.get(name, name))): value for name, value in weights.items()}
         replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         for module in model.modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):

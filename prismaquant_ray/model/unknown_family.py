@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family
 from prismaquant_ray.families.base import ATTENTION, GATED_MLP, LATENT, ROUTER
+from prismaquant_ray.layout import GENERIC
+from prismaquant_ray.model.conversions import Conversions, conversions_of
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.rehearsal import rehearse
 
@@ -22,14 +24,20 @@ _ROUTERS = frozenset({"router", "gate", "wg", "shared_expert_gate"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derived:
-    """A family; Linears of each decoder layer that stay, by path in it, with the reason; and what is assumed."""
+    """A family; Linears of each decoder layer that stay, by path in it, with the reason; and what is assumed.
+
+    `resident` are the modules that run before and behind the layers, `stored` says where the checkpoint has each
+    parameter.
+    """
 
     family: Family
     kept: Sequence[Mapping[str, str]]
     guesses: tuple[str, ...]
+    resident: frozenset[str]
+    stored: Conversions
 
 
-def derive(meta_model: MetaModel, architecture: str) -> Derived:
+def derive(meta_model: MetaModel, architecture: str, names: Iterable[str]) -> Derived:
     """What a rehearsal of the layers shows of an architecture.
 
     Raises:
@@ -40,13 +48,15 @@ def derive(meta_model: MetaModel, architecture: str) -> Derived:
             f"{architecture} has no output head, so there is no loss to price by; use a causal language model "
             "(…ForCausalLM)"
         )
+    stored = conversions_of(meta_model, names)
     rehearsed, experts = rehearse(meta_model), _expert_count(meta_model.config)
     family = Family(
-        name="generic",
+        name=GENERIC,
         architectures=(),
         blocks=meta_model.blocks_path,
         fused=(ATTENTION, GATED_MLP, *LATENT.fused),
         ignored=LATENT.ignored,
+        experts=stored.experts,
     )
     kept = [
         _routers(layer, experts) | dict(found.kept)
@@ -55,8 +65,10 @@ def derive(meta_model: MetaModel, architecture: str) -> Derived:
     guesses = (
         f"{architecture} has no family; its decoder is taken to be {meta_model.blocks_path}",
         "q/k/v and gate/up projections are assumed to be fused by the runtime, everything else to stand alone",
+        "the runtime is assumed to spell modules as the checkpoint does",
     )
-    return Derived(family=family, kept=kept, guesses=guesses)
+    resident = frozenset({*rehearsed.entry, *rehearsed.exit})
+    return Derived(family=family, kept=kept, guesses=guesses, resident=resident, stored=stored)
 
 
 def _expert_count(config: Any) -> int:

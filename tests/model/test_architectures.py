@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 from jobs.commands import inspect as inspect_command
+from jobs.commands import verify as verify_command
 from jobs.pipeline.assembly import verify
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.conversions import Conversions
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
@@ -44,7 +47,12 @@ def test_the_whole_job_writes_a_repository_that_verifies(checkpoint: Path, tmp_p
     settings = ("rounding.gptq=null", "rounding.scale_search.grid=2", "calibration.sequences=4")
     config = configuration(tmp_path, checkpoint, *settings, bpp=7.0)
     quantized(config)
-    assert verify(config).bpp <= 7.0
+    found = verify(config)
+    assert found.bpp <= 7.0
+    assert not found.names_proven
+    console = Console(record=True, width=200)
+    verify_command.render(found, console)
+    assert "verified, but for serving names" in console.export_text()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -54,3 +62,9 @@ def test_what_cannot_be_had_is_refused_by_inspect(tmp_path: Path, name: str) -> 
     with pytest.raises(InputError, match=words) as raised:
         inspect_command.run(config)
     assert "\n" not in str(raised.value)
+
+
+def test_weights_that_transformers_computes_are_refused_by_name() -> None:
+    stored = Conversions(tensors={"a.gate_up_proj": ("b.w13",)}, computed={"a.gate_up_proj": "Interleave"})
+    with pytest.raises(InputError, match=r"a\.gate_up_proj is made of b\.w13 by Interleave when transformers loads it"):
+        stored.tensor("a.gate_up_proj")

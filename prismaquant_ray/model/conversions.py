@@ -1,0 +1,98 @@
+"""Where a checkpoint stores each parameter of a model, by transformers' own rules for loading it.
+
+transformers renames tensors, adds or removes prefixes and stacks experts that are stored one by one when it loads a
+checkpoint. The same rules are inverted here. What it computes on the way (transposed, split or interleaved weights)
+could not be written back and is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.families.base import ExpertNames
+from prismaquant_ray.model.meta_model import MetaModel
+
+# Stacking experts, and putting gate over up, are what experts stored one by one need and nothing else.
+_STACKING = {"MergeModulelist", "Concatenate"}
+_EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversions:
+    """Tensors of each parameter that is stored, experts in order, gate before up; and what others are computed by."""
+
+    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    computed: dict[str, str] = field(default_factory=dict)
+
+    def tensor(self, parameter: str) -> str:
+        """The tensor that is a parameter, or would be; InputError for one that is computed."""
+        if parameter in self.computed:
+            raise InputError(
+                f"{parameter} is made of {self.tensors[parameter][0]} by {self.computed[parameter]} when transformers "
+                "loads it, which cannot be written back; save the model with transformers and its weights as they are "
+                "in memory (save_original_format=False)"
+            )
+        found = self.tensors.get(parameter, ())
+        return found[0] if len(found) == 1 else parameter
+
+    def module(self, path: str) -> str:
+        """The checkpoint's name of a module: that of its weight, or of its experts."""
+        weight = self.tensors.get(f"{path}.weight", ())
+        if len(weight) == 1 and weight[0].endswith(".weight"):
+            return weight[0].removesuffix(".weight")
+        stack = self.tensors.get(f"{path}.gate_up_proj", ())
+        if not stack:
+            return path
+        expert = _EXPERT.fullmatch(stack[0])
+        return stack[0].rpartition(".")[0] if expert is None else expert[1]
+
+    @property
+    def experts(self) -> ExpertNames:
+        """How the Linears of an expert are called."""
+        members: dict[str, list[str]] = {}
+        for parameter, tensors in self.tensors.items():
+            leaf = parameter.rpartition(".")[2]
+            if len(tensors) > 1 and leaf in ("gate_up_proj", "down_proj"):
+                found = (_EXPERT.fullmatch(tensor) for tensor in tensors)
+                members.setdefault(leaf, list(dict.fromkeys(match[3] for match in found if match is not None)))
+        gate_up, down = members.get("gate_up_proj", []), members.get("down_proj", [])
+        return (
+            ExpertNames(gate=gate_up[0], up=gate_up[1], down=down[0]) if len(gate_up) == 2 and down else ExpertNames()
+        )
+
+
+def conversions_of(meta_model: MetaModel, names: Iterable[str]) -> Conversions:
+    """Conversions of the tensors of a checkpoint."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = meta_model.model
+    transforms = get_model_conversion_mapping(model)
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    state = meta_model.state
+    found: dict[str, list[tuple[int, int, str]]] = {}
+    computed: dict[str, str] = {}
+    for name in names:
+        parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        place = 0
+        if pattern is not None:
+            converter = next(each for each in converters if pattern in each.source_patterns)
+            place = converter.source_patterns.index(pattern)
+            operations = [type(each).__name__ for each in converter.operations]
+            if not _STACKING.issuperset(operations) or len(converter.target_patterns) > 1:
+                computed[parameter] = " and ".join(operations)
+        if parameter in state:
+            found.setdefault(parameter, []).append((_number(name), place, name))
+    tensors = {parameter: tuple(name for *_, name in sorted(parts)) for parameter, parts in found.items()}
+    return Conversions(tensors=tensors, computed={name: by for name, by in computed.items() if name in tensors})
+
+
+def _number(name: str) -> int:
+    """Of the expert that a tensor belongs to."""
+    expert: Any = _EXPERT.fullmatch(name)
+    return int(expert[2]) if expert is not None else 0
