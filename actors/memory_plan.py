@@ -196,13 +196,12 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
     has_experts = any(group.experts for group in layout.groups)
     hop = calibration.microbatch * calibration.length * layout.hidden_size * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
-    head = (
-        max(
+    head = max(
+        (
             _held(block, layout, config, compute).total + (vocabulary if block.kind is BlockKind.DRAFT else 0)
             for block in layout.of(*HEADS)
-        )
-        if layout.of(*HEADS)
-        else 0
+        ),
+        default=0,
     )
     exits = [
         vocabulary + _EXIT_COPIES * min(logits, 4 * calibration.length * layout.vocab_size) + head

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.utils import deterministic
 
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import GPU_LOGIT_BYTES, Loss
@@ -485,6 +486,9 @@ class Report:
 
 def measure(device: torch.device, sizes: Sizes, report: Report, *, small: bool) -> None:
     """All steps."""
+    # As a worker sets them.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     card = Card(device, sizes)

@@ -58,7 +58,7 @@ class Card:
 # More than any host has: what it has is not known, what it needs is said.
 _UNKNOWN = 1 << 62
 _GB, _TFLOP = 10**9, 1e12
-#: By name. Source: NVIDIA's data sheets; products without sparsity.
+#: By name. Source: NVIDIA's data sheets; products without sparsity, of GB10 an eighth of its sparse FP4.
 CARDS: dict[str, Card] = {
     "A100": Card(memory=80 * _GB, products=312 * _TFLOP, single=19.5 * _TFLOP),
     "L4": Card(memory=24 * _GB, products=121 * _TFLOP, single=30.3 * _TFLOP),

@@ -21,7 +21,7 @@ from tests.runs import configuration
 from tests.tiny import make_checkpoint
 from tests.waiting import PATIENCE
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 WORKERS, MEMORY = 2, 900_000_000
 _SHAPE = {"hidden": 896, "intermediate": 896, "heads": 14, "kv_heads": 14, "head_dim": 64}
 _LAYER = re.compile(r"model\.layers\.0\.(.+)")
@@ -53,6 +53,7 @@ def repeated(directory: Path, layers: int, per_file: int = 30) -> int:
     return size
 
 
+@pytest.mark.faults
 def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Path) -> None:
     size = repeated(tmp_path / "source", 162)
     assert size > WORKERS * MEMORY

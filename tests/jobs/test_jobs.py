@@ -21,7 +21,7 @@ from tests.ray_head import SETTINGS, Head, started
 from tests.runs import configuration, digests
 from tests.waiting import PATIENCE, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 
 
