@@ -55,6 +55,7 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
         with torch.no_grad():
             _check_carried(meta_model, entry)
             leaving = _exit(meta_model, hidden)
+    # The model's code is somebody else's and may fail in any of these ways; the cause stays for --debug.
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(
