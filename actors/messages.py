@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from actors.diagnosis import WorkerDiagnosis
     from prismaquant_ray.config import Config
     from prismaquant_ray.evaluation.variants import Variant
+    from prismaquant_ray.preflight import Preflight
     from prismaquant_ray.storage.record import Artifact
 
 
@@ -77,7 +78,7 @@ class Receipt:
     """A worker's account of one call: when it began (seconds since the epoch), its metrics, or why it failed.
 
     `machine` is set in reply to HELLO and SETUP. `stored` are the boundaries, by microbatch, that have reached
-    the run store since the last receipt. `diagnosis` is set in reply to DIAGNOSE.
+    the run store since the last receipt. `preflight` is set in reply to PREFLIGHT, `diagnosis` to DIAGNOSE.
     """
 
     worker: str
@@ -88,4 +89,5 @@ class Receipt:
     metrics: StepMetrics = field(default_factory=StepMetrics)
     stored: Mapping[int, Artifact] = field(default_factory=dict)
     failure: Failure | None = None
+    preflight: Preflight | None = None
     diagnosis: WorkerDiagnosis | None = None

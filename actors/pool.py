@@ -78,6 +78,8 @@ class RayWorkers:
             reference = actor.setup.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
         elif call.kind is CallKind.DIAGNOSE:
             reference = actor.diagnose.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
+        elif call.kind is CallKind.PREFLIGHT:
+            reference = actor.preflight.remote()
         elif call.kind is CallKind.DROP:
             reference = actor.drop.remote()
         else:

@@ -17,6 +17,7 @@ class CallKind(StrEnum):
 
     HELLO = "hello"
     SETUP = "setup"
+    PREFLIGHT = "preflight"
     RUN = "run"
     FINISH = "finish"
     PREFETCH = "prefetch"

@@ -55,6 +55,7 @@ from prismaquant_ray.forward.scale_search import ScaleSearch
 from prismaquant_ray.kernels import check_gpu
 from prismaquant_ray.model.layout_builder import scope_of
 from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.preflight import Preflight, preflight
 from prismaquant_ray.records import RUN
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
@@ -73,6 +74,7 @@ class _Call:
     output: Activation | None = None
     machine: Machine | None = None
     metrics: StepMetrics = field(default_factory=StepMetrics)
+    preflight: Preflight | None = None
     diagnosis: WorkerDiagnosis | None = None
     receipt: Receipt = field(init=False)
 
@@ -112,6 +114,13 @@ class ShardWorker:
         with self._answering() as call:
             self._setup(spec)
             call.machine = self._machine()
+        return call.receipt
+
+    def preflight(self) -> Receipt:
+        """Try a few tokens on a few blocks."""
+        with self._answering() as call:
+            context = self.context
+            call.preflight = preflight(context.runner, context.calibration, context.loss)
         return call.receipt
 
     def run(
@@ -179,6 +188,7 @@ class ShardWorker:
             metrics=call.metrics,
             stored=stored,
             failure=failure,
+            preflight=call.preflight,
             diagnosis=call.diagnosis,
         )
 

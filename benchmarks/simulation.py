@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from actors.controller import sources_of
+from actors.pass_state import sources_of
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.ring import FINISH, Ring, Step
 from actors.schedule.run_store import Recorded

@@ -118,6 +118,17 @@ class ShardsSized(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Preflighted(Event):
+    """A few tokens went through a few blocks, each standing for all of its structure: see `Preflight`."""
+
+    event: Literal["preflight"] = "preflight"
+    worker: str
+    tried: list[str]
+    without_gradient: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardsShrunk(Event):
     """A device ran out of memory; from now on a worker loads at most `blocks` blocks at a time."""
 
@@ -221,6 +232,7 @@ _LOGGED = (
     | RunEnded
     | WorkerReady
     | ShardsSized
+    | Preflighted
     | ShardsShrunk
     | PassBegan
     | StepDone

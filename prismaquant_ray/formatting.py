@@ -113,9 +113,9 @@ def seconds(value: float | None) -> str:
     return f"{hours} h {left:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def verified(*, names_proven: bool) -> str:
-    """What a check without problems has shown."""
-    return "verified" if names_proven else "verified, but for serving names: no family knows this architecture's"
+def verified(*, named_by: str | None) -> str:
+    """What a check without problems has shown; `named_by` is the runtime whose own names are known."""
+    return "verified" if named_by is not None else "verified, but for serving names: no server's are known"
 
 
 def target(name: str) -> str:

@@ -6,14 +6,13 @@ place where module names are parsed; everything after works with these objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-#: Stands for the number of an expert in the name of a Linear that every expert of a layer has.
-EXPERT = "{}"
+from prismaquant_ray.spelling import EXPERT, Spelling
 
 
 class BlockKind(StrEnum):
@@ -179,18 +178,6 @@ class Block:
         return tuple(linear for group in self.groups for linear in group.linears)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NameAlias:
-    """The runtimes' names for a part of module names, in whole dotted words; the checkpoint's name comes first."""
-
-    part: str
-    names: tuple[str, ...]
-
-    def part_of(self, name: str) -> bool:
-        """Whether a name has the part."""
-        return f".{self.part}." in f".{name}."
-
-
 #: The family of an architecture that has none.
 GENERIC = "generic"
 
@@ -201,9 +188,11 @@ class Layout:
 
     `embedding`, `pixels` and `head` name the tensors that the entry of the model, the entry of its vision tower and its
     exit load (entry and exit share the embedding when it is tied). `ignored` gives the reason for every matrix that
-    stays as it is, by module path. `guesses` is empty for a known family; otherwise it lists assumptions.
-    `image_token` is the id that stands for a piece of an image, `top_k` how many experts a token meets. `tied` names
-    embedding and output head where the configuration ties them and the checkpoint stores both.
+    stays as it is, by module path. `facts` were learned of an architecture without a family, `guesses` are assumed.
+    `spellings` are those of runtimes that do not spell modules as the checkpoint does; `named_by` is the runtime whose
+    own names and fused Linears are known, None where they are assumed. `image_token` is the id that stands for a piece
+    of an image, `top_k` how many experts a token meets. `tied` names embedding and output head where the configuration
+    ties them and the checkpoint stores both.
     """
 
     architecture: str
@@ -213,8 +202,10 @@ class Layout:
     pixels: tuple[str, ...]
     head: tuple[str, ...]
     ignored: dict[str, str]
+    facts: tuple[str, ...]
     guesses: tuple[str, ...]
-    aliases: tuple[NameAlias, ...]
+    spellings: tuple[Spelling, ...]
+    named_by: str | None
     hidden_size: int
     vocab_size: int
     image_token: int | None
@@ -225,11 +216,6 @@ class Layout:
     def groups(self) -> tuple[FusedGroup, ...]:
         """Every fused group of the model, in block order: the allocator's items."""
         return tuple(group for block in self.blocks for group in block.groups)
-
-    @property
-    def names_proven(self) -> bool:
-        """Whether a family says how the runtime spells modules and which of them it fuses."""
-        return self.family != GENERIC
 
     @cached_property
     def block_of(self) -> dict[str, Block]:
@@ -251,12 +237,14 @@ class Layout:
 
     def aliases_of(self, name: str) -> tuple[str, ...]:
         """Every name that a runtime may know a module of the checkpoint by, the checkpoint's own first."""
-        return aliases_of(name, self.aliases)
+        return tuple(names[0] for names in self.spelled([name]))
+
+    def spelled(self, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        """Names of modules in every spelling, each spelling once, the checkpoint's own first."""
+        return spelled(names, self.spellings)
 
 
-def aliases_of(name: str, aliases: Iterable[NameAlias]) -> tuple[str, ...]:
-    """Every name that a runtime may know a module by, under these aliases; its own first."""
-    alias = next((alias for alias in aliases if alias.part_of(name)), None)
-    if alias is None:
-        return (name,)
-    return tuple(f".{name}.".replace(f".{alias.part}.", f".{other}.", 1).strip(".") for other in alias.names)
+def spelled(names: Sequence[str], spellings: Sequence[Spelling]) -> tuple[tuple[str, ...], ...]:
+    """Names of modules in these spellings, each spelling once, their own first."""
+    every = [tuple(names), *(tuple(spelling.of(name) for name in names) for spelling in spellings)]
+    return tuple(dict.fromkeys(every))

@@ -14,27 +14,28 @@ from tests.tiny import tokenizer
 VOCABULARY = 320
 _USUAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
+    # Heads of 32, the least that vLLM's attention on a CPU takes.
+    "hidden_size": 128,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 _GPT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "n_embd": 64,
+    "n_embd": 128,
     "n_layer": 2,
     "n_head": 4,
-    "n_positions": 128,
+    "n_positions": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 _MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 4,
+    "mamba_n_heads": 8,
     "mamba_d_head": 32,
     "mamba_n_groups": 1,
     "mamba_d_state": 16,
@@ -51,12 +52,38 @@ _VISION: dict[str, Any] = {
     "image_size": 28,
     "patch_size": 14,
 }
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [8, 4, 4], "rope_theta": 10000.0}
+_DEEPSTACK: dict[str, Any] = {
+    "depth": 3,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "deepstack_visual_indexes": [1],
+}
+_VISUAL: dict[str, Any] = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+# The widths and the rotary table that vLLM's CPU build has for latent attention.
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 64,
+    },
     "moe_intermediate_size": 64,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,
@@ -68,60 +95,67 @@ _LATENT: dict[str, Any] = {
 
 
 class Architecture(NamedTuple):
-    """A class of transformers, its configuration, and the Linears that must stay, by the end of their names."""
+    """A class of transformers, its configuration, and the Linears that must stay, by the end of their names.
+
+    `unserved` says why vLLM does not show it here; None where it does.
+    """
 
     name: str
     config: Mapping[str, Any]
     kept: tuple[str, ...] = ()
     config_name: str = ""
+    unserved: str | None = None
 
 
-def _usual(name: str, *kept: str, config_name: str = "", **other: Any) -> Architecture:
-    return Architecture(name, {**_USUAL, **other}, kept, config_name)
+def _usual(name: str, *kept: str, config_name: str = "", unserved: str | None = None, **other: Any) -> Architecture:
+    return Architecture(name, {**_USUAL, **other}, kept, config_name, unserved)
 
 
 WORKING: dict[str, Architecture] = {
     "apertus": _usual("ApertusForCausalLM"),
     "bloom": Architecture(
-        "BloomForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
+        "BloomForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
     ),
     "cohere2": _usual("Cohere2ForCausalLM", sliding_window=24),
     "deepseek_v2": _usual("DeepseekV2ForCausalLM", "kv_b_proj", q_lora_rank=None, **_LATENT),
     "deepseek_v32": _usual(
-        "DeepseekV32ForCausalLM", "indexer.wq_b", "kv_b_proj", q_lora_rank=32, index_n_heads=4, index_head_dim=16,
-        index_topk=8, **_LATENT,
+        "DeepseekV32ForCausalLM", "indexer.wq_b", "kv_b_proj", q_lora_rank=32, index_n_heads=4, index_head_dim=128,
+        index_topk=8, unserved="sparse attention does not run on its CPU build", **_LATENT,
     ),
     "falcon": Architecture(
-        "FalconForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2,
+        "FalconForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2,
                               "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2},
     ),
-    "falcon_h1": _usual("FalconH1ForCausalLM", head_dim=16, mamba_d_ssm=128, mamba_rms_norm=False, **_MAMBA),
+    "falcon_h1": _usual("FalconH1ForCausalLM", head_dim=32, mamba_d_ssm=256, mamba_rms_norm=False, **_MAMBA),
     "gpt_bigcode": Architecture("GPTBigCodeForCausalLM", _GPT),
     "gptj": Architecture("GPTJForCausalLM", {**_GPT, "rotary_dim": 8}),
     "granite_hybrid": _usual(
         "GraniteMoeHybridForCausalLM", num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=64,
         layer_types=["mamba", "attention"], **_MAMBA,
     ),
-    "hunyuan_moe": _usual("HunYuanMoEV1ForCausalLM", "mlp.gate.wg", num_experts=4, moe_topk=2, head_dim=16),
+    "hunyuan_moe": _usual("HunYuanMoEV1ForCausalLM", "mlp.gate.wg", num_experts=4, moe_topk=2, head_dim=32),
     "jamba": _usual(
-        "JambaForCausalLM", "mamba.dt_proj", "router", num_experts=4, num_experts_per_tok=2, attn_layer_offset=1,
-        attn_layer_period=2, expert_layer_offset=1, expert_layer_period=2, mamba_d_state=16, mamba_dt_rank=8,
+        "JambaForCausalLM", "mamba.in_proj", "mamba.dt_proj", "router",
+        num_experts=4, num_experts_per_tok=2, attn_layer_offset=1, attn_layer_period=2, expert_layer_offset=1,
+        expert_layer_period=2, mamba_d_state=16, mamba_dt_rank=8,
+        unserved="its CPU build does not run Mamba 1, not even in BF16",
     ),
     "llama4_text": _usual(
         "Llama4ForCausalLM", "feed_forward.router", config_name="Llama4TextConfig", intermediate_size_mlp=128,
-        num_local_experts=4, num_experts_per_tok=1, head_dim=16, interleave_moe_layer_step=2,
+        num_local_experts=4, num_experts_per_tok=1, head_dim=32, interleave_moe_layer_step=2,
     ),
     "mamba2": Architecture(
-        "Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16,
-                              "num_heads": 4, "head_dim": 32, "expand": 2, "n_groups": 1, "chunk_size": 16},
+        "Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
+                              "num_heads": 8, "head_dim": 32, "expand": 2, "n_groups": 1, "chunk_size": 16},
     ),
     "mpt": Architecture(
-        "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 128}
+        "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
+        unserved="not supported since vLLM 0.28",
     ),
-    "nemotron": _usual("NemotronForCausalLM", head_dim=16),
+    "nemotron": _usual("NemotronForCausalLM", head_dim=32),
     "opt": Architecture(
-        "OPTForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2,
-                           "num_attention_heads": 4, "max_position_embeddings": 128, "word_embed_proj_dim": 48},
+        "OPTForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "ffn_dim": 128, "num_hidden_layers": 2,
+                           "num_attention_heads": 4, "max_position_embeddings": 256, "word_embed_proj_dim": 48},
         ("project_in", "project_out"),
     ),
     "ernie4_5_moe": _usual(
@@ -130,7 +164,7 @@ WORKING: dict[str, Architecture] = {
     ),
     "gemma3_vision": Architecture(
         "Gemma3ForConditionalGeneration",
-        {"text_config": {**_USUAL, "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 16},
+        {"text_config": {**_USUAL, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 16},
          "vision_config": {**_VISION, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4,
          "image_token_index": 5, "boi_token_index": 6, "eoi_token_index": 7},
         ("vision_tower.encoder.layers.2.mlp.fc1",),
@@ -139,37 +173,64 @@ WORKING: dict[str, Architecture] = {
     "granitemoe": _usual(
         "GraniteMoeForCausalLM", "block_sparse_moe.input_linear", num_local_experts=4, num_experts_per_tok=2
     ),
-    "minimax_m2": _usual("MiniMaxM2ForCausalLM", num_local_experts=8, num_experts_per_tok=2, head_dim=16),
+    "minimax_m2": _usual(
+        "MiniMaxM2ForCausalLM", rotary_dim=16, scoring_func="softmax", use_routing_bias=True, num_local_experts=8,
+        num_experts_per_tok=2, head_dim=32,
+    ),
     "mistral3": Architecture(
         "Mistral3ForConditionalGeneration",
-        {"text_config": {**_USUAL, "model_type": "mistral", "head_dim": 16},
-         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16}, "image_token_index": 5},
+        {"text_config": {**_USUAL, "model_type": "mistral", "head_dim": 32},
+         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32}, "image_token_index": 5},
         ("multi_modal_projector.linear_1",),
     ),
     "nemotron_h": Architecture(
         "NemotronHForCausalLM",
-        {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 32, "n_groups": 1,
+        {"vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 32, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 1,
          "ssm_state_size": 16, "chunk_size": 16, "layers_block_type": ["mamba", "mlp", "attention", "mlp"]},
     ),
     "qwen2_5_vl": Architecture(
         "Qwen2_5_VLForConditionalGeneration",
-        {"text_config": {**_USUAL, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3],
+        {"text_config": {**_USUAL, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6],
                                                        "rope_theta": 10000.0}},
          "vision_config": {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2,
-                           "out_hidden_size": 64, "fullatt_block_indexes": [2]},
+                           "out_hidden_size": 128, "fullatt_block_indexes": [2]},
          "image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7},
         ("visual.blocks.2.attn.qkv", "visual.patch_embed.proj"),
     ),
+    "exaone4": _usual("Exaone4ForCausalLM", sliding_window=24),
+    "glm4_moe": _usual(
+        "Glm4MoeForCausalLM", "mlp.gate", moe_intermediate_size=64, n_routed_experts=8, num_experts_per_tok=2,
+        first_k_dense_replace=1, n_shared_experts=1, head_dim=32,
+    ),
+    "glm4_moe_lite": _usual("Glm4MoeLiteForCausalLM", "mlp.gate", "kv_b_proj", q_lora_rank=32, **_LATENT),
+    "granite": _usual(
+        "GraniteForCausalLM", embedding_multiplier=12.0, residual_multiplier=0.22, attention_multiplier=0.0156,
+        logits_scaling=8.0,
+    ),
+    "lfm2": _usual(
+        "Lfm2ForCausalLM", "conv.conv", layer_types=["conv", "full_attention"], block_ff_dim=256, block_dim=128,
+        conv_dim=128, conv_dim_out=128,
+        block_auto_adjust_ff_dim=False,
+    ),
+    "olmo2": _usual("Olmo2ForCausalLM"),
+    "olmo3": _usual("Olmo3ForCausalLM", sliding_window=24),
     "phi3": _usual("Phi3ForCausalLM"),
     "qwen2_moe": _usual(
         "Qwen2MoeForCausalLM", "shared_expert_gate", moe_intermediate_size=64, shared_expert_intermediate_size=64,
         num_experts=8, num_experts_per_tok=2,
     ),
+    "qwen3_vl": Architecture(
+        "Qwen3VLForConditionalGeneration",
+        {"text_config": {**_USUAL, "head_dim": 32, "rope_parameters": _MROPE}, "vision_config": _DEEPSTACK, **_VISUAL},
+        ("visual.blocks.2.attn.qkv", "visual.deepstack_merger_list.0.linear_fc1"),
+    ),
+    "seed_oss": _usual("SeedOssForCausalLM", head_dim=32),
+    "smollm3": _usual("SmolLM3ForCausalLM"),
     "qwen3_next": _usual(
         "Qwen3NextForCausalLM", "shared_expert_gate", moe_intermediate_size=64, shared_expert_intermediate_size=64,
-        num_experts=8, num_experts_per_tok=2, head_dim=16, num_hidden_layers=4, linear_num_key_heads=2,
-        linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+        num_experts=8, num_experts_per_tok=2, head_dim=32, num_hidden_layers=4, linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64,
     ),
 }  # fmt: skip
 
@@ -177,7 +238,7 @@ WORKING: dict[str, Architecture] = {
 REFUSED: dict[str, tuple[Architecture, str]] = {
     "gemma3n_text": (
         _usual(
-            "Gemma3nForCausalLM", config_name="Gemma3nTextConfig", head_dim=16, num_hidden_layers=4,
+            "Gemma3nForCausalLM", config_name="Gemma3nTextConfig", head_dim=32, num_hidden_layers=4,
             layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24, num_kv_shared_layers=2,
             vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16, laurel_rank=8, altup_num_inputs=4,
             intermediate_size=[128] * 4, activation_sparsity_pattern=[0.0] * 4,
@@ -187,6 +248,15 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
     "gpt2": (Architecture("GPT2LMHeadModel", _GPT), "no Linear that could be quantized"),
     "llama_classifier": (_usual("LlamaForSequenceClassification"), "has no output head"),
     "llama_base": (_usual("LlamaModel"), "has no output head"),
+    "qwen3_vl_moe": (
+        Architecture(
+            "Qwen3VLMoeForConditionalGeneration",
+            {"text_config": {**_USUAL, "head_dim": 32, "rope_parameters": _MROPE, "num_experts": 8,
+                             "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+             "vision_config": _DEEPSTACK, **_VISUAL},
+        ),
+        "by Transpose when transformers loads it",
+    ),
     "t5": (
         Architecture("T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128,
                                                     "num_layers": 2, "num_heads": 4}),

@@ -54,6 +54,8 @@ class InProcessWorkers:
             receipt = worker.setup(replace(self.spec, name=name))
         elif call.kind is CallKind.DIAGNOSE:
             receipt = worker.diagnose(replace(self.spec, name=name))
+        elif call.kind is CallKind.PREFLIGHT:
+            receipt = worker.preflight()
         elif call.kind is CallKind.DROP:
             receipt = worker.drop()
         elif call.kind is CallKind.FINISH:

@@ -9,12 +9,29 @@ from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
+from tests.architectures import WORKING, make_architecture
 from tests.inprocess import in_process
 from tests.repositories import mixed_choice
 from tests.runs import family_configuration as configuration
 from tests.tiny import make_checkpoint
-from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
+from tests.tiny_families import FAMILIES as TINY
+from tests.tiny_families import VISION_FAMILIES, make_family
 
+#: Models of each family.
+FAMILIES = (
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "gpt_oss",
+)
+#: Models of architectures without a family, all but those that vLLM does not have or does not run on a CPU.
+ARCHITECTURES = tuple(name for name, architecture in WORKING.items() if architecture.unserved is None)
 # vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only, and its rotary table with YaRN only.
 _LATENT = {
     "kv_lora_rank": 512,
@@ -34,12 +51,14 @@ _LATENT = {
 
 def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str, str]]:
     """A repository, its BF16 copy by `dequantize`, and the format of every module that could be quantized."""
-    if family in FAMILIES:
+    if family in WORKING:
+        source = make_architecture(directory / "source", WORKING[family])
+    elif family in TINY:
         source = make_family(directory / "source", family, **(_LATENT if family.startswith("deepseek") else {}))
     else:
         source = make_checkpoint(directory / "source", family, hidden=128, intermediate=256, head_dim=64)
-    tied = family == "llama"
-    head = f"model.quantize_lm_head={'false' if tied or family == 'gpt_oss' else 'true'}"
+    kept = family in {"llama", "gpt_oss"} or family in WORKING
+    head = f"model.quantize_lm_head={'false' if kept else 'true'}"
     config = configuration(directory / "run", source, head, images=2 if family in VISION_FAMILIES else 0)
     run = Run(config, open_workers=in_process())
     run.measure()

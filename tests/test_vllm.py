@@ -1,6 +1,7 @@
-"""Repositories of every family in real vLLM, on the CPU: schemes, weights and logits are what was asked for.
+"""Repositories in real vLLM, on the CPU: schemes, weights and logits are what was asked for.
 
-vLLM has an environment of its own, which `make vllm` makes; `tests/vllm_check` is the program that runs in it.
+vLLM has an environment of its own, which `make vllm` makes; `tests/vllm_check` is the program that runs in it. Starting
+it takes longer than serving a model, so all that are asked for are made first and served by one process.
 """
 
 from __future__ import annotations
@@ -8,32 +9,26 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.repositories import rewrite
-from tests.served import make_repository
+from tests.served import ARCHITECTURES, FAMILIES, VISION_FAMILIES, make_repository
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
-FAMILIES = (
-    "llama",
-    "qwen3",
-    "qwen3_moe",
-    "mixtral",
-    "deepseek_v3",
-    "qwen3_5",
-    "qwen3_5_moe",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "gpt_oss",
-)
-VISION_FAMILIES = ("qwen3_5", "qwen3_5_moe")  # and a draft layer
+
+
+class Served(NamedTuple):
+    """The report of tests/vllm_check, and the format of every module that could be quantized."""
+
+    report: dict[str, Any]
+    expected: Mapping[str, str]
 
 
 @pytest.fixture(scope="session")
@@ -45,23 +40,29 @@ def vllm_python() -> Path:
     return path
 
 
-def check(
-    python: Path, repository: Path, copy: Path, report: Path, *, images: Sequence[Path] = (), draft: bool = False
-) -> dict[str, Any]:
-    """The report of tests/vllm_check, whether or not it is content."""
-    command = [python, "-m", "tests.vllm_check", repository, "--reference", copy, "--json", report]
-    options = [*(["--draft"] if draft else []), "--images", *images]
-    run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert report.is_file(), run.stdout + run.stderr
-    found: dict[str, Any] = json.loads(report.read_text())
-    assert run.returncode == bool(found["problems"]), run.stdout + run.stderr
-    return found
-
-
-def served_formats(report: dict[str, Any]) -> dict[str, str]:
-    """Format of each of the checkpoint's modules, as vLLM serves it."""
-    layers = report["layers"] + report.get("draft_layers", [])
-    return {member: layer["format"] for layer in layers for member in layer["members"]}
+@pytest.fixture(scope="session")
+def served(
+    request: pytest.FixtureRequest, vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Served]:
+    """What vLLM made of a model, by its name, of those that the selected tests name."""
+    marks = [mark for item in request.session.items for mark in item.iter_markers("serves")]
+    names = dict.fromkeys(name for mark in marks for name in mark.args)
+    directory = tmp_path_factory.mktemp("served")
+    jobs, expected = [], {}
+    for name in names:
+        repository, copy, expected[name] = make_repository(directory / name, name.partition(" ")[0])
+        if name in FAULTS:
+            FAULTS[name](repository, copy, expected[name])
+        sees = name in VISION_FAMILIES
+        images = (
+            [draw(directory / name / "tall.png", 64, 96), draw(directory / name / "wide.png", 128, 64)] if sees else []
+        )
+        jobs.append([str(repository), str(copy), str(directory / f"{name}.json"), [*map(str, images)], sees])
+    run = subprocess.run(
+        [vllm_python, "-m", "tests.vllm_check"], input=json.dumps(jobs), cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return lambda name: Served(json.loads((directory / f"{name}.json").read_text()), expected[name])
 
 
 def draw(path: Path, width: int, height: int) -> Path:
@@ -71,25 +72,30 @@ def draw(path: Path, width: int, height: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def served_formats(report: dict[str, Any]) -> dict[str, str]:
+    """Format of each of the checkpoint's modules, as vLLM serves it."""
+    layers = report["layers"] + report.get("draft_layers", [])
+    return {member: layer["format"] for layer in layers for member in layer["members"]}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.serves(name)) for name in (*FAMILIES, *ARCHITECTURES)]
+)
 def test_vllm_serves_what_was_chosen(
-    family: str, vllm_python: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+    name: str, served: Callable[[str], Served], record_property: Callable[[str, object], None]
 ) -> None:
-    repository, copy, expected = make_repository(tmp_path, family)
-    sees = family in VISION_FAMILIES
-    images = [draw(tmp_path / "tall.png", 64, 96), draw(tmp_path / "wide.png", 128, 64)] if sees else []
-    report = check(vllm_python, repository, copy, tmp_path / "report.json", images=images, draft=sees)
+    report, expected = served(name)
     assert not report["problems"], "\n".join([*report["problems"], *report.get("failed", [])])
-    served = served_formats(report)
-    for module, name in expected.items():
+    formats = served_formats(report)
+    for module, format_name in expected.items():
         # Experts that stay BF16 may be packed: one module for all of a layer.
         packed = module.partition(".experts.")[0] + ".experts"
-        assert served.get(module, served.get(packed)) == name, module
+        assert formats.get(module, formats.get(packed)) == format_name, module
     quantized = [layer for layer in report["layers"] + report.get("draft_layers", []) if layer["format"] != "BF16"]
     assert quantized
     assert all(layer["different"] == 0 for layer in quantized), "a quantized layer was not compared"
-    assert report["divergence"].keys() >= ({"text", "images", "draft"} if sees else {"text"})
-    record_property("vLLM", f"{family}: {len(quantized)} quantized layers, {_divergences(report)}")
+    assert report["divergence"].keys() >= ({"text", "images", "draft"} if name in VISION_FAMILIES else {"text"})
+    record_property("vLLM", f"{name}: {len(quantized)} quantized layers, {_divergences(report)}")
 
 
 def _divergences(report: dict[str, Any]) -> str:
@@ -99,23 +105,37 @@ def _divergences(report: dict[str, Any]) -> str:
 # The check itself ---------------------------------------------------------------------------------------------
 
 
-def test_a_missing_tensor_of_one_member_is_noticed(vllm_python: Path, tmp_path: Path) -> None:
-    repository, copy, expected = make_repository(tmp_path, "llama")
+def _lose_a_tensor(repository: Path, _: Path, expected: Mapping[str, str]) -> None:
     module = next(module for module, name in expected.items() if name == "NVFP4")
     rewrite(repository, {f"{module}.input_global_scale": None})
-    report = check(vllm_python, repository, copy, tmp_path / "report.json")
+
+
+def _change_a_weight(_: Path, copy: Path, expected: Mapping[str, str]) -> None:
+    weight = f"{next(module for module, name in expected.items() if name == 'MXFP8')}.weight"
+    (holder,) = [path for path in copy.glob("*.safetensors") if weight in load_file(path)]
+    tensors = load_file(holder)
+    tensors[weight][0, 0] += 1
+    save_file(tensors, holder, {"format": "pt"})
+
+
+#: Models with a fault, after the family's name.
+FAULTS: Mapping[str, Callable[[Path, Path, Mapping[str, str]], None]] = {
+    "llama without a tensor": _lose_a_tensor,
+    "llama with another weight": _change_a_weight,
+}
+
+
+@pytest.mark.serves("llama without a tensor")
+def test_a_missing_tensor_of_one_member_is_noticed(served: Callable[[str], Served]) -> None:
+    report = served("llama without a tensor").report
     assert report["problems"] == ["vLLM does not serve the repository"]
     assert any("input_global_scale was not initialized" in line for line in report["failed"])
 
 
-def test_a_wrong_weight_is_noticed(vllm_python: Path, tmp_path: Path) -> None:
-    repository, copy, expected = make_repository(tmp_path, "llama")
+@pytest.mark.serves("llama with another weight")
+def test_a_wrong_weight_is_noticed(served: Callable[[str], Served]) -> None:
+    report, expected = served("llama with another weight")
     module = next(module for module, name in expected.items() if name == "MXFP8")
-    (holder,) = [path for path in copy.glob("*.safetensors") if f"{module}.weight" in load_file(path)]
-    tensors = load_file(holder)
-    tensors[f"{module}.weight"][0, 0] += 1
-    save_file(tensors, holder, {"format": "pt"})
-    report = check(vllm_python, repository, copy, tmp_path / "report.json")
     (wrong,) = [layer for layer in report["layers"] if layer["different"]]
     assert module in wrong["members"]
     assert wrong["different"] == 1

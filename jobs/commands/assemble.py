@@ -25,5 +25,5 @@ def render(result: AssembledRepository, console: Console) -> None:
     console.print(
         f"{result.repository}: {result.total_bytes / 1e6:,.1f} MB, {result.bpp:.4f} bits per quantizable "
         f"parameter, {result.bits_all_parameters:.3f} per parameter of the whole model; "
-        f"{verified(names_proven=result.names_proven)}"
+        f"{verified(named_by=result.named_by)}"
     )

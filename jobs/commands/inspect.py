@@ -26,6 +26,8 @@ def render(result: Inspection, console: Console) -> None:
         f"{result.quantizable_parameters / 1e6:,.1f} M quantizable parameters, source "
         f"{result.source_bytes / 1e6:,.1f} MB"
     )
+    for fact in result.facts:
+        console.print(f"  fact: {fact}")
     for guess in result.guesses:
         console.print(f"  guess: {guess}")
     console.print("  fused groups: " + ", ".join(f"{count} {name}" for name, count in result.groups.items()))

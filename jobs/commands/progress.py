@@ -13,6 +13,7 @@ from prismaquant_ray.events import (
     Notice,
     ObjectRepaired,
     PassBegan,
+    Preflighted,
     ShardDone,
     ShardsShrunk,
     StepDone,
@@ -67,6 +68,11 @@ class RunProgress(_Display):
                 self._lost(event)
             case WorkerReady():
                 self.say(f"{event.worker} is ready: {event.device} on {event.host}, process {event.pid}")
+            case Preflighted():
+                self.say(
+                    f"preflight: a few tokens went through {len(event.tried)} kinds of blocks, forward and backward, "
+                    f"in {event.seconds:.1f} s"
+                )
             case ObjectRepaired():
                 self.say(f"damaged: {event.key}; {', '.join(event.forgotten) or 'nothing'} is made again")
             case ShardsShrunk():

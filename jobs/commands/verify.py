@@ -20,7 +20,7 @@ def run(config: Config) -> VerifiedRepository:
 def render(result: VerifiedRepository, console: Console) -> None:
     """The verdict, then every problem."""
     counts = ", ".join(f"{count} {name}" for name, count in result.linears.items() if count)
-    verdict = verified(names_proven=result.names_proven) if result.ok else f"{len(result.problems)} problems"
+    verdict = verified(named_by=result.named_by) if result.ok else f"{len(result.problems)} problems"
     console.print(
         f"{result.repository}: {verdict}; {result.tensors} tensors, {counts} Linears, "
         f"{result.total_bytes / 1e6:,.1f} MB, {result.bpp:.4f} bits per parameter"

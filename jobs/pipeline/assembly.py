@@ -32,7 +32,7 @@ from prismaquant_ray.storage.store import Store
 class AssembledRepository:
     """A verified repository: bytes of every file, SHA-256 of every shard, and its plan.
 
-    Without `names_proven` no family knows how a server spells the modules, and what it fuses.
+    `named_by` is the server whose own names and fused Linears are known, None where they are assumed.
     """
 
     repository: str
@@ -42,7 +42,7 @@ class AssembledRepository:
     files: dict[str, int]
     sha256: dict[str, str]
     plan: PlanSummary
-    names_proven: bool
+    named_by: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class VerifiedRepository:
 
     repository: str
     ok: bool
-    names_proven: bool
+    named_by: str | None
     problems: list[str]
     linears: dict[FormatName, int]
     tensors: int
@@ -108,7 +108,7 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
         files=repository.files,
         sha256=repository.sha256,
         plan=plan.summary,
-        names_proven=measured.layout.names_proven,
+        named_by=measured.layout.named_by,
     )
 
 
@@ -158,7 +158,7 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
     return VerifiedRepository(
         repository=str(output),
         ok=found.ok,
-        names_proven=measured.layout.names_proven,
+        named_by=measured.layout.named_by,
         problems=list(found.problems),
         linears=dict(found.linears),
         tensors=found.tensors,

@@ -51,12 +51,14 @@ class MachinePlan:
 class Inspection:
     """Properties of a run before it measures. Sizes in bytes.
 
-    `groups` counts fused groups by the last part of their name, `groups_per_format` those that can take a format.
-    `kept` has the reason for every unquantized module; `vram` is that of the largest plan in the budget.
+    `facts` were learned of an architecture without a family, `guesses` are assumed. `groups` counts fused groups by the
+    last part of their name, `groups_per_format` those that can take a format. `kept` has the reason for every
+    unquantized module; `vram` is that of the largest plan in the budget.
     """
 
     architecture: str
     family: str
+    facts: list[str]
     guesses: list[str]
     blocks: int
     quantizable_parameters: int
@@ -101,6 +103,7 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
     return Inspection(
         architecture=layout.architecture,
         family=layout.family,
+        facts=list(layout.facts),
         guesses=[*layout.guesses, *_assumed(run.source), *_left_out(run.source)],
         blocks=len(layout.blocks),
         quantizable_parameters=layout.parameters,

@@ -69,6 +69,11 @@ class Passes(ABC):
         self.check = check
         self._slow = False
 
+    @property
+    def needs_preflight(self) -> bool:
+        """Whether nothing shows yet that the model runs block by block."""
+        return False
+
     @abstractmethod
     def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:
         """The shards of a pass that are missing, at most `limit` blocks each."""
@@ -116,6 +121,8 @@ class Passes(ABC):
                     wanted=size.wanted,
                 )
             )
+            if self.needs_preflight:
+                controller.preflight()
             self._passes(controller, min(size.blocks, self.graph.blocks))
 
     def _passes(self, controller: Controller, limit: int) -> None:
@@ -216,6 +223,11 @@ class Measurement(Passes):
     """Both passes that measure a model."""
 
     stages = PASSES
+
+    @property
+    @override
+    def needs_preflight(self) -> bool:
+        return not self.run_store.recorded(PASSES[0])
 
     @override
     def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:

@@ -18,15 +18,17 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import family_of
+from prismaquant_ray.families.serving import server_names
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import shipped
-from prismaquant_ray.layout import LinearSpec, NameAlias, aliases_of
+from prismaquant_ray.layout import LinearSpec, spelled
 from prismaquant_ray.repository.routing import is_ignored, unreadable_because, vllm_route
 from prismaquant_ray.source.block_fp8 import KEY
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.header import TensorInfo
+from prismaquant_ray.spelling import Spelling
 
 # A module with a tensor of one of these names is quantized.
 _MARKS = frozenset(
@@ -218,13 +220,13 @@ def coded_modules(source: Checkpoint, scheme: Mapping[str, Any], left_out: Colle
         if info.name not in left_out:
             parent, _, suffix = info.name.rpartition(".")
             by_module.setdefault(parent, {})[suffix] = info
-    aliases = _aliases(source)
+    spellings = _spellings(source)
     for name, tensors in by_module.items():
         weight = tensors.get("weight")
         coded = not tensors.keys().isdisjoint(_MARKS) or (weight is not None and weight.dtype in _CODES)
         if not coded and not (weight is not None and len(weight.shape) == 2 and _is_named(scheme, name)):
             continue
-        routes = (vllm_route(scheme, each) for each in aliases_of(name, aliases))
+        routes = (vllm_route(scheme, alias) for (alias,) in spelled([name], spellings))
         route = next((route for route in routes if route is not None), None)
         if route is None:
             raise InputError(
@@ -259,9 +261,10 @@ def modules_of(source: Checkpoint) -> tuple[Module, ...]:
     return tuple(found)
 
 
-def _aliases(source: Checkpoint) -> tuple[NameAlias, ...]:
-    family = family_of(str(next(iter(source.config.get("architectures") or ()), "")))
-    return family.aliases if family is not None else ()
+def _spellings(source: Checkpoint) -> tuple[Spelling, ...]:
+    architecture = str(next(iter(source.config.get("architectures") or ()), ""))
+    family, serving = family_of(architecture), server_names(architecture)
+    return (*(serving.spellings if serving else ()), *(family.spellings if family else ()))
 
 
 def _is_named(scheme: Mapping[str, Any], module: str) -> bool:

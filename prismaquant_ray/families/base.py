@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from prismaquant_ray.layout import NameAlias
+from prismaquant_ray.spelling import Spelling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,8 +41,8 @@ class Family:
     `blocks` is the module path of the decoder's layer list. `fused` are the Linears that become one matrix in the
     runtime, `siblings` names of such matrices (or Linears) that read one input without being fused. `ignored` maps the
     last part of a module name, or a whole path inside a block, to the reason it is never quantized. `renamed` are parts
-    of module names, as (in transformers, in the checkpoint). `aliases` are the names under which runtimes know the
-    modules; `draft` is the prefix of a multi-token-prediction head that transformers does not load.
+    of module names, as (in transformers, in the checkpoint). `spellings` are those of runtimes beside vLLM's own, which
+    `families.serving` knows; `draft` is the prefix of a multi-token-prediction head that transformers does not load.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Family:
     ignored: tuple[tuple[str, str], ...] = ()
     experts: ExpertNames = field(default_factory=ExpertNames)
     renamed: tuple[tuple[str, str], ...] = ()
-    aliases: tuple[NameAlias, ...] = ()
+    spellings: tuple[Spelling, ...] = ()
     vision: Vision | None = None
     draft: str | None = None
 

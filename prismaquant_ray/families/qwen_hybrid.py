@@ -7,7 +7,7 @@ experts are stored packed.
 from dataclasses import replace
 
 from prismaquant_ray.families.base import ATTENTION, GATED_MLP, ROUTER, Family, FusedRule, Vision
-from prismaquant_ray.layout import NameAlias
+from prismaquant_ray.spelling import Spelling
 
 _FUSED = (
     ATTENTION,
@@ -32,12 +32,8 @@ VISION_LANGUAGE = Family(
     fused=_FUSED,
     siblings=_SIBLINGS,
     ignored=_IGNORED,
-    # The checkpoint's names, vLLM's, and those of the same weights loaded as a text-only model.
-    aliases=(
-        NameAlias(part="model.language_model", names=("model.language_model", "language_model.model", "model")),
-        NameAlias(part="model.visual", names=("model.visual", "visual")),
-        NameAlias(part="lm_head", names=("lm_head", "language_model.lm_head")),
-    ),
+    # The same weights loaded as a text-only model.
+    spellings=(Spelling(prefixes=(("model.language_model.", "model."),)),),
     vision=Vision(tower="model.visual", blocks="blocks", merger="merger", entry=("patch_embed", "pos_embed")),
     draft="mtp",
 )
@@ -47,6 +43,6 @@ TEXT = replace(
     name="qwen3.5-text",
     architectures=("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
     blocks="model.layers",
-    aliases=(),
+    spellings=(),
     vision=None,
 )

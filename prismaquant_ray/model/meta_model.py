@@ -66,15 +66,21 @@ class _Stub(nn.Module):
 class MetaModel:
     """A language model on the meta device, run one block at a time.
 
-    `blocks_path` names the layer list (e.g. "model.layers"). Hidden states are (sequences, tokens, hidden_size), those
-    of the vision tower (patches, width).
+    `blocks_path` names the layer list (e.g. "model.layers"), `dtype` is what it computes in. Hidden states are
+    (sequences, tokens, hidden_size), those of the vision tower (patches, width).
     """
 
     def __init__(
-        self, config: Any, architecture: str, *, blocks_path: str | None = None, vision: Vision | None = None
+        self,
+        config: Any,
+        architecture: str,
+        *,
+        blocks_path: str | None = None,
+        vision: Vision | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = config
-        self.model = build_on_meta(config, architecture)
+        self.model = build_on_meta(config, architecture, dtype)
         self.blocks_path = blocks_path or decoder_layers(self.model, config)
         #: Shapes of every parameter and persistent buffer, by name.
         self.state = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
@@ -261,8 +267,10 @@ def _stubbed(model: Any, path: str) -> tuple[tuple[nn.Module, ...], tuple[_Stub,
     return tuple(layers), stubs
 
 
-def build_on_meta(config: Any, architecture: str) -> Any:
+def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model with meta parameters and real non-persistent buffers (rotary tables, embedding scales).
+
+    Some buffers are rounded to `dtype`, as transformers does when it loads a model in it.
 
     Raises:
         InputError: transformers has no such class for this configuration.
@@ -275,7 +283,7 @@ def build_on_meta(config: Any, architecture: str) -> Any:
     register()
     with torch.device("meta"):
         routed = {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}
-        model = model_class._from_config(config, **routed)
+        model = model_class._from_config(config, dtype=dtype, **routed)
     model.eval()
     _fill_buffers(model, model)
     return model

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +24,26 @@ _SEQUENCES, _TOKENS = 2, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a rehearsal found of a block's Linears, by path in it.
+
+    `kept` are those that stay, with the reason; `together` those of one module that read one tensor.
+    """
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    together: tuple[tuple[str, ...], ...] = ()
+
+
+#: Of a block that was not rehearsed.
+NOTHING = Found()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RehearsedLayer:
-    """Whether a layer returns a tuple; its Linears that cannot be quantized, by path in it, with the reason."""
+    """Whether a layer returns a tuple, and what was found of its Linears."""
 
     as_tuple: bool
-    kept: Mapping[str, str]
+    found: Found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,10 +135,15 @@ def _layers(meta_model: MetaModel, hidden: Tensor) -> tuple[RehearsedLayer, ...]
 def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) -> RehearsedLayer:
     """Run a layer with a graph, and ask where gradients arrive: the graph has them, though all are zero."""
     loaded, outputs, answers = copy.deepcopy(layer), dict[str, Any](), list[bool]()
+    inputs: dict[str, Tensor] = {}
     linears = {path: module for path, module in loaded.named_modules() if isinstance(module, nn.Linear)}
 
     def note(path: str) -> Any:
-        return lambda _, __, output: outputs.__setitem__(path, output)
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs[path] = output
+            inputs[path] = args[0]
+
+        return hook
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = loaded(x, *args, **kwargs)
@@ -150,7 +170,16 @@ def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) ->
             kept[path] = "it does not return a tensor alone"
         elif _alike(path) not in differentiable:
             kept[path] = "no gradient passes through it, so it cannot be priced"
-    return RehearsedLayer(as_tuple=answers[0], kept=kept)
+    return RehearsedLayer(as_tuple=answers[0], found=Found(kept=kept, together=_together(inputs)))
+
+
+def _together(inputs: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
+    """Linears of one module that read one tensor."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for path, tensor in inputs.items():
+        # All are alive, so none has the identity of another.
+        found.setdefault((path.rpartition(".")[0], id(tensor)), []).append(path)
+    return tuple(tuple(paths) for paths in found.values() if len(paths) > 1)
 
 
 def _alike(path: str) -> str:

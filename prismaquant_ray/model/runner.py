@@ -38,7 +38,7 @@ class ModelRunner:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.device = device
-        self.meta_model, self.layout = build_layout(checkpoint, scope)
+        self.meta_model, self.layout = build_layout(checkpoint, scope, dtype)
         #: Weights of blocks by parameter, by index, as `load_block` takes them.
         self.prefetcher: Prefetcher[int, dict[str, Tensor]] = Prefetcher(self._read_block)
         #: Of weights, to the device.

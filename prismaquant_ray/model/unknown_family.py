@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family
-from prismaquant_ray.families.base import ATTENTION, GATED_MLP, LATENT, ROUTER
+from prismaquant_ray.families.base import ATTENTION, GATED_MLP, LATENT, ROUTER, FusedRule
+from prismaquant_ray.families.serving import ServerNames
 from prismaquant_ray.layout import GENERIC
 from prismaquant_ray.model.conversions import Conversions, conversions_of
 from prismaquant_ray.model.meta_model import MetaModel
-from prismaquant_ray.model.rehearsal import rehearse
+from prismaquant_ray.model.rehearsal import Found, rehearse
+from prismaquant_ray.spelling import Spelling
 
 # How configurations call the number of a layer's experts.
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -24,21 +26,22 @@ _ROUTERS = frozenset({"router", "gate", "wg", "shared_expert_gate"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Derived:
-    """A family; Linears of each decoder layer that stay, by path in it, with the reason; and what is assumed.
+    """A family; what was found of each decoder layer's Linears; what is known and what is assumed.
 
     `resident` are the modules that run before and behind the layers, `stored` says where the checkpoint has each
     parameter.
     """
 
     family: Family
-    kept: Sequence[Mapping[str, str]]
+    layers: tuple[Found, ...]
+    facts: tuple[str, ...]
     guesses: tuple[str, ...]
     resident: frozenset[str]
     stored: Conversions
 
 
-def derive(meta_model: MetaModel, architecture: str, names: Iterable[str]) -> Derived:
-    """What a rehearsal of the layers shows of an architecture.
+def derive(meta_model: MetaModel, architecture: str, names: Iterable[str], serving: ServerNames | None) -> Derived:
+    """What a rehearsal of the layers shows of an architecture, and what a server says of it.
 
     Raises:
         InputError: it has no output head, or cannot be run layer by layer.
@@ -50,25 +53,46 @@ def derive(meta_model: MetaModel, architecture: str, names: Iterable[str]) -> De
         )
     stored = conversions_of(meta_model, names)
     rehearsed, experts = rehearse(meta_model), _expert_count(meta_model.config)
+    usual = (ATTENTION, GATED_MLP) if serving is None else ()
+    fused = [FusedRule(name=name, members=members) for name, members in (serving.fused if serving else {}).items()]
     family = Family(
         name=GENERIC,
         architectures=(),
         blocks=meta_model.blocks_path,
-        fused=(ATTENTION, GATED_MLP, *LATENT.fused),
-        ignored=LATENT.ignored,
+        fused=(*fused, *usual, *LATENT.fused),
+        ignored=(*LATENT.ignored, *(serving.kept if serving else ())),
         experts=stored.experts,
+        spellings=_through_transformers(meta_model, stored)
+        if serving is not None and serving.through_transformers
+        else (),
     )
-    kept = [
-        _routers(layer, experts) | dict(found.kept)
-        for layer, found in zip(meta_model.layers, rehearsed.layers, strict=True)
+    layers = tuple(
+        replace(each.found, kept=_routers(layer, experts) | dict(each.found.kept))
+        for layer, each in zip(meta_model.layers, rehearsed.layers, strict=True)
+    )
+    facts = [
+        f"{architecture} has no family; a rehearsal ran {meta_model.blocks_path} as its decoder",
+        "Linears of one module that read one tensor share a format",
     ]
-    guesses = (
-        f"{architecture} has no family; its decoder is taken to be {meta_model.blocks_path}",
-        "q/k/v and gate/up projections are assumed to be fused by the runtime, everything else to stand alone",
-        "the runtime is assumed to spell modules as the checkpoint does",
-    )
+    guesses: tuple[str, ...] = ()
+    if serving is None:
+        guesses = (f"the names of {architecture}'s modules in a server are assumed to be those of the checkpoint",)
+    else:
+        facts.append(f"names and fused Linears are those of {serving.runtime}")
     resident = frozenset({*rehearsed.entry, *rehearsed.exit})
-    return Derived(family=family, kept=kept, guesses=guesses, resident=resident, stored=stored)
+    return Derived(family=family, layers=layers, facts=tuple(facts), guesses=guesses, resident=resident, stored=stored)
+
+
+def _through_transformers(meta_model: MetaModel, stored: Conversions) -> tuple[Spelling, ...]:
+    """vLLM's names where it runs transformers' own code: the base model is `model`, the output head `lm_head`.
+
+    Source: `_create_hf_to_vllm_mapper` in vLLM's `models/transformers/base.py` (0.32).
+    """
+    model = meta_model.model
+    output = model.get_output_embeddings()
+    head = stored.module(next(path for path, module in model.named_modules() if module is output))
+    renames = {f"{model.base_model_prefix}.": "model.", f"{head}.": "lm_head."}
+    return (Spelling(prefixes=tuple((old, new) for old, new in renames.items() if old not in (new, "."))),)
 
 
 def _expert_count(config: Any) -> int:

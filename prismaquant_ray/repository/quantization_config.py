@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
-from prismaquant_ray.layout import EXPERT, Layout, LinearSpec
+from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.spelling import EXPERT
 
 Choice = Mapping[str, FormatName]
 
@@ -106,44 +107,63 @@ def targets(layout: Layout, names: Iterable[str]) -> list[str]:
     without `^` a pattern would also match a draft head's layers, without `$` a longer sibling. A module with different
     names in the runtimes is matched under each of them; `{}` in a name stands for any expert.
     """
-    prefixes = {block.prefix: block.prefix.rpartition(".") for block in layout.blocks}
-    places: dict[tuple[str, str], list[str]] = {}
-    alone: list[str] = []
+    prefixes = {block.prefix: block.prefix.rpartition(".")[2] for block in layout.blocks}
+    places: dict[tuple[_Place, ...], list[str]] = {}
+    alone: dict[str, None] = {}
     for name in names:
         prefix = next((prefix for prefix in _parents(name) if prefix in prefixes), None)
-        stem, _, index = prefixes.get(prefix or "", ("", "", ""))
-        if prefix is None or not index.isdecimal():
-            exact = EXPERT not in name and len(layout.aliases_of(name)) == 1
-            alone.append(name if exact else f"re:^{_spelled(layout, name)}$")
+        index = prefixes.get(prefix or "", "")
+        aliases = layout.aliases_of(name)
+        if index.isdecimal():
+            places.setdefault(tuple(dict.fromkeys(_place(alias, index) for alias in aliases)), []).append(index)
+        elif EXPERT in name or len(aliases) > 1:
+            alone[f"re:^{_alternatives([_escaped(alias) for alias in aliases])}$"] = None
         else:
-            places.setdefault((stem, name.removeprefix(f"{prefix}.")), []).append(index)
-    patterns = [
-        f"re:^{_spelled(layout, stem)}\\.{_any(found)}\\.{_spelled(layout, leaf)}$"
-        for (stem, leaf), found in places.items()
-    ]
-    return [*patterns, *dict.fromkeys(alone)]
+            alone[name] = None
+    patterns = [pattern for spelled, found in places.items() for pattern in _patterns(spelled, found)]
+    return [*patterns, *alone]
 
 
-def _spelled(layout: Layout, name: str) -> str:
-    """A pattern for a dotted name, or part of one, under all its names in the runtimes."""
-    alias = next((alias for alias in layout.aliases if alias.part_of(name)), None)
-    if alias is None:
-        return re.escape(name).replace(re.escape(EXPERT), r"\d+")
-    before, _, after = f".{name}.".partition(f".{alias.part}.")
-    spelled = f"({'|'.join(re.escape(other) for other in alias.names)})"
-    return r"\.".join(
-        [
-            *([_spelled(layout, before.strip("."))] if before else []),
-            spelled,
-            *([_spelled(layout, after.strip("."))] if after else []),
-        ]
-    )
+class _Place(NamedTuple):
+    """A module's name before and behind the number of its block."""
+
+    before: str
+    behind: str
+
+
+def _place(name: str, index: str) -> _Place:
+    before, found, behind = f".{name}.".partition(f".{index}.")
+    assert found, f"{name}: a spelling without the number of its block"
+    return _Place(before.strip("."), behind.strip("."))
+
+
+def _patterns(spelled: Sequence[_Place], indices: list[str]) -> Iterator[str]:
+    """Patterns for one place in these blocks, in every spelling of it."""
+    by_end: dict[str, list[str]] = {}
+    for place in spelled:
+        by_end.setdefault(place.behind, []).append(place.before)
+    for behind, starts in by_end.items():
+        yield f"re:^{_any_of(starts)}\\.{_alternatives(sorted(indices, key=int))}\\.{_escaped(behind)}$"
+
+
+def _any_of(names: Sequence[str]) -> str:
+    """A pattern for any of these dotted names, with the words that all of them end in once."""
+    words = [name.split(".") for name in names]
+    common: list[str] = []
+    while len(words) > 1 and min(map(len, words)) > 1 and len({each[-1] for each in words}) == 1:
+        common.insert(0, words[0][-1])
+        words = [each[:-1] for each in words]
+    return r"\.".join([_alternatives([_escaped(".".join(each)) for each in words]), *map(_escaped, common)])
+
+
+def _escaped(name: str) -> str:
+    return re.escape(name).replace(re.escape(EXPERT), r"\d+")
+
+
+def _alternatives(patterns: Sequence[str]) -> str:
+    return patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
 
 
 def _parents(name: str) -> Iterable[str]:
     parts = name.split(".")
     return (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
-
-
-def _any(indices: list[str]) -> str:
-    return indices[0] if len(indices) == 1 else f"({'|'.join(sorted(indices, key=int))})"

@@ -166,7 +166,7 @@ def _vllm_routes(
 ) -> Iterator[tuple[str | InputError | None, str]]:
     """The config group that vLLM gives a group under each of its names, or its refusal."""
     names = [group.name] if group.experts is None else [linear.names[0] for linear in group.linears]
-    for aliases in zip(*(layout.aliases_of(name) for name in names), strict=True):
+    for aliases in layout.spelled(names):
         try:
             if group.experts is None:
                 yield vllm_route(config, aliases[0], fused=fused), aliases[0]

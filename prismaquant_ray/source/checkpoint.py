@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 _SAMPLE = 4096
+_PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 # model-00001-of-00002.safetensors
 _SHARD = re.compile(r"([^/]+)-(\d+)-of-(\d+)\.safetensors")
 
@@ -58,9 +59,10 @@ def read_json(store: Store, name: str) -> dict[str, Any]:
 class Checkpoint:
     """A directory of safetensors files with its config.json.
 
-    `tensors` describes every tensor, in file order, `config` the model. Weights stored as
-    block FP8 appear decoded, as BF16; their scales and the `quantization_config` are hidden. `stored` and
-    `source_config` describe the files as they are; `piece` gives the source of a tensor's bytes.
+    `tensors` describes every tensor, in file order, `config` the model. Weights stored as block FP8 appear decoded, as
+    BF16; their scales and the `quantization_config` are hidden. `stored` and `source_config` describe the files as they
+    are; `piece` gives the source of a tensor's bytes. A decoder stored without the prefix `model.` appears with it, as
+    transformers adds it on loading and servers want it.
 
     Opening reads headers only.
 
@@ -80,6 +82,8 @@ class Checkpoint:
                     raise InputError(f"{store.uri}: {info.name} is in both {self.stored[info.name].file} and {file}")
                 self.stored[info.name] = info
         self._check_index()
+        if _lacks_prefix(self.stored):
+            self.stored = {name: replace(info, name=name) for name, info in _prefixed(self.stored)}
         block = block_fp8.block_of(self.source_config, store.uri)
         if block is None:
             block_fp8.check_unquantized(self.source_config, self.stored.values(), store.uri)
@@ -218,6 +222,16 @@ class Checkpoint:
         for name in sorted(samples):
             digest.update(b"".join(samples[name]))
         return digest.hexdigest()
+
+
+def _lacks_prefix(names: Collection[str]) -> bool:
+    """Whether a decoder was saved by itself, and an output head perhaps beside it."""
+    return _EMBEDDING in names and not any(name.startswith(_PREFIX) for name in names)
+
+
+def _prefixed(stored: Mapping[str, TensorInfo]) -> Iterator[tuple[str, TensorInfo]]:
+    for name, info in stored.items():
+        yield name if name.startswith("lm_head.") else f"{_PREFIX}{name}", info
 
 
 def _samples(info: TensorInfo) -> Sequence[tuple[int, int]]:

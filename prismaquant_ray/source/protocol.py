@@ -81,6 +81,17 @@ def tensor_info(source: TensorSource, name: str) -> TensorInfo:
     return source.tensors[name]
 
 
+def tensor_of_shape(source: TensorSource, name: str, shape: tuple[int, ...]) -> str:
+    """The name; InputError unless the model has a tensor of that name and shape."""
+    info = tensor_info(source, name)
+    if info.shape != shape:
+        raise InputError(
+            f"{source.store.uri}: {name} has shape {info.shape}, the configuration says {shape}; config.json and the "
+            "weights do not belong together"
+        )
+    return name
+
+
 # Folders whose files belong to a model; others hold other forms of it (original/, onnx/) or nothing that is loaded.
 _FOLDERS = ("additional_chat_templates/",)
 

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.controller import WAITING_BYTES, Controller, sources_of
+from actors.controller import Controller
 from actors.messages import Failure, Receipt
+from actors.pass_state import WAITING_BYTES, sources_of
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding

@@ -352,7 +352,7 @@ def test_a_mixture_without_a_family_is_guessed(families: Mapping[str, Path], tmp
     checkpoint = Checkpoint(Store(tmp_path / "m"))
     runner = ModelRunner(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
     assert runner.layout.family == "generic"
-    assert any("no family" in guess for guess in runner.layout.guesses)
+    assert any("no family" in fact for fact in runner.layout.facts)
     assert any(group.experts == 4 for group in runner.layout.groups)
     tokens = random_tokens(1, 16)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32, experts_implementation="eager")

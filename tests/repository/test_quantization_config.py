@@ -19,7 +19,7 @@ from torch import nn
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
-from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix, NameAlias
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.model import layout_builder
 from prismaquant_ray.repository.quantization_config import build_quantization_config, config_group, targets
 from prismaquant_ray.repository.routing import (
@@ -33,6 +33,7 @@ from prismaquant_ray.repository.routing import (
     vllm_route,
 )
 from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.spelling import Spelling
 from prismaquant_ray.storage.store import Store
 from tests.repositories import Choice, everything, mixed, mixed_choice, uniform
 from tests.tiny_families import FAMILIES, make_family
@@ -57,7 +58,7 @@ def layout_of(
     width: int = 256,
     ignored: Mapping[str, str] | None = None,
     experts: int = 0,
-    aliases: tuple[NameAlias, ...] = (),
+    spellings: tuple[Spelling, ...] = (),
 ) -> Layout:
     """Attention fused, an MLP pair fused, and o_proj and down_proj alone; down_proj is 160 wide.
 
@@ -100,7 +101,9 @@ def layout_of(
         head=(),
         ignored=dict(ignored if ignored is not None else {"lm_head": "output head"}),
         guesses=(),
-        aliases=aliases,
+        facts=(),
+        spellings=spellings,
+        named_by=None,
         hidden_size=width,
         vocab_size=64,
         image_token=None,
@@ -150,7 +153,7 @@ class Skeleton(nn.Module):
 
 
 LAYOUT = layout_of(12)
-MIXTURE = layout_of(4, experts=3, aliases=(NameAlias(part="model", names=("model", "language_model.model")),))
+MIXTURE = layout_of(4, experts=3, spellings=(Spelling(prefixes=(("model.", "language_model.model."),)),))
 
 
 @pytest.mark.slow
@@ -194,7 +197,7 @@ def get_what_was_chosen(config: dict[str, Any], layout: Layout, choice: Choice) 
         if group.experts is None:
             routes = [vllm_route(config, name, fused=fused_mapping(layout)) for name in layout.aliases_of(group.name)]
         else:
-            names = zip(*(layout.aliases_of(linear.names[0]) for linear in group.linears), strict=True)
+            names = layout.spelled([linear.names[0] for linear in group.linears])
             routes = [experts_route(config, called) for called in names]
         assert [schemes[route] if route else None for route in routes] == [scheme] * len(routes)
     for ignored in layout.ignored:
@@ -460,7 +463,9 @@ def test_a_decoder_pattern_never_reaches_a_draft_nor_a_drafts_the_decoder(family
         config = built(layout, {group.name: inside if group.name in own else outside for group in layout.groups})
         beyond = [f"mtp.layers.{index}.{place}" for index in range(1, 40) for place in places]
         beyond += [f"{prefix}mtp.layers.0.{place}" for prefix in ("model.", "language_model.") for place in places]
-        beyond += [f"mtp.{prefix}.layers.0.{place}" for prefix in layout.aliases[0].names for place in places]
+        beyond += [
+            f"mtp.{prefix}.layers.0.{place}" for prefix in layout.aliases_of("model.language_model") for place in places
+        ]
         for name in beyond:
             assert named_groups(config, name) == set(), name
             assert vllm_route(config, name) is transformers_route(config, name) is None

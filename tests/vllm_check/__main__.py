@@ -2,68 +2,76 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.vllm_check.serve import LINES, Task
+
 ROOT = Path(__file__).parents[2]
 KL_LIMIT = 1e-3
-LOG_LINES = 60
 
 Report = dict[str, Any]
 
 
+class Job(NamedTuple):
+    """A repository, its BF16 copy, and where the report goes; images to show, whether to draft."""
+
+    repository: str
+    reference: str
+    report: str
+    images: Sequence[str] = ()
+    draft: bool = False
+
+
 def main() -> None:
-    """Exit with 0 when all is as it should be, with 1 when not; the report says what was seen."""
-    arguments = _arguments()
-    images = [str(image.resolve()) for image in arguments.images]
+    """Check every job of a JSON list on standard input; a report says what was seen, with `problems` if any."""
+    jobs = [Job(*fields) for fields in json.load(sys.stdin)]
     with tempfile.TemporaryDirectory() as directory:
-        served = Path(directory) / "repository"
-        copy = Path(directory) / "reference"
-        options = [*(["--draft"] if arguments.draft else []), "--images", *images]
-        report = _serve(arguments.repository, served, ["--reference", str(arguments.reference.resolve()), *options])
-        if "failed" in report:
-            report["problems"] = ["vLLM does not serve the repository"]
-        else:
-            # Drafting changes how vLLM computes, if only in the last bit, so the copy drafts as well.
-            report |= _verdict(report, _serve(arguments.reference, copy, options), served, copy)
-    arguments.json.write_text(json.dumps(report, indent=1))
-    sys.stdout.write("".join(f"{line}\n" for line in _summary(report)))
-    raise SystemExit(bool(report["problems"]))
+        outputs = [(f"{directory}/{index}-repository", f"{directory}/{index}-copy") for index in range(len(jobs))]
+        log = _serve(
+            [
+                Task(source, output, reference, job.images, job.draft)
+                for job, (served, copy) in zip(jobs, outputs, strict=True)
+                # Drafting changes how vLLM computes, if only in the last bit, so the copy drafts as well.
+                for source, output, reference in ((job.repository, served, job.reference), (job.reference, copy, None))
+            ]
+        )
+        for job, (served, copy) in zip(jobs, outputs, strict=True):
+            report = _report(served, log)
+            if "failed" in report:
+                report["problems"] = ["vLLM does not serve the repository"]
+            else:
+                report |= _verdict(report, _report(copy, log), Path(served), Path(copy))
+            Path(job.report).write_text(json.dumps(report, indent=1))
+            sys.stdout.write("".join(f"{line}\n" for line in [job.repository, *_summary(report)]))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tests.vllm_check", description=__doc__)
-    parser.add_argument("repository", type=Path)
-    parser.add_argument("--reference", type=Path, required=True, help="plain BF16 copy with the dequantized weights")
-    parser.add_argument("--images", type=Path, nargs="*", default=[], help="shown in one prompt")
-    parser.add_argument("--draft", action="store_true", help="speculate with the repository's own draft layer")
-    parser.add_argument("--json", type=Path, required=True, help="where the report goes")
-    return parser.parse_args()
-
-
-def _serve(directory: Path, output: Path, options: list[str]) -> Report:
-    """The report of an engine; with `failed`, the end of its log, if it did not get through."""
-    output.mkdir()
-    command = [sys.executable, "-m", "tests.vllm_check.serve", str(directory.resolve()), "--output", str(output)]
+def _serve(tasks: list[Task]) -> list[str]:
+    """The end of the log of an engine that has served them all."""
     run = subprocess.run(
-        [*command, *options],
+        [sys.executable, "-m", "tests.vllm_check.serve"],
+        input=json.dumps(tasks),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
     )
-    if run.returncode:
-        return {"failed": run.stdout.splitlines()[-LOG_LINES:]}
-    return json.loads((output / "report.json").read_text())
+    return run.stdout.splitlines()[-LINES:]
+
+
+def _report(output: str, log: list[str]) -> Report:
+    """The report of a task; with `failed`, why there is none or what its engine ended with."""
+    path = Path(output) / "report.json"
+    return json.loads(path.read_text()) if path.is_file() else {"failed": log}
 
 
 def _verdict(report: Report, reference: Report, served: Path, copy: Path) -> Report:

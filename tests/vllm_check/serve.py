@@ -1,13 +1,16 @@
-"""One engine on one directory: logits of fixed prompts, schemes, drafts. A process of its own, as vLLM wants it."""
+"""An engine on one directory after another: logits of fixed prompts, schemes, drafts. A process of its own."""
 
 from __future__ import annotations
 
-import argparse
+import gc
 import json
 import os
+import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -28,44 +31,74 @@ PROMPT_LENGTHS = (48, 33, 7)
 IMAGE_PROMPT_LENGTH = 12
 MAX_LENGTH = 256
 GENERATED = 16
+LINES = 60
+
+
+class Task(NamedTuple):
+    """What to serve, where `report.json` and `logits.safetensors` go, and what to compare and show.
+
+    When it fails, the report is the end of its traceback, as `failed`.
+    """
+
+    directory: str
+    output: str
+    reference: str | None = None
+    images: Sequence[str] = ()
+    draft: bool = False
 
 
 def main() -> None:
-    """Serve `directory`; leave `report.json` and `logits.safetensors` in `--output`."""
-    arguments = _arguments()
+    """Serve every task of a JSON list on standard input, in turn."""
     media.prepare()
-    started = time.perf_counter()
-    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from tests.vllm_check import emulation
 
     emulation.register()
-    engine = LLM(str(arguments.directory), **_options(arguments))
+    for fields in json.load(sys.stdin):
+        task = Task(*fields)
+        output = Path(task.output)
+        output.mkdir()
+        try:
+            report, logits = _serve(task)
+        # Whatever vLLM ends with, the others are served.
+        except (
+            ArithmeticError,
+            AssertionError,
+            AttributeError,
+            ImportError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
+            report, logits = {"failed": traceback.format_exc().splitlines()[-LINES:]}, {}
+        # Only now does nothing hold an engine that failed.
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        save_file(logits, output / "logits.safetensors")
+        (output / "report.json").write_text(json.dumps(report))
+
+
+def _serve(task: Task) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from vllm import LLM
+
+    started = time.perf_counter()
+    engine = LLM(task.directory, **_options(task))
     loaded = time.perf_counter()
-    report = _layers(engine, arguments)
-    logits = _logits(engine, arguments)
-    if arguments.draft:
-        report["draft"], logits["draft"] = _draft(engine, _config(arguments.directory))
+    report = _layers(engine, task)
+    logits = _logits(engine, task)
+    if task.draft:
+        report["draft"], logits["draft"] = _draft(engine, _config(task.directory))
     report["seconds"] = {"load": round(loaded - started, 1), "run": round(time.perf_counter() - loaded, 1)}
-    save_file(logits, arguments.output / "logits.safetensors")
-    (arguments.output / "report.json").write_text(json.dumps(report))
+    return report, logits
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--reference", type=Path)
-    parser.add_argument("--images", type=Path, nargs="*", default=[])
-    parser.add_argument("--draft", action="store_true")
-    return parser.parse_args()
+def _config(directory: str) -> dict[str, Any]:
+    return json.loads((Path(directory) / "config.json").read_text())
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "config.json").read_text())
-
-
-def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _options(task: Task) -> dict[str, Any]:
     options: dict[str, Any] = {
         "dtype": "bfloat16",
         "enforce_eager": True,
@@ -77,19 +110,20 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
         # Without this vLLM does not notice a tensor that a quantized model lacks.
         "model_loader_extra_config": {"enable_weights_track": True},
     }
-    if "vision_config" in _config(arguments.directory):
-        options["limit_mm_per_prompt"] = {"image": max(1, len(arguments.images)), "video": 0}
-    if arguments.draft:
+    if "vision_config" in _config(task.directory):
+        shown = {"limit_mm_per_prompt": {"image": len(task.images), "video": 0}}
+        options |= shown if task.images else {"language_model_only": True}
+    if task.draft:
         options["speculative_config"] = {"method": "mtp", "num_speculative_tokens": 1}
     return options
 
 
-def _layers(engine: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+def _layers(engine: Any, task: Task) -> dict[str, Any]:
     from tests.vllm_check.layers import describe
 
-    directory, reference = arguments.directory, arguments.reference
+    directory, reference = Path(task.directory), None if task.reference is None else Path(task.reference)
     report = {"layers": describe(_runner(engine).model, directory, reference)}
-    if arguments.draft:
+    if task.draft:
         # The draft layer borrows the output head.
         known = {layer["name"] for layer in report["layers"]}
         found = describe(_runner(engine).drafter.model, directory, reference)
@@ -104,16 +138,16 @@ def _runner(engine: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- logits
 
 
-def _logits(engine: Any, arguments: argparse.Namespace) -> dict[str, Tensor]:
+def _logits(engine: Any, task: Task) -> dict[str, Tensor]:
     """Logits (T, V) after every token but the last of each prompt: `text`, `rounded` and, with images, `images`."""
     from tests.vllm_check.emulation import ROUNDING
 
-    config = _config(arguments.directory)
+    config = _config(task.directory)
     recorder = _Recorder(_runner(engine).model)
     prompts = [{"prompt_token_ids": tokens} for tokens in _prompts(config, PROMPT_LENGTHS)]
     found = {"text": recorder.logits(engine, prompts)}
-    if arguments.images:
-        found["images"] = recorder.logits(engine, [_image_prompt(config, arguments.images)])
+    if task.images:
+        found["images"] = recorder.logits(engine, [_image_prompt(config, task.images)])
     ROUNDING.on = True
     found["rounded"] = recorder.logits(engine, prompts)
     ROUNDING.on = False
@@ -154,7 +188,7 @@ def _prompts(config: dict[str, Any], lengths: tuple[int, ...]) -> list[list[int]
     return [torch.randint(3, min(vocabulary, 300), (length,), generator=generator).tolist() for length in lengths]
 
 
-def _image_prompt(config: dict[str, Any], images: list[Path]) -> dict[str, Any]:
+def _image_prompt(config: dict[str, Any], images: Sequence[str]) -> dict[str, Any]:
     from PIL import Image
 
     (text,) = _prompts(config, (IMAGE_PROMPT_LENGTH,))
