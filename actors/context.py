@@ -69,14 +69,7 @@ class WorkerContext:
     @property
     def loss(self) -> Loss:
         """The loss of the model and of its draft head."""
-        config, layout = self.config.calibration, self.runner.layout
-        return Loss(
-            labels=config.labels,
-            seed=config.seed,
-            vocab_size=layout.vocab_size,
-            image_token=layout.image_token,
-            logit_bytes=LOGIT_BYTES if self.runner.device.type == "cpu" else GPU_LOGIT_BYTES,
-        )
+        return loss_of(self.config, self.runner)
 
     @property
     def models(self) -> Variants:
@@ -96,3 +89,14 @@ class WorkerContext:
         if self.head is not None:
             self.head.close()
             self.head = None
+
+
+def loss_of(config: Config, runner: ModelRunner) -> Loss:
+    """The loss of a run's model and of its draft head."""
+    return Loss(
+        labels=config.calibration.labels,
+        seed=config.calibration.seed,
+        vocab_size=runner.layout.vocab_size,
+        image_token=runner.layout.image_token,
+        logit_bytes=LOGIT_BYTES if runner.device.type == "cpu" else GPU_LOGIT_BYTES,
+    )

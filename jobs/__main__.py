@@ -64,11 +64,12 @@ class Command:
 
 COMMANDS = {
     "inspect": Command(
-        "Layout, formats per Linear, memory and disk plan. Reads headers only.",
+        "Layout, formats per Linear, memory and disk plan. Reads headers only, but with --deep.",
         (
             CONFIG,
             SET,
             click.Option(["--for", "machines"], multiple=True, metavar="NxGPU", help="Plan for e.g. 8xH100 or 8x80GB."),
+            _flag("--deep", "Also run a few tokens through one block of each structure."),
         ),
     ),
     "doctor": Command(

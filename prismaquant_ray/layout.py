@@ -155,6 +155,12 @@ class Block:
         return f"{self.index:04d}"
 
     @property
+    def structure(self) -> tuple[object, ...]:
+        """Names of its parameters and shapes of its Linears: blocks of a kind with equal ones are built alike."""
+        linears = tuple((linear.out_features, linear.in_features, linear.experts) for linear in self.linears)
+        return tuple(parameter.name for parameter in self.parameters), linears
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Checkpoint tensors it loads."""
         return tuple(tensor for parameter in self.parameters for tensor in parameter.tensors)
@@ -226,6 +232,14 @@ class Layout:
     def parameters(self) -> int:
         """Weights of all quantizable Linears: the denominator of bits per parameter."""
         return sum(group.parameters for group in self.groups)
+
+    @cached_property
+    def structures(self) -> tuple[Block, ...]:
+        """The first of the blocks that have one kind, and the same parameters and shapes, in order."""
+        first: dict[object, Block] = {}
+        for block in self.blocks:
+            first.setdefault((block.kind, block.structure), block)
+        return tuple(first.values())
 
     def of(self, *kinds: BlockKind) -> tuple[Block, ...]:
         """Blocks of these kinds, in order."""

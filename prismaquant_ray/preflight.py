@@ -151,15 +151,10 @@ def _representatives(runner: ModelRunner) -> Iterator[Block]:
             # Layers that attend to a window have the shapes of those that attend to everything.
             kind = types[decoders] if decoders < len(types) else kind
             decoders += 1
-        structure = kind, _shapes(block)
+        structure = kind, block.structure
         if structure not in seen:
             seen.add(structure)
             yield block
-
-
-def _shapes(block: Block) -> tuple[Any, ...]:
-    linears = tuple((linear.out_features, linear.in_features, linear.experts) for linear in block.linears)
-    return tuple(parameter.name for parameter in block.parameters), linears
 
 
 def _check_buffers(runner: ModelRunner) -> None:

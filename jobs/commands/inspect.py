@@ -14,9 +14,9 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.formatting import gigabytes, seconds, server_memory
 
 
-def run(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
+def run(config: Config, *, machines: Sequence[str] = (), deep: bool = False) -> Inspection:
     """Layout, candidates, budget bounds, memory and disk plan. Refuses what cannot fit on this machine."""
-    return inspect(config, machines=machines)
+    return inspect(config, machines=machines, deep=deep)
 
 
 def render(result: Inspection, console: Console) -> None:
@@ -28,6 +28,11 @@ def render(result: Inspection, console: Console) -> None:
     )
     for fact in result.facts:
         console.print(f"  fact: {fact}")
+    if result.preflight is not None:
+        console.print(
+            f"  preflight: a few tokens went through {', '.join(result.preflight.tried)}, forward and backward, in "
+            f"{result.preflight.seconds:.1f} s"
+        )
     for guess in result.guesses:
         console.print(f"  guess: {guess}")
     console.print("  fused groups: " + ", ".join(f"{count} {name}" for name, count in result.groups.items()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.connect import OBJECT_STORE_BYTES, joins
@@ -14,10 +15,13 @@ from prismaquant_ray import __version__, records
 from prismaquant_ray.config import Config
 from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.runner import check_finite
 from prismaquant_ray.records import RunRecord, Settings
+from prismaquant_ray.repository.manifest import as_json
+from prismaquant_ray.repository.routing import unroutable_because
 from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store, check_directory
@@ -68,6 +72,21 @@ def check_tied(source: TensorSource, layout: Layout) -> None:
         raise InputError(
             f"{source.store.uri}: config.json says tie_word_embeddings, but {head} is not {embedding}; set "
             f"tie_word_embeddings to false if the model has an output head of its own, or remove {head}"
+        )
+
+
+def check_output_config(source: TensorSource, layout: Layout, formats: Sequence[FormatName]) -> None:
+    """Raise InputError where no server would find every Linear by its name, or config.json could not be written."""
+    problem = unroutable_because(layout, formats)
+    if problem is None:
+        try:
+            as_json(source.config)
+        except (TypeError, ValueError) as error:
+            problem = f"config.json cannot be written: {error}"
+    if problem is not None:
+        raise InputError(
+            f"{source.store.uri}: {problem}; {layout.architecture} needs a family that says how its modules are named "
+            "(docs/adding-a-model.md)"
         )
 
 

@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from actors.connect import joins
+from actors.context import loss_of
 from actors.memory_plan import MemoryPlan, ShardSize, shard_size
 from jobs.pipeline import checks
 from jobs.pipeline.cards import Gpus
@@ -15,8 +18,12 @@ from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
 from prismaquant_ray.config import Config
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName, codecs_of
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.model.layout_builder import scope_of
+from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray.preflight import Preflight, preflight
 from prismaquant_ray.records import ServerMemory
 from prismaquant_ray.source.protocol import TensorSource
 
@@ -77,13 +84,14 @@ class Inspection:
     worker_bytes: int
     run_store_bytes: int
     machines: list[MachinePlan]
+    preflight: Preflight | None
 
 
-def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
+def inspect(config: Config, *, machines: Sequence[str] = (), deep: bool = False) -> Inspection:
     """Layout, candidates, budget bounds, memory and disk plan.
 
     With `machines`, e.g. 8xH100 or 8x80GB, the plan is for those GPUs instead of this machine, and weights may be
-    missing.
+    missing. With `deep` a few tokens go through one block of each structure, in this process, as at the start of a run.
 
     Raises:
         InputError: the configuration cannot be used, or its run cannot fit on this machine.
@@ -122,7 +130,23 @@ def inspect(config: Config, *, machines: Sequence[str] = ()) -> Inspection:
         worker_bytes=plan.room(size.free).peak(size.blocks),
         run_store_bytes=plan.run_store(size.blocks),
         machines=[_plan(run, plan, other) for other in others],
+        preflight=_preflight(run) if deep else None,
     )
+
+
+def _preflight(run: Run) -> Preflight:
+    """What the first worker of a run does before it measures."""
+    if isinstance(run.source, ConfigOnlyCheckpoint):
+        raise InputError(f"{run.source.store.uri} has no weights, which --deep would run")
+    checks.check_output_config(run.source, run.layout, run.config.formats)
+    cuda = run.config.cluster.device != "cpu" and torch.cuda.is_available()
+    runner = ModelRunner(
+        run.source,
+        dtype=getattr(torch, run.config.model.dtype),
+        device=torch.device("cuda" if cuda else "cpu"),
+        scope=scope_of(run.config),
+    )
+    return preflight(runner, run.calibration, loss_of(run.config, runner))
 
 
 def _stored(sizes: Sizes, config: Config, limit: int) -> int:

@@ -227,7 +227,7 @@ class Measurement(Passes):
     @property
     @override
     def needs_preflight(self) -> bool:
-        return not self.run_store.recorded(PASSES[0])
+        return not self.run_store.recorded(PASSES[0]).done
 
     @override
     def pending(self, stage: Stage, *, limit: int) -> tuple[Shard, ...]:

@@ -163,6 +163,7 @@ class Run:
         check_output(self.config.store.output)
         if self.is_measured:
             return
+        checks.check_output_config(self.source, self.layout, self.config.formats)
         checks.check_room(self.config, self.memory_plan)
         _ = self.calibration
         checks.check_tied(self.source, self.layout)

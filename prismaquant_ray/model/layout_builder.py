@@ -193,6 +193,7 @@ class _Builder:
             for name, parameter in model.named_parameters()
             if (tower is None or not name.startswith(tower)) and self.names.runs(name.rpartition(".")[0])
         }
+        self._check_head(embedding)
         for name, shape in parameters.items():
             tensor_of_shape(self.checkpoint, name, shape)
         head = tuple(name for name in parameters if name not in embedding)
@@ -214,6 +215,21 @@ class _Builder:
             elif isinstance(module, nn.Linear | nn.Embedding):
                 self.ignored[name] = self._outside(path, module, refused)
         return (*head, *embedding) if tied else head
+
+    def _check_head(self, embedding: Sequence[str]) -> None:
+        """InputError where the output head is neither stored nor tied: transformers would make up a random one."""
+        model = self.meta_model.model
+        output = model.get_output_embeddings()
+        path = next((path for path, module in model.named_modules() if module is output), None)
+        if path is None or output.weight is model.get_input_embeddings().weight:
+            return
+        name = self.names.tensor(f"{path}{WEIGHT}")
+        if name not in self.checkpoint.tensors:
+            raise InputError(
+                f"{self.checkpoint.store.uri}: there is no {name}, and config.json does not tie the output head to "
+                f"{embedding[0]}; without a head there is no loss to price by. Use the causal language model, or set "
+                "tie_word_embeddings to true if its head is its embedding"
+            )
 
     def _outside(self, path: str, module: nn.Module, refused: str | None) -> str:
         """Why a matrix outside the blocks stays."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.formats import FORMATS
+from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import FusedGroup, Layout
-from prismaquant_ray.repository.quantization_config import Choice, config_group
+from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config, config_group
 
 #: last part of a fused module's name → last parts of its members' names
 FusedMapping = Mapping[str, Sequence[str]]
@@ -159,6 +161,20 @@ def route_problems(config: Mapping[str, Any], layout: Layout, choice: Choice, mo
     for name in dict.fromkeys([*linears, *modules]):
         for alias in layout.aliases_of(name):
             yield from _named(config, alias, linears.get(name))
+
+
+def unroutable_because(layout: Layout, formats: Sequence[FormatName]) -> str | None:
+    """Why a plan with everything quantized would not reach every Linear in both runtimes; None if it would.
+
+    One block of each structure is asked.
+    """
+    few = replace(layout, blocks=layout.structures)
+    quantized = [name for name in formats if FORMATS[name].codec is not None]
+    choice = {group.name: next(iter(formats_of(group, quantized)), FormatName.BF16) for group in few.groups}
+    config = build_quantization_config(few, choice)
+    if config is None:
+        return None
+    return next(iter([*config_problems(config), *route_problems(config, few, choice, ())]), None)
 
 
 def _vllm_routes(

@@ -21,6 +21,7 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.report.summary import summarize_probe
 from tests.architectures import WORKING, make_architecture
+from tests.repositories import tensors_of
 from tests.runs import configuration, measured, quantized
 from tests.tiny import make_checkpoint
 
@@ -169,3 +170,22 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path: Pa
     config = configuration(tmp_path / "run", source, f"calibration.text={text}")
     with pytest.raises(InputError, match=r"the tokenizer makes token \d+ \('.*'\), the embedding has 320 rows"):
         measured(config)
+
+
+def test_a_model_whose_head_is_nowhere_has_no_loss(tmp_path: Path, source: Path) -> None:
+    changed(source, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(InputError, match=r"there is no lm_head\.weight, and config\.json does not tie the output head"):
+        inspect(configuration(tmp_path, source))
+
+
+def test_a_decoder_stored_without_its_prefix_is_written_with_it(tmp_path: Path, source: Path) -> None:
+    config = works(tmp_path / "with", source)
+    changed(
+        source,
+        lambda tensors: [tensors.setdefault(name.removeprefix("model."), tensors.pop(name)) for name in [*tensors]],
+    )
+    assert "layers.0.mlp.up_proj.weight" in load_file(source / "model.safetensors")
+    again = works(tmp_path / "without", source)
+    written, expected = (tensors_of(Path(each.store.output)) for each in (again, config))
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
