@@ -243,7 +243,7 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
             vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16, laurel_rank=8, altup_num_inputs=4,
             intermediate_size=[128] * 4, activation_sparsity_pattern=[0.0] * 4,
         ),
-        "cannot be run layer by layer",
+        "what enters its layers has shape",
     ),
     "gpt2": (Architecture("GPT2LMHeadModel", _GPT), "no Linear that could be quantized"),
     "llama_classifier": (_usual("LlamaForSequenceClassification"), "has no output head"),

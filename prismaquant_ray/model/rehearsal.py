@@ -65,6 +65,11 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
     try:
         with torch.no_grad():
             entry, hidden = _entry(meta_model)
+        if hidden.ndim != 3:
+            raise InputError(
+                f"{name}: what enters its layers has shape {tuple(hidden.shape)} for {_SEQUENCES} sequences of "
+                f"{_TOKENS} tokens, not one row a token, which is not supported"
+            )
         meta_model.entry = entry
         layers = _layers(meta_model, hidden)
         with torch.no_grad():

@@ -12,6 +12,8 @@ from rich.console import Console
 from jobs.commands import inspect as inspect_command
 from jobs.commands import verify as verify_command
 from jobs.pipeline.assembly import verify
+from prismaquant_ray.compressed.dequantize import QuantizedRepository
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.model.conversions import Conversions
 from prismaquant_ray.model.runner import ModelRunner
@@ -51,11 +53,25 @@ def test_the_whole_job_writes_a_repository_that_verifies(checkpoint: Path, tmp_p
     quantized(config)
     found = verify(config)
     assert found.bpp <= 7.0
+    assert divergence_of_the_copy(config, checkpoint, tmp_path / "copy") < 0.1
     known = checkpoint.name not in UNKNOWN_TO_VLLM
     assert found.named_by == ("vLLM 0.32.0" if known else None)
     console = Console(record=True, width=200)
     verify_command.render(found, console)
     assert ("verified, but for serving names" in console.export_text()) is not known
+
+
+def divergence_of_the_copy(config: Config, checkpoint: Path, copy: Path) -> float:
+    """Mean KL of the model that `dequantize` makes of the repository from the source, in nats per token."""
+    QuantizedRepository(Store(config.store.output)).write(Store(copy))
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(4))
+    logits = []
+    for directory in (checkpoint, copy):
+        runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
+        with torch.no_grad():
+            logits.append(streamed(runner, tokens)[1].log_softmax(-1))
+    source, dequantized = logits
+    return float((source.exp() * (source - dequantized)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("name", REFUSED)
