@@ -133,6 +133,11 @@ WORKING: dict[str, Architecture] = {
         "GraniteMoeHybridForCausalLM", num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=64,
         layer_types=["mamba", "attention"], **_MAMBA,
     ),
+    "granite_hybrid_moe": _usual(
+        "GraniteMoeHybridForCausalLM", "block_sparse_moe.router.layer", "block_sparse_moe.input_linear",
+        num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64, layer_types=["mamba", "attention"],
+        **_MAMBA,
+    ),
     "hunyuan_moe": _usual("HunYuanMoEV1ForCausalLM", "mlp.gate.wg", num_experts=4, moe_topk=2, head_dim=32),
     "jamba": _usual(
         "JambaForCausalLM", "mamba.in_proj", "mamba.dt_proj", "router",
@@ -181,6 +186,13 @@ WORKING: dict[str, Architecture] = {
         "Mistral3ForConditionalGeneration",
         {"text_config": {**_USUAL, "model_type": "mistral", "head_dim": 32},
          "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 32}, "image_token_index": 5},
+        ("multi_modal_projector.linear_1",),
+    ),
+    "pixtral": Architecture(
+        "LlavaForConditionalGeneration",
+        {"text_config": {**_USUAL, "model_type": "mistral", "head_dim": 32},
+         "vision_config": {**_VISION, "model_type": "pixtral", "head_dim": 16}, "image_token_index": 5,
+         "vision_feature_layer": -1, "vision_feature_select_strategy": "full"},
         ("multi_modal_projector.linear_1",),
     ),
     "nemotron_h": Architecture(

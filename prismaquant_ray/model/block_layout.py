@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from prismaquant_ray.families import Family, FusedRule
+from prismaquant_ray.families import Family
 from prismaquant_ray.families.base import NOT_A_LINEAR
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, LinearSpec, Matrix, Parameter
 from prismaquant_ray.model.experts import is_packed, unquantizable
@@ -99,7 +99,11 @@ class BlockLayouts:
                 experts += self._experts(name, path, entry)
             else:
                 linears[path] = _linear(name, entry), f"{path}{WEIGHT}"
-        paths = {path for path, entry in module.named_modules() if isinstance(entry, nn.Linear)}
+        paths = frozenset(path for path, entry in module.named_modules() if isinstance(entry, nn.Linear))
+        for path in [*linears]:
+            staying = next((each for each in self._fused(path, paths) if each not in linears), None)
+            if staying is not None:
+                self.ignored[linears.pop(path)[0].name] = f"the runtime fuses it with {staying}, which stays"
         by_name: dict[str, list[tuple[LinearSpec, str]]] = {}
         for path, linear in linears.items():
             by_name.setdefault(self._fused_name(path, linear[0].name, paths, linears, found), []).append(linear)
@@ -115,22 +119,24 @@ class BlockLayouts:
             return unquantizable(module) or self.names.strange_stack(full)
         return None if isinstance(module, nn.Linear) else NOT_A_LINEAR
 
-    def _fused_name(self, path: str, name: str, paths: Set[str], linears: Mapping[str, object], found: Found) -> str:
+    def _fused_name(
+        self, path: str, name: str, paths: frozenset[str], linears: Mapping[str, object], found: Found
+    ) -> str:
         """The name of the matrix that a Linear is part of: its own where it is fused with no other."""
         parent, dot, _ = name.rpartition(".")
-        rule = self._rule(path, paths)
-        if rule is not None:
-            return f"{parent}{dot}{rule.name}"
+        if self._fused(path, paths):
+            return f"{parent}{dot}{self.rule_of[path.rpartition('.')[2]].name}"
         # What reads one tensor may be fused by a runtime that nobody has described.
-        members = next((set_ for set_ in found.together if path in set_), ())
-        alike = [each.rpartition(".")[2] for each in members if each in linears and self._rule(each, paths) is None]
+        members = next((members for members in found.together if path in members), ())
+        alike = [each.rpartition(".")[2] for each in members if each in linears and not self._fused(each, paths)]
         return f"{parent}{dot}{'_'.join(alike)}" if len(alike) > 1 else name
 
-    def _rule(self, path: str, paths: Set[str]) -> FusedRule | None:
-        """The rule that a Linear falls under. It holds where all its members are: one alone is a matrix by itself."""
+    def _fused(self, path: str, paths: frozenset[str]) -> tuple[str, ...]:
+        """Members of the rule that a Linear falls under. It holds where all are: one alone is a matrix by itself."""
         parent, dot, leaf = path.rpartition(".")
         rule = self.rule_of.get(leaf)
-        return rule if rule is not None and {f"{parent}{dot}{each}" for each in rule.members} <= paths else None
+        members = () if rule is None else tuple(f"{parent}{dot}{each}" for each in rule.members)
+        return members if paths.issuperset(members) else ()
 
     def _dense(self, name: str, members: list[tuple[LinearSpec, str]]) -> Matrix:
         parent, dot, leaf = name.rpartition(".")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import FusedRule, family_of
+from prismaquant_ray.model import layout_builder
 from prismaquant_ray.model.capture import capture_activations
 from prismaquant_ray.model.layout_builder import build_layout, transformers_config
 from prismaquant_ray.model.meta_model import decoder_layers
@@ -217,3 +218,14 @@ def test_older_rotary_settings_are_read_as_transformers_reads_them(tmp_path: Pat
     whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(streamed(runner_of(directory), tokens)[1], whole(tokens).logits)
+
+
+def test_a_linear_fused_with_one_that_stays_stays_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = replace(family_of("LlamaForCausalLM"), ignored=(("k_proj", "for the test"),))
+    monkeypatch.setattr(layout_builder, "family_of", lambda _: family)
+    _, layout = build_layout(Checkpoint(Store(make_checkpoint(tmp_path / "m", "llama"))))
+    assert "qkv_proj" not in {group.name.rpartition(".")[2] for group in layout.groups}
+    assert layout.ignored["model.layers.0.self_attn.q_proj"] == (
+        "the runtime fuses it with self_attn.k_proj, which stays"
+    )
+    assert layout.ignored["model.layers.0.self_attn.k_proj"] == "for the test"
