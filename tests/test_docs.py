@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,10 @@ from pydantic import BaseModel, ValidationError
 from benchmarks import tables
 from jobs.__main__ import cli
 from prismaquant_ray.config import Config
+from prismaquant_ray.families import FAMILIES
+from tests.architectures import REFUSED, WORKING
+from tests.tiny import ARCHITECTURES
+from tests.tiny_families import FAMILIES as TINY_FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +34,8 @@ SPAN = re.compile(r"`([^`]+)`")
 COMMAND = re.compile(r"(?:\bpq|prismaquant-ray|python -m jobs) ([a-z]+)\b([^\n|]*)")
 PATH = re.compile(r"`((?:prismaquant_ray|actors|jobs|benchmarks|tests|docs|configs|k8s)/[\w./-]*[\w/])`")
 PLACEHOLDER = re.compile(r"@@[A-Z][^@]*@@")
+#: Sections of docs/models.md.
+MODELS = ("What is run", "What is refused")
 #: Settings that only the log of experiments still names.
 DELETED = {"allocation.interactions"}
 
@@ -220,6 +227,24 @@ def test_the_tables_of_the_performance_page_are_those_of_the_results() -> None:
     page = tables.PAGE.read_text()
     assert tables.filled(page) == page
     assert [name for name in tables.TABLES if f"<!-- {name} -->" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_page_of_models_is_that_of_the_tests() -> None:
+    render = runpy.run_path(str(ROOT / "docs" / "models.py"))["render"]
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert render() == page, "run PYTHONPATH=. python docs/models.py > docs/models.md"
+
+
+def test_every_architecture_of_a_family_or_of_the_tests_has_its_row() -> None:
+    page = (ROOT / "docs" / "models.md").read_text()
+    run, refused = (page.partition(f"\n## {title}\n")[2].partition("\n## ")[0] for title in MODELS)
+    rows = [re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) for section in (run, refused)]
+    known = [name for family in FAMILIES for name in family.architectures]
+    assert sorted(rows[0]) == sorted([*known, *(each.name for each in WORKING.values())])
+    assert sorted(rows[1]) == sorted(each.name for each, _ in REFUSED.values())
+    ran = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `\w+` \|([^|]*)\|", run, re.MULTILINE)))
+    assert sorted(ran) == sorted([*ARCHITECTURES, *TINY_FAMILIES, *WORKING])
 
 
 # --- nothing is left over ---------------------------------------------------------------------------------------

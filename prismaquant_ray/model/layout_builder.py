@@ -26,6 +26,7 @@ from prismaquant_ray.spelling import Spelling
 if TYPE_CHECKING:
     from prismaquant_ray.config import Config
 
+_BEHIND = "behind the last layer: only blocks and the output head are measured"
 _TOWER = "it does not run on text, and its tower is not known"
 
 
@@ -237,8 +238,8 @@ class _Builder:
             return "embedding: never quantized"
         if path in self.meta_model.entry:
             return "before the first layer: only blocks and the output head are measured"
-        if module is not self.meta_model.model.get_output_embeddings() and not self.names.runs(path):
-            return _TOWER
+        if module is not self.meta_model.model.get_output_embeddings():
+            return _BEHIND if self.names.runs(path) else _TOWER
         return refused or "output head: model.quantize_lm_head is not set"
 
     def _tied(self) -> tuple[str, str] | None:
