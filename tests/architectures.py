@@ -1,4 +1,4 @@
-"""Tiny checkpoints of architectures that no family describes, as their own `save_pretrained` lays them out."""
+"""Tiny checkpoints of architectures, nearly all without a family, as their own `save_pretrained` lays them out."""
 
 from __future__ import annotations
 
@@ -153,6 +153,7 @@ WORKING: dict[str, Architecture] = {
         "Mamba2ForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
                               "num_heads": 8, "head_dim": 32, "expand": 2, "n_groups": 1, "chunk_size": 16},
     ),
+    "mistral": _usual("MistralForCausalLM", head_dim=32),
     "mpt": Architecture(
         "MptForCausalLM", {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
         unserved="not supported since vLLM 0.28",

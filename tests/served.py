@@ -13,14 +13,18 @@ from tests.architectures import WORKING, make_architecture
 from tests.inprocess import in_process
 from tests.repositories import mixed_choice
 from tests.runs import family_configuration as configuration
-from tests.tiny import make_checkpoint
+from tests.tiny import MODELS, make_checkpoint
 from tests.tiny_families import FAMILIES as TINY
 from tests.tiny_families import VISION_FAMILIES, make_family
 
 #: Models of each family.
 FAMILIES = (
     "llama",
+    "qwen2",
     "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
     "qwen3_moe",
     "mixtral",
     "deepseek_v3",
@@ -57,7 +61,9 @@ def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str,
         source = make_family(directory / "source", family, **(_LATENT if family.startswith("deepseek") else {}))
     else:
         source = make_checkpoint(directory / "source", family, hidden=128, intermediate=256, head_dim=64)
-    kept = family in {"llama", "gpt_oss"} or family in WORKING
+    # Tied heads stay, and so does GPT-OSS's.
+    tied = family in MODELS and MODELS[family][2]
+    kept = tied or family == "gpt_oss" or family in WORKING
     head = f"model.quantize_lm_head={'false' if kept else 'true'}"
     config = configuration(directory / "run", source, head, images=2 if family in VISION_FAMILIES else 0)
     run = Run(config, open_workers=in_process())
