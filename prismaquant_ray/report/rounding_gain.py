@@ -37,7 +37,8 @@ def rounding(data: RunData) -> RoundingFindings:
     for block in data.layout.blocks:
         figures = data.forward[block.index].linears
         for linear in block.linears:
-            for codec_name, found in figures[linear.name].items():
+            # None of a Linear whose shape no codec takes.
+            for codec_name, found in figures.get(linear.name, {}).items():
                 matrices = list(found.matrices())
                 every[codec_name] += matrices
                 linears.append(

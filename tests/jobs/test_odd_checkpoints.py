@@ -158,6 +158,12 @@ def test_what_has_no_effect_costs_nothing_and_is_named(tmp_path: Path, source: P
     assert "note: no gradient reaches model.layers.1.self_attn.q_proj and 4 more; every format" in text
 
 
+def test_a_linear_that_no_format_takes_stays(tmp_path: Path) -> None:
+    config = works(tmp_path, make_checkpoint(tmp_path / "source", "llama_untied", heads=1, kv_heads=1, head_dim=24))
+    output = load_file(Path(config.store.output) / "model-00001-of-00001.safetensors")
+    assert output["model.layers.0.self_attn.o_proj.weight"].dtype is torch.bfloat16
+
+
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path: Path, source: Path) -> None:
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
