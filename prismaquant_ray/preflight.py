@@ -6,6 +6,7 @@ filled, logits of another shape, NaN. Blocks are loaded one at a time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def _leave(runner: ModelRunner, hidden: Tensor, batch: Batch, loss: Loss) -> Non
                 "this architecture is not supported"
             )
         gradient, value = loss.gradient(runner.logits, hidden, batch)
-        if not all_finite(logits, gradient, torch.tensor(value)):
+        if not (math.isfinite(value) and all_finite(logits, gradient)):
             raise InputError("logits or loss of a few tokens are NaN or infinite; is the checkpoint intact?")
 
 

@@ -1,6 +1,6 @@
 """Matrices stored in 32 bits, read as BF16: what a plan calls BF16 has 16 bits on disk, whatever the source had.
 
-Vectors (norms, biases) and routers stay as they are: their bytes are few, and some models ask for them in 32 bits.
+Norms, biases and routers stay as they are: their bytes are few, and some models ask for them in 32 bits.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def wide_matrices(infos: Iterable[TensorInfo]) -> dict[str, TensorInfo]:
         if info.dtype == _WIDE
         and (len(info.shape) == 3 or (len(info.shape) == 2 and info.name.endswith(".weight")))
         and _ROUTERS.isdisjoint(info.name.split("."))
+        # Of some models norms have a row for each head.
+        and "norm" not in info.name.rpartition(".")[0].rpartition(".")[2]
     }
 
 

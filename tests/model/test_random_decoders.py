@@ -212,7 +212,7 @@ def lose_index(decoder: Decoder, source: Path) -> None:
 def narrow(model: nn.Module) -> None:
     """Round the matrices that are read as BF16 where they have 32 bits."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and _ROUTERS.isdisjoint(name.split(".")):
+        if parameter.ndim > 1 and _ROUTERS.isdisjoint(name.split(".")) and "norm" not in name:
             parameter.copy_(parameter.bfloat16())
 
 
