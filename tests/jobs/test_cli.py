@@ -157,7 +157,7 @@ def test_what_runs_no_model_imports_no_ray_and_leaves_garbage_collection_on(fini
 
 
 @pytest.mark.memory
-@pytest.mark.slow
+@pytest.mark.faults
 def test_a_workers_memory_does_not_grow_with_the_number_of_blocks(tmp_path: Path) -> None:
     """Peak RSS of 4 and of 44 equal blocks, and the promise of the plan."""
     script = tmp_path / "peak.py"

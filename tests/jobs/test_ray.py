@@ -29,7 +29,7 @@ from tests.ray_head import SETTINGS, Head
 from tests.runs import assembled, configuration, digests
 from tests.waiting import PATIENCE, wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.faults
 ROOT = Path(__file__).parents[2]
 
 
