@@ -132,10 +132,14 @@ class InputGroup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """A tensor of a block's module and the checkpoint tensors it is read from, concatenated along the rows."""
+    """A tensor of a block's module and the checkpoint tensors it is read from, concatenated along the rows.
+
+    With `transposed` the checkpoint has the last two dimensions of a stack in the other order.
+    """
 
     name: str
     tensors: tuple[str, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

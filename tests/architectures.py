@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import tokenizer
 
@@ -238,6 +239,13 @@ WORKING: dict[str, Architecture] = {
         {"text_config": {**_USUAL, "head_dim": 32, "rope_parameters": _MROPE}, "vision_config": _DEEPSTACK, **_VISUAL},
         ("visual.blocks.2.attn.qkv", "visual.deepstack_merger_list.0.linear_fc1"),
     ),
+    "qwen3_vl_moe": Architecture(
+        "Qwen3VLMoeForConditionalGeneration",
+        {"text_config": {**_USUAL, "head_dim": 32, "rope_parameters": _MROPE, "num_experts": 8,
+                         "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
+         "vision_config": _DEEPSTACK, **_VISUAL},
+        ("visual.blocks.2.attn.qkv",),
+    ),
     "seed_oss": _usual("SeedOssForCausalLM", head_dim=32),
     "smollm3": _usual("SmolLM3ForCausalLM"),
     "qwen3_next": _usual(
@@ -261,15 +269,6 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
     "gpt2": (Architecture("GPT2LMHeadModel", _GPT), "no Linear that could be quantized"),
     "llama_classifier": (_usual("LlamaForSequenceClassification"), "has no output head"),
     "llama_base": (_usual("LlamaModel"), "has no output head"),
-    "qwen3_vl_moe": (
-        Architecture(
-            "Qwen3VLMoeForConditionalGeneration",
-            {"text_config": {**_USUAL, "head_dim": 32, "rope_parameters": _MROPE, "num_experts": 8,
-                             "num_experts_per_tok": 2, "moe_intermediate_size": 64},
-             "vision_config": _DEEPSTACK, **_VISUAL},
-        ),
-        "by Transpose when transformers loads it",
-    ),
     "t5": (
         Architecture("T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128,
                                                     "num_layers": 2, "num_heads": 4}),
@@ -296,5 +295,18 @@ def make_architecture(directory: Path, architecture: Architecture) -> Path:
             elif name.endswith("bias"):
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.to(torch.bfloat16).save_pretrained(directory)
+    if architecture.name in _TRANSPOSED:
+        _transpose_experts(directory / "model.safetensors")
     tokenizer().save_pretrained(directory)
     return directory
+
+
+# On the hub their stacks of experts are (experts, columns, rows), which transformers reads, but does not write.
+_TRANSPOSED = {"Qwen3VLMoeForConditionalGeneration"}
+
+
+def _transpose_experts(file: Path) -> None:
+    tensors = load_file(file)
+    stacks = {name: tensor.transpose(1, 2).contiguous() for name, tensor in tensors.items() if ".experts." in name}
+    assert stacks
+    save_file({**tensors, **stacks}, file, {"format": "pt"})

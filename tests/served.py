@@ -60,7 +60,9 @@ def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str,
     elif family in TINY:
         source = make_family(directory / "source", family, **(_LATENT if family.startswith("deepseek") else {}))
     else:
-        source = make_checkpoint(directory / "source", family, hidden=128, intermediate=256, head_dim=64)
+        # vLLM's Qwen2 knows no head_dim of its own.
+        heads = {"heads": 2, "kv_heads": 1} if family == "qwen2" else {}
+        source = make_checkpoint(directory / "source", family, hidden=128, intermediate=256, head_dim=64, **heads)
     # Tied heads stay, and so does GPT-OSS's.
     tied = family in MODELS and MODELS[family][2]
     kept = tied or family == "gpt_oss" or family in WORKING

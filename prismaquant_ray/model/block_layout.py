@@ -63,13 +63,15 @@ class BlockLayouts:
         found = []
         for name, tensor in module.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
-            full = self.names.tensor(f"{prefix}.{name}" if prefix else name)
+            parameter = f"{prefix}.{name}" if prefix else name
+            full, transposed = self.names.tensor(parameter), self.names.is_transposed(parameter)
             if f"{path}." in packed and full not in self.checkpoint.tensors and tensor.ndim == 3:
                 experts = self.names.module(f"{prefix}.{path}" if prefix else path)
                 tensors = self._unpacked(experts, leaf, tuple(tensor.shape))
             else:
-                tensors = (tensor_of_shape(self.checkpoint, full, tuple(tensor.shape)),)
-            found.append(Parameter(name=name, tensors=tensors))
+                shape = tuple(tensor.transpose(-1, -2).shape if transposed else tensor.shape)
+                tensors = (tensor_of_shape(self.checkpoint, full, shape),)
+            found.append(Parameter(name=name, tensors=tensors, transposed=transposed))
         return tuple(found)
 
     def _unpacked(self, experts: str, leaf: str, shape: tuple[int, ...]) -> tuple[str, ...]:

@@ -1,20 +1,21 @@
 """Where a checkpoint stores each parameter of a model, by transformers' own rules for loading it.
 
-transformers renames tensors, adds or removes prefixes and stacks experts that are stored one by one when it loads a
-checkpoint. The same rules are inverted here. What it computes on the way (transposed, split or interleaved weights)
+transformers renames tensors, adds or removes prefixes, stacks experts that are stored one by one and transposes stacks
+when it loads a checkpoint. The same rules are inverted here. What it computes otherwise (split or interleaved weights)
 could not be written back and is refused by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families.base import ExpertNames
 from prismaquant_ray.model.meta_model import MetaModel
+from prismaquant_ray.source.header import TensorInfo
 
 # Stacking experts, and putting gate over up, are what experts stored one by one need and nothing else.
 _STACKING = {"MergeModulelist", "Concatenate"}
@@ -23,10 +24,14 @@ _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversions:
-    """Tensors of each parameter that is stored, experts in order, gate before up; and what others are computed by."""
+    """Tensors of each parameter that is stored, experts in order, gate before up; and what others are computed by.
+
+    `transposed` are the parameters whose tensor is a stack of transposed matrices.
+    """
 
     tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     computed: dict[str, str] = field(default_factory=dict)
+    transposed: frozenset[str] = frozenset()
 
     def tensor(self, parameter: str) -> str:
         """The tensor that is a parameter, or would be; InputError for one that is computed."""
@@ -65,7 +70,7 @@ class Conversions:
         )
 
 
-def conversions_of(meta_model: MetaModel, names: Iterable[str]) -> Conversions:
+def conversions_of(meta_model: MetaModel, stored: Mapping[str, TensorInfo]) -> Conversions:
     """Conversions of the tensors of a checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -77,19 +82,35 @@ def conversions_of(meta_model: MetaModel, names: Iterable[str]) -> Conversions:
     state = meta_model.state
     found: dict[str, list[tuple[int, int, str]]] = {}
     computed: dict[str, str] = {}
-    for name in names:
+    transposed: set[str] = set()
+    for name, info in stored.items():
         parameter, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         place = 0
         if pattern is not None:
             converter = next(each for each in converters if pattern in each.source_patterns)
             place = converter.source_patterns.index(pattern)
             operations = [type(each).__name__ for each in converter.operations]
-            if not _STACKING.issuperset(operations) or len(converter.target_patterns) > 1:
+            if len(info.shape) == 3 and all(_swaps_rows(each) for each in converter.operations):
+                # transformers looks at the shapes, too: both orders are found.
+                if info.shape != state.get(parameter):
+                    transposed.add(parameter)
+            elif not _STACKING.issuperset(operations) or len(converter.target_patterns) > 1:
                 computed[parameter] = " and ".join(operations)
         if parameter in state:
             found.setdefault(parameter, []).append((_number(name), place, name))
     tensors = {parameter: tuple(name for *_, name in sorted(parts)) for parameter, parts in found.items()}
-    return Conversions(tensors=tensors, computed={name: by for name, by in computed.items() if name in tensors})
+    return Conversions(
+        tensors=tensors,
+        computed={name: by for name, by in computed.items() if name in tensors},
+        transposed=frozenset(transposed),
+    )
+
+
+def _swaps_rows(operation: Any) -> bool:
+    """Whether it transposes the matrices of a stack unless they have the right shape."""
+    return (
+        type(operation).__name__ == "Transpose" and operation.check_dims and {operation.dim0, operation.dim1} == {1, 2}
+    )
 
 
 def _number(name: str) -> int:

@@ -26,6 +26,10 @@ class Naming:
             self._meta_model.parameter_of[found] = parameter
         return found
 
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether the checkpoint has the matrices of a stack transposed."""
+        return self._unknown is not None and parameter in self._unknown.stored.transposed
+
     def module(self, path: str) -> str:
         """The checkpoint's name of a module."""
         return self._family.checkpoint_name(path) if self._unknown is None else self._unknown.stored.module(path)

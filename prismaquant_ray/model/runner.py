@@ -72,7 +72,8 @@ class ModelRunner:
         read, weights = self._read(block.tensors), {}
         for parameter in block.parameters:
             tensors = [read.pop(name) for name in parameter.tensors]
-            weights[parameter.name] = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            found = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            weights[parameter.name] = found.transpose(-1, -2).contiguous() if parameter.transposed else found
         return weights
 
     def _new(self, block: Block) -> nn.Module:

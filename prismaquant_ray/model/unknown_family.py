@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from prismaquant_ray.layout import GENERIC
 from prismaquant_ray.model.conversions import Conversions, conversions_of
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.rehearsal import Found, rehearse
+from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.spelling import Spelling
 
 # How configurations call the number of a layer's experts.
@@ -40,7 +41,9 @@ class Derived:
     stored: Conversions
 
 
-def derive(meta_model: MetaModel, architecture: str, names: Iterable[str], serving: ServerNames | None) -> Derived:
+def derive(
+    meta_model: MetaModel, architecture: str, tensors: Mapping[str, TensorInfo], serving: ServerNames | None
+) -> Derived:
     """What a rehearsal of the layers shows of an architecture, and what a server says of it.
 
     Raises:
@@ -51,7 +54,7 @@ def derive(meta_model: MetaModel, architecture: str, names: Iterable[str], servi
             f"{architecture} has no output head, so there is no loss to price by; use a causal language model "
             "(…ForCausalLM)"
         )
-    stored = conversions_of(meta_model, names)
+    stored = conversions_of(meta_model, tensors)
     rehearsed, experts = rehearse(meta_model), _expert_count(meta_model.config)
     usual = (ATTENTION, GATED_MLP) if serving is None else ()
     fused = [FusedRule(name=name, members=members) for name, members in (serving.fused if serving else {}).items()]
