@@ -274,6 +274,17 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
                                                     "num_layers": 2, "num_heads": 4}),
         "has an encoder before its decoder",
     ),
+    # Its layers share one block of attention, which also reads the embedding.
+    "zamba2": (
+        Architecture(
+            "Zamba2ForCausalLM",
+            {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+             "mamba_d_state": 16, "mamba_ngroups": 1, "n_mamba_heads": 4, "num_attention_heads": 4,
+             "attention_head_dim": 32, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3],
+             "layers_block_type": ["mamba", "hybrid"] * 2, "adapter_rank": 8, "chunk_size": 16},
+        ),
+        "its layers read more of",
+    ),
 }  # fmt: skip
 
 
