@@ -71,8 +71,8 @@ def preflight(runner: ModelRunner, calibration: CalibrationSet, loss: Loss) -> P
             with runner.beside(block.index):
                 trial.run(block, hidden, text)
     return Preflight(
-        tried=tuple(trial.tried),
-        without_gradient=tuple(trial.without_gradient),
+        tried=tuple(dict.fromkeys(trial.tried)),
+        without_gradient=tuple(dict.fromkeys(trial.without_gradient)),
         seconds=time.perf_counter() - begun,
     )
 
