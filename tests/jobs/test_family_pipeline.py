@@ -104,8 +104,7 @@ def test_a_stopped_run_with_images_and_draft_continues(
     assert not left, "boundaries of a finished run are gone"
 
 
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 def test_the_command_does_the_same_on_ray_and_tells_of_experts_and_draft(
     tmp_path: Path, families: Mapping[str, Path], expected: dict[str, str], head: Head
 ) -> None:
