@@ -68,23 +68,25 @@ _VISUAL: dict[str, Any] = {
     "vision_start_token_id": 7,
     "vision_end_token_id": 8,
 }
-# The widths and the rotary table that vLLM's CPU build has for latent attention.
+#: The rotary table that vLLM's CPU build has for latent attention.
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
+# And its widths.
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64,
     "v_head_dim": 32,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 64,
-    },
+    "rope_parameters": YARN,
     "moe_intermediate_size": 64,
     "n_routed_experts": 8,
     "num_experts_per_tok": 2,

@@ -9,7 +9,7 @@ from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
-from tests.architectures import WORKING, make_architecture
+from tests.architectures import WORKING, YARN, make_architecture
 from tests.inprocess import in_process
 from tests.repositories import mixed_choice
 from tests.runs import family_configuration as configuration
@@ -36,21 +36,8 @@ FAMILIES = (
 )
 #: Models of architectures without a family, all but those that vLLM does not have or does not run on a CPU.
 ARCHITECTURES = tuple(name for name, architecture in WORKING.items() if architecture.unserved is None)
-# vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only, and its rotary table with YaRN only.
-_LATENT = {
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 1e4,
-        "factor": 8.0,
-        "beta_fast": 32.0,
-        "beta_slow": 1.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 64,
-    },
-}
+# vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only.
+_LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rope_parameters": YARN}
 
 
 def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str, str]]:
