@@ -21,6 +21,7 @@ from prismaquant_ray.calibration.dataset import TOKENS, Batch, CalibrationSet
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import all_finite
 from prismaquant_ray.layout import Block, BlockKind
+from prismaquant_ray.model.rehearsal import MODEL_ERRORS
 from prismaquant_ray.model.runner import ModelRunner
 
 _SEQUENCES, _LENGTH = 2, 8
@@ -90,7 +91,15 @@ class _Trial:
     def run(self, block: Block, hidden: Tensor, batch: Batch) -> Tensor:
         """The output of a block for hidden (sequences, tokens, H); InputError for what a pass could not go on with."""
         name = block.prefix or block.groups[0].name
-        graph = BlockBackward(self.runner, block.index, (), {}).recompute(hidden, batch)
+        try:
+            graph = BlockBackward(self.runner, block.index, (), {}).recompute(hidden, batch)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the model
+        except MODEL_ERRORS as error:
+            raise InputError(
+                f"{name} cannot be run by itself: a few tokens end with {type(error).__name__} "
+                f"({' '.join(str(error).split())[:200]}); this architecture is not supported"
+            ) from error
         self._check_called(block, graph)
         if block.kind in (BlockKind.DECODER, BlockKind.VISION) and graph.output.shape != hidden.shape:
             raise InputError(

@@ -83,7 +83,7 @@ def ends(config: Any, words: str) -> None:
     assert not [*Path(config.store.run).glob("*ward/*")]
 
 
-def test_a_block_without_any_gradient_ends_the_run(tmp_path: Path, source: Path) -> None:
+def test_gradients_of_zero_do_not_end_it(tmp_path: Path, source: Path) -> None:
     def silence(tensors: dict[str, Tensor]) -> None:
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             tensors[f"model.layers.0.{name}.weight"].zero_()
@@ -134,6 +134,30 @@ def test_a_linear_that_its_block_does_not_call_is_named(
 
     monkeypatch.setattr(meta_model.MetaModel, "new_layer", new_layer)
     ends(configuration(tmp_path, source), r"self_attn\.o_proj: its block does not call it, so it cannot be measured")
+
+
+def test_a_block_without_any_gradient_ends_the_run(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ModelRunner.run_block
+
+    def run_block(self: Any, index: int, module: nn.Module, hidden: Tensor, inputs: Any) -> Tensor:
+        return original(self, index, module, hidden, inputs).detach() + hidden
+
+    monkeypatch.setattr(ModelRunner, "run_block", run_block)
+    ends(configuration(tmp_path, source), r"model\.layers\.0: no gradient reaches any of its Linears")
+
+
+def test_what_a_block_fails_with_is_one_line_that_names_it(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("shapes do\nnot match")
+
+    monkeypatch.setattr(ModelRunner, "run_block", fail)
+    ends(
+        configuration(tmp_path, source), r"model\.layers\.0 cannot be run by itself: .* RuntimeError \(shapes do not m"
+    )
 
 
 class _ByWeight(nn.Linear):

@@ -77,12 +77,11 @@ def check_tied(source: TensorSource, layout: Layout) -> None:
 
 def check_output_config(source: TensorSource, layout: Layout, formats: Sequence[FormatName]) -> None:
     """Raise InputError where no server would find every Linear by its name, or config.json could not be written."""
+    try:
+        as_json(source.config)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source.store.uri}: config.json could not be written again: {error}; correct it") from error
     problem = unroutable_because(layout, formats)
-    if problem is None:
-        try:
-            as_json(source.config)
-        except (TypeError, ValueError) as error:
-            problem = f"config.json cannot be written: {error}"
     if problem is not None:
         raise InputError(
             f"{source.store.uri}: {problem}; {layout.architecture} needs a family that says how its modules are named "

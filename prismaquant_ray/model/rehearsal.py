@@ -21,6 +21,8 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.model.meta_model import MetaModel
 
 _SEQUENCES, _TOKENS = 2, 8
+#: A model's code is somebody else's and may fail in any of these ways. Whoever names the model keeps the cause.
+MODEL_ERRORS = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +77,7 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
         with torch.no_grad():
             _check_carried(meta_model, entry)
             leaving = _exit(meta_model, hidden)
-    # The model's code is somebody else's and may fail in any of these ways; the cause stays for --debug.
-    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError) as error:
+    except MODEL_ERRORS as error:
         text = " ".join(str(error).split())[:200]
         raise InputError(
             f"{name} cannot be run layer by layer: a few tokens on weights of zeros end with {type(error).__name__} "
