@@ -194,7 +194,7 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
     # Experts are rounded some at a time, a large matrix by rows.
     largest = max(min(group.parameters, AT_ONCE) if group.experts else group.parameters for group in layout.groups)
     has_experts = any(group.experts for group in layout.groups)
-    hop = calibration.microbatch * calibration.length * layout.hidden_size * compute
+    hop = calibration.microbatch * calibration.length * layout.row_width * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
     head = max(
         (
@@ -231,7 +231,7 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
         ),
         blocks=len(layout.blocks),
         candidate_bytes=candidate_bytes(layout.blocks, config.formats),
-        boundary=calibration.sequences * calibration.length * layout.hidden_size * compute,
+        boundary=calibration.sequences * calibration.length * layout.row_width * compute,
         repository=repository_bytes,
     )
 
@@ -246,12 +246,12 @@ def evaluation_memory_plan(layout: Layout, config: Config, length: int, variants
     chain = [block for block in layout.blocks if block.kind not in HEADS]
     largest = max(sum(linear.parameters for linear in block.linears) for block in chain)
     group = max(group.parameters for group in layout.groups)
-    hop = (1 + len(variants)) * tokens * layout.hidden_size * compute
+    hop = (1 + len(variants)) * tokens * layout.row_width * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
     heads = 2 if any(variant.choice is None for variant in variants) else 1
     reading = max(block.source_bytes for block in chain)
     activations = max(
-        4 * tokens * (4 * layout.hidden_size + sum(linear.in_features + linear.out_features for linear in b.linears))
+        4 * tokens * (4 * layout.row_width + sum(linear.in_features + linear.out_features for linear in b.linears))
         for b in chain
     )
     # Logits of one piece in float64, of the source and of one variant.
@@ -303,7 +303,7 @@ def _held(block: Block, layout: Layout, config: Config, compute: int) -> _Held:
     kept = calibration.sequences * calibration.length * layout.hidden_size * compute if has_experts else 0
     # Inputs and outputs are held until gradients arrive, with the rounded input and one error; a token is routed to
     # top_k experts. An output head holds one piece of logits at a time.
-    per_token = 4 * layout.hidden_size + sum(
+    per_token = 4 * layout.row_width + sum(
         (layout.top_k if linear.experts else 1) * 2 * (linear.in_features + linear.out_features)
         for linear in block.linears
         if block.kind is not BlockKind.HEAD

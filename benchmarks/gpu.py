@@ -51,7 +51,7 @@ from prismaquant_ray.forward.gptq import Gptq, HessianFactor, factorize, gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
 from prismaquant_ray.layout import Block
 from prismaquant_ray.model.layout_builder import transformers_config
-from prismaquant_ray.model.meta_model import build_on_meta
+from prismaquant_ray.model.on_meta import build_on_meta
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.header import TensorInfo
 

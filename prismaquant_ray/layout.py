@@ -201,8 +201,9 @@ class Layout:
     stays as it is, by module path. `facts` were learned of an architecture without a family, `guesses` are assumed.
     `spellings` are those of runtimes that do not spell modules as the checkpoint does; `named_by` is the runtime whose
     own names and fused Linears are known, None where they are assumed. `image_token` is the id that stands for a piece
-    of an image, `top_k` how many experts a token meets. `tied` names embedding and output head where the configuration
-    ties them and the checkpoint stores both.
+    of an image, `top_k` how many experts a token meets, `row_width` how many values a token has between decoder blocks:
+    more than `hidden_size` where they hand on more than a hidden state. `tied` names embedding and output head where
+    the configuration ties them and the checkpoint stores both.
     """
 
     architecture: str
@@ -220,6 +221,7 @@ class Layout:
     vocab_size: int
     image_token: int | None
     top_k: int
+    row_width: int
     tied: tuple[str, str] | None = None
 
     @cached_property

@@ -171,6 +171,37 @@ WORKING: dict[str, Architecture] = {
         "Ernie4_5_MoeForCausalLM", moe_intermediate_size=64, moe_num_experts=8, moe_k=2, moe_layer_start_index=1,
         moe_num_shared_experts=1,
     ),
+    # Four streams, an input for each layer, and the last two layers read keys and values of the first two.
+    "gemma3n_text": _usual(
+        "Gemma3nForCausalLM", "altup.modality_router", config_name="Gemma3nTextConfig", head_dim=32,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=32, laurel_rank=32, altup_num_inputs=4,
+        intermediate_size=[256] * 4, activation_sparsity_pattern=[0.0] * 4,
+    ),
+    "gemma4_text": _usual(
+        "Gemma4ForCausalLM", head_dim=32, global_head_dim=64, num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=32,
+    ),
+    "gemma4_moe": _usual(
+        "Gemma4ForCausalLM", head_dim=32, global_head_dim=64, layer_types=["sliding_attention", "full_attention"],
+        sliding_window=24, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8, top_k_experts=2,
+        moe_intermediate_size=64, attention_k_eq_v=True, num_global_key_value_heads=1,
+    ),
+    "gemma4_vision": Architecture(
+        "Gemma4ForConditionalGeneration",
+        {"text_config": {**_USUAL, "head_dim": 32, "global_head_dim": 64, "num_hidden_layers": 4,
+                         "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 24,
+                         "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY,
+                         "hidden_size_per_layer_input": 32},
+         "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 16,
+                           "num_attention_heads": 2, "num_key_value_heads": 2, "patch_size": 4,
+                           "position_embedding_size": 64},
+         "audio_config": None, "image_token_id": 5, "boi_token_id": 6, "eoi_token_id": 7, "video_token_id": 8,
+         "audio_token_id": 9},
+        ("layers.2.self_attn.q_proj.linear",),
+    ),
     "gemma3_vision": Architecture(
         "Gemma3ForConditionalGeneration",
         {"text_config": {**_USUAL, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 16},
@@ -259,15 +290,6 @@ WORKING: dict[str, Architecture] = {
 
 #: What an architecture that cannot be had is refused with.
 REFUSED: dict[str, tuple[Architecture, str]] = {
-    "gemma3n_text": (
-        _usual(
-            "Gemma3nForCausalLM", config_name="Gemma3nTextConfig", head_dim=32, num_hidden_layers=4,
-            layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=24, num_kv_shared_layers=2,
-            vocab_size_per_layer_input=VOCABULARY, hidden_size_per_layer_input=16, laurel_rank=8, altup_num_inputs=4,
-            intermediate_size=[128] * 4, activation_sparsity_pattern=[0.0] * 4,
-        ),
-        "what enters its layers has shape",
-    ),
     "gpt2": (Architecture("GPT2LMHeadModel", _GPT), "no Linear that could be quantized"),
     "llama_classifier": (_usual("LlamaForSequenceClassification"), "has no output head"),
     "llama_base": (_usual("LlamaModel"), "has no output head"),
@@ -276,7 +298,7 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
                                                     "num_layers": 2, "num_heads": 4}),
         "has an encoder before its decoder",
     ),
-    # Its layers share one block of attention, which also reads the embedding.
+    # Its layers share one block of attention.
     "zamba2": (
         Architecture(
             "Zamba2ForCausalLM",
@@ -285,7 +307,7 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
              "attention_head_dim": 32, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3],
              "layers_block_type": ["mamba", "hybrid"] * 2, "adapter_rank": 8, "chunk_size": 16},
         ),
-        "its layers read more of",
+        "layers 1 and 3 share shared_transformer",
     ),
 }  # fmt: skip
 

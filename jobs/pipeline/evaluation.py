@@ -185,7 +185,7 @@ class EvaluationSession:
 
     def _at_once(self) -> int:
         """Variants per pass, limited by the activations sent between workers."""
-        width = self.layout.hidden_size * self.config.model.bytes_per_value
+        width = self.layout.row_width * self.config.model.bytes_per_value
         one = self.config.calibration.microbatch * self.text.tokens.shape[1] * width
         return max(1, _HOP_BYTES // one - 1)
 

@@ -10,8 +10,9 @@ from torch import Tensor
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import family_of
 from prismaquant_ray.model.layout_builder import architecture_of, transformers_config
-from prismaquant_ray.model.meta_model import MetaModel, build_on_meta
+from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead
+from prismaquant_ray.model.on_meta import build_on_meta
 from prismaquant_ray.source.checkpoint import read_json
 from prismaquant_ray.source.config_json import portable
 from prismaquant_ray.source.files import INDEX, SINGLE

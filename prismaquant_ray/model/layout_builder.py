@@ -127,7 +127,7 @@ class _Builder:
         head = self._head(embedding)
         copied = self._copied({*embedding, *pixels, *head})
         spellings = (*(() if serving is None else serving.spellings), *self.family.spellings)
-        unknown = self.unknown
+        unknown, carried = self.unknown, self.meta_model.carried
         layout = Layout(
             architecture=architecture,
             family=self.family.name,
@@ -144,6 +144,7 @@ class _Builder:
             vocab_size=embedding_module.weight.shape[0],
             image_token=getattr(config, "image_token_id", None) if pixels else None,
             top_k=getattr(config.get_text_config(), "num_experts_per_tok", 0),
+            row_width=embedding_module.weight.shape[1] if carried is None else carried.width,
             tied=self._tied(),
         )
         if not layout.groups:

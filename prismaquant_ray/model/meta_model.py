@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families.base import Vision
-from prismaquant_ray.model.experts import IMPLEMENTATION, register
+from prismaquant_ray.model.carried import Arguments, Carried
+from prismaquant_ray.model.on_meta import build_on_meta, decoder_layers
 
 #: Keyword arguments of the model's forward for one microbatch: input_ids (sequences, tokens), and those of images.
 Inputs = Mapping[str, Tensor]
@@ -67,7 +68,8 @@ class MetaModel:
     """A language model on the meta device, run one block at a time.
 
     `blocks_path` names the layer list (e.g. "model.layers"), `dtype` is what it computes in. Hidden states are
-    (sequences, tokens, hidden_size), those of the vision tower (patches, width).
+    (sequences, tokens, hidden_size), those of the vision tower (patches, width). Where `carried` is set, a row of the
+    decoder's has more than the hidden state.
     """
 
     def __init__(
@@ -90,6 +92,10 @@ class MetaModel:
         embedding = self.model.get_input_embeddings()
         #: Paths of the modules with parameters that run before the first layer.
         self.entry = tuple(path for path, module in self.model.named_modules() if module is embedding)
+        #: None where layers hand on one hidden state alone.
+        self.carried: Carried | None = None
+        # Of parameters on the meta device, by identity.
+        self._zeros: dict[tuple[int, torch.device], nn.Parameter] = {}
         self.vision = vision
         if vision is not None:
             self.tower = self.model.get_submodule(vision.tower)
@@ -120,12 +126,41 @@ class MetaModel:
                 inputs = {name: value for name, value in inputs.items() if name != PIXELS}
             else:
                 stack.enter_context(self._passing(features))
+            if self.carried is not None:
+                return self.carried.enter(*self.calls(inputs))
             return self._until(self._stubs[0], lambda hidden, *_, **__: hidden, inputs)
+
+    def calls(self, inputs: Inputs, run: Callable[..., Any] | None = None) -> tuple[Tensor, list[Arguments]]:
+        """What layer 0 takes first, and the other arguments of every layer; what runs before them must be loaded.
+
+        `run` gives a layer's output for its index and arguments; without it, each returns what it takes.
+        """
+        entering: list[Tensor] = []
+        found: list[Arguments] = []
+
+        def act(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            entering.append(hidden)
+            found.append((args, kwargs))
+            output = hidden if run is None else run(len(found) - 1, hidden, *args, **kwargs)
+            if len(found) == len(self._stubs):
+                raise _Captured(hidden)
+            return output
+
+        for stub in self._stubs:
+            stub.act = act
+        try:
+            self._forward(inputs)
+        finally:
+            for stub in self._stubs:
+                stub.act = None
+        return entering[0], found
 
     def run_layer(self, index: int, layer: Callable[..., Any], hidden: Tensor, inputs: Inputs) -> Tensor:
         """The output of `layer` for `hidden`, called as the model calls decoder layer `index`."""
 
         def act(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.carried is not None:
+                return self.carried.run(index, layer, hidden, (args, kwargs))
             output = layer(hidden, *args, **kwargs)
             return output[0] if isinstance(output, tuple) else output
 
@@ -148,9 +183,25 @@ class MetaModel:
         with ExitStack() as stack:
             for path in self.entry:
                 module = self.model.get_submodule(path)
-                answer = (lambda *_, **__: answered) if module is embedding else _zeros_of(module, hidden.device)
+                answer = (lambda *_, **__: answered) if module is embedding else zeros_of(module, hidden.device)
                 stack.enter_context(_answering(module, answer))
+                stack.enter_context(self._hollow(module, hidden.device))
             yield
+
+    @contextmanager
+    def _hollow(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        """Weights of a module that is not loaded are zeros: some models read them without calling it."""
+        before = {name: each for name, each in module.named_parameters(recurse=False) if each.is_meta}
+        for name, parameter in before.items():
+            if (id(parameter), device) not in self._zeros:
+                # One number, at every place.
+                zero = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+                self._zeros[id(parameter), device] = nn.Parameter(zero, requires_grad=False)
+            module._parameters[name] = self._zeros[id(parameter), device]
+        try:
+            yield
+        finally:
+            module._parameters.update(before)
 
     def logits(self, hidden: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Logits for the last layer's output; pointwise in tokens. Final norm and head must be loaded.
@@ -158,8 +209,8 @@ class MetaModel:
         `head` replaces the model's own output head.
         """
         tokens = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-        stub = self._stubs[-1]
-        stub.act = lambda *_, **__: hidden
+        stub, leaving = self._stubs[-1], hidden if self.carried is None else self.carried.hidden_of(hidden)
+        stub.act = lambda *_, **__: leaving
         try:
             with ExitStack() as stack:
                 stack.enter_context(self._entered(hidden))
@@ -216,15 +267,20 @@ class MetaModel:
 
         stub.act = act_and_stop
         try:
+            return self._forward(inputs)
+        finally:
+            stub.act = None
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """What a stub stops the model's forward with."""
+        try:
             self.model(use_cache=False, **inputs)
         except _Captured as captured:
             return captured.hidden
-        finally:
-            stub.act = None
         raise InputError(f"{type(self.model).__name__}: its forward does not reach the layer that is to run")
 
 
-def _zeros_of(module: Any, device: torch.device) -> Callable[..., Any]:
+def zeros_of(module: Any, device: torch.device) -> Callable[..., Any]:
     """A forward that computes nothing but the shapes of what the module returns."""
 
     def moved(tree: Any, place: Callable[[Tensor], Tensor]) -> Any:
@@ -265,69 +321,3 @@ def _stubbed(model: Any, path: str) -> tuple[tuple[nn.Module, ...], tuple[_Stub,
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList(stubs))
     return tuple(layers), stubs
-
-
-def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model with meta parameters and real non-persistent buffers (rotary tables, embedding scales).
-
-    Some buffers are rounded to `dtype`, as transformers does when it loads a model in it.
-
-    Raises:
-        InputError: transformers has no such class for this configuration.
-    """
-    import transformers
-
-    model_class = getattr(transformers, architecture, None)
-    if model_class is None or not isinstance(config, getattr(model_class, "config_class", None) or ()):
-        raise InputError(f"transformers has no class {architecture} for model_type {config.model_type!r}")
-    register()
-    with torch.device("meta"):
-        routed = {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}
-        model = model_class._from_config(config, dtype=dtype, **routed)
-    model.eval()
-    _fill_buffers(model, model)
-    return model
-
-
-def _fill_buffers(module: Any, owner: Any) -> bool:
-    """Fill non-persistent buffers as transformers does; whether there were any in the module.
-
-    transformers has the nearest enclosing model initialize every module, inner ones first: some fill the buffers of
-    modules inside them.
-    """
-    from transformers import PreTrainedModel
-
-    if isinstance(module, PreTrainedModel):
-        owner = module
-    inside = [_fill_buffers(child, owner) for child in module.children()]
-    meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-    volatile = [name for name in meta if name in module._non_persistent_buffers_set]
-    for name in volatile:
-        buffer = torch.zeros_like(getattr(module, name), device="cpu")
-        # NaN shows up in the first hidden state if the model does not fill the buffer itself.
-        setattr(module, name, buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer)
-    if volatile or any(inside):
-        owner._init_weights(module)
-        return True
-    return False
-
-
-def decoder_layers(model: Any, config: Any) -> str:
-    """Path of the decoder's list of layers, for an architecture without a family.
-
-    Raises:
-        InputError: there is no decoder alone, or no list of layers in it.
-    """
-    name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{name} has an encoder before its decoder, which is not supported; use a decoder-only model")
-    decoder = model.get_decoder()
-    prefix = next(path for path, module in model.named_modules() if module is decoder)
-    within = f"{prefix}." if prefix else ""
-    lists = {
-        f"{within}{path}": len(module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)
-    }
-    if not lists:
-        raise InputError(f"{name} has no list of layers, so it cannot be loaded block by block")
-    wanted = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
-    return next((path for path, count in lists.items() if count == wanted), max(lists, key=lambda path: lists[path]))

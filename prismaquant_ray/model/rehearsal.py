@@ -2,22 +2,23 @@
 
 Zeros cost no memory: the system maps all of them to one page. What is learned here is otherwise assumed for known
 families: that only the embedding runs before the first layer, that a layer returns a tensor, and that each of its
-Linears is called, returns a tensor, and has a gradient.
+Linears is called once, returns a tensor, and has a gradient.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.filled import filled
+from prismaquant_ray.model.learn_carried import learn_carried, reads_weights
 from prismaquant_ray.model.meta_model import MetaModel
 
 _SEQUENCES, _TOKENS = 2, 8
@@ -64,18 +65,22 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
         InputError: a layer reads more from before the first one than its hidden state, or the model does not run.
     """
     name = type(meta_model.model).__name__
+    _check_own(meta_model)
     try:
         with torch.no_grad():
             entry, hidden = _entry(meta_model)
-        if hidden.ndim != 3:
-            raise InputError(
-                f"{name}: what enters its layers has shape {tuple(hidden.shape)} for {_SEQUENCES} sequences of "
-                f"{_TOKENS} tokens, not one row a token, which is not supported"
-            )
-        meta_model.entry = entry
+            meta_model.entry = entry
+            meta_model.carried = learn_carried(meta_model)
+            if meta_model.carried is not None:
+                with filled(meta_model.model, 0.0):
+                    hidden = meta_model.embed(_inputs())
         layers = _layers(meta_model, hidden)
         with torch.no_grad():
-            _check_carried(meta_model, entry)
+            if meta_model.carried is None and reads_weights(meta_model, len(layers) - 1):
+                raise InputError(
+                    f"{name}: its last layer reads more of {', '.join(entry)} than the hidden state, and its first one "
+                    "does not, which is not supported"
+                )
             leaving = _exit(meta_model, hidden)
     except MODEL_ERRORS as error:
         text = " ".join(str(error).split())[:200]
@@ -84,6 +89,19 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
             f"({text}); this architecture is not supported"
         ) from error
     return Rehearsed(entry=entry, exit=leaving, layers=layers)
+
+
+def _check_own(meta_model: MetaModel) -> None:
+    """InputError where a parameter is that of two layers: it would be priced in each, and rounded for one."""
+    owners: dict[int, tuple[int, str]] = {}
+    for index, layer in enumerate(meta_model.layers):
+        for path, parameter in layer.named_parameters():
+            owner, other = owners.setdefault(id(parameter), (index, path))
+            if owner != index:
+                raise InputError(
+                    f"{type(meta_model.model).__name__}: layers {owner} and {index} share {other}; a matrix that is "
+                    "used in two layers is not supported"
+                )
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -142,10 +160,13 @@ def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) ->
     """Run a layer with a graph, and ask where gradients arrive: the graph has them, though all are zero."""
     loaded, outputs, answers = copy.deepcopy(layer), dict[str, Any](), list[bool]()
     inputs: dict[str, Tensor] = {}
+    again: set[str] = set()
     linears = {path: module for path, module in loaded.named_modules() if isinstance(module, nn.Linear)}
 
     def note(path: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if path in outputs:
+                again.add(path)
             outputs[path] = output
             inputs[path] = args[0]
 
@@ -172,6 +193,8 @@ def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) ->
     for path in linears:
         if _alike(path) not in called:
             kept[path] = "its code does not call it"
+        elif path in again:
+            kept[path] = "its code calls it more than once"
         elif path in outputs and not isinstance(outputs[path], Tensor):
             kept[path] = "it does not return a tensor alone"
         elif _alike(path) not in differentiable:
@@ -191,59 +214,3 @@ def _together(inputs: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:
 def _alike(path: str) -> str:
     """A path without the numbers in it."""
     return ".".join("{}" if part.isdecimal() else part for part in path.split("."))
-
-
-def _check_carried(meta_model: MetaModel, entry: Sequence[str]) -> None:
-    """InputError where a layer's other arguments depend on the weights that run before the first layer."""
-    for index in (0, len(meta_model.layers) - 1):
-        seen = []
-        for value in (0.0, 1.0):
-            with filled(meta_model.model, value):
-                seen.append(_arguments(meta_model, index))
-        if not all(torch.equal(*pair) for pair in zip(*seen, strict=True)):
-            raise InputError(
-                f"{type(meta_model.model).__name__}: its layers read more of {', '.join(entry)} than the hidden state, "
-                "which is not supported"
-            )
-
-
-def _arguments(meta_model: MetaModel, index: int) -> list[Tensor]:
-    """Every tensor that a layer is given beside its hidden state."""
-    found: list[Tensor] = []
-
-    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        found.extend(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        return hidden
-
-    meta_model.until(index, record, _inputs())
-    return found
-
-
-@contextmanager
-def filled(module: nn.Module, value: float) -> Iterator[None]:
-    """Inside the with-block parameters and buffers on the meta device are real, and one number everywhere."""
-    saved: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]] = []
-    made: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        saved.append((part, dict(part._parameters), dict(part._buffers)))
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_full(parameter, value), requires_grad=False)
-                part._parameters[name] = made[id(parameter)]
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                part._buffers[name] = _full(buffer, value)
-    try:
-        yield
-    finally:
-        for part, parameters, buffers in saved:
-            part._parameters.update(parameters)
-            part._buffers.update(buffers)
-
-
-def _full(tensor: Tensor, value: float) -> Tensor:
-    if value:
-        # One number, at every place.
-        return torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,9 @@ from prismaquant_ray.families.serving import ServerNames
 from prismaquant_ray.layout import GENERIC
 from prismaquant_ray.model.conversions import Conversions, conversions_of
 from prismaquant_ray.model.meta_model import MetaModel
-from prismaquant_ray.model.rehearsal import Found, rehearse
+from prismaquant_ray.model.rehearsal import Found, RehearsedLayer, rehearse
 from prismaquant_ray.source.header import TensorInfo
-from prismaquant_ray.spelling import Spelling
+from prismaquant_ray.spelling import Renames, Spelling
 
 # How configurations call the number of a layer's experts.
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -65,9 +66,7 @@ def derive(
         fused=(*fused, *usual, *LATENT.fused),
         ignored=(*LATENT.ignored, *(serving.kept if serving else ())),
         experts=stored.experts,
-        spellings=_through_transformers(meta_model, stored)
-        if serving is not None and serving.through_transformers
-        else (),
+        spellings=() if serving is None else _spellings(meta_model, stored, serving, rehearsed.layers),
     )
     layers = tuple(
         replace(each.found, kept=_routers(layer, experts) | dict(each.found.kept))
@@ -77,6 +76,8 @@ def derive(
         f"{architecture} has no family; a rehearsal ran {meta_model.blocks_path} as its decoder",
         "Linears of one module that read one tensor share a format",
     ]
+    if meta_model.carried is not None:
+        facts.append(f"its layers hand on {meta_model.carried.described}")
     guesses: tuple[str, ...] = ()
     if serving is None:
         guesses = (f"the names of {architecture}'s modules in a server are assumed to be those of the checkpoint",)
@@ -84,6 +85,42 @@ def derive(
         facts.append(f"names and fused Linears are those of {serving.runtime}")
     resident = frozenset({*rehearsed.entry, *rehearsed.exit})
     return Derived(family=family, layers=layers, facts=tuple(facts), guesses=guesses, resident=resident, stored=stored)
+
+
+def _spellings(
+    meta_model: MetaModel, stored: Conversions, serving: ServerNames, layers: Sequence[RehearsedLayer]
+) -> tuple[Spelling, ...]:
+    """Names that a server has beside those of its table."""
+    through = _through_transformers(meta_model, stored) if serving.through_transformers else ()
+    twice = _loaded_twice(meta_model, stored, serving, layers)
+    if not twice:
+        return through
+    return (*through, *(replace(each, regex=(*twice, *each.regex)) for each in (Spelling(), *serving.spellings)))
+
+
+def _loaded_twice(
+    meta_model: MetaModel, stored: Conversions, serving: ServerNames, layers: Sequence[RehearsedLayer]
+) -> Renames:
+    """Names for the members that a fused Linear lacks: a server loads another one twice (a key that is the value).
+
+    Its quantization asks for all of them by name, so the last one that is there answers for them, too.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    for index, layer in enumerate(layers):
+        for together in layer.found.together:
+            parent = together[0].rpartition(".")[0]
+            there = {path.rpartition(".")[2] for path in together}
+            for members in serving.fused.values():
+                held = [member for member in members if member in there]
+                if len(held) > 1:
+                    for member in members:
+                        if member not in there:
+                            path = stored.module(f"{meta_model.blocks_path}.{index}.{parent}.{held[-1]}")
+                            found.setdefault((held[-1], member), []).append(path.rpartition(".")[0])
+    return tuple(
+        (rf"^({'|'.join(map(re.escape, parents))})\.{have}\.", rf"\1.{lacking}.")
+        for (have, lacking), parents in found.items()
+    )
 
 
 def _through_transformers(meta_model: MetaModel, stored: Conversions) -> tuple[Spelling, ...]:

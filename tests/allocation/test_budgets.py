@@ -217,6 +217,7 @@ def a_layout() -> Layout:
         vocab_size=100,
         image_token=None,
         top_k=1,
+        row_width=8,
     )
 
 

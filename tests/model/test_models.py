@@ -16,7 +16,7 @@ from prismaquant_ray.families import FusedRule, family_of
 from prismaquant_ray.model import layout_builder
 from prismaquant_ray.model.capture import capture_activations
 from prismaquant_ray.model.layout_builder import build_layout, transformers_config
-from prismaquant_ray.model.meta_model import decoder_layers
+from prismaquant_ray.model.on_meta import decoder_layers
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store

@@ -17,6 +17,7 @@ from jobs.pipeline.stages import quantize
 from prismaquant_ray.config import Config
 from prismaquant_ray.serialization import to_json
 from tests import inprocess
+from tests.architectures import WORKING, make_architecture
 from tests.pretended.device import CUDA, pretended_cuda
 from tests.runs import configuration, digests, full_configuration
 from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
@@ -58,8 +59,10 @@ def whole_job(config: Config, text: Path) -> dict[str, Any]:
 
 def both_jobs(name: str, directory: Path, dtype: str) -> dict[str, Any]:
     """The job of a tiny architecture or family: digests and measured losses of both, and what the device's cost."""
-    make = make_checkpoint if name in ARCHITECTURES else make_family
-    source = make(directory / "source", name)
+    if name in WORKING:
+        source = make_architecture(directory / "source", WORKING[name])
+    else:
+        source = (make_checkpoint if name in ARCHITECTURES else make_family)(directory / "source", name)
     configured = full_configuration if name in VISION_FAMILIES else configuration
     text = make_text(directory / "evaluation", 4000, seed=9)
     settings = (FORMATS, f"model.dtype={dtype}", f"evaluation={{text: {text}, sequences: 3, length: 24}}")

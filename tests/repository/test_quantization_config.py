@@ -108,6 +108,7 @@ def layout_of(
         vocab_size=64,
         image_token=None,
         top_k=2 if experts else 0,
+        row_width=8,
     )
 
 

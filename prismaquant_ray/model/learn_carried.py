@@ -1,0 +1,120 @@
+"""Finding what a model's layers hand on beside one hidden state, by calling them without computing anything."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.carried import Arguments, Carried, Entry, Part, leaves_of, shared_entries, shares_mapping
+from prismaquant_ray.model.filled import filled
+from prismaquant_ray.model.meta_model import MetaModel, zeros_of
+
+# Two numbers of sequences, and of tokens: a tensor's axes that differ are theirs.
+_SEQUENCES, _TOKENS = (2, 3), (8, 9)
+
+
+def learn_carried(meta_model: MetaModel) -> Carried | None:
+    """What the layers hand on; None where it is one hidden state alone.
+
+    Raises:
+        InputError: something of it has no row a token.
+    """
+    hidden, call = first_call(meta_model, 0, 0.0)
+    if hidden.ndim == 3 and not shares_mapping(call) and not reads_weights(meta_model, 0):
+        return None
+    one, other, loud = _observed(meta_model, 0, 0.0), _observed(meta_model, 1, 0.0), _observed(meta_model, 0, 1.0)
+    parts = [_part(meta_model, "what enters its layers", one.hidden, other.hidden)]
+    arguments: dict[tuple[int, int], int] = {}
+    known: dict[int, int] = {}
+    for layer, leaves in enumerate(zip(one.leaves, other.leaves, loud.leaves, strict=True)):
+        for place, (leaf, again, changed) in enumerate(zip(*leaves, strict=True)):
+            if not isinstance(leaf, Tensor) or torch.equal(leaf, changed):
+                continue
+            # All are alive, so none has the identity of another.
+            if id(leaf) not in known:
+                known[id(leaf)] = len(parts)
+                parts.append(_part(meta_model, f"what layer {layer} reads beside its hidden state", leaf, again))
+            arguments[layer, place] = known[id(leaf)]
+    writers: dict[Entry, set[int]] = {}
+    shared: dict[Entry, int] = {}
+    for layer, (left, again) in enumerate(zip(one.left, other.left, strict=True)):
+        for entry, tensor in left.items():
+            if entry not in shared:
+                shared[entry] = len(parts)
+                parts.append(_part(meta_model, f"what layer {layer} leaves for later ones", tensor, again[entry]))
+            writers.setdefault(entry, set()).add(layer)
+    if hidden.ndim == 3 and len(parts) == 1:
+        return None
+    return Carried(
+        parts=tuple(parts),
+        arguments=arguments,
+        shared=shared,
+        writers={entry: frozenset(layers) for entry, layers in writers.items()},
+    )
+
+
+def reads_weights(meta_model: MetaModel, index: int) -> bool:
+    """Whether other arguments of a layer than its hidden state depend on the weights before the first layer."""
+    seen = [leaves_of(first_call(meta_model, index, value)[1])[0] for value in (0.0, 1.0)]
+    return any(isinstance(one, Tensor) and not torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+def first_call(meta_model: MetaModel, index: int, value: float) -> tuple[Tensor, Arguments]:
+    """The arguments of a layer where weights are `value` and the layers before it do nothing."""
+    found: list[Arguments] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found.append((args, kwargs))
+        return hidden
+
+    with filled(meta_model.model, value):
+        hidden = meta_model.until(index, record, _inputs(0))
+    return hidden, found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Observed:
+    """What layer 0 takes first; of every layer the leaves of its other arguments, and what it left in a mapping."""
+
+    hidden: Tensor
+    leaves: Sequence[list[Any]]
+    left: Sequence[Mapping[Entry, Tensor]]
+
+
+def _observed(meta_model: MetaModel, which: int, value: float) -> _Observed:
+    leaves: list[list[Any]] = []
+    left: list[Mapping[Entry, Tensor]] = []
+
+    def run(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = args, kwargs
+        leaves.append(leaves_of(call)[0])
+        before = shared_entries(call)
+        # Its own buffers are not on the meta device.
+        layer = copy.deepcopy(meta_model.layers[index]).to("meta")
+        output = zeros_of(layer, hidden.device)(hidden, *args, **kwargs)
+        left.append({entry: one for entry, one in shared_entries(call).items() if before.get(entry) is not one})
+        return output
+
+    with filled(meta_model.model, value):
+        hidden, _ = meta_model.calls(_inputs(which), run)
+    return _Observed(hidden, leaves, left)
+
+
+def _inputs(which: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.zeros(_SEQUENCES[which], _TOKENS[which], dtype=torch.long)}
+
+
+def _part(meta_model: MetaModel, what: str, one: Tensor, other: Tensor) -> Part:
+    part = Part.between(one, other, (_SEQUENCES, _TOKENS))
+    if part is None:
+        raise InputError(
+            f"{type(meta_model.model).__name__}: {what} has shape {tuple(one.shape)} for {_SEQUENCES[0]} sequences of "
+            f"{_TOKENS[0]} tokens, not a row a token, which is not supported"
+        )
+    return part
