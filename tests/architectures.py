@@ -116,10 +116,19 @@ def _usual(name: str, *kept: str, config_name: str = "", unserved: str | None = 
 
 WORKING: dict[str, Architecture] = {
     "apertus": _usual("ApertusForCausalLM"),
+    # Its layers return two things.
+    "bamba": _usual(
+        "BambaForCausalLM", attn_layer_indices=[1], unserved="it does not know the architecture", **_MAMBA
+    ),
     "bloom": Architecture(
         "BloomForCausalLM", {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4, "pad_token_id": 0}
     ),
     "cohere2": _usual("Cohere2ForCausalLM", sliding_window=24),
+    # It scales what the embedding returns in place.
+    "ctrl": Architecture(
+        "CTRLLMHeadModel", {"vocab_size": VOCABULARY, "n_embd": 128, "dff": 256, "n_layer": 2, "n_head": 4},
+        unserved="it does not know the architecture",
+    ),
     "deepseek_v2": _usual("DeepseekV2ForCausalLM", "kv_b_proj", q_lora_rank=None, **_LATENT),
     "deepseek_v32": _usual(
         "DeepseekV32ForCausalLM", "indexer.wq_b", "kv_b_proj", q_lora_rank=32, index_n_heads=4, index_head_dim=128,
@@ -140,6 +149,10 @@ WORKING: dict[str, Architecture] = {
         "GraniteMoeHybridForCausalLM", "block_sparse_moe.router.layer", "block_sparse_moe.input_linear",
         num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64, layer_types=["mamba", "attention"],
         **_MAMBA,
+    ),
+    "glm_moe_dsa": _usual(
+        "GlmMoeDsaForCausalLM", "indexer.wq_b", "kv_b_proj", q_lora_rank=32, index_n_heads=4, index_head_dim=128,
+        index_topk=8, unserved="sparse attention does not run on its CPU build", **_LATENT,
     ),
     "hunyuan_moe": _usual("HunYuanMoEV1ForCausalLM", "mlp.gate.wg", num_experts=4, moe_topk=2, head_dim=32),
     "jamba": _usual(
@@ -278,6 +291,12 @@ WORKING: dict[str, Architecture] = {
                          "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
          "vision_config": _DEEPSTACK, **_VISUAL},
         ("visual.blocks.2.attn.qkv",),
+    ),
+    # The checkpoint has the rows of its convolution in three tensors.
+    "olmo_hybrid": _usual(
+        "OlmoHybridForCausalLM", layer_types=["linear_attention", "full_attention"], linear_num_key_heads=4,
+        linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=64,
+        unserved="its linear attention does not run on its CPU build",
     ),
     "seed_oss": _usual("SeedOssForCausalLM", head_dim=32),
     "smollm3": _usual("SmolLM3ForCausalLM"),

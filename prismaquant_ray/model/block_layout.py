@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family
 from prismaquant_ray.families.base import NOT_A_LINEAR
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, LinearSpec, Matrix, Parameter
@@ -68,11 +70,24 @@ class BlockLayouts:
             if f"{path}." in packed and full not in self.checkpoint.tensors and tensor.ndim == 3:
                 experts = self.names.module(f"{prefix}.{path}" if prefix else path)
                 tensors = self._unpacked(experts, leaf, tuple(tensor.shape))
+            elif self.names.parts(parameter):
+                tensors = self._parts(parameter, tuple(tensor.shape))
             else:
                 shape = tuple(tensor.transpose(-1, -2).shape if transposed else tensor.shape)
                 tensors = (tensor_of_shape(self.checkpoint, full, shape),)
             found.append(Parameter(name=name, tensors=tensors, transposed=transposed))
         return tuple(found)
+
+    def _parts(self, parameter: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The tensors that a parameter is made of, one on top of the other."""
+        tensors = self.names.parts(parameter)
+        shapes = [self.checkpoint.tensors[name].shape for name in tensors]
+        if sum(map(math.prod, shapes)) != math.prod(shape) or {each[-1] for each in shapes} != {shape[-1]}:
+            raise InputError(
+                f"{self.checkpoint.store.uri}: {parameter} has shape {shape}, which {len(tensors)} tensors of shape "
+                f"{shapes[0]} ({tensors[0]} the first) do not make up"
+            )
+        return tensors
 
     def _unpacked(self, experts: str, leaf: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The tensors of a packed parameter that is stored expert by expert, in the order of its rows."""
@@ -117,6 +132,8 @@ class BlockLayouts:
         reason = self.reasons.get(inside, self.reasons.get(leaf, found.kept.get(path)))
         if reason is not None:
             return reason
+        if self.names.parts(f"{full}{WEIGHT}"):
+            return "the checkpoint has its rows in several tensors"
         if is_packed(module):
             return unquantizable(module) or self.names.strange_stack(full)
         return None if isinstance(module, nn.Linear) else NOT_A_LINEAR

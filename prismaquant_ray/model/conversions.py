@@ -1,14 +1,14 @@
 """Where a checkpoint stores each parameter of a model, by transformers' own rules for loading it.
 
 transformers renames tensors, adds or removes prefixes, stacks experts that are stored one by one and transposes stacks
-when it loads a checkpoint. The same rules are inverted here. What it computes otherwise (split or interleaved weights)
-could not be written back and is refused by name.
+when it loads a checkpoint, and puts parts on top of each other. The same rules are inverted here. What it computes
+otherwise (split or interleaved weights) could not be written back and is refused by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,6 @@ from prismaquant_ray.families.base import ExpertNames
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.source.header import TensorInfo
 
-# Stacking experts, and putting gate over up, are what experts stored one by one need and nothing else.
-_STACKING = {"MergeModulelist", "Concatenate"}
 _EXPERT = re.compile(r"(.+)\.(\d+)\.([^.]+)\.weight")
 
 
@@ -43,6 +41,11 @@ class Conversions:
             )
         found = self.tensors.get(parameter, ())
         return found[0] if len(found) == 1 else parameter
+
+    def parts(self, parameter: str) -> tuple[str, ...]:
+        """The tensors that make up a parameter, on top of each other; none where one tensor is all of it."""
+        found = self.tensors.get(parameter, ())
+        return found if len(found) > 1 and parameter not in self.computed else ()
 
     def module(self, path: str) -> str:
         """The checkpoint's name of a module: that of its weight, or of its experts."""
@@ -94,7 +97,7 @@ def conversions_of(meta_model: MetaModel, stored: Mapping[str, TensorInfo]) -> C
                 # transformers looks at the shapes, too: both orders are found.
                 if info.shape != state.get(parameter):
                     transposed.add(parameter)
-            elif not _STACKING.issuperset(operations) or len(converter.target_patterns) > 1:
+            elif not _stacks(converter.operations) or len(converter.target_patterns) > 1:
                 computed[parameter] = " and ".join(operations)
         if parameter in state:
             found.setdefault(parameter, []).append((_number(name), place, name))
@@ -104,6 +107,14 @@ def conversions_of(meta_model: MetaModel, stored: Mapping[str, TensorInfo]) -> C
         computed={name: by for name, by in computed.items() if name in tensors},
         transposed=frozenset(transposed),
     )
+
+
+def _stacks(operations: Sequence[Any]) -> bool:
+    """Whether it puts rows behind rows: experts, in each of them gate over up, or parts of another parameter."""
+    names = [type(each).__name__ for each in operations]
+    if names == ["Concatenate"]:
+        return operations[0].dim == 0  # type: ignore[no-any-return]
+    return names == ["MergeModulelist"] or (names == ["MergeModulelist", "Concatenate"] and operations[1].dim == 1)
 
 
 def _swaps_rows(operation: Any) -> bool:

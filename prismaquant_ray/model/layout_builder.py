@@ -11,6 +11,7 @@ from torch import nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family, family_of
+from prismaquant_ray.families.base import NOT_A_LINEAR
 from prismaquant_ray.families.serving import ServerNames, server_names
 from prismaquant_ray.layout import Block, BlockKind, Layout, LinearSpec, Matrix
 from prismaquant_ray.model.block_layout import WEIGHT, BlockLayouts
@@ -44,7 +45,8 @@ def scope_of(config: Config) -> Scope:
 
 
 def transformers_config(checkpoint: TensorSource) -> Any:
-    """The transformers configuration object of a checkpoint; InputError when transformers does not know it."""
+    """The transformers configuration object of a checkpoint; InputError when transformers does not know or take it."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     model_type = checkpoint.config.get("model_type")
@@ -56,7 +58,12 @@ def transformers_config(checkpoint: TensorSource) -> Any:
             f"{checkpoint.store.uri}: transformers does not know model_type {model_type!r}; update transformers "
             "or check config.json"
         )
-    return CONFIG_MAPPING[model_type].from_dict(with_numbers(checkpoint.config))
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(with_numbers(checkpoint.config))
+    # Configurations check themselves, some by exceptions of Python's own.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{checkpoint.store.uri}: transformers does not accept config.json: {text}") from error
 
 
 def architecture_of(checkpoint: TensorSource) -> str:
@@ -148,7 +155,16 @@ class _Builder:
             tied=self._tied(),
         )
         if not layout.groups:
-            raise InputError(f"{self.meta_model.blocks_path} has no Linear that could be quantized; is it the decoder?")
+            within = f"{self.names.module(self.meta_model.blocks_path)}."
+            reasons = [
+                f"{name}: {why}"
+                for name, why in self.ignored.items()
+                if name.startswith(within) and why != NOT_A_LINEAR
+            ]
+            raise InputError(
+                f"{self.meta_model.blocks_path} has no Linear that could be quantized"
+                + (f" ({reasons[0]})" if reasons else "; is it the decoder?")
+            )
         return layout
 
     # Parts of a model -----------------------------------------------------------------------------------------
@@ -190,8 +206,11 @@ class _Builder:
         """Tensors of the exit; the output head is a block of its own when it is to be quantized."""
         model = self.meta_model.model
         tower = f"{self.family.vision.tower}." if self.family.vision else None
+        embedded = model.get_input_embeddings()
+        own = next(f"{path}{WEIGHT}" for path, module in model.named_modules() if module is embedded)
         parameters = {
-            self.names.tensor(name): tuple(parameter.shape)
+            # A tied head may come first, but the embedding is what is stored.
+            self.names.tensor(own if parameter is embedded.weight else name): tuple(parameter.shape)
             for name, parameter in model.named_parameters()
             if (tower is None or not name.startswith(tower)) and self.names.runs(name.rpartition(".")[0])
         }
@@ -200,7 +219,7 @@ class _Builder:
             tensor_of_shape(self.checkpoint, name, shape)
         head = tuple(name for name in parameters if name not in embedding)
         output = model.get_output_embeddings()
-        tied = output is not None and output.weight is model.get_input_embeddings().weight
+        tied = output is not None and output.weight is embedded.weight
         refused = (
             "it is tied to the embedding, which is never quantized"
             if tied

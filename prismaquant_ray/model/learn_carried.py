@@ -19,15 +19,17 @@ from prismaquant_ray.model.meta_model import MetaModel, zeros_of
 _SEQUENCES, _TOKENS = (2, 3), (8, 9)
 
 
-def learn_carried(meta_model: MetaModel) -> Carried | None:
-    """What the layers hand on; None where it is one hidden state alone.
+def learn_carried(meta_model: MetaModel, *, anyhow: bool = False) -> Carried | None:
+    """What the layers hand on; None where it is one hidden state alone, by the first layer or, with `anyhow`, by all.
 
     Raises:
         InputError: something of it has no row a token.
     """
-    hidden, call = first_call(meta_model, 0, 0.0)
-    if hidden.ndim == 3 and not shares_mapping(call) and not reads_weights(meta_model, 0):
-        return None
+    hidden, call = _first_call(meta_model, 0.0)
+    if hidden.ndim == 3 and not anyhow and not shares_mapping(call):
+        seen = [call, _first_call(meta_model, 1.0)[1]]
+        if not _differ(*seen):
+            return None
     one, other, loud = _observed(meta_model, 0, 0.0), _observed(meta_model, 1, 0.0), _observed(meta_model, 0, 1.0)
     parts = [_part(meta_model, "what enters its layers", one.hidden, other.hidden)]
     arguments: dict[tuple[int, int], int] = {}
@@ -59,14 +61,25 @@ def learn_carried(meta_model: MetaModel) -> Carried | None:
     )
 
 
-def reads_weights(meta_model: MetaModel, index: int) -> bool:
-    """Whether other arguments of a layer than its hidden state depend on the weights before the first layer."""
-    seen = [leaves_of(first_call(meta_model, index, value)[1])[0] for value in (0.0, 1.0)]
-    return any(isinstance(one, Tensor) and not torch.equal(one, other) for one, other in zip(*seen, strict=True))
+def reads_weights(meta_model: MetaModel) -> bool:
+    """Whether other arguments of a layer than its hidden state depend on the weights before the first layer.
+
+    Call it when the model knows what its layers return.
+    """
+    seen = []
+    for value in (0.0, 1.0):
+        with filled(meta_model.model, value):
+            seen.append(meta_model.calls(_inputs(0))[1])
+    return any(_differ(*calls) for calls in zip(*seen, strict=True))
 
 
-def first_call(meta_model: MetaModel, index: int, value: float) -> tuple[Tensor, Arguments]:
-    """The arguments of a layer where weights are `value` and the layers before it do nothing."""
+def _differ(one: Arguments, other: Arguments) -> bool:
+    pairs = zip(leaves_of(one)[0], leaves_of(other)[0], strict=True)
+    return any(isinstance(leaf, Tensor) and not torch.equal(leaf, changed) for leaf, changed in pairs)
+
+
+def _first_call(meta_model: MetaModel, value: float) -> tuple[Tensor, Arguments]:
+    """What enters layer 0, and its other arguments, where weights are `value`."""
     found: list[Arguments] = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,7 +87,7 @@ def first_call(meta_model: MetaModel, index: int, value: float) -> tuple[Tensor,
         return hidden
 
     with filled(meta_model.model, value):
-        hidden = meta_model.until(index, record, _inputs(0))
+        hidden = meta_model.until(0, record, _inputs(0))
     return hidden, found[0]
 
 

@@ -50,8 +50,8 @@ class _Stub(nn.Module):
         # Not a submodule: its parameters are not the model's any more.
         object.__setattr__(self, "layer", layer)
         self.act: Any = None
-        #: Whether the layer returns a tuple, whose first entry is the hidden state.
-        self.as_tuple = False
+        #: How many entries the tuple has that the layer returns, the first being the hidden state; 0 for a tensor.
+        self.entries = 0
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,9 +59,9 @@ class _Stub(nn.Module):
         except AttributeError:
             return getattr(self.layer, name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         result: Tensor = hidden if self.act is None else self.act(hidden, *args, **kwargs)
-        return (result,) if self.as_tuple else result
+        return (result, *[None] * (self.entries - 1)) if self.entries else result
 
 
 class MetaModel:
@@ -94,6 +94,8 @@ class MetaModel:
         self.entry = tuple(path for path, module in self.model.named_modules() if module is embedding)
         #: None where layers hand on one hidden state alone.
         self.carried: Carried | None = None
+        # What the embedding returns where it is not loaded.
+        self._answer: tuple[tuple[Any, ...], Tensor] | None = None
         # Of parameters on the meta device, by identity.
         self._zeros: dict[tuple[int, torch.device], nn.Parameter] = {}
         self.vision = vision
@@ -102,10 +104,10 @@ class MetaModel:
             self.vision_layers, self._vision_stubs = _stubbed(self.tower, vision.blocks)
             self.merger = self.tower.get_submodule(vision.merger)
 
-    def returning(self, tuples: Sequence[bool]) -> None:
-        """Say of the first layers whether they return tuples."""
-        for stub, as_tuple in zip(self._stubs, tuples, strict=False):
-            stub.as_tuple = as_tuple
+    def returning(self, entries: Sequence[int]) -> None:
+        """Say of the first layers how many entries the tuples have that they return; 0 for a tensor."""
+        for stub, count in zip(self._stubs, entries, strict=False):
+            stub.entries = count
 
     @property
     def final_norm(self) -> nn.Module:
@@ -174,12 +176,9 @@ class MetaModel:
 
     @contextmanager
     def _entered(self, hidden: Tensor) -> Iterator[None]:
-        """What runs before the layers is not loaded: the embedding returns `hidden`, the rest zeros of its shape."""
-        embedding, answered = self.model.get_input_embeddings(), hidden.detach()
-        width = embedding.weight.shape[1]
-        if width != hidden.shape[-1]:
-            # It is projected to the layers' width, by a module that is not loaded either.
-            answered = answered.new_zeros(*hidden.shape[:-1], width)
+        """What runs before the layers is not loaded, and answers with tensors of the right shape."""
+        embedding = self.model.get_input_embeddings()
+        answered = self._scratch((*hidden.shape[:-1], embedding.weight.shape[1]), hidden)
         with ExitStack() as stack:
             for path in self.entry:
                 module = self.model.get_submodule(path)
@@ -187,6 +186,13 @@ class MetaModel:
                 stack.enter_context(_answering(module, answer))
                 stack.enter_context(self._hollow(module, hidden.device))
             yield
+
+    def _scratch(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """A tensor that nobody reads. Not `like` itself: some models scale what the embedding returns in place."""
+        key = shape, like.dtype, like.device
+        if self._answer is None or self._answer[0] != key:
+            self._answer = key, like.new_zeros(shape)
+        return self._answer[1]
 
     @contextmanager
     def _hollow(self, module: nn.Module, device: torch.device) -> Iterator[None]:

@@ -26,6 +26,10 @@ class Naming:
             self._meta_model.parameter_of[found] = parameter
         return found
 
+    def parts(self, parameter: str) -> tuple[str, ...]:
+        """The checkpoint's tensors of a parameter that it has in parts, on top of each other; none of another."""
+        return () if self._unknown is None else self._unknown.stored.parts(parameter)
+
     def is_transposed(self, parameter: str) -> bool:
         """Whether the checkpoint has the matrices of a stack transposed."""
         return self._unknown is not None and parameter in self._unknown.stored.transposed

@@ -72,6 +72,8 @@ def decoder_layers(model: Any, config: Any) -> str:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name} has an encoder before its decoder, which is not supported; use a decoder-only model")
     decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():
+        decoder = model.base_model  # some call their head so
     prefix = next(path for path, module in model.named_modules() if module is decoder)
     within = f"{prefix}." if prefix else ""
     lists = {

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.model.carried import Carried
 from prismaquant_ray.model.filled import filled
 from prismaquant_ray.model.learn_carried import learn_carried, reads_weights
 from prismaquant_ray.model.meta_model import MetaModel
@@ -43,9 +44,9 @@ NOTHING = Found()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RehearsedLayer:
-    """Whether a layer returns a tuple, and what was found of its Linears."""
+    """How many entries the tuple has that a layer returns, 0 for a tensor; and what was found of its Linears."""
 
-    as_tuple: bool
+    entries: int
     found: Found
 
 
@@ -70,17 +71,12 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
         with torch.no_grad():
             entry, hidden = _entry(meta_model)
             meta_model.entry = entry
-            meta_model.carried = learn_carried(meta_model)
-            if meta_model.carried is not None:
-                with filled(meta_model.model, 0.0):
-                    hidden = meta_model.embed(_inputs())
+            hidden = _with_carried(meta_model, hidden, learn_carried(meta_model))
         layers = _layers(meta_model, hidden)
         with torch.no_grad():
-            if meta_model.carried is None and reads_weights(meta_model, len(layers) - 1):
-                raise InputError(
-                    f"{name}: its last layer reads more of {', '.join(entry)} than the hidden state, and its first one "
-                    "does not, which is not supported"
-                )
+            if meta_model.carried is None and reads_weights(meta_model):
+                # Only now is it known what layers return, so that the arguments of all can be looked at.
+                hidden = _with_carried(meta_model, hidden, learn_carried(meta_model, anyhow=True))
             leaving = _exit(meta_model, hidden)
     except MODEL_ERRORS as error:
         text = " ".join(str(error).split())[:200]
@@ -89,6 +85,15 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
             f"({text}); this architecture is not supported"
         ) from error
     return Rehearsed(entry=entry, exit=leaving, layers=layers)
+
+
+def _with_carried(meta_model: MetaModel, hidden: Tensor, carried: Carried | None) -> Tensor:
+    """Have the model carry this; what then enters the first layer."""
+    meta_model.carried = carried
+    if carried is None:
+        return hidden
+    with filled(meta_model.model, 0.0):
+        return meta_model.embed(_inputs())
 
 
 def _check_own(meta_model: MetaModel) -> None:
@@ -152,13 +157,13 @@ def _layers(meta_model: MetaModel, hidden: Tensor) -> tuple[RehearsedLayer, ...]
             known[kind] = _run(meta_model, index, layer, hidden)
         found.append(known[kind])
         # The model hands a layer's output to the next one in the layer's own form.
-        meta_model.returning([each.as_tuple for each in found])
+        meta_model.returning([each.entries for each in found])
     return tuple(found)
 
 
 def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) -> RehearsedLayer:
     """Run a layer with a graph, and ask where gradients arrive: the graph has them, though all are zero."""
-    loaded, outputs, answers = copy.deepcopy(layer), dict[str, Any](), list[bool]()
+    loaded, outputs, answers = copy.deepcopy(layer), dict[str, Any](), list[int]()
     inputs: dict[str, Tensor] = {}
     again: set[str] = set()
     linears = {path: module for path, module in loaded.named_modules() if isinstance(module, nn.Linear)}
@@ -174,7 +179,7 @@ def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) ->
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = loaded(x, *args, **kwargs)
-        answers.append(isinstance(output, tuple))
+        answers.append(len(output) if isinstance(output, tuple) else 0)
         return output
 
     for path, module in linears.items():
@@ -199,7 +204,7 @@ def _run(meta_model: MetaModel, index: int, layer: nn.Module, hidden: Tensor) ->
             kept[path] = "it does not return a tensor alone"
         elif _alike(path) not in differentiable:
             kept[path] = "no gradient passes through it, so it cannot be priced"
-    return RehearsedLayer(as_tuple=answers[0], found=Found(kept=kept, together=_together(inputs)))
+    return RehearsedLayer(entries=answers[0], found=Found(kept=kept, together=_together(inputs)))
 
 
 def _together(inputs: Mapping[str, Tensor]) -> tuple[tuple[str, ...], ...]:

@@ -195,3 +195,20 @@ def test_a_decoder_stored_without_its_prefix_is_written_with_it(tmp_path: Path, 
     written, expected = (tensors_of(Path(each.store.output)) for each in (again, config))
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_configuration_that_transformers_does_not_accept_is_refused(tmp_path: Path, source: Path) -> None:
+    reconfigured(source, num_attention_heads=3)
+    with pytest.raises(InputError, match=r"transformers does not accept config\.json: .*attention heads"):
+        inspect(configuration(tmp_path, source))
+
+
+def test_a_class_that_needs_another_package_says_which(tmp_path: Path) -> None:
+    """Gemma 3n's vision tower is of a library that this project does not install."""
+    directory = tmp_path / "source"
+    directory.mkdir()
+    body = {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}
+    (directory / "config.json").write_text(json.dumps(body))
+    save_file({"a": torch.zeros(1)}, directory / "model.safetensors")
+    with pytest.raises(InputError, match=r"needs a package that is not installed .*pip install timm"):
+        inspect(configuration(tmp_path, directory))

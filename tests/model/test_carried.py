@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.model.capture import capture_activations
@@ -16,7 +20,9 @@ from prismaquant_ray.model.carried import Part
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
-from tests.architectures import VOCABULARY, WORKING, make_architecture
+from tests import architectures
+from tests.architectures import VOCABULARY, WORKING, Architecture, make_architecture
+from tests.model.test_models import streamed
 
 
 def runner_of(directory: Path) -> ModelRunner:
@@ -95,6 +101,58 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path, name: str, descr
         torch.testing.assert_close(
             gradient, expected[path].grad, rtol=1e-4, atol=1e-6, msg=lambda m, p=path: f"{p}: {m}"
         )
+
+
+class SkippingLayer(LlamaDecoderLayer):
+    """Adds what it is given beside its hidden state."""
+
+    def forward(self, hidden_states: Tensor, skipped: Tensor | None = None, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states if skipped is None else hidden_states + skipped, **kwargs)
+
+
+class SkippingModel(LlamaModel):
+    """Hands the embedding to every layer but the first."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(SkippingLayer(config, index) for index in range(config.num_hidden_layers))
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        hidden = embedded = self.embed_tokens(input_ids)
+        tables = self.rotary_emb(hidden, torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0))
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, embedded if index else None, position_embeddings=tables)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+class SkippingForCausalLM(LlamaForCausalLM):
+    """A Llama whose later layers read the embedding."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.model = SkippingModel(config)
+        self.post_init()
+
+
+def test_what_only_later_layers_read_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Importing a part of transformers has it put another module in its place, so there may be two.
+    for module in (architectures.transformers, sys.modules["transformers"]):
+        monkeypatch.setattr(module, "SkippingForCausalLM", SkippingForCausalLM, raising=False)
+    sizes = {name: value for name, value in WORKING["apertus"].config.items() if name != "num_hidden_layers"}
+    directory = make_architecture(
+        tmp_path / "m",
+        Architecture("SkippingForCausalLM", {**sizes, "num_hidden_layers": 3}, config_name="LlamaConfig"),
+    )
+    whole = SkippingForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    runner = runner_of(directory)
+    carried = runner.meta_model.carried
+    # The second and third layer read one tensor.
+    assert carried is not None and carried.described == "a hidden state, 1 inputs of layers"
+    assert runner.layout.row_width == 2 * 128
+    tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert torch.equal(streamed(runner, tokens)[1], whole(tokens).logits)
 
 
 def test_a_part_knows_which_axes_are_sequences_and_tokens() -> None:
