@@ -298,6 +298,25 @@ WORKING: dict[str, Architecture] = {
         linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=64,
         unserved="its linear attention does not run on its CPU build",
     ),
+    # The module around its layers has a parameter of its own.
+    "llava_next": Architecture(
+        "LlavaNextForConditionalGeneration",
+        {"text_config": {**_USUAL, "model_type": "llama"}, "image_token_index": 5, "image_grid_pinpoints": [[28, 56]],
+         "vision_config": {**_VISION, "model_type": "clip_vision_model", "projection_dim": 32},
+         "vision_feature_layer": -2},
+        ("multi_modal_projector.linear_1",),
+    ),
+    # It asks on which device it is.
+    "idefics3": Architecture(
+        "Idefics3ForConditionalGeneration",
+        {"text_config": {**_USUAL, "model_type": "llama"}, "vision_config": _VISION, "image_token_id": 5,
+         "scale_factor": 2},
+        ("connector.modality_projection.proj",),
+    ),
+    # Its rotary table is a weight.
+    "roformer": _usual(
+        "RoFormerForCausalLM", embedding_size=128, is_decoder=True, unserved="it does not know the architecture"
+    ),
     "seed_oss": _usual("SeedOssForCausalLM", head_dim=32),
     "smollm3": _usual("SmolLM3ForCausalLM"),
     "qwen3_next": _usual(

@@ -24,33 +24,43 @@ Entry = tuple[int, Any, int]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor's shape without its sequences and tokens, and at which axes these are."""
+    """A tensor's shape without its sequences and tokens, and at which axes these are.
 
-    axes: tuple[int, int]
+    Without an axis of sequences it is the same for all of them.
+    """
+
+    axes: tuple[int | None, int]
     sizes: tuple[int, ...]
 
     @classmethod
     def between(cls, one: Tensor, other: Tensor, counts: Sequence[tuple[int, int]]) -> Part | None:
         """From one tensor for two numbers of (sequences, tokens) each; None where it has no row a token."""
         shapes = [*zip(one.shape, other.shape, strict=True)]
-        axes = [[axis for axis, pair in enumerate(shapes) if pair == count] for count in counts]
+        sequences, tokens = ([axis for axis, pair in enumerate(shapes) if pair == count] for count in counts)
         rest = [size for size, again in shapes if size == again]
-        if [len(found) for found in axes] != [1, 1] or len(rest) != len(shapes) - 2:
+        if len(sequences) > 1 or len(tokens) != 1 or len(rest) != len(shapes) - len(sequences) - 1:
             return None
-        return cls((axes[0][0], axes[1][0]), tuple(rest))
+        return cls((sequences[0] if sequences else None, tokens[0]), tuple(rest))
 
     @property
     def width(self) -> int:
         """Values a token."""
         return math.prod(self.sizes)
 
-    def flat(self, tensor: Tensor) -> Tensor:
+    def flat(self, tensor: Tensor, sequences: int) -> Tensor:
         """As rows (sequences, tokens, width)."""
-        return tensor.movedim(self.axes, (0, 1)).flatten(2) if self.sizes else tensor.unsqueeze(-1)
+        first, second = self.axes
+        if first is None:
+            rows = tensor.movedim(second, 0).unsqueeze(0).expand(sequences, -1, *self.sizes)
+        else:
+            rows = tensor.movedim((first, second), (0, 1))
+        return rows.reshape(*rows.shape[:2], self.width)
 
     def whole(self, rows: Tensor) -> Tensor:
         """The tensor of its rows."""
-        return rows.unflatten(-1, self.sizes).movedim((0, 1), self.axes) if self.sizes else rows.squeeze(-1)
+        parted = rows.reshape(*rows.shape[:2], *self.sizes)
+        first, second = self.axes
+        return parted[0].movedim(0, second) if first is None else parted.movedim((0, 1), (first, second))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +97,9 @@ class Carried:
     def enter(self, hidden: Tensor, calls: Sequence[Arguments]) -> Tensor:
         """The row that enters the first layer, by the arguments of every layer; nothing is shared yet."""
         leaves = [leaves_of(call)[0] for call in calls]
-        rows = {0: self.parts[0].flat(hidden)}
-        rows |= {n: self.parts[n].flat(leaves[layer][place]) for (layer, place), n in self.arguments.items()}
-        sequences, tokens, _ = rows[0].shape
+        sequences, tokens = (hidden.shape[axis] for axis in self.parts[0].axes if axis is not None)
+        rows = {0: self.parts[0].flat(hidden, sequences)}
+        rows |= {n: self.parts[n].flat(leaves[layer][place], sequences) for (layer, place), n in self.arguments.items()}
         rows |= {n: rows[0].new_zeros(sequences, tokens, self.parts[n].width) for n in self.shared.values()}
         return torch.cat([rows[n] for n in range(len(self.parts))], -1)
 
@@ -110,10 +120,10 @@ class Carried:
                 mappings[mapping][key] = (*mappings[mapping].get(key, ()), self.parts[n].whole(rows[n]))
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         output = layer(self.hidden_of(row), *args, **kwargs)
-        rows[0] = self.parts[0].flat(output[0] if isinstance(output, tuple) else output)
+        rows[0] = self.parts[0].flat(output[0] if isinstance(output, tuple) else output, len(row))
         for (mapping, key, place), n in self.shared.items():
             if index in self.writers[mapping, key, place]:
-                rows[n] = self.parts[n].flat(mappings[mapping][key][place])
+                rows[n] = self.parts[n].flat(mappings[mapping][key][place], len(row))
         return torch.cat(rows, -1)
 
 

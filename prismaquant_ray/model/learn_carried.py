@@ -31,7 +31,7 @@ def learn_carried(meta_model: MetaModel, *, anyhow: bool = False) -> Carried | N
         if not _differ(*seen):
             return None
     one, other, loud = _observed(meta_model, 0, 0.0), _observed(meta_model, 1, 0.0), _observed(meta_model, 0, 1.0)
-    parts = [_part(meta_model, "what enters its layers", one.hidden, other.hidden)]
+    parts, kind = [_part(meta_model, "what enters its layers", one.hidden, other.hidden)], one.hidden.dtype
     arguments: dict[tuple[int, int], int] = {}
     known: dict[int, int] = {}
     for layer, leaves in enumerate(zip(one.leaves, other.leaves, loud.leaves, strict=True)):
@@ -41,7 +41,7 @@ def learn_carried(meta_model: MetaModel, *, anyhow: bool = False) -> Carried | N
             # All are alive, so none has the identity of another.
             if id(leaf) not in known:
                 known[id(leaf)] = len(parts)
-                parts.append(_part(meta_model, f"what layer {layer} reads beside its hidden state", leaf, again))
+                parts.append(_part(meta_model, f"what layer {layer} reads beside its hidden state", leaf, again, kind))
             arguments[layer, place] = known[id(leaf)]
     writers: dict[Entry, set[int]] = {}
     shared: dict[Entry, int] = {}
@@ -49,7 +49,7 @@ def learn_carried(meta_model: MetaModel, *, anyhow: bool = False) -> Carried | N
         for entry, tensor in left.items():
             if entry not in shared:
                 shared[entry] = len(parts)
-                parts.append(_part(meta_model, f"what layer {layer} leaves for later ones", tensor, again[entry]))
+                parts.append(_part(meta_model, f"what layer {layer} leaves for later ones", tensor, again[entry], kind))
             writers.setdefault(entry, set()).add(layer)
     if hidden.ndim == 3 and len(parts) == 1:
         return None
@@ -123,11 +123,12 @@ def _inputs(which: int) -> dict[str, Tensor]:
     return {"input_ids": torch.zeros(_SEQUENCES[which], _TOKENS[which], dtype=torch.long)}
 
 
-def _part(meta_model: MetaModel, what: str, one: Tensor, other: Tensor) -> Part:
+def _part(meta_model: MetaModel, what: str, one: Tensor, other: Tensor, kind: torch.dtype | None = None) -> Part:
     part = Part.between(one, other, (_SEQUENCES, _TOKENS))
-    if part is None:
+    if part is None or (kind is None and part.axes[0] is None) or one.dtype != (kind or one.dtype):
         raise InputError(
-            f"{type(meta_model.model).__name__}: {what} has shape {tuple(one.shape)} for {_SEQUENCES[0]} sequences of "
-            f"{_TOKENS[0]} tokens, not a row a token, which is not supported"
+            f"{type(meta_model.model).__name__}: {what} has shape {tuple(one.shape)} and type {one.dtype} for "
+            f"{_SEQUENCES[0]} sequences of {_TOKENS[0]} tokens, not a row a token of the hidden state's type, which is "
+            "not supported"
         )
     return part

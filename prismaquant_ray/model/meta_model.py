@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families.base import Vision
 from prismaquant_ray.model.carried import Arguments, Carried
-from prismaquant_ray.model.on_meta import build_on_meta, decoder_layers
+from prismaquant_ray.model.on_meta import build_on_meta, decoder_layers, place
 
 #: Keyword arguments of the model's forward for one microbatch: input_ids (sequences, tokens), and those of images.
 Inputs = Mapping[str, Tensor]
@@ -94,6 +94,8 @@ class MetaModel:
         self.entry = tuple(path for path, module in self.model.named_modules() if module is embedding)
         #: None where layers hand on one hidden state alone.
         self.carried: Carried | None = None
+        # Where the model says that it is.
+        self._device = torch.device("meta")
         # What the embedding returns where it is not loaded.
         self._answer: tuple[tuple[Any, ...], Tensor] | None = None
         # Of parameters on the meta device, by identity.
@@ -182,8 +184,10 @@ class MetaModel:
         with ExitStack() as stack:
             for path in self.entry:
                 module = self.model.get_submodule(path)
-                answer = (lambda *_, **__: answered) if module is embedding else zeros_of(module, hidden.device)
-                stack.enter_context(_answering(module, answer))
+                # What the layers are in has weights of its own, but runs.
+                if not f"{self.blocks_path}.".startswith(f"{path}." if path else ""):
+                    answer = (lambda *_, **__: answered) if module is embedding else zeros_of(module, hidden.device)
+                    stack.enter_context(_answering(module, answer))
                 stack.enter_context(self._hollow(module, hidden.device))
             yield
 
@@ -222,6 +226,7 @@ class MetaModel:
                 stack.enter_context(self._entered(hidden))
                 if head is not None:
                     stack.enter_context(_answering(self.model.get_output_embeddings(), head))
+                self._place(hidden.device)
                 logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         finally:
             stub.act = None
@@ -277,8 +282,14 @@ class MetaModel:
         finally:
             stub.act = None
 
+    def _place(self, device: torch.device) -> None:
+        if device != self._device:
+            self._device = device
+            place(self.model, device)
+
     def _forward(self, inputs: Inputs) -> Tensor:
         """What a stub stops the model's forward with."""
+        self._place(next(iter(inputs.values())).device)
         try:
             self.model(use_cache=False, **inputs)
         except _Captured as captured:

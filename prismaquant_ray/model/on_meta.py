@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.flo
         InputError: transformers has no such class for this configuration, or the class needs another package.
     """
     import transformers
+    from transformers import PreTrainedModel
 
     model_class = getattr(transformers, architecture, None)
     if model_class is None or not isinstance(config, getattr(model_class, "config_class", None) or ()):
@@ -36,7 +38,24 @@ def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.flo
             ) from error
     model.eval()
     _fill_buffers(model, model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.__class__ = _placed(type(module))  # type: ignore[arg-type]
     return model
+
+
+@functools.cache
+def _placed(kind: Any) -> Any:
+    """The class of a model, of which some ask for its `device` and put tensors there: that of its weights is none."""
+    own = {"place": torch.device("meta"), "device": property(lambda self: self.place)}
+    return type(kind.__name__, (kind,), {**own, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
+
+
+def place(model: nn.Module, device: torch.device) -> None:
+    """Have a model that was built here say that it is on a device."""
+    for module in model.modules():
+        if "device" in type(module).__dict__:
+            module.__dict__["place"] = device
 
 
 def _fill_buffers(module: Any, owner: Any) -> bool:

@@ -23,7 +23,7 @@ from tests.architectures import REFUSED, VOCABULARY, WORKING, make_architecture
 from tests.model.test_models import streamed
 from tests.runs import configuration, quantized
 
-UNKNOWN_TO_VLLM = {"bamba", "ctrl", "mpt"}
+UNKNOWN_TO_VLLM = {"bamba", "ctrl", "mpt", "roformer"}
 
 
 @pytest.fixture(scope="module", params=WORKING)

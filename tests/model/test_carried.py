@@ -159,13 +159,13 @@ def test_a_part_knows_which_axes_are_sequences_and_tokens() -> None:
     part = Part.between(torch.zeros(4, 2, 8, 5), torch.zeros(4, 3, 9, 5), ((2, 3), (8, 9)))
     assert part == Part((1, 2), (4, 5))
     tensor = torch.randn(4, 2, 8, 5)
-    rows = part.flat(tensor)
+    rows = part.flat(tensor, 2)
     assert rows.shape == (2, 8, part.width) == (2, 8, 20)
     assert torch.equal(part.whole(rows), tensor)
     assert torch.equal(rows[1, 7], tensor[:, 1, 7].flatten())
     alone = Part((0, 1), ())
     flags = torch.randn(2, 8)
-    assert torch.equal(alone.whole(alone.flat(flags)), flags) and alone.width == 1
+    assert torch.equal(alone.whole(alone.flat(flags, 2)), flags) and alone.width == 1
 
 
 @pytest.mark.parametrize(
