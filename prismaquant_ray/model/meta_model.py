@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -193,10 +194,10 @@ class MetaModel:
 
     def _scratch(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A tensor that nobody reads. Not `like` itself: some models scale what the embedding returns in place."""
-        key = shape, like.dtype, like.device
-        if self._answer is None or self._answer[0] != key:
-            self._answer = key, like.new_zeros(shape)
-        return self._answer[1]
+        key, size = (like.dtype, like.device), math.prod(shape)
+        if self._answer is None or self._answer[0] != key or len(self._answer[1]) < size:
+            self._answer = key, like.new_zeros(size)
+        return self._answer[1][:size].view(shape)
 
     @contextmanager
     def _hollow(self, module: nn.Module, device: torch.device) -> Iterator[None]:
