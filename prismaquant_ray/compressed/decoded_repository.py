@@ -1,8 +1,9 @@
 """Decoded tensors of a quantized repository, with the names, shapes and bytes of the original model.
 
 Experts are packed again, (E, 2I, H) with gate above up and (E, H, I), if checkpoints of the architecture have them
-packed or another layer of the repository does. So the result does not depend on which layers were quantized, and tools
-that read the source can read it. Otherwise each expert keeps its own tensors.
+packed, transformers reads them in no other form, or another layer of the repository has them so; some architectures
+have each matrix transposed. So the result does not depend on which layers were quantized, and tools that read the
+source can read it. Otherwise each expert keeps its own tensors.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prismaquant_ray.compressed.quantized_modules import QuantizedModule
+from prismaquant_ray.compressed.quantized_modules import QuantizedModule, unquantized_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import FAMILIES, qwen_hybrid
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
+from prismaquant_ray.model.expert_stacks import expert_stacks
 from prismaquant_ray.repository.shards import Output
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.header import DTYPES, TensorInfo
 from prismaquant_ray.source.protocol import Piece
+from prismaquant_ray.source.ranges import read_pieces
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -163,10 +166,14 @@ def _packed_again(outputs: Mapping[str, Output], decoded: set[str], config: Mapp
     for name in outputs:
         if found := _EXPERT.fullmatch(name):
             stacks.setdefault(found[1], {})[int(found[2]), found[3]] = name
+    quantized = {stack: names for stack, names in stacks.items() if decoded.intersection(names.values())}
+    form = expert_stacks(unquantized_config(config)) if quantized else None
     replaced: dict[str, list[Output]] = {}
-    for stack, names in stacks.items():
-        packed = _stacked(stack, {key: outputs[name] for key, name in names.items()})
-        if packed and decoded.intersection(names.values()) and _was_packed(packed, outputs, config):
+    for stack, names in quantized.items():
+        members = {key: outputs[name] for key, name in names.items()}
+        packed = _stacked(stack, members, transposed=form is not None and form.transposed)
+        known = not packed or any(tensor.name in outputs for tensor in packed)
+        if not known and (form is not None or _was_packed(packed, outputs, config)):
             replaced |= dict.fromkeys(names.values(), packed)
     result: dict[str, Output] = {}
     for name, output in outputs.items():
@@ -174,7 +181,7 @@ def _packed_again(outputs: Mapping[str, Output], decoded: set[str], config: Mapp
     return result
 
 
-def _stacked(stack: str, members: Mapping[tuple[int, str], Output]) -> list[Output]:
+def _stacked(stack: str, members: Mapping[tuple[int, str], Output], *, transposed: bool) -> list[Output]:
     """The packed tensors of one layer's experts; empty if an expert is missing or differs in dtype or shape."""
     experts = len({number for number, _ in members})
     found = []
@@ -184,16 +191,47 @@ def _stacked(stack: str, members: Mapping[tuple[int, str], Output]) -> list[Outp
         kinds = {(part.dtype, part.shape) for part in parts}
         if len(parts) < len(keys) or len(kinds) > 1 or parts[0].dtype not in _FLOATS:
             return []
-        rows, columns = parts[0].shape
+        rows, columns = len(leaves) * parts[0].shape[0], parts[0].shape[1]
         pieces = tuple(piece for part in parts for piece in part.pieces)
-        found.append(Output(f"{stack}.{packed}", parts[0].dtype, (experts, len(leaves) * rows, columns), pieces))
+        shape = (experts, rows, columns)
+        if transposed:
+            shape = (experts, columns, rows)
+            own = len(pieces) // experts
+            turned = (_Transposed(pieces[at : at + own], shape[1:]) for at in range(0, len(pieces), own))
+            pieces = tuple((each, each.info) for each in turned)
+        found.append(Output(f"{stack}.{packed}", parts[0].dtype, shape, pieces))
     return found
+
+
+class _Transposed:
+    """One matrix (columns, rows) of pieces that have its rows, as a file with nothing else."""
+
+    divisible = False
+
+    def __init__(self, pieces: Sequence[Piece], shape: tuple[int, ...]) -> None:
+        self._pieces = pieces
+        _, first = pieces[0]
+        size = sum(info.nbytes for _, info in pieces)
+        #: The matrix.
+        self.info = TensorInfo(name=first.name, file="transposed", dtype=first.dtype, shape=shape, start=0, stop=size)
+
+    @property
+    def uri(self) -> str:
+        """URI of the repository."""
+        return self._pieces[0][0].uri
+
+    def get_ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:  # noqa: ARG002
+        """The bytes of the matrix; `ranges` are the whole of it."""
+        columns = self.info.shape[0]
+        rows = [
+            torch.frombuffer(bytearray(data), dtype=DTYPES[self.info.dtype]).view(-1, columns)
+            for _, data in read_pieces(self._pieces)
+        ]
+        return [torch.cat(rows).T.contiguous().view(-1).view(torch.uint8).numpy().data]
 
 
 def _was_packed(packed: Sequence[Output], outputs: Mapping[str, Output], config: Mapping[str, Any]) -> bool:
     """Whether the source has its experts packed: by its architecture, or in other layers of the same shapes."""
-    if any(tensor.name in outputs for tensor in packed):
-        return False
     if not _PACKED.isdisjoint(config.get("architectures") or ()):
         return True
     witnesses = {(name.rpartition(".")[2], output.shape) for name, output in outputs.items() if ".experts." in name}

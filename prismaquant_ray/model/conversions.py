@@ -93,7 +93,7 @@ def conversions_of(meta_model: MetaModel, stored: Mapping[str, TensorInfo]) -> C
             converter = next(each for each in converters if pattern in each.source_patterns)
             place = converter.source_patterns.index(pattern)
             operations = [type(each).__name__ for each in converter.operations]
-            if len(info.shape) == 3 and all(_swaps_rows(each) for each in converter.operations):
+            if len(info.shape) == 3 and swaps_rows(converter.operations):
                 # transformers looks at the shapes, too: both orders are found.
                 if info.shape != state.get(parameter):
                     transposed.add(parameter)
@@ -112,15 +112,20 @@ def conversions_of(meta_model: MetaModel, stored: Mapping[str, TensorInfo]) -> C
 def _stacks(operations: Sequence[Any]) -> bool:
     """Whether it puts rows behind rows: experts, in each of them gate over up, or parts of another parameter."""
     names = [type(each).__name__ for each in operations]
-    if names == ["Concatenate"]:
-        return operations[0].dim == 0  # type: ignore[no-any-return]
+    return merges_experts(operations) or (names == ["Concatenate"] and operations[0].dim == 0)
+
+
+def merges_experts(operations: Sequence[Any]) -> bool:
+    """Whether it stacks the matrices of experts, in each of them gate over up."""
+    names = [type(each).__name__ for each in operations]
     return names == ["MergeModulelist"] or (names == ["MergeModulelist", "Concatenate"] and operations[1].dim == 1)
 
 
-def _swaps_rows(operation: Any) -> bool:
+def swaps_rows(operations: Sequence[Any]) -> bool:
     """Whether it transposes the matrices of a stack unless they have the right shape."""
-    return (
-        type(operation).__name__ == "Transpose" and operation.check_dims and {operation.dim0, operation.dim1} == {1, 2}
+    return all(
+        type(each).__name__ == "Transpose" and each.check_dims and {each.dim0, each.dim1} == {1, 2}
+        for each in operations
     )
 
 

@@ -18,9 +18,9 @@ from prismaquant_ray.model.block_layout import WEIGHT, BlockLayouts
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead, is_draft
 from prismaquant_ray.model.naming import Naming
+from prismaquant_ray.model.on_meta import configured
 from prismaquant_ray.model.rehearsal import NOTHING, Found
 from prismaquant_ray.model.unknown_family import Derived, derive
-from prismaquant_ray.source.config_json import with_numbers
 from prismaquant_ray.source.protocol import TensorSource, tensor_of_shape
 from prismaquant_ray.spelling import Spelling
 
@@ -46,24 +46,10 @@ def scope_of(config: Config) -> Scope:
 
 def transformers_config(checkpoint: TensorSource) -> Any:
     """The transformers configuration object of a checkpoint; InputError when transformers does not know or take it."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING
-
-    model_type = checkpoint.config.get("model_type")
     parts = (checkpoint.config, checkpoint.config.get("text_config") or {})
     if any("quantization_config" in part for part in parts):
         raise InputError(f"{checkpoint.store.uri} is already quantized; start from the BF16 model")
-    if model_type not in CONFIG_MAPPING:
-        raise InputError(
-            f"{checkpoint.store.uri}: transformers does not know model_type {model_type!r}; update transformers "
-            "or check config.json"
-        )
-    try:
-        return CONFIG_MAPPING[model_type].from_dict(with_numbers(checkpoint.config))
-    # Configurations check themselves, some by exceptions of Python's own.
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{checkpoint.store.uri}: transformers does not accept config.json: {text}") from error
+    return configured(checkpoint.config, checkpoint.store.uri)
 
 
 def architecture_of(checkpoint: TensorSource) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,25 @@ from torch import nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.model.experts import IMPLEMENTATION, register
+from prismaquant_ray.source.config_json import with_numbers
+
+
+def configured(body: Mapping[str, Any], where: str) -> Any:
+    """transformers' configuration object of a config.json; InputError when transformers does not know or take it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    model_type = body.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"{where}: transformers does not know model_type {model_type!r}; update transformers or check config.json"
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(with_numbers(body))
+    # Configurations check themselves, some by exceptions of Python's own.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{where}: transformers does not accept config.json: {text}") from error
 
 
 def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -238,6 +238,13 @@ def test_shards_are_cut_and_hold_every_tensor_once(written: Path, tmp_path: Path
 # Experts --------------------------------------------------------------------------------------------------------
 
 
+#: Of architectures for which transformers' own rules are asked.
+MODEL_TYPES = {
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+}
+
+
 def experts_repository(place: Path, *, packed: str | None, architecture: str, drop: str | None = None) -> Path:
     """Two layers of twelve MXFP8 experts; `packed` names a layer that holds BF16 ones, packed."""
     place.mkdir()
@@ -267,7 +274,10 @@ def experts_repository(place: Path, *, packed: str | None, architecture: str, dr
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
-    (place / "config.json").write_text(json.dumps({"architectures": [architecture], "quantization_config": scheme}))
+    body = {"architectures": [architecture], "quantization_config": scheme}
+    if architecture in MODEL_TYPES:
+        body["model_type"] = MODEL_TYPES[architecture]
+    (place / "config.json").write_text(json.dumps(body))
     return place
 
 
@@ -276,6 +286,8 @@ def experts_repository(place: Path, *, packed: str | None, architecture: str, dr
     [
         (None, "Qwen3MoeForCausalLM", False),
         (None, "Qwen3_5MoeForCausalLM", True),
+        # Each matrix of its stacks is transposed.
+        (None, "Qwen3VLMoeForConditionalGeneration", True),
         ("1", "Qwen3_5MoeForCausalLM", True),
         ("1", "UnheardOfForCausalLM", True),
     ],
@@ -293,14 +305,19 @@ def test_experts_are_packed_where_the_model_has_them_packed(
         module = f"model.layers.0.mlp.experts.{expert}.{leaf}"
         return codec.decode({key: stored[f"{module}.{key}"] for key in ("weight", "weight_scale")})
 
+    def packed_of(matrices: list[Tensor]) -> Tensor:
+        stacked = torch.stack(matrices)
+        return stacked.transpose(1, 2).contiguous() if architecture.startswith("Qwen3VL") else stacked
+
     stack = "model.layers.0.mlp.experts"
     if again:
         assert {name for name in found if name.startswith(stack)} == {f"{stack}.gate_up_proj", f"{stack}.down_proj"}
         gates = [torch.cat([weight(expert, "gate_proj"), weight(expert, "up_proj")]) for expert in range(12)]
-        assert raw(found[f"{stack}.gate_up_proj"]) == raw(torch.stack(gates))
+        assert raw(found[f"{stack}.gate_up_proj"]) == raw(packed_of(gates))
         assert found[f"{stack}.gate_up_proj"].shape == (12, 64, 64)
         downs = [weight(expert, "down_proj") for expert in range(12)]
-        assert raw(found[f"{stack}.down_proj"]) == raw(torch.stack(downs))
+        assert raw(found[f"{stack}.down_proj"]) == raw(packed_of(downs))
+        assert found[f"{stack}.down_proj"].shape == packed_of(downs).shape
     else:
         assert raw(found[f"{stack}.11.up_proj.weight"]) == raw(weight(11, "up_proj"))
         assert len(found) == 2 * 12 * 3

@@ -64,14 +64,23 @@ def test_the_whole_job_writes_a_repository_that_verifies(checkpoint: Path, tmp_p
 
 
 def divergence_of_the_copy(config: Config, checkpoint: Path, copy: Path) -> float:
-    """Mean KL of the model that `dequantize` makes of the repository from the source, in nats per token."""
+    """Mean KL of the model that `dequantize` makes of the repository from the source, in nats per token.
+
+    transformers loads the copy as it loads the source.
+    """
     QuantizedRepository(Store(config.store.output)).write(Store(copy))
     tokens = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(4))
     logits = []
+    whole, report = getattr(transformers, WORKING[checkpoint.name].name).from_pretrained(
+        copy, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     for directory in (checkpoint, copy):
         runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
         with torch.no_grad():
             logits.append(streamed(runner, tokens)[1].log_softmax(-1))
+    with torch.no_grad():
+        torch.testing.assert_close(logits[1], whole(tokens).logits.log_softmax(-1), rtol=1e-4, atol=1e-4)
     source, dequantized = logits
     return float((source.exp() * (source - dequantized)).sum(-1).mean())
 
