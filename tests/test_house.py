@@ -24,6 +24,7 @@ THIRD_PARTY_JSON = {
     "prismaquant_ray.compressed.quantized_modules.Coded.group": "a config group as compressed-tensors defines it",
     "prismaquant_ray.compressed.quantized_modules.QuantizedModule.group": "a config group",
     "prismaquant_ray.formats.base.Format.scheme": "QuantizationArgs as compressed-tensors defines them",
+    "prismaquant_ray.model.expert_stacks.expert_stacks": "config.json",
     "prismaquant_ray.publishing.finished.FinishedRepository.manifest": "a manifest of any version",
     "prismaquant_ray.source.protocol.TensorSource.config": "config.json",
     "prismaquant_ray.config.checked": "settings as YAML has them, before they are checked",
