@@ -336,6 +336,12 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
                                                     "num_layers": 2, "num_heads": 4}),
         "has an encoder before its decoder",
     ),
+    # Its attention and its MLPs are two lists.
+    "xlm": (
+        Architecture("XLMWithLMHeadModel", {"vocab_size": VOCABULARY, "emb_dim": 128, "n_layers": 2, "n_heads": 4,
+                                            "max_position_embeddings": 256}),
+        "runs between the layers of transformer.attentions",
+    ),
     # Its layers share one block of attention.
     "zamba2": (
         Architecture(

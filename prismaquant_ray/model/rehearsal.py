@@ -74,6 +74,7 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
             hidden = _with_carried(meta_model, hidden, learn_carried(meta_model))
         layers = _layers(meta_model, hidden)
         with torch.no_grad():
+            _check_between(meta_model)
             if meta_model.carried is None and reads_weights(meta_model):
                 # Only now is it known what layers return, so that the arguments of all can be looked at.
                 hidden = _with_carried(meta_model, hidden, learn_carried(meta_model, anyhow=True))
@@ -107,6 +108,18 @@ def _check_own(meta_model: MetaModel) -> None:
                     f"{type(meta_model.model).__name__}: layers {owner} and {index} share {other}; a matrix that is "
                     "used in two layers is not supported"
                 )
+
+
+def _check_between(meta_model: MetaModel) -> None:
+    """InputError where modules run between the layers: they would belong to no block."""
+    with filled(meta_model.model, 0.0), _running(meta_model.model) as found:
+        meta_model.calls(_inputs())
+    between = [path for path in found if path not in meta_model.entry]
+    if between:
+        raise InputError(
+            f"{type(meta_model.model).__name__}: {between[0]} runs between the layers of {meta_model.blocks_path}, "
+            "which is not supported"
+        )
 
 
 def _inputs() -> dict[str, Tensor]:
