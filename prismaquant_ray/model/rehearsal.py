@@ -63,7 +63,8 @@ def rehearse(meta_model: MetaModel) -> Rehearsed:
     """Learn how the model runs its layers.
 
     Raises:
-        InputError: a layer reads more from before the first one than its hidden state, or the model does not run.
+        InputError: layers share a matrix, something runs between them, what they hand on has no row a token, or the
+            model does not run.
     """
     name = type(meta_model.model).__name__
     _check_own(meta_model)

@@ -107,15 +107,16 @@ def _loaded_twice(
     """
     found: dict[tuple[str, str], list[str]] = {}
     for index, layer in enumerate(layers):
+        modules = {path for path, _ in meta_model.layers[index].named_modules()}
         for together in layer.found.together:
-            parent = together[0].rpartition(".")[0]
+            parent = together[0][: -len(together[0].rpartition(".")[2])]
             there = {path.rpartition(".")[2] for path in together}
             for members in serving.fused.values():
                 held = [member for member in members if member in there]
                 if len(held) > 1:
                     for member in members:
-                        if member not in there:
-                            path = stored.module(f"{meta_model.blocks_path}.{index}.{parent}.{held[-1]}")
+                        if f"{parent}{member}" not in modules:
+                            path = stored.module(f"{meta_model.blocks_path}.{index}.{parent}{held[-1]}")
                             found.setdefault((held[-1], member), []).append(path.rpartition(".")[0])
     return tuple(
         (rf"^({'|'.join(map(re.escape, parents))})\.{have}\.", rf"\1.{lacking}.")

@@ -85,6 +85,15 @@ def divergence_of_the_copy(config: Config, checkpoint: Path, copy: Path) -> floa
     return float((source.exp() * (source - dequantized)).sum(-1).mean())
 
 
+def test_a_key_that_is_the_value_answers_for_both_where_the_value_is_not_there(tmp_path: Path) -> None:
+    source = Checkpoint(Store(make_architecture(tmp_path / "gemma4_moe", WORKING["gemma4_moe"])))
+    layout = ModelRunner(source, dtype=torch.float32, device=torch.device("cpu")).layout
+    attention = "model.layers.{}.self_attn.{}_proj"
+    named = [attention.format(layer, "v") in layout.aliases_of(attention.format(layer, "k")) for layer in (0, 1)]
+    stored = [f"{attention.format(layer, 'v')}.weight" in source.tensors for layer in (0, 1)]
+    assert (stored, named) == ([True, False], [False, True])
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_had_is_refused_by_inspect(tmp_path: Path, name: str) -> None:
     architecture, words = REFUSED[name]
