@@ -88,15 +88,15 @@ def test_metrics_are_where_prometheus_looks(head: Head, tmp_path: Path, qwen3: P
     submitted = head.submit("quantize", config, *slow(run), wait=False)
     name = next(word.strip("'") for word in submitted.stdout.split() if word.strip("'").startswith("job-"))
 
-    def page() -> list[str] | None:
+    def missing() -> set[str]:
         with urllib.request.urlopen(f"http://127.0.0.2:{head.metrics}/metrics", timeout=10) as answer:
             text: str = answer.read().decode()
-        lines = [line for line in text.splitlines() if f'run="{run}"' in line]
-        return lines if any(line.startswith("ray_prismaquant_bytes_total") for line in lines) else None
+        lines = [line for line in text.splitlines() if f'run="{run}"' in line and 'stage="forward"' in line]
+        names = ("bytes_total", "step_seconds_count", "tokens_total", "shards_left")
+        return {name for name in names if not any(line.startswith(f"ray_prismaquant_{name}") for line in lines)}
 
-    lines = wait_for(page, pause=0.1)
-    for metric in ("step_seconds_count", "tokens_total", "shards_left"):
-        assert any(line.startswith(f"ray_prismaquant_{metric}") and 'stage="forward"' in line for line in lines)
+    # Ray exports what it has now and then, and a shard that is done comes long after the first step.
+    wait_for(lambda: not missing(), pause=0.1)
     head.ray("job", "stop", name)
 
 
