@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from prismaquant_ray.config_values import Bytes, Location, Margin
+from prismaquant_ray.config_values import Bytes, Location, Margin, Section
 from prismaquant_ray.errors import ConfigError
 from prismaquant_ray.formats import FormatName
-
-
-class Section(BaseModel):
-    """Unknown keys are errors; values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from prismaquant_ray.gpus import GpuName
 
 
 class ModelConfig(Section):
@@ -163,6 +158,26 @@ class FormatRule(Section):
     format: Annotated[FormatName, BeforeValidator(_known_format)] = Field(description="The format.")
 
 
+class LimitsConfig(Section):
+    """The most time that a plan's Linears may take, by the roofline of a card; docs/budgets.md has the assumptions.
+
+    1 is the fastest plan of any size. With one of them given, NVFP4A16 joins NVFP4 in `formats`.
+    """
+
+    prefill: float | None = Field(
+        default=None, ge=1.0, description="Time of a prompt's token in a large batch, bound by products."
+    )
+    decode: float | None = Field(
+        default=None, ge=1.0, description="Time of a generated token of a single sequence, bound by bytes."
+    )
+    gpu: GpuName = Field(default=GpuName.B200, description="The card; plans state both times without limits, too.")
+
+    @property
+    def given(self) -> bool:
+        """Whether there is a limit."""
+        return self.prefill is not None or self.decode is not None
+
+
 class AllocationConfig(Section):
     """How a plan is chosen. No key changes a measurement, so a changed one needs no new run."""
 
@@ -179,9 +194,14 @@ class AllocationConfig(Section):
     floor: tuple[FormatRule, ...] = Field(
         default=(), description="These formats, or others with at least as many bits."
     )
-    max_bf16_fraction: float | None = Field(
-        default=None, ge=0.0, le=1.0, description="Largest share of the quantizable parameters that may stay in BF16."
-    )
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on time, beside the budget.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replaced(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "max_bf16_fraction" in values:
+            raise ValueError("max_bf16_fraction is gone; limit the time that BF16 costs by limits: {prefill: 1.25}")
+        return values
 
 
 class EvaluationConfig(Section):
@@ -280,6 +300,14 @@ class Config(Section):
         if not formats or len(set(formats)) != len(formats):
             raise ValueError("name at least one format, each once")
         return formats
+
+    @property
+    def joined_formats(self) -> tuple[FormatName, ...]:
+        """`formats`, with NVFP4A16 after NVFP4 under limits: it has the same bytes, and costs time instead of loss."""
+        if not self.allocation.limits.given or FormatName.NVFP4A16 in self.formats:
+            return self.formats
+        twin = {FormatName.NVFP4: (FormatName.NVFP4, FormatName.NVFP4A16)}
+        return tuple(joined for name in self.formats for joined in twin.get(name, (name,)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from prismaquant_ray.records import ServerMemory
+    from prismaquant_ray.records import PlanTimes, ServerMemory
 
 #: Placeholder for a missing figure.
 NONE = "–"
@@ -80,6 +80,18 @@ def server_memory(found: ServerMemory) -> str:
         f"{found.kv_cache / unit:.2f} ({kinds}; {found.sequences} × {found.context} tokens) + margin "
         f"{found.margin / unit:.2f}"
     )
+
+
+def plan_times(found: PlanTimes) -> str:
+    """A plan's times, in one line."""
+    return f"prefill {found.prefill:.3f}, decode {found.decode:.3f} of {times_basis(found)}"
+
+
+def times_basis(found: PlanTimes) -> str:
+    """What a plan's times are relative to, and the limits on them."""
+    given = (("prefill", found.prefill_limit), ("decode", found.decode_limit))
+    limits = ", ".join(f"{name} {most:g}" for name, most in given if most is not None)
+    return f"the fastest plan's time, by the roofline of {found.gpu}" + (f"; limits: {limits}" if limits else "")
 
 
 def amount(count: float | None) -> str:

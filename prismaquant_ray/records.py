@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 from typing_extensions import TypeAliasType
 
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.gpus import GpuName
 
 T = TypeVar("T")
 
@@ -240,6 +241,23 @@ class ServerMemory:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlanTimes:
+    """Time of a plan's Linears per token by the roofline of a card: no measurement, and nothing but Linears in it.
+
+    `prefill` is of a prompt's token, bound by products, `decode` of a generated token of a single sequence, bound by
+    bytes; both relative to the fastest plan of any size. The limits are those that were set, if any.
+    """
+
+    gpu: GpuName
+    prefill: float
+    decode: float
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_limit: float | None
+    decode_limit: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSummary:
     """The figures of a plan.
 
@@ -260,7 +278,7 @@ class PlanSummary:
     repository_bytes_at_most: int
     loaded_bytes: int
     vram: ServerMemory | None
-    bf16_fraction: float
+    times: PlanTimes
     groups: dict[FormatName, int]
 
 
@@ -323,15 +341,19 @@ class Excess:
     standard_error: float
 
 
+#: Plans that are measured: a plan of ours, or a control, see `allocation.baselines`.
+PlanKind = Literal["plan", "uniform", "mixture", "by_hand", "fisher_trace"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredPlan:
     """A plan or control with predicted and measured loss; `target` is None for one format throughout.
 
-    `kind` is plan, uniform, mixture or fisher_trace. Predictions are of the body: a draft head is not in them.
+    `kind` is plan, uniform, mixture, by_hand or fisher_trace. Predictions are of the body: a draft head is not in them.
     """
 
     target: str | None
-    kind: Literal["plan", "uniform", "mixture", "fisher_trace"]
+    kind: PlanKind
     label: str
     objective: Literal["token_fisher", "fisher_trace"] | None
     bpp: float

@@ -33,7 +33,9 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (config.model.quantize_lm_head, config.calibration.images) == (False, None)
     assert (config.allocation.objective, config.allocation.mtp_weight) == ("token_fisher", 0.1)
     assert (config.allocation.force, config.allocation.floor) == ((), ())
-    assert config.allocation.max_bf16_fraction is None
+    limits = config.allocation.limits
+    assert (limits.prefill, limits.decode, str(limits.gpu), limits.given) == (None, None, "b200", False)
+    assert config.joined_formats == config.formats
     assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
 
 
@@ -110,7 +112,10 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("allocation.force=[{match: a, format: NVFP5}]", "unknown format 'NVFP5'; did you mean NVFP4?"),
         ("allocation.floor=[{mach: a, format: BF16}]", "unknown key allocation.floor.0.mach; did you mean match?"),
         ("allocation.floor=[{match: a}]", "allocation.floor.0.format is missing"),
-        ("allocation.max_bf16_fraction=1.5", "allocation.max_bf16_fraction: "),
+        ("allocation.max_bf16_fraction=0.1", "is gone; limit the time that BF16 costs by limits: {prefill: 1.25}"),
+        ("allocation.limits.prefill=0.9", "allocation.limits.prefill: "),
+        ("allocation.limits.prefil=1.1", "unknown key allocation.limits.prefil; did you mean prefill?"),
+        ("allocation.limits.gpu=b100", "allocation.limits.gpu: "),
         ("rounding.scale_search.span=[0.5, 2]", "head-room"),
         ("store.run=ftp://bucket/run", "store.run: ftp:// is not supported; give a directory or one of s3, gs://"),
         ("store.run=a/out/run", "must be separate directories"),

@@ -118,8 +118,12 @@ def test_only_commands_talk_to_people() -> None:
 
 
 def test_a_format_is_known_by_name_only_to_its_own_file() -> None:
-    """BF16 is what is not quantized; the configuration has a default; MX names its activations by its weights."""
-    expected = {"prismaquant_ray/config.py", "prismaquant_ray/compressed/activations.py"}
+    """BF16 is what is not quantized; the configuration has a default; MX names its activations by its weights.
+
+    A baseline is what vendors ship, which names its formats.
+    """
+    names = ("config.py", "compressed/activations.py", "allocation/baselines.py")
+    expected = {f"prismaquant_ray/{name}" for name in names}
     others = {name for name in FormatName.__members__ if name != "BF16"}
     found = {
         name_of(path) for path in FILES for node in nodes(path)

@@ -7,7 +7,7 @@ from rich.console import Console
 from jobs.commands.progress import run_progress
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import Config
-from prismaquant_ray.formatting import server_memory
+from prismaquant_ray.formatting import plan_times, server_memory
 from prismaquant_ray.records import PlanRecord
 
 
@@ -28,5 +28,6 @@ def render(plan: PlanRecord, console: Console) -> None:
         f"  groups: {formats}; repository at most {plan.repository_bytes_at_most / 1e6:,.1f} MB, "
         f"{plan.loaded_bytes / 1e6:,.1f} MB as loaded"
     )
+    console.print(f"  {plan_times(plan.times)}")
     if plan.vram is not None:
         console.print(f"  vram: {server_memory(plan.vram)}")

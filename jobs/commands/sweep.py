@@ -10,6 +10,7 @@ from jobs.commands.progress import run_progress
 from jobs.pipeline.run import Run
 from jobs.pipeline.stages import MeasuredSweep, sweep_and_measure
 from prismaquant_ray.config import Config
+from prismaquant_ray.formatting import times_basis
 from prismaquant_ray.records import SweepRecord
 
 
@@ -24,7 +25,7 @@ def render(result: SweepRecord, console: Console) -> None:
     """The frontier as a table."""
     table = Table(box=None, pad_edge=False)
     names = list(result.targets[0].groups)
-    for title in ("target", "bpp", "predicted nats/token", "±", "gap", *names, "MB at most"):
+    for title in ("target", "bpp", "predicted nats/token", "±", "gap", "prefill", "decode", *names, "MB at most"):
         table.add_column(title, justify="right")
     for plan in result.targets:
         table.add_row(
@@ -33,10 +34,13 @@ def render(result: SweepRecord, console: Console) -> None:
             f"{plan.predicted_loss:.5f}",
             f"{plan.standard_error:.5f}",
             f"{plan.gap:.0e}",
+            f"{plan.times.prefill:.3f}",
+            f"{plan.times.decode:.3f}",
             *(str(plan.groups[name]) for name in names),
             f"{plan.repository_bytes_at_most / 1e6:,.1f}",
         )
     console.print(table)
+    console.print(f"prefill and decode: {times_basis(result.targets[0].times)}", soft_wrap=True)
     if result.out_of_reach:
         console.print(f"no plan exists for: {', '.join(f'{target:g}' for target in result.out_of_reach)}")
     knee = result.knee

@@ -143,6 +143,21 @@ def with_dtype(config: Config, *, gpu: bool | None = None) -> Config:
     return config.model_copy(update={"model": decided})
 
 
+def with_formats(config: Config, stored: Settings | None) -> tuple[Config, str | None]:
+    """The configuration with the formats that limits on time add, and a word where the stored run lacks them.
+
+    `stored` is the fingerprint of the run in the store, None where there is none: what it was measured without cannot
+    be chosen.
+    """
+    joined, named = [str(name) for name in config.joined_formats], [str(name) for name in config.formats]
+    if joined == named:
+        return config, None
+    if stored is not None and stored.get("formats") == named:
+        added = ", ".join(name for name in joined if name not in named)
+        return config, f"the run was measured without {added}: limits are kept by its formats alone; --fresh adds it"
+    return config.model_copy(update={"formats": config.joined_formats}), None
+
+
 def expected_workers(config: Config) -> int:
     """Number of workers of a run on this machine, for planning before Ray has started."""
     if config.cluster.workers != "auto":
@@ -199,13 +214,28 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
     }
 
 
-def refuse_mismatch(store: Store, fingerprint: Settings) -> None:
-    """Raise InputError naming the first difference between `fingerprint` and that of the stored run."""
+def stored_fingerprint(store: Store) -> Settings:
+    """The fingerprint of the run in a store; StoreError where it cannot be read."""
     try:
-        stored = from_bytes(RunRecord, store.get(records.RUN)).fingerprint
+        return from_bytes(RunRecord, store.get(records.RUN)).fingerprint
     except (ValueError, KeyError) as error:
         raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
+
+
+def _holds(stored: object, wanted: object) -> bool:
+    """Whether a list of names has another one's, in its order."""
+    return isinstance(stored, list) and isinstance(wanted, list) and [x for x in stored if x in wanted] == wanted
+
+
+def refuse_mismatch(store: Store, fingerprint: Settings) -> None:
+    """Raise InputError naming the first difference between `fingerprint` and that of the stored run.
+
+    A finished run with more formats is none: they are left out of the choice.
+    """
+    stored = stored_fingerprint(store)
     for key, value in fingerprint.items():
+        if key == "formats" and _holds(stored.get(key), value) and store.size(records.MEASURED) is not None:
+            continue
         if stored.get(key) != value:
             shown = f"{stored.get(key)!r}, now {value!r}" if len(repr(value)) < 60 else "something else"
             raise InputError(

@@ -15,6 +15,7 @@ from jobs.pipeline import checks
 from jobs.pipeline.cards import Gpus
 from jobs.pipeline.estimate import StageTime, estimate
 from jobs.pipeline.run import Run
+from prismaquant_ray.allocation.baselines import uniform_columns
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import restricted
 from prismaquant_ray.config import Config
@@ -24,7 +25,7 @@ from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.model.layout_builder import scope_of
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.preflight import Preflight, preflight
-from prismaquant_ray.records import ServerMemory
+from prismaquant_ray.records import PlanTimes, ServerMemory
 from prismaquant_ray.source.protocol import TensorSource
 
 
@@ -55,11 +56,21 @@ class MachinePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class UniformPlan:
+    """The model in one format, and where a group cannot take it in its smallest: bits per parameter and times."""
+
+    format: FormatName
+    bpp: float
+    times: PlanTimes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
     """Properties of a run before it measures. Sizes in bytes.
 
     `facts` were learned of an architecture without a family, `guesses` are assumed. `groups` counts fused groups by the
-    last part of their name, `groups_per_format` those that can take a format. `kept` has the reason for every
+    last part of their name, `groups_per_format` those that can take a format. `uniform` has the model in one
+    format. `kept` has the reason for every
     unquantized module; `vram` is that of the largest plan in the budget.
     """
 
@@ -72,6 +83,7 @@ class Inspection:
     source_bytes: int
     groups: dict[str, int]
     groups_per_format: dict[FormatName, int]
+    uniform: list[UniformPlan]
     kept: dict[str, str]
     budget_bytes: int
     vram: ServerMemory | None
@@ -101,7 +113,7 @@ def inspect(config: Config, *, machines: Sequence[str] = (), deep: bool = False)
         config = checks.with_dtype(config, gpu=True)
     run = Run(config, weights=False)
     layout, sizes = run.layout, run.sizes
-    limit = sizes.limit(config.budget)
+    limit = run.check_budget()
     plan = run.memory_plan
     workers = checks.expected_workers(config)
     if others:
@@ -118,6 +130,7 @@ def inspect(config: Config, *, machines: Sequence[str] = (), deep: bool = False)
         source_bytes=sum(info.nbytes for info in run.source.stored.values()),
         groups=dict(Counter(group.name.rpartition(".")[2] for group in layout.groups)),
         groups_per_format={name: int(sizes.allowed[:, column].sum()) for column, name in enumerate(sizes.formats)},
+        uniform=[_uniform(run, name) for name in sizes.formats],
         kept=dict(layout.ignored),
         budget_bytes=limit,
         vram=None if sizes.serving is None else sizes.serving.memory(sizes.loaded(_stored(sizes, config, limit))),
@@ -131,6 +144,15 @@ def inspect(config: Config, *, machines: Sequence[str] = (), deep: bool = False)
         run_store_bytes=plan.run_store(size.blocks),
         machines=[_plan(run, plan, other) for other in others],
         preflight=_preflight(run) if deep else None,
+    )
+
+
+def _uniform(run: Run, name: FormatName) -> UniformPlan:
+    sizes, columns = run.sizes, uniform_columns(run.sizes, name)
+    return UniformPlan(
+        format=name,
+        bpp=sizes.bpp(int(sizes.weights[range(len(columns)), columns].sum())),
+        times=run.times.of_plan(columns, run.config.allocation.limits),
     )
 
 

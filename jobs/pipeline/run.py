@@ -20,13 +20,15 @@ from jobs.pipeline.passes import REPAIRS, Measurement
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray import records
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
-from prismaquant_ray.allocation.constraints import constrained
+from prismaquant_ray.allocation.constraints import check_limits, constrained
 from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
+from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError
 from prismaquant_ray.events import Event, EventLog, Events, Listener, Notice, ObjectRepaired, RunBegan, RunEnded
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of, transformers_config
 from prismaquant_ray.records import MeasuredRecord, RunRecord
@@ -57,13 +59,24 @@ class Run:
 
         Without `weights` the model may be a configuration only; then only layout and memory plan are available.
         """
-        self.config = checks.with_dtype(config)
         self.listeners = () if on_event is None else (on_event,)
         self.open_workers = open_workers
         self.fresh = fresh
+        self.config = self._decided(config)
         self.lease: Lease | None = None
         self.source: TensorSource = sources.open_source(config.model, weights=weights)
         self._measured: Measured | None = None
+
+    def _decided(self, config: Config) -> Config:
+        """The configuration with its dtype, and with the formats that its limits add."""
+        config = checks.with_dtype(config)
+        stored = None
+        if config.joined_formats != config.formats and not self.fresh and checks.exists(config.store.run, records.RUN):
+            stored = checks.stored_fingerprint(Store(config.store.run))
+        config, lacking = checks.with_formats(config, stored)
+        if lacking is not None:
+            Events(*self.listeners)(Notice(message=lacking))
+        return config
 
     # Inputs -----------------------------------------------------------------------------------------------------
 
@@ -109,6 +122,17 @@ class Run:
             serving=self._serving(),
         )
         return constrained(sizes, self.layout, self.config.allocation)
+
+    @cached_property
+    def times(self) -> Times:
+        """Time of every candidate on the configured card."""
+        return Times.of(self.layout, self.config.formats, self.sizes.weights, self.config.allocation.limits.gpu)
+
+    def check_budget(self) -> int:
+        """Bytes of candidates that the budget allows; raises InputError where no plan keeps it, or the limits in it."""
+        limit = self.sizes.limit(self.config.budget)
+        check_limits(self.sizes, self.times, self.config.budget, self.config.allocation.limits)
+        return limit
 
     def _serving(self) -> Serving | None:
         """A server's memory beside the weights, if the budget has a context."""
@@ -159,7 +183,7 @@ class Run:
     def check(self) -> None:
         """All checks before the first expensive step; raises InputError or StoreError."""
         checks.check_stores(self.config)
-        self.sizes.limit(self.config.budget)
+        self.check_budget()
         check_output(self.config.store.output)
         if self.is_measured:
             return
@@ -216,7 +240,7 @@ class Run:
             store_calibration(self.store, self.calibration)
             spec = WorkerSpec(
                 name="",
-                config=self.config,
+                config=self._as_stored(),
                 source=sources.absolute_source(self.config.model),
                 run=absolute(self.config.store.run),
             )
@@ -234,6 +258,11 @@ class Run:
             log.flush()
             self.store.create(records.MEASURED, to_bytes(MeasuredRecord(peak_bytes=log.peak_bytes)))
         self.is_measured = True
+
+    def _as_stored(self) -> Config:
+        """The configuration with all formats of the stored run: what is made again of it has those, too."""
+        stored = checks.stored_fingerprint(self.store)["formats"]
+        return self.config.model_copy(update={"formats": TypeAdapter(tuple[FormatName, ...]).validate_python(stored)})
 
     def measured(self) -> Measured:
         """The measured run; runs the missing parts of both passes first."""

@@ -1,7 +1,8 @@
 """Baselines: plans of the same size that ignore the prices, or use other prices.
 
-One format for all groups; an even mixture of two formats, at least as large as the plan that it is compared with; and
-the plan of the objective `fisher_trace` for the same budget.
+One format for all groups; the mixture that vendors ship by hand, NVFP4 in the MLPs and FP8 in the rest of a layer; an
+even mixture of two formats, at least as large as the plan that it is compared with; and the plan of the objective
+`fisher_trace` for the same budget and limits.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from prismaquant_ray.allocation.frontier import sweep
 from prismaquant_ray.allocation.plans import Choice, Planner
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import PlanRecord
+from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout
+from prismaquant_ray.records import PlanKind, PlanRecord
 
 # Multiples of the golden ratio, modulo 1, are spread evenly over depth for any number of steps.
 _GOLDEN = (5**0.5 - 1) / 2
@@ -29,7 +30,7 @@ _GOLDEN = (5**0.5 - 1) / 2
 class LabelledPlan:
     """A plan or baseline to be measured; `target` is the budget it belongs to, None for one format throughout."""
 
-    kind: Literal["plan", "uniform", "mixture", "fisher_trace"]
+    kind: PlanKind
     label: str
     target: str | None
     objective: Literal["token_fisher", "fisher_trace"] | None
@@ -46,8 +47,9 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
     sizes, layout = planner.sizes, planner.layout
     for name in sizes.formats:
         if FORMATS[name].codec is not None:
-            choice = _choice(layout, sizes, _uniform(sizes, name))
+            choice = _choice(layout, sizes, uniform_columns(sizes, name))
             yield LabelledPlan(kind="uniform", label=f"all {name}", target=None, objective=None, choice=choice)
+    yield from _by_hand(layout, sizes)
     for plan in targets:
         columns = _evenly_mixed(sizes, plan.weight_bytes)
         if columns is not None:
@@ -56,7 +58,7 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
     budgets = [BudgetConfig(bpp=float(plan.target.removesuffix("bpp"))) for plan in targets]
     trace = np.where(sizes.allowed, planner.table.fisher_trace, np.nan)
     problem = planner.problem(budgets[0]).with_cost(trace)
-    found = sweep(problem, [sizes.limit(budget) for budget in budgets], sizes.second)
+    found = sweep(problem, [sizes.limit(budget) for budget in budgets], planner.limits)
     for plan, other in zip(targets, found, strict=True):
         yield LabelledPlan(
             kind="fisher_trace",
@@ -67,12 +69,40 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
         )
 
 
+def _by_hand(layout: Layout, sizes: Sizes) -> Iterator[LabelledPlan]:
+    """The mixture of NVIDIA's own checkpoints, where both of its formats are among the run's."""
+    mlp, attention = FormatName.NVFP4, FormatName.FP8
+    if not {mlp, attention} <= {*sizes.formats}:
+        return
+    # Outside the layers nothing is quantized, where that is a choice.
+    kept = FormatName.BF16 if FormatName.BF16 in sizes.formats else attention
+    columns = {name: uniform_columns(sizes, name) for name in (mlp, attention, kept)}
+    choice = {}
+    for row, group in enumerate(layout.groups):
+        block = layout.block_of[group.name]
+        inside = kept if block.kind is not BlockKind.DECODER else mlp if _in_mlp(block, group) else attention
+        choice[group.name] = sizes.formats[columns[inside][row]]
+    label = f"MLP {mlp}, attention {attention}"
+    yield LabelledPlan(kind="by_hand", label=label, target=None, objective=None, choice=choice)
+
+
+def _in_mlp(block: Block, group: FusedGroup) -> bool:
+    """Whether a group is of the MLP: the module of a layer that runs last, with its experts."""
+    return group.experts is not None or _module(block, group) == _module(block, block.groups[-1])
+
+
+def _module(block: Block, group: FusedGroup) -> str:
+    """The module of a layer that holds a group; empty for the layer itself."""
+    inside = group.linears[0].name.removeprefix(f"{block.prefix}.")
+    return inside.partition(".")[0] if "." in inside else ""
+
+
 def _choice(layout: Layout, sizes: Sizes, columns: NDArray[np.int64]) -> Choice:
     return {group.name: sizes.formats[column] for group, column in zip(layout.groups, columns, strict=True)}
 
 
-def _uniform(sizes: Sizes, name: FormatName) -> NDArray[np.int64]:
-    """Column of each group: the format, or the smallest allowed one where the group cannot take it."""
+def uniform_columns(sizes: Sizes, name: FormatName) -> NDArray[np.int64]:
+    """Columns (groups,) of one format throughout, or the smallest allowed one where a group cannot take it."""
     smallest = np.where(sizes.allowed, sizes.weights, np.iinfo(np.int64).max).argmin(axis=1)
     column = sizes.formats.index(name)
     return np.where(sizes.allowed[:, column], column, smallest)
@@ -84,7 +114,9 @@ def _evenly_mixed(sizes: Sizes, least: int) -> NDArray[np.int64] | None:
     None when the smallest format already has `least` bytes, or no such mixture reaches them.
     """
     rows = np.arange(len(sizes.weights))
-    uniform = sorted((_uniform(sizes, name) for name in sizes.formats), key=lambda c: int(sizes.weights[rows, c].sum()))
+    uniform = sorted(
+        (uniform_columns(sizes, name) for name in sizes.formats), key=lambda c: int(sizes.weights[rows, c].sum())
+    )
     weights = [int(sizes.weights[rows, columns].sum()) for columns in uniform]
     for small, large, low, high in zip(uniform, uniform[1:], weights, weights[1:], strict=False):
         if not low < least <= high:

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.kv_cache import Serving
-from prismaquant_ray.allocation.second_limit import SecondLimit
 from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -37,7 +36,7 @@ class Sizes:
 
     `allowed` is False where a group cannot take a format or a rule forbids it. `ignored` is the size of unquantized
     tensors; `fixed` is the size of everything except candidates, including `ignored`. `serving` is a server's memory
-    beside the tensors, for a `vram` budget; `second` is the limit on BF16, if any.
+    beside the tensors, for a `vram` budget.
     """
 
     formats: tuple[FormatName, ...]
@@ -48,7 +47,6 @@ class Sizes:
     fixed: int
     parameters: int
     serving: Serving | None = None
-    second: SecondLimit | None = None
 
     def of(self, budget: BudgetConfig) -> NDArray[np.int64]:
         """(groups, formats) bytes as this kind of budget counts them."""

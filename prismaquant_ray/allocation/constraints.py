@@ -1,4 +1,4 @@
-"""Constraints beside the budget: formats forced or ruled out by name pattern, and a limit on parameters in BF16.
+"""Constraints beside the budget: formats forced or ruled out by name pattern, and limits on time.
 
 Patterns are resolved against the layout before anything is measured. They become one mask, which every plan,
 frontier and knee respects.
@@ -11,11 +11,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.budget import Sizes
-from prismaquant_ray.allocation.second_limit import SecondLimit
-from prismaquant_ray.config import AllocationConfig, FormatRule
+from prismaquant_ray.allocation.limited_solver import LimitedSolver
+from prismaquant_ray.allocation.problem import AllocationProblem
+from prismaquant_ray.allocation.speed import Times
+from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule, LimitsConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
@@ -26,7 +27,7 @@ _NOMINAL = (4096, 4096)
 
 
 def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> Sizes:
-    """Sizes with the formats that `force` and `floor` leave, and with the limit on BF16.
+    """Sizes with the formats that `force` and `floor` leave.
 
     Raises:
         InputError: a pattern matches nothing or part of a fused group, a group cannot take a format, or settings
@@ -66,7 +67,21 @@ def constrained(sizes: Sizes, layout: Layout, allocation: AllocationConfig) -> S
                 f"{where}: none of the formats that {group.name} can take has the bits of {rule.format}; add one to "
                 "formats"
             )
-    return replace(sizes, allowed=allowed, second=_second(sizes, layout, allowed, allocation.max_bf16_fraction))
+    return replace(sizes, allowed=allowed)
+
+
+def check_limits(sizes: Sizes, times: Times, budget: BudgetConfig, settings: LimitsConfig) -> None:
+    """Raise InputError unless a plan within the budget keeps the limits on time; no price is needed to know that."""
+    limits = times.limits(settings)
+    if not limits:
+        return
+    problem = AllocationProblem(
+        groups=tuple(str(row) for row in range(len(sizes.weights))),
+        formats=tuple(map(str, sizes.formats)),
+        cost=np.where(sizes.allowed, 0.0, np.nan),
+        size=sizes.of(budget),
+    )
+    LimitedSolver(problem, limits).check(sizes.limit(budget))
 
 
 def ruled_out(layout: Layout, allocation: AllocationConfig, group: FusedGroup, name: FormatName) -> str | None:
@@ -86,24 +101,6 @@ def restricted(sizes: Sizes, layout: Layout) -> int:
     """Number of groups with fewer formats than their shapes allow."""
     takes = np.array([[refusal(name, group) is None for name in sizes.formats] for group in layout.groups])
     return int((takes != sizes.allowed).any(axis=1).sum())
-
-
-def _second(sizes: Sizes, layout: Layout, allowed: NDArray[np.bool_], fraction: float | None) -> SecondLimit | None:
-    if fraction is None or FormatName.BF16 not in sizes.formats:
-        return None
-    use = np.zeros(sizes.weights.shape, dtype=np.int64)
-    column = sizes.formats.index(FormatName.BF16)
-    use[:, column] = [group.parameters for group in layout.groups]
-    limit = int(fraction * sizes.parameters)
-    only = np.flatnonzero(allowed.sum(axis=1) == allowed[:, column])
-    least = int(use[only, column].sum())
-    if least > limit:
-        raise InputError(
-            f"allocation.max_bf16_fraction {fraction:g}: {len(only)} groups, {layout.groups[only[0]].name} the first, "
-            f"can only be BF16 and hold {least / sizes.parameters:.4f} of the quantizable parameters; allow that much, "
-            "or change formats, force and floor"
-        )
-    return SecondLimit(use=use, limit=limit)
 
 
 def _matched(layout: Layout, rule: FormatRule, where: str) -> Sequence[int]:

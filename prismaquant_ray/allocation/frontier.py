@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from prismaquant_ray.allocation.limited_solver import solver
+from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import AllocationProblem, Plan, Relaxation
-from prismaquant_ray.allocation.second_limit import SecondLimit, solver
 
 __all__ = ["Frontier", "frontier", "knee", "sweep"]
 
@@ -43,15 +44,15 @@ def frontier(problem: AllocationProblem) -> Frontier:
     return Frontier(bytes=relaxation.bytes, cost=relaxation.value, relaxation=relaxation)
 
 
-def sweep(problem: AllocationProblem, budgets: Sequence[int], second: SecondLimit | None = None) -> list[Plan]:
-    """The cheapest plan for every budget in bytes (and within a second limit), in the order given.
+def sweep(problem: AllocationProblem, budgets: Sequence[int], limits: Sequence[Limit] = ()) -> list[Plan]:
+    """The cheapest plan for every budget in bytes (and within limits), in the order given.
 
     Cost never rises with the budget, also when a search was cut short.
 
     Raises:
-        InputError: a budget is below the smallest plan, or no plan keeps the second limit.
+        InputError: a budget is below the smallest plan, or no plan within it keeps a limit.
     """
-    plan_for = solver(problem, second)
+    plan_for = solver(problem, limits)
     plans: dict[int, Plan] = {}
     previous: Plan | None = None
     for budget in sorted(set(budgets)):

@@ -1,30 +1,22 @@
-"""Local search: improve a plan by changing one or two groups at a time, within every resource limit."""
+"""Local search: improve a plan by changing one or two groups at a time, within every limit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import Floats, Ints
 
-__all__ = ["Resource", "improved"]
+__all__ = ["improved"]
 
 # A change must lower the cost by more than rounding, or the search could alternate between equal plans.
 _WORTH = 1e-12
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Resource:
-    """Use of a resource by every choice, `use` (groups, formats) int64, and the most a plan may use."""
-
-    use: Ints
-    limit: int
-
-
-def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource]) -> Ints:
-    """Columns (groups,) of a plan that is optimal under changes of one or two groups within the resources.
+def improved(columns: Ints, cost: Floats, *, limits: Sequence[Limit]) -> Ints:
+    """Columns (groups,) of a plan that is optimal under changes of one or two groups within the limits.
 
     A plan costs Σ cost[g, f(g)], NaN where a format is not allowed. Every step takes the change that saves most, the
     first among equals, so the result is deterministic. The given plan must keep the limits.
@@ -42,10 +34,10 @@ def improved(columns: Ints, cost: Floats, *, resources: Sequence[Resource]) -> I
         is_now = np.zeros(groups * formats, dtype=bool)
         is_now[now] = True
         fits = apart | is_now
-        for resource in resources:
-            use = resource.use.ravel()
+        for limit in limits:
+            use = limit.use.ravel()
             added = use - use[now][group_of]
-            fits &= added[:, None] + added <= resource.limit - int(use[now].sum())
+            fits &= added[:, None] + added <= limit.limit - int(use[now].sum())
         double = np.where(fits, double, np.inf)
         best = int(np.argmin(double))
         total = float(np.abs(cost.ravel()[now]).sum())

@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.allocation.constraints import check_limits
 from prismaquant_ray.allocation.frontier import frontier, knee, sweep
+from prismaquant_ray.allocation.limited_solver import solver
+from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan
-from prismaquant_ray.allocation.second_limit import solver
 from prismaquant_ray.allocation.solver import solve
+from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.backward.cost_table import CostTable
 from prismaquant_ray.config import BudgetConfig, Config
 from prismaquant_ray.errors import InputError
@@ -38,6 +41,16 @@ class Planner:
     sizes: Sizes
     table: CostTable
 
+    @cached_property
+    def times(self) -> Times:
+        """Time of every candidate on the configured card."""
+        return Times.of(self.layout, self.sizes.formats, self.sizes.weights, self.config.allocation.limits.gpu)
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The configured limits on time."""
+        return self.times.limits(self.config.allocation.limits)
+
     def problem(self, budget: BudgetConfig) -> AllocationProblem:
         """The knapsack: prices under the configured objective, bytes as this kind of budget counts them."""
         return AllocationProblem(
@@ -52,18 +65,18 @@ class Planner:
         """The plan for the configured budget.
 
         Raises:
-            InputError: no plan has that many bytes.
+            InputError: no plan has that many bytes, or none of them keeps the limits.
         """
         return self.plan_for(self.config.budget)
 
     def plan_for(self, budget: BudgetConfig) -> PlanRecord:
-        """The cheapest plan within a budget.
+        """The cheapest plan within a budget and the limits.
 
         Raises:
-            InputError: no plan has that many bytes.
+            InputError: no plan has that many bytes, or none of them keeps the limits.
         """
         limit = self.sizes.limit(budget)
-        return self._record(budget.target, solver(self.problem(budget), self.sizes.second).plan(limit))
+        return self._record(budget.target, solver(self.problem(budget), self.limits).plan(limit))
 
     def plan_of(self, choice: Choice, target: str) -> PlanRecord:
         """The plan that is a choice of one's own; `bound` is that of all plans of at most as many bytes.
@@ -92,14 +105,18 @@ class Planner:
         for target in sorted(set(self.config.sweep)):
             budget = BudgetConfig(bpp=target)
             try:
-                budgets.append((budget, self.sizes.limit(budget)))
+                limit = self.sizes.limit(budget)
+                check_limits(self.sizes, self.times, budget, self.config.allocation.limits)
+                budgets.append((budget, limit))
             except InputError:
                 outside.append(target)
         if not budgets:
             # The error of the first target has the bounds.
-            self.sizes.limit(BudgetConfig(bpp=self.config.sweep[0]))
+            first = BudgetConfig(bpp=self.config.sweep[0])
+            self.sizes.limit(first)
+            check_limits(self.sizes, self.times, first, self.config.allocation.limits)
         problem = self.problem(budgets[0][0])
-        plans = sweep(problem, [limit for _, limit in budgets], self.sizes.second)
+        plans = sweep(problem, [limit for _, limit in budgets], self.limits)
         return SweepRecord(
             targets=[self._record(budget.target, plan) for (budget, _), plan in zip(budgets, plans, strict=True)],
             out_of_reach=outside,
@@ -107,8 +124,8 @@ class Planner:
         )
 
     def curve(self) -> tuple[Ints, Floats] | None:
-        """Bytes of codes and scales, and cost, at every breakpoint of the frontier; None with a second limit."""
-        if self.sizes.second is not None:
+        """Bytes of codes and scales, and cost, at every breakpoint of the frontier; None under limits."""
+        if self.limits:
             return None
         found = frontier(self.problem(BudgetConfig(bpp=1.0)))
         return found.bytes, found.cost
@@ -118,7 +135,6 @@ class Planner:
         columns = columns_of(choice, self.layout, sizes.formats)
         rows = np.arange(len(columns))
         weights, stored = int(sizes.weights[rows, columns].sum()), int(sizes.stored[rows, columns].sum())
-        in_bf16 = sum(group.parameters for group in self.layout.groups if choice[group.name] is FormatName.BF16)
         return PlanRecord(
             target=target,
             objective=self.config.allocation.objective,
@@ -131,7 +147,7 @@ class Planner:
             repository_bytes_at_most=stored + sizes.fixed,
             loaded_bytes=sizes.loaded(stored),
             vram=None if sizes.serving is None else sizes.serving.memory(sizes.loaded(stored)),
-            bf16_fraction=in_bf16 / sizes.parameters,
+            times=self.times.of_plan(columns, self.config.allocation.limits),
             groups=count_groups(choice, sizes.formats),
             choice=choice,
         )
@@ -151,10 +167,10 @@ class Planner:
 
     def _curve_between(self, problem: AllocationProblem, low: int, high: int) -> tuple[Ints, Floats]:
         """Bytes and cost along the frontier between two budgets."""
-        if self.sizes.second is not None:
-            # Under two limits the frontier has no breakpoints; plans for evenly spaced budgets are as good.
+        if self.limits:
+            # Under limits the frontier has no breakpoints; plans for evenly spaced budgets are as good.
             budgets = np.unique(np.linspace(low, high, _CURVE).astype(np.int64)).tolist()
-            plans = sweep(problem, budgets, self.sizes.second)
+            plans = sweep(problem, budgets, self.limits)
             return np.array([plan.budget for plan in plans]), np.array([plan.cost for plan in plans])
         curve = frontier(problem)
         inside = np.flatnonzero((curve.bytes >= low) & (curve.bytes <= high))

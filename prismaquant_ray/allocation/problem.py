@@ -10,13 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.errors import InputError
 
-__all__ = ["AllocationProblem", "Floats", "Ints", "Plan", "Relaxation", "lower_hull"]
+__all__ = [
+    "AllocationProblem",
+    "Floats",
+    "HullEdges",
+    "Ints",
+    "Plan",
+    "Relaxation",
+    "cumulated",
+    "lower_hull",
+    "sorted_edges",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -210,6 +221,34 @@ def lower_hull(size: Ints, cost: Floats, start: Ints) -> Ints:
         farthest_of_steepest = points[-1] - np.argmin(slope[:, ::-1], axis=1)
         vertices.append(np.where(ahead.any(axis=1), farthest_of_steepest, vertices[-1]))
     return np.stack(vertices, axis=1)
+
+
+class HullEdges(NamedTuple):
+    """Edges of the lower hulls of several groups, cheapest by size first."""
+
+    rank: Ints  # (edges,) position of the edge's group among the groups
+    size: Ints  # (edges,)
+    cost: Floats  # (edges,)
+
+
+def sorted_edges(size: Ints, cost: Floats, start: Ints) -> HullEdges:
+    """Edges of every row's hull to the right of `start`, see `lower_hull`, by rising slope."""
+    hull = lower_hull(size, cost, start)
+    hull_size, hull_cost = np.take_along_axis(size, hull, 1), np.take_along_axis(cost, hull, 1)
+    rank, step = np.nonzero(np.diff(hull, axis=1))
+    added = hull_size[rank, step + 1] - hull_size[rank, step]
+    extra = hull_cost[rank, step + 1] - hull_cost[rank, step]
+    order = np.argsort(extra / added, kind="stable")
+    return HullEdges(rank[order], added[order], extra[order])
+
+
+def cumulated(edges: HullEdges, rank: int) -> tuple[Ints, Floats]:
+    """Size and cost after each of the edges of groups after `rank`, from zero."""
+    later = edges.rank > rank
+    return (
+        np.concatenate([[0], np.cumsum(edges.size[later])]),
+        np.concatenate([[0.0], np.cumsum(edges.cost[later])]),
+    )
 
 
 def _pareto_points(problem: AllocationProblem) -> tuple[Ints, Floats, Ints]:

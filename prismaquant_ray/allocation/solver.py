@@ -19,7 +19,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan, Relaxation, lower_hull
+from prismaquant_ray.allocation.problem import (
+    AllocationProblem,
+    Floats,
+    Ints,
+    Plan,
+    Relaxation,
+    cumulated,
+    sorted_edges,
+)
 from prismaquant_ray.errors import InputError
 
 __all__ = ["Solver", "solve"]
@@ -227,45 +235,20 @@ class _Rest:
         # Growing uses spare bytes; shrinking pays back an overrun. The two are mirror images.
         grow = np.where(points >= start[:, None], reduced, np.inf)
         shrink = np.where(points <= start[:, None], reduced, np.inf)[:, ::-1]
-        self._grow = _sorted_edges(added, grow, start)
-        self._shrink = _sorted_edges(-added[:, ::-1], shrink, len(points) - 1 - start)
+        self._grow = sorted_edges(added, grow, start)
+        self._shrink = sorted_edges(-added[:, ::-1], shrink, len(points) - 1 - start)
         self._overrun, self._at = np.zeros(1), np.zeros(1)
 
     def least_excess(self, rank: int, spare: Ints) -> Floats:
         """(states,) lower bound on the excess that groups after `rank` and unused bytes add; inf if nothing fits."""
         if rank % self._refresh == 0:
-            room, room_cost = _cumulate(self._grow, rank)
-            debt, debt_cost = _cumulate(self._shrink, rank)
+            room, room_cost = cumulated(self._grow, rank)
+            debt, debt_cost = cumulated(self._shrink, rank)
             # Bytes beyond what the rest can use stay unused, at the full price.
             far = room[-1] + 2.0**63
             self._at = np.concatenate([-debt[::-1], room[1:], [far]])
             self._overrun = np.concatenate([debt_cost[::-1], room_cost[1:], [room_cost[-1] + self._slope * 2.0**63]])
         return np.interp(spare, self._at, self._overrun, left=np.inf)
-
-
-class _Edges(NamedTuple):
-    rank: Ints  # (edges,) position of the edge's group among those to merge
-    bytes: Ints  # (edges,)
-    cost: Floats  # (edges,) reduced cost; cheapest per byte first
-
-
-def _sorted_edges(size: Ints, cost: Floats, start: Ints) -> _Edges:
-    hull = lower_hull(size, cost, start)
-    hull_size, hull_cost = np.take_along_axis(size, hull, 1), np.take_along_axis(cost, hull, 1)
-    rank, step = np.nonzero(np.diff(hull, axis=1))
-    added = hull_size[rank, step + 1] - hull_size[rank, step]
-    extra = hull_cost[rank, step + 1] - hull_cost[rank, step]
-    order = np.argsort(extra / added, kind="stable")
-    return _Edges(rank[order], added[order], extra[order])
-
-
-def _cumulate(edges: _Edges, rank: int) -> tuple[Ints, Floats]:
-    """Bytes and reduced cost after each of the edges of groups after `rank`, from zero."""
-    later = edges.rank > rank
-    return (
-        np.concatenate([[0], np.cumsum(edges.bytes[later])]),
-        np.concatenate([[0.0], np.cumsum(edges.cost[later])]),
-    )
 
 
 def _cheapest_that_fits(total: Floats, spare: Ints, limit: float) -> int | None:

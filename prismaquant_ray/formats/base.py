@@ -266,6 +266,14 @@ class Format:
         """Whether a GPU's kernel rounds its activations."""
         return self.round_activation is None or self.activation_scaling is not None
 
+    def product_bits(self, capability: int) -> int:
+        """Bits of the operands of its products on a GPU of this CUDA compute capability (×10).
+
+        Where activations are not rounded, weights are decoded to 16 bits first.
+        """
+        rounds = self.round_activation is not None and capability >= self.served.full_from
+        return self.codec.code_bits if self.codec is not None and rounds else 16
+
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a Linear of this shape cannot take the format, or None."""
         return self.codec.refusal(out_features, in_features) if self.codec else None

@@ -15,6 +15,7 @@ import jinja2
 import yaml
 
 from prismaquant_ray.formats.base import VLLM
+from prismaquant_ray.formatting import plan_times
 from prismaquant_ray.records import Divergence
 from prismaquant_ray.report.card_view import CardView
 from prismaquant_ray.report.findings import Findings
@@ -98,6 +99,7 @@ class _Tables:
             f"rounded weights alone {predicted.weight_cost:.5f}, activations {predicted.activation_cost:.5f}; the rest "
             "is of both together",
         )
+        yield "Speed", f"{plan_times(self.view.plan.times)}; computed from its data sheet, for the Linears alone"
         measured = self.view.measured
         if measured is None:
             yield "Measured loss", "not measured"
@@ -175,12 +177,18 @@ class _Tables:
                 f"{plan.bpp:.4f}",
                 *(plan.groups.get(name, 0) for name in formats),
                 f"{plan.repository_bytes_at_most / 1e6:,.1f}",
+                f"{plan.times.prefill:.2f}",
+                f"{plan.times.decode:.2f}",
                 f"{self.view.predicted_loss(plan):.5f}",
                 *("" if values[place] is None else f"{values[place]:.4f}" for values in shown.values()),
             ]
             row = [plan.target, *cells]
             rows.append([Markdown(f"**{escaped(cell)}**") for cell in row] if plan is self.view.plan else row)
-        return table(["budget", "bits", *formats, "repository, MB at most", "predicted", *shown], rows, words=1)
+        return table(
+            ["budget", "bits", *formats, "repository, MB at most", "prefill", "decode", "predicted", *shown],
+            rows,
+            words=1,
+        )
 
     def measured(self) -> Markdown:
         """Measured losses of this plan."""

@@ -64,6 +64,7 @@ SERIES = {
     "measured-weights": "plan, measured KL, weights rounded only",
     "measured-uniform": "one format everywhere, measured KL",
     "mixture": "formats mixed evenly, same bytes, measured KL",
+    "by_hand": "formats by hand, NVFP4 and FP8, measured KL",
     "fisher_trace": "plan by diagonal Fisher, measured KL",
 }
 

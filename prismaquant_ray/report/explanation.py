@@ -47,7 +47,7 @@ class Explanation:
     """Why a module has its format, or none.
 
     `group` is its fused group, None for an unquantized module; `format` is the group's format in the plan for `target`.
-    `nats_per_byte` is λ; None under a limit on BF16, where no single number decides. `alternatives` are by size, the
+    `nats_per_byte` is λ; None under limits on time, where no single number decides. `alternatives` are by size, the
     smallest first, refused ones last.
     """
 
@@ -113,8 +113,8 @@ def explain(planner: Planner, plan: PlanRecord, name: str) -> Explanation:
 
 
 def nats_per_byte(planner: Planner, plan: PlanRecord) -> float | None:
-    """λ: nats per token saved by one more byte at the size of a plan; None under a limit on BF16."""
-    if planner.sizes.second is not None:
+    """λ: nats per token saved by one more byte at the size of a plan; None under limits on time."""
+    if planner.limits:
         return None
     problem = planner.problem(planner.config.budget)
     relaxation = frontier(problem).relaxation
@@ -166,7 +166,7 @@ def _reason(chosen: FormatName, multiplier: float | None, alternatives: list[Alt
     if len(there) == 1:
         return "chosen because it is the only format that the group can have"
     if multiplier is None:
-        return "chosen together with all other groups, because the limit on BF16 counts beside the budget"
+        return "chosen together with all other groups, because limits on time count beside the budget"
     size_of = {name: entry.bytes or 0 for name, entry in there.items()}
     worth = {name: (entry.predicted_loss or 0.0) + multiplier * size_of[name] for name, entry in there.items()}
     best = min(worth, key=lambda name: worth[name])

@@ -14,6 +14,7 @@ from prismaquant_ray.records import (
     EvaluationText,
     Knee,
     MeasuredKnee,
+    PlanTimes,
     ServerMemory,
     Settings,
     SourceFigures,
@@ -28,7 +29,7 @@ from prismaquant_ray.report.group_findings import (
 )
 
 #: The version of `report.json`.
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,7 @@ class PlanFindings:
     groups: dict[str, int]
     loaded_bytes: int
     vram: ServerMemory | None
+    times: PlanTimes
     standard_error: float | None
     choice: str
     measured: MeasuredLosses | None
@@ -94,6 +96,7 @@ class UniformFindings:
     bpp: float | None
     weight_bytes: int | None
     repository_bytes_at_most: int | None
+    times: PlanTimes | None
     predicted_loss: float | None
     standard_error: float | None
     measured: MeasuredLosses | None
@@ -103,6 +106,15 @@ class UniformFindings:
 class FrontierCurve:
     """Every breakpoint of the whole frontier."""
 
+    bpp: list[float]
+    predicted_loss: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SurfaceCurve:
+    """The frontier within a limit on prefill, None for no limit, of the linear relaxation: no plan is better."""
+
+    prefill: float | None
     bpp: list[float]
     predicted_loss: list[float]
 
@@ -230,6 +242,7 @@ class Findings:
     out_of_reach: list[float]
     uniform: list[UniformFindings]
     frontier: FrontierCurve | None
+    surface: list[SurfaceCurve]
     knee: Knee | None
     measured: MeasuredFindings | None
     blocks: list[BlockFindings]

@@ -1,6 +1,6 @@
 """Gathering the findings of a run from its records, prices, plans and events.
 
-Pure except for the clock and installed versions: no store is read, and nothing is solved.
+Pure except for the clock and installed versions: no store is read, and no plan is solved.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prismaquant_ray.allocation.budget import Sizes
+from prismaquant_ray.allocation.baselines import uniform_columns
 from prismaquant_ray.allocation.plans import Planner
+from prismaquant_ray.allocation.surface import surface
 from prismaquant_ray.config import ModelConfig
 from prismaquant_ray.events import PlacedRepository, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -30,6 +31,7 @@ from prismaquant_ray.report.findings import (
     ModelFindings,
     PlanFindings,
     RepositoryFindings,
+    SurfaceCurve,
     UniformFindings,
 )
 from prismaquant_ray.report.group_findings import BlockFindings, ExpertFindings, GroupColumns
@@ -71,8 +73,16 @@ def gather(
         budget=place,
         plans=plans,
         out_of_reach=sweep.out_of_reach if sweep else sorted(set(config.sweep)),
-        uniform=uniform(columns, formats, data.sizes, measured),
+        uniform=uniform(columns, formats, planner, measured),
         frontier=_frontier(planner),
+        surface=[
+            SurfaceCurve(
+                prefill=curve.prefill,
+                bpp=[planner.sizes.bpp(int(size)) for size in curve.bytes],
+                predicted_loss=curve.cost.tolist(),
+            )
+            for curve in surface(planner)
+        ],
         knee=sweep.knee if sweep else None,
         measured=measured_findings(
             measured,
@@ -182,6 +192,7 @@ def _plan(plan: PlanRecord, layout: Layout, measured: MeasuredPlans | None) -> P
         groups={str(name): count for name, count in plan.groups.items()},
         loaded_bytes=plan.loaded_bytes,
         vram=plan.vram,
+        times=plan.times,
         standard_error=plan.standard_error if plan.objective == "token_fisher" else None,
         choice=groups.encoded(plan.choice, layout),
         measured=measured_of(measured, plan),
@@ -189,9 +200,10 @@ def _plan(plan: PlanRecord, layout: Layout, measured: MeasuredPlans | None) -> P
 
 
 def uniform(
-    columns: GroupColumns, formats: Sequence[FormatFindings], sizes: Sizes, measured: MeasuredPlans | None
+    columns: GroupColumns, formats: Sequence[FormatFindings], planner: Planner, measured: MeasuredPlans | None
 ) -> list[UniformFindings]:
     """Every group in one format."""
+    sizes, times, limits = planner.sizes, planner.times, planner.config.allocation.limits
     parameters = sum(columns.parameters)
     stored = {str(name): int(sizes.stored[:, i].sum()) + sizes.fixed for i, name in enumerate(sizes.formats)}
     found = []
@@ -205,6 +217,7 @@ def uniform(
                 bpp=None if size is None else 8 * size / parameters,
                 weight_bytes=size,
                 repository_bytes_at_most=None if size is None else stored[name],
+                times=None if size is None else times.of_plan(uniform_columns(sizes, FormatName(name)), limits),
                 predicted_loss=cost,
                 standard_error=None if cost is None else groups.root_sum_square(columns.standard_error[name]),
                 measured=measured_uniform(measured, name),
@@ -214,7 +227,7 @@ def uniform(
 
 
 def _frontier(planner: Planner) -> FrontierCurve | None:
-    """Every breakpoint of the whole frontier; None under a second limit."""
+    """Every breakpoint of the whole frontier; None under limits."""
     curve = planner.curve()
     if curve is None:
         return None

@@ -20,6 +20,7 @@ from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.report.arrangement import sections, sensitive, strips
 from prismaquant_ray.report.chart import chart
 from prismaquant_ray.report.findings import Findings, PlanFindings, UniformFindings
+from prismaquant_ray.report.surface_chart import surface_chart
 
 #: Hint for missing measured figures.
 HOW_TO_MEASURE = "not measured: run sweep --measure"
@@ -34,6 +35,7 @@ def page(findings: Findings) -> str:
     return _template().render(
         report=findings,
         chart=chart(findings),
+        surface=surface_chart(findings),
         sizes=formatting.shrunk(findings.model.source_bytes, size),
         made=f"{datetime.fromisoformat(findings.made):%-d %B %Y, %H:%M} UTC",
         reasons=reasons(findings),
@@ -174,6 +176,7 @@ def _template() -> jinja2.Template:
         "value": formatting.value,
         "error": lambda error: formatting.value(error, error),
         "with_error": formatting.with_error,
+        "times_basis": formatting.times_basis,
         "breakable": _breakable,
     }
     environment.globals["NONE"] = formatting.NONE

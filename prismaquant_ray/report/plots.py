@@ -18,6 +18,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report import chart
 from prismaquant_ray.report.arrangement import sections, sensitive, strips
 from prismaquant_ray.report.findings import Findings, FrontierCurve
+from prismaquant_ray.report.surface_chart import COLOURS, curve_label
 
 _DPI = 150
 #: Marker, colour and whether it is filled, by series of the frontier.
@@ -30,6 +31,7 @@ _MARKS = {
     "measured-weights": ("v", "#b3480a", False),
     "measured-uniform": ("s", "#b3480a", False),
     "mixture": ("x", "#7a3f9c", True),
+    "by_hand": ("D", "#7a3f9c", False),
     "fisher_trace": ("+", "#7a3f9c", True),
 }
 _MOST = 20
@@ -46,6 +48,8 @@ def plots(findings: Findings) -> dict[str, bytes]:
     }
     if findings.composition.all.cross_cost is not None:
         figures["cost_split"] = _cost_split(findings)
+    if findings.surface:
+        figures["surface"] = _surface(findings)
     if findings.experts:
         figures["experts"] = _experts(findings)
     return {name: _png(figure, name, findings) for name, figure in figures.items()}
@@ -111,6 +115,23 @@ def _frontier(findings: Findings) -> Figure:
     )
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _surface(findings: Findings) -> Figure:
+    """The least loss over bits, one line for each limit on prefill."""
+    times = findings.plan.times
+    figure, axes = _figure(9, 5, f"{findings.model.title}: loss against bits and time of a prompt's token")
+    for colour, curve in zip(COLOURS, findings.surface, strict=False):
+        loss = [value if value > 0 else math.nan for value in curve.predicted_loss]
+        axes.plot(curve.bpp, loss, color=colour, linewidth=2, label=curve_label(curve))
+    axes.plot(findings.plan.bpp, findings.plan.predicted_loss, "o", color="black", markerfacecolor="none", markersize=9)
+    axes.set(yscale="log", xlabel="bits per quantizable parameter", ylabel="nats per token, predicted")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.grid(which="both", axis="y", alpha=0.3)
+    basis = f"prefill: time of the Linears, relative to the fastest plan's, by the roofline of {times.gpu}"
+    axes.legend(fontsize=8, frameon=False, title=f"{basis}\nring: the plan of the budget", title_fontsize=8)
     return figure
 
 

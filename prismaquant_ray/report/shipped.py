@@ -137,7 +137,7 @@ def gather_shipped(data: RunData, plan: PlanRecord, written: Written, measured: 
     return Shipped(
         source=_source(data),
         budget=_budget(config.budget),
-        ruled=bool(allocation.force or allocation.floor or allocation.max_bf16_fraction is not None),
+        ruled=bool(allocation.force or allocation.floor or allocation.limits.given),
         bpp=written.bpp,
         bits_all_parameters=written.bits_all_parameters,
         weight_bytes=written.weight_bytes,

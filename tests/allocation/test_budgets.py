@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.pipeline.checks import fingerprint
@@ -18,18 +17,13 @@ from jobs.pipeline.inspection import inspect
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import CARD_BYTES, Sizes, measure
 from prismaquant_ray.allocation.constraints import constrained
-from prismaquant_ray.allocation.frontier import sweep
 from prismaquant_ray.allocation.kv_cache import KvCache, Serving, draft_layers, kv_cache
-from prismaquant_ray.allocation.local_search import Resource, improved
-from prismaquant_ray.allocation.problem import AllocationProblem
-from prismaquant_ray.allocation.second_limit import LimitedSolver, SecondLimit
 from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formatting import server_memory as memory
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
 from tests.inprocess import in_process, unopened
-from tests.problems import NAN, inside, largest, make, transformer
 from tests.runs import assembled, configuration
 from tests.tiny import make_checkpoint
 
@@ -278,10 +272,6 @@ def test_floor_leaves_formats_with_as_many_bits_and_the_highest_floor_counts() -
             {"force": rule("*.qkv_proj", "NVFP4"), "floor": rule("layers.1.*", "MXFP8")},
             "layers.1.qkv_proj is to have at least the bits of MXFP8, and allocation.force *.qkv_proj makes it NVFP4",
         ),
-        (
-            {"max_bf16_fraction": 0.1, "force": rule("*.qkv_proj", "BF16")},
-            "can only be BF16 and hold 0.3871 of the quantizable parameters",
-        ),
     ],
 )
 def test_a_rule_that_cannot_be_kept_is_refused_by_name(allocation: dict[str, Any], message: str) -> None:
@@ -371,98 +361,6 @@ def kept_bytes(result: dict[str, Any]) -> int:
     return int(result.source_bytes - 2 * result.quantizable_parameters)
 
 
-# A second limit -------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def limited(draw: st.DrawFn) -> tuple[AllocationProblem, SecondLimit]:
-    """Small problems whose last format is the largest, and limited."""
-    groups, formats = draw(st.integers(1, 5)), draw(st.integers(2, 4))
-    parameters = np.array(draw(st.lists(st.integers(1, 50), min_size=groups, max_size=groups)))
-    bits = np.sort(np.array(draw(st.lists(st.integers(2, 15), min_size=formats, max_size=formats))))
-    bits[-1] = 16
-    costs = draw(st.sampled_from([st.integers(0, 3).map(float), st.floats(0, 1, width=32), st.floats(-0.1, 1)]))
-    cost = np.array(draw(st.lists(costs, min_size=groups * formats, max_size=groups * formats)))
-    cost = cost.reshape(groups, formats)
-    cost[:, -1] = draw(st.sampled_from([0.0, -0.5]))
-    use = np.zeros((groups, formats), dtype=np.int64)
-    use[:, -1] = parameters
-    limit = int(draw(st.floats(0, 1)) * parameters.sum())
-    return make(cost, parameters[:, None] * bits), SecondLimit(use=use, limit=limit)
-
-
-def best_within(problem: AllocationProblem, second: SecondLimit, budget: int) -> float:
-    """The cheapest plan by looking at all of them."""
-    best = np.inf
-    for columns in itertools.product(range(len(problem.formats)), repeat=len(problem.groups)):
-        rows = np.arange(len(columns))
-        if problem.size[rows, columns].sum() <= budget and second.use[rows, columns].sum() <= second.limit:
-            best = min(best, problem.cost[rows, columns].sum())
-    return float(best)
-
-
-@settings(max_examples=300)
-@given(case=limited(), fraction=st.floats(0, 1.1))
-def test_a_second_limit_is_kept_and_the_bound_holds(
-    case: tuple[AllocationProblem, SecondLimit], fraction: float
-) -> None:
-    problem, second = case
-    budget = inside(problem, fraction)
-    plan = LimitedSolver(problem, second).plan(budget)
-    best = best_within(problem, second, budget)
-    assert plan.size <= budget
-    assert second.used(problem, plan) <= second.limit
-    assert plan.bound <= best + 1e-12 * max(1, abs(best))
-    assert plan.cost >= best - 1e-12 * max(1, abs(best))
-    assert plan.gap == pytest.approx((plan.cost - plan.bound) / max(abs(plan.cost), 5e-324), rel=1e-9, abs=1e-9)
-    if len(problem.groups) <= 2:
-        assert plan.cost == pytest.approx(best, rel=1e-12, abs=1e-12), "two groups are what the last search covers"
-
-
-def shares(problem: AllocationProblem, share: float) -> SecondLimit:
-    use = np.zeros(problem.size.shape, dtype=np.int64)
-    use[:, -1] = problem.size[:, -1] // 2
-    return SecondLimit(use=use, limit=int(share * use.sum()))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3])
-@pytest.mark.parametrize("seed", range(3))
-def test_on_a_model_the_gap_of_a_second_limit_is_small(seed: int, share: float) -> None:
-    problem = transformer(30, seed)
-    problem = problem.with_cost(np.where(np.arange(4) == 3, 0.0, problem.cost))
-    second = shares(problem, share)
-    budgets = [int(b * largest(problem) / 16) for b in (6.0, 9.0, 12.0)]
-    plans = sweep(problem, budgets, second)
-    assert [plan.budget for plan in plans] == budgets
-    assert plans[0].cost >= plans[1].cost >= plans[2].cost
-    for plan in plans:
-        assert second.used(problem, plan) <= second.limit
-        assert plan.size <= plan.budget
-        assert plan.gap < 2e-3
-    free = sweep(problem, budgets)
-    assert all(bound.cost >= best.cost for bound, best in zip(plans, free, strict=True))
-    assert plans[2].cost > free[2].cost, "the limit binds"
-
-
-def test_a_limit_that_does_not_bind_changes_nothing() -> None:
-    problem = transformer(10, 0)
-    budgets = [int(f * problem.largest_bytes) for f in (0.5, 0.8)]
-    assert sweep(problem, budgets, shares(problem, 1.0)) == sweep(problem, budgets)
-
-
-def test_a_limit_below_what_has_no_other_format_is_refused() -> None:
-    problem = make([[NAN, 0.0], [1.0, 0.0]], [[1, 4], [1, 4]])
-    with pytest.raises(InputError, match="Every plan takes 3"):
-        LimitedSolver(problem, SecondLimit(use=np.array([[0, 3], [0, 3]]), limit=2))
-
-
-def test_a_search_of_single_changes_and_pairs_ends_where_none_helps() -> None:
-    """One group must pay for another: no single change is possible, a pair is."""
-    cost, size = np.array([[5.0, 0.0], [0.0, 1.0]]), np.array([[1, 2], [2, 1]])
-    columns = improved(np.array([0, 0]), cost, resources=(Resource(size, 3),))
-    assert columns.tolist() == [1, 1]
-
-
 # Whole runs -----------------------------------------------------------------------------------------------------
 
 
@@ -493,7 +391,7 @@ def test_nothing_about_budgets_and_rules_changes_what_was_measured(tmp_path: Pat
         budget={"vram": 10**8, "context": 64},
         force=rule("model.layers.0.self_attn.qkv_proj", "BF16"),
         floor=rule("*.down_proj", "MXFP8"),
-        max_bf16_fraction=0.2,
+        limits={"prefill": 1.5, "gpu": "h100"},
     )
     run = Run(measured)
     assert fingerprint(config, run.source) == fingerprint(measured, run.source)
@@ -507,7 +405,7 @@ def test_rules_hold_in_every_plan_frontier_and_knee(tmp_path: Path, measured: Co
         budget={"bpp": 7.0},
         force=rule("model.layers.0.self_attn.qkv_proj", "MXFP8"),
         floor=rule("model.layers.2.*", "MXFP8"),
-        max_bf16_fraction=0.05,
+        limits={"prefill": 1.7},
     )
     run = Run(config, open_workers=unopened)
     swept = run.measured().sweep
@@ -516,7 +414,7 @@ def test_rules_hold_in_every_plan_frontier_and_knee(tmp_path: Path, measured: Co
         assert plan.choice["model.layers.0.self_attn.qkv_proj"] == "MXFP8"
         held = {plan.choice[entry.name] for entry in run.layout.blocks[2].groups}
         assert held <= {"MXFP8", "BF16"}
-        assert plan.bf16_fraction <= 0.05
+        assert plan.times.prefill <= plan.times.prefill_limit == 1.7
         assert plan.predicted_loss >= plan.bound
     losses = [plan.predicted_loss for plan in swept.targets]
     assert losses == sorted(losses, reverse=True)

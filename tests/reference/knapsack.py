@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import AllocationProblem
 
 
@@ -24,6 +26,17 @@ def every_plan(problem: AllocationProblem) -> list[tuple[int, float]]:
 def cheapest_cost(problem: AllocationProblem, budget: int) -> float:
     """Cost of the best plan by looking at all of them; inf when none fits."""
     return min((cost for size, cost in every_plan(problem) if size <= budget), default=math.inf)
+
+
+def cheapest_within(problem: AllocationProblem, limits: Sequence[Limit]) -> float:
+    """Cost of the best plan within all limits by looking at all of them; inf when none keeps them."""
+    best = math.inf
+    for choice in itertools.product(range(len(problem.formats)), repeat=len(problem.groups)):
+        columns = np.array(choice)
+        cost = problem.cost[np.arange(len(columns)), columns].sum()
+        if cost < best and all(limit.used(columns) <= limit.limit for limit in limits):
+            best = float(cost)
+    return best
 
 
 def integer_program(problem: AllocationProblem, budget: int) -> float:

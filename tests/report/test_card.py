@@ -23,8 +23,9 @@ from prismaquant_ray.allocation.budget import CARD_BYTES
 from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.gpus import GpuName
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.records import Divergence, EvaluationText, Knee, PlanRecord, SourceFigures
+from prismaquant_ray.records import Divergence, EvaluationText, Knee, PlanRecord, PlanTimes, SourceFigures
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.card_view import CardView, ExpertCoverage
 from prismaquant_ray.report.findings import (
@@ -147,10 +148,14 @@ def _made_up_findings(name: str, formats: tuple[FormatName, ...], plans: int) ->
         groups={str(format_): 12 for format_ in formats},
         loaded_bytes=10**11,
         vram=None,
+        times=PlanTimes(
+            gpu=GpuName.B200, prefill=1.23, decode=1.11, prefill_seconds=1e-6, decode_seconds=1e-3, prefill_limit=1.25,
+            decode_limit=None,
+        ),
         standard_error=0.00072,
         choice=choice,
         measured=MeasuredLosses(weights=divergence, activations=divergence),
-    )
+    )  # fmt: skip
     tokens = [0] * 7 + [100] * 121
     return Findings(
         schema=SCHEMA,
@@ -167,6 +172,7 @@ def _made_up_findings(name: str, formats: tuple[FormatName, ...], plans: int) ->
         out_of_reach=[],
         uniform=[],
         frontier=None,
+        surface=[],
         knee=Knee(bpp=5.3, predicted_loss=0.1, from_bpp=4.5, to_bpp=8.0),
         measured=MeasuredFindings(
             text=EvaluationText(file=name, sha256="0" * 64, sequences=24, tokens=12288, images=4),

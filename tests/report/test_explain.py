@@ -14,7 +14,7 @@ from jobs.__main__ import cli
 from jobs.pipeline.measured import Measured
 from prismaquant_ray.allocation.frontier import frontier
 from prismaquant_ray.allocation.plans import Planner
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule
+from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule, LimitsConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report.explanation import Explanation, explain, nats_per_byte
@@ -143,11 +143,11 @@ def test_rules_are_named_where_they_leave_no_choice(dense: Measured) -> None:
     assert floored[FormatName.NVFP4] == "allocation.floor *.1.mlp.* wants at least the bits of MXFP8"
 
 
-def test_a_limit_on_bf16_leaves_no_single_price(dense: Measured) -> None:
-    planner = planner_of(dense, allocation=AllocationConfig(max_bf16_fraction=0.05))
+def test_limits_on_time_leave_no_single_price(dense: Measured) -> None:
+    planner = planner_of(dense, allocation=AllocationConfig(limits=LimitsConfig(prefill=1.25)))
     found = explained(planner, "model.layers.0.mlp.down_proj")
     assert found.nats_per_byte is None
-    assert "the limit on BF16 counts beside the budget" in found.reason
+    assert "limits on time count beside the budget" in found.reason
 
 
 def test_bytes_are_those_that_the_budget_counts(dense: Measured) -> None:

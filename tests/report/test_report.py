@@ -136,7 +136,7 @@ def test_one_format_everywhere_costs_the_sum_of_its_column(everything: Measured,
         spread = float(np.sqrt(np.square(table.standard_error[:, column]).sum()))
         assert entry.standard_error == pytest.approx(spread)
     cost = {**found.groups.cost, "NVFP4": [None, *found.groups.cost["NVFP4"][1:]]}
-    entries = gathering.uniform(replace(found.groups, cost=cost), found.formats, sizes, None)
+    entries = gathering.uniform(replace(found.groups, cost=cost), found.formats, everything.planner, None)
     assert {entry.format: entry for entry in entries}["NVFP4"].predicted_loss is None
 
 
@@ -401,7 +401,7 @@ def test_the_report_goes_into_the_run_store_or_where_it_is_told(dense: Measured,
         assert {path.name for path in place.iterdir()} == names
         assert all((place / name).read_bytes().startswith(PNG) for name in names if name.endswith(".png"))
         body = json.loads((place / "report.json").read_text())
-        assert body["schema"] == 2
+        assert body["schema"] == 3
         assert Path(result.report) == place / "report.html"
 
 
@@ -436,7 +436,7 @@ def test_the_report_may_go_into_a_bucket(dense: Measured, s3_server: S3Server, m
     assert result.report == "s3://reports/deep/report.html"
     store = Store("s3://reports/deep")
     assert {f"s3://reports/deep/{key}" for key in store.list()} == set(result.files)
-    assert json.loads(store.get("report.json"))["schema"] == 2
+    assert json.loads(store.get("report.json"))["schema"] == 3
 
 
 def test_a_report_that_has_no_place_is_refused_in_one_line(dense: Measured, tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def test_a_large_model_has_a_page_below_a_megabyte(dense: Measured, layers: int)
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("allocation.max_bf16_fraction=0.05",), "The knee of the predicted frontier"),
+        (("allocation.limits.prefill=1.5",), "The knee of the predicted frontier"),
         (("budget={vram: 1MB, context: 64}",), "Memory of a server with 1 × 64 tokens"),
         (("budget.bytes=280kB",), "280.0\u00a0kB"),
         (("sweep=[6.25]",), "The frontier has no knee"),
@@ -509,7 +509,7 @@ def test_every_kind_of_plan_is_shown(dense: Measured, overrides: tuple[str, ...]
     config = load_config(dense.config.store.run.parent / "config.yaml", overrides[-1:])
     found = findings_of(reopened(config))
     assert says in _text(page(found))
-    assert (found.frontier is None) == (config.allocation.max_bf16_fraction is not None)
+    assert (found.frontier is None) == config.allocation.limits.given
     assert found.plan.target == config.budget.target
     json.dumps(to_json(found), allow_nan=False)
 
