@@ -302,9 +302,9 @@ class Config(Section):
         return formats
 
     @property
-    def joined_formats(self) -> tuple[FormatName, ...]:
-        """`formats`, with NVFP4A16 after NVFP4 under limits: it has the same bytes, and costs time instead of loss."""
-        if not self.allocation.limits.given or FormatName.NVFP4A16 in self.formats:
+    def paired_formats(self) -> tuple[FormatName, ...]:
+        """`formats`, with NVFP4A16 after NVFP4: it has the same bytes, and costs time instead of loss."""
+        if FormatName.NVFP4A16 in self.formats:
             return self.formats
         twin = {FormatName.NVFP4: (FormatName.NVFP4, FormatName.NVFP4A16)}
         return tuple(joined for name in self.formats for joined in twin.get(name, (name,)))

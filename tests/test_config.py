@@ -35,7 +35,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (config.allocation.force, config.allocation.floor) == ((), ())
     limits = config.allocation.limits
     assert (limits.prefill, limits.decode, str(limits.gpu), limits.given) == (None, None, "b200", False)
-    assert config.joined_formats == config.formats
+    assert [str(name) for name in config.paired_formats] == ["NVFP4", "NVFP4A16", "MXFP8", "BF16"]
     assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
 
 

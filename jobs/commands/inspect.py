@@ -11,7 +11,7 @@ from jobs.pipeline.cards import STORAGE, SUSTAINED_PRODUCTS, SUSTAINED_SINGLE
 from jobs.pipeline.estimate import StageTime
 from jobs.pipeline.inspection import Inspection, inspect
 from prismaquant_ray.config import Config
-from prismaquant_ray.formatting import gigabytes, plan_times, seconds, server_memory
+from prismaquant_ray.formatting import gigabytes, seconds, server_memory, times_basis
 
 
 def run(config: Config, *, machines: Sequence[str] = (), deep: bool = False) -> Inspection:
@@ -38,7 +38,11 @@ def render(result: Inspection, console: Console) -> None:
     console.print("  fused groups: " + ", ".join(f"{count} {name}" for name, count in result.groups.items()))
     console.print("  can take: " + ", ".join(f"{count} {name}" for name, count in result.groups_per_format.items()))
     for uniform in result.uniform:
-        console.print(f"  all {uniform.format}: {uniform.bpp:.4f} bits per parameter, {plan_times(uniform.times)}")
+        console.print(
+            f"  all {uniform.format}: {uniform.bpp:.4f} bits per parameter, prefill {uniform.times.prefill:.3f}, "
+            f"decode {uniform.times.decode:.3f}"
+        )
+    console.print(f"  (prefill and decode: relative to {times_basis(result.uniform[0].times)})")
     by_reason: dict[str, list[str]] = {}
     for name, reason in result.kept.items():
         by_reason.setdefault(reason, []).append(name)

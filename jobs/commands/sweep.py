@@ -40,7 +40,7 @@ def render(result: SweepRecord, console: Console) -> None:
             f"{plan.repository_bytes_at_most / 1e6:,.1f}",
         )
     console.print(table)
-    console.print(f"prefill and decode: {times_basis(result.targets[0].times)}", soft_wrap=True)
+    console.print(f"prefill and decode: relative to {times_basis(result.targets[0].times)}", soft_wrap=True)
     if result.out_of_reach:
         console.print(f"no plan exists for: {', '.join(f'{target:g}' for target in result.out_of_reach)}")
     knee = result.knee

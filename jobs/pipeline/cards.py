@@ -10,6 +10,7 @@ from actors.memory import planned_of
 from actors.memory_plan import Free
 from prismaquant_ray.config_values import parse_bytes
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.gpus import GPUS, GpuName
 
 _MACHINES = re.compile(r"(\d+)x(.+)")
 # Shares of a card's figures that a job is taken to sustain, and what storage, a network and digests are taken to do, in
@@ -58,17 +59,24 @@ class Card:
 # More than any host has: what it has is not known, what it needs is said.
 _UNKNOWN = 1 << 62
 _GB, _TFLOP = 10**9, 1e12
-#: By name. Source: NVIDIA's data sheets; products without sparsity, of GB10 an eighth of its sparse FP4.
+
+
+def _bf16(name: GpuName) -> float:
+    """Dense products of BF16, in FLOP/s."""
+    return float(GPUS[name].rate(16))
+
+
+#: By name. Source: NVIDIA's data sheets.
 CARDS: dict[str, Card] = {
-    "A100": Card(memory=80 * _GB, products=312 * _TFLOP, single=19.5 * _TFLOP),
-    "L4": Card(memory=24 * _GB, products=121 * _TFLOP, single=30.3 * _TFLOP),
-    "L40S": Card(memory=48 * _GB, products=362 * _TFLOP, single=91.6 * _TFLOP),
-    "RTX4090": Card(memory=24 * _GB, products=165 * _TFLOP, single=82.6 * _TFLOP),
-    "RTX5090": Card(memory=32 * _GB, products=210 * _TFLOP, single=105 * _TFLOP),
-    "H100": Card(memory=80 * _GB, products=989 * _TFLOP, single=67 * _TFLOP),
-    "H200": Card(memory=141 * _GB, products=989 * _TFLOP, single=67 * _TFLOP),
-    "B200": Card(memory=180 * _GB, products=2250 * _TFLOP, single=75 * _TFLOP),
-    "GB10": Card(memory=128 * _GB, products=125 * _TFLOP, single=31 * _TFLOP, unified=True),
+    "A100": Card(memory=80 * _GB, products=_bf16(GpuName.A100), single=19.5 * _TFLOP),
+    "L4": Card(memory=24 * _GB, products=_bf16(GpuName.L4), single=30.3 * _TFLOP),
+    "L40S": Card(memory=48 * _GB, products=_bf16(GpuName.L40S), single=91.6 * _TFLOP),
+    "RTX4090": Card(memory=24 * _GB, products=_bf16(GpuName.RTX4090), single=82.6 * _TFLOP),
+    "RTX5090": Card(memory=32 * _GB, products=_bf16(GpuName.RTX5090), single=105 * _TFLOP),
+    "H100": Card(memory=80 * _GB, products=_bf16(GpuName.H100), single=67 * _TFLOP),
+    "H200": Card(memory=141 * _GB, products=_bf16(GpuName.H200), single=67 * _TFLOP),
+    "B200": Card(memory=180 * _GB, products=_bf16(GpuName.B200), single=75 * _TFLOP),
+    "GB10": Card(memory=128 * _GB, products=_bf16(GpuName.GB10), single=31 * _TFLOP, unified=True),
 }
 
 

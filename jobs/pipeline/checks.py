@@ -149,13 +149,13 @@ def with_formats(config: Config, stored: Settings | None) -> tuple[Config, str |
     `stored` is the fingerprint of the run in the store, None where there is none: what it was measured without cannot
     be chosen.
     """
-    joined, named = [str(name) for name in config.joined_formats], [str(name) for name in config.formats]
-    if joined == named:
+    named = [str(name) for name in config.formats]
+    added = ", ".join(name for name in config.paired_formats if name not in named)
+    if not added or not config.allocation.limits.given:
         return config, None
     if stored is not None and stored.get("formats") == named:
-        added = ", ".join(name for name in joined if name not in named)
         return config, f"the run was measured without {added}: limits are kept by its formats alone; --fresh adds it"
-    return config.model_copy(update={"formats": config.joined_formats}), None
+    return config.model_copy(update={"formats": config.paired_formats}), None
 
 
 def expected_workers(config: Config) -> int:
@@ -222,19 +222,15 @@ def stored_fingerprint(store: Store) -> Settings:
         raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
 
 
-def _holds(stored: object, wanted: object) -> bool:
-    """Whether a list of names has another one's, in its order."""
-    return isinstance(stored, list) and isinstance(wanted, list) and [x for x in stored if x in wanted] == wanted
-
-
-def refuse_mismatch(store: Store, fingerprint: Settings) -> None:
+def refuse_mismatch(store: Store, fingerprint: Settings, paired: Sequence[FormatName]) -> None:
     """Raise InputError naming the first difference between `fingerprint` and that of the stored run.
 
-    A finished run with more formats is none: they are left out of the choice.
+    A finished run may have what limits added to its formats, `paired`, also where there are none any more.
     """
     stored = stored_fingerprint(store)
     for key, value in fingerprint.items():
-        if key == "formats" and _holds(stored.get(key), value) and store.size(records.MEASURED) is not None:
+        added = key == "formats" and stored.get(key) == [str(name) for name in paired]
+        if added and store.size(records.MEASURED) is not None:
             continue
         if stored.get(key) != value:
             shown = f"{stored.get(key)!r}, now {value!r}" if len(repr(value)) < 60 else "something else"

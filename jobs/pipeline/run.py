@@ -71,7 +71,8 @@ class Run:
         """The configuration with its dtype, and with the formats that its limits add."""
         config = checks.with_dtype(config)
         stored = None
-        if config.joined_formats != config.formats and not self.fresh and checks.exists(config.store.run, records.RUN):
+        limited = config.allocation.limits.given and config.paired_formats != config.formats
+        if limited and not self.fresh and checks.exists(config.store.run, records.RUN):
             stored = checks.stored_fingerprint(Store(config.store.run))
         config, lacking = checks.with_formats(config, stored)
         if lacking is not None:
@@ -87,7 +88,7 @@ class Run:
         store = Store(self.config.store.run)
         record = RunRecord(fingerprint=fingerprint, config=self.config.model_dump(mode="json"))
         if not store.create(records.RUN, to_bytes(record)):
-            checks.refuse_mismatch(store, fingerprint)
+            checks.refuse_mismatch(store, fingerprint, self.config.paired_formats)
         return store
 
     @cached_property

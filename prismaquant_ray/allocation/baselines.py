@@ -49,7 +49,9 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
         if FORMATS[name].codec is not None:
             choice = _choice(layout, sizes, uniform_columns(sizes, name))
             yield LabelledPlan(kind="uniform", label=f"all {name}", target=None, objective=None, choice=choice)
-    yield from _by_hand(layout, sizes)
+    mixed = vendor_mixture(layout, sizes)
+    if mixed is not None:
+        yield mixed
     for plan in targets:
         columns = _evenly_mixed(sizes, plan.weight_bytes)
         if columns is not None:
@@ -69,11 +71,15 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
         )
 
 
-def _by_hand(layout: Layout, sizes: Sizes) -> Iterator[LabelledPlan]:
-    """The mixture of NVIDIA's own checkpoints, where both of its formats are among the run's."""
+def vendor_mixture(layout: Layout, sizes: Sizes) -> LabelledPlan | None:
+    """The mixture of NVIDIA's own checkpoints; None unless both of its formats are among the run's.
+
+    Linears of a layer's MLP, experts included, are NVFP4, the others of the layer FP8. Where a group cannot take its
+    format, it has the smallest that it can.
+    """
     mlp, attention = FormatName.NVFP4, FormatName.FP8
     if not {mlp, attention} <= {*sizes.formats}:
-        return
+        return None
     # Outside the layers nothing is quantized, where that is a choice.
     kept = FormatName.BF16 if FormatName.BF16 in sizes.formats else attention
     columns = {name: uniform_columns(sizes, name) for name in (mlp, attention, kept)}
@@ -83,7 +89,7 @@ def _by_hand(layout: Layout, sizes: Sizes) -> Iterator[LabelledPlan]:
         inside = kept if block.kind is not BlockKind.DECODER else mlp if _in_mlp(block, group) else attention
         choice[group.name] = sizes.formats[columns[inside][row]]
     label = f"MLP {mlp}, attention {attention}"
-    yield LabelledPlan(kind="by_hand", label=label, target=None, objective=None, choice=choice)
+    return LabelledPlan(kind="by_hand", label=label, target=None, objective=None, choice=choice)
 
 
 def _in_mlp(block: Block, group: FusedGroup) -> bool:

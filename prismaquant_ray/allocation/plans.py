@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.constraints import check_limits
 from prismaquant_ray.allocation.frontier import frontier, knee, sweep
-from prismaquant_ray.allocation.limited_solver import solver
+from prismaquant_ray.allocation.limited_solver import LimitedSolver, solver
 from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan
 from prismaquant_ray.allocation.solver import solve
@@ -168,10 +168,10 @@ class Planner:
     def _curve_between(self, problem: AllocationProblem, low: int, high: int) -> tuple[Ints, Floats]:
         """Bytes and cost along the frontier between two budgets."""
         if self.limits:
-            # Under limits the frontier has no breakpoints; plans for evenly spaced budgets are as good.
+            # Under limits the frontier has no breakpoints; its linear relaxation at evenly spaced budgets is as good.
             budgets = np.unique(np.linspace(low, high, _CURVE).astype(np.int64)).tolist()
-            plans = sweep(problem, budgets, self.limits)
-            return np.array([plan.budget for plan in plans]), np.array([plan.cost for plan in plans])
+            relaxed = LimitedSolver(problem, self.limits, state_limit=0)
+            return np.array(budgets), np.array([relaxed.plan(budget).bound for budget in budgets])
         curve = frontier(problem)
         inside = np.flatnonzero((curve.bytes >= low) & (curve.bytes <= high))
         # The breakpoint just below the first target belongs to the range: it is the plan for this budget.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from jobs.commands import sweep as sweep_command
 from jobs.pipeline.inspection import inspect
 from jobs.pipeline.run import Run
-from prismaquant_ray.allocation.baselines import baselines
+from prismaquant_ray.allocation.baselines import baselines, vendor_mixture
+from prismaquant_ray.allocation.budget import measure
 from prismaquant_ray.allocation.dual import Dual
 from prismaquant_ray.allocation.frontier import sweep
 from prismaquant_ray.allocation.limited_solver import LimitedSolver
@@ -30,11 +32,15 @@ from prismaquant_ray.events import Event, Notice
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.gpus import GPUS, GpuName
 from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.report.page import page
+from prismaquant_ray.report.plots import plots
 from tests.inprocess import in_process, unopened
 from tests.problems import NAN, inside, make
 from tests.reference.knapsack import cheapest_within
 from tests.runs import configuration
 from tests.tiny import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
 
 # The solver ---------------------------------------------------------------------------------------------------------
 
@@ -264,7 +270,7 @@ def limited_by(config: Config, **limits: Any) -> Config:
 
 def test_under_limits_nvfp4a16_joins_and_plans_keep_them(measured: Config) -> None:
     assert measured.formats == ("NVFP4", "FP8", "BF16")
-    assert measured.joined_formats == ("NVFP4", "NVFP4A16", "FP8", "BF16")
+    assert measured.paired_formats == ("NVFP4", "NVFP4A16", "FP8", "BF16")
     losses = []
     for prefill in (1.0, 1.25, 2.0, 4.0):
         planner = Run(limited_by(measured, prefill=prefill), open_workers=unopened).measured().planner
@@ -349,5 +355,37 @@ def test_the_mixture_by_hand_has_the_mlp_in_four_bits_and_the_rest_of_a_layer_in
     assert found.label == "MLP NVFP4, attention FP8"
     for name, chosen in found.choice.items():
         assert chosen == ("NVFP4" if ".mlp." in name else "FP8")
-    without = Run(limited_by(measured), open_workers=unopened).measured().planner
-    assert any(entry.kind == "by_hand" for entry in baselines(without, without.sweep.targets))
+    for run in layouts.values():
+        mixed = vendor_mixture(run.layout, run.sizes)
+        assert mixed is not None
+        for name, chosen in mixed.choice.items():
+            decoder = run.layout.block_of[name].kind is BlockKind.DECODER
+            expected = ("NVFP4" if ".mlp." in name else "FP8") if decoder else "BF16"
+            row = [group.name for group in run.layout.groups].index(name)
+            assert chosen == expected or not run.sizes.allowed[row, run.sizes.formats.index(FormatName(expected))]
+    plain = measured.model_copy(update={"formats": (FormatName.NVFP4, FormatName.MXFP8)})
+    assert vendor_mixture(run.layout, measure(run.layout, plain.formats, ignored_bytes=0, other_bytes=0)) is None
+
+
+def test_the_report_and_the_card_show_times_and_the_picture(measured: Config) -> None:
+    known = Run(measured, open_workers=unopened).measured()
+    found = known.findings(known.plan)
+    assert [curve.prefill for curve in found.surface] == [1.0, 1.1, 1.25, 1.5, 2.0, None]
+    html = page(found)
+    drawn = html.partition('id="surface-chart"')[2].partition("</ul>")[0]
+    assert drawn.count("<polyline") == 6
+    assert "prefill ≤ 1.25" in drawn
+    assert "limits: prefill 1.25" in html
+    assert "surface" in plots(found)
+    plain = Run(limited_by(measured), open_workers=unopened).measured()
+    without = plain.findings(plain.plan)
+    assert "surface-chart" not in page(without)
+    assert "surface" not in plots(without)
+
+
+def test_the_table_of_cards_is_the_documentation_s() -> None:
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", (ROOT / "docs/budgets.md").read_text(), re.MULTILINE)
+    documented = {name: tuple(cell.strip() for cell in cells.split(" |")) for name, cells in rows}
+    assert documented == {
+        str(name): (*(gpu.products.get(bits, "") for bits in (4, 8, 16)), gpu.bandwidth) for name, gpu in GPUS.items()
+    }
