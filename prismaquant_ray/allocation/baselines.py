@@ -53,7 +53,7 @@ def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[Label
     if mixed is not None:
         yield mixed
     for plan in targets:
-        columns = _evenly_mixed(sizes, plan.weight_bytes)
+        columns = _evenly_mixed(planner, plan.weight_bytes)
         if columns is not None:
             label, choice = f"{plan.target}, evenly mixed", _choice(layout, sizes, columns)
             yield LabelledPlan(kind="mixture", label=label, target=plan.target, objective=None, choice=choice)
@@ -114,14 +114,17 @@ def uniform_columns(sizes: Sizes, name: FormatName) -> NDArray[np.int64]:
     return np.where(sizes.allowed[:, column], column, smallest)
 
 
-def _evenly_mixed(sizes: Sizes, least: int) -> NDArray[np.int64] | None:
+def _evenly_mixed(planner: Planner, least: int) -> NDArray[np.int64] | None:
     """A mixture of two formats of neighbouring size, spread evenly over depth, with at least `least` bytes of weights.
 
-    None when the smallest format already has `least` bytes, or no such mixture reaches them.
+    None when the smallest format already has `least` bytes, or no such mixture reaches them. Under limits the fastest of
+    formats with the same bytes is mixed.
     """
-    rows = np.arange(len(sizes.weights))
+    sizes = planner.sizes
+    rows, prefill = np.arange(len(sizes.weights)), planner.times.prefill * bool(planner.limits)
     uniform = sorted(
-        (uniform_columns(sizes, name) for name in sizes.formats), key=lambda c: int(sizes.weights[rows, c].sum())
+        (uniform_columns(sizes, name) for name in sizes.formats),
+        key=lambda columns: (int(sizes.weights[rows, columns].sum()), -int(prefill[rows, columns].sum())),
     )
     weights = [int(sizes.weights[rows, columns].sum()) for columns in uniform]
     for small, large, low, high in zip(uniform, uniform[1:], weights, weights[1:], strict=False):
