@@ -117,8 +117,8 @@ def uniform_columns(sizes: Sizes, name: FormatName) -> NDArray[np.int64]:
 def _evenly_mixed(planner: Planner, least: int) -> NDArray[np.int64] | None:
     """A mixture of two formats of neighbouring size, spread evenly over depth, with at least `least` bytes of weights.
 
-    None when the smallest format already has `least` bytes, or no such mixture reaches them. Under limits the fastest of
-    formats with the same bytes is mixed.
+    None when the smallest format already has `least` bytes, or no such mixture reaches them. Under limits the fastest
+    of formats with the same bytes is mixed.
     """
     sizes = planner.sizes
     rows, prefill = np.arange(len(sizes.weights)), planner.times.prefill * bool(planner.limits)

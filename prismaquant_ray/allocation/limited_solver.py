@@ -73,7 +73,7 @@ class LimitedSolver:
         cost = problem.plan(columns, 0, 0.0).cost
         # Less than rounding apart is proven optimal.
         slack = search.worth if search.proven else cost - bound
-        slack = slack if slack > _ROUNDING * abs(cost) else 0.0
+        slack = slack if slack > _ROUNDING * (abs(cost) + abs(free.cost)) else 0.0
         return problem.plan(columns, budget_bytes, slack)
 
     def check(self, budget_bytes: int) -> None:

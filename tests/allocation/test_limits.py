@@ -385,7 +385,7 @@ def test_the_report_and_the_card_show_times_and_the_picture(measured: Config) ->
 
 def test_the_table_of_cards_is_the_documentation_s() -> None:
     rows = re.findall(r"^\| `([a-z0-9-]+)` \| (.*) \|$", (ROOT / "docs/budgets.md").read_text(), re.MULTILINE)
-    documented = {name: tuple(cell.strip() for cell in cells.split(" |")) for name, cells in rows}
+    documented = {name: tuple(cell.strip() for cell in cells.split(" |")) for name, cells in rows if name != "gpu"}
     assert documented == {
         str(name): (*(gpu.products.get(bits, "") for bits in (4, 8, 16)), gpu.bandwidth) for name, gpu in GPUS.items()
     }
