@@ -26,8 +26,8 @@ __all__ = ["LimitedSolver", "solver"]
 _SCOUT_WIDTH = 512
 # The local search looks at all pairs of choices.
 _MOST_PAIRS = 1500
-# Prices as shares of large limits round more than costs do.
-_ROUNDING = 1e-11
+# What rounding may do to a bound, as a share of the largest costs: prices of large limits round more than costs do.
+_ROUNDING = 1e-12
 
 
 class LimitedSolver:
@@ -42,6 +42,7 @@ class LimitedSolver:
 
     def __init__(self, problem: AllocationProblem, limits: Sequence[Limit], *, state_limit: int = 100_000) -> None:
         self.problem, self._solver, self._state_limit = problem, Solver(problem), state_limit
+        self._rounding = _ROUNDING * float(np.nanmax(np.abs(problem.cost), axis=1).sum())
         # What is used as bytes are is another budget.
         alike = [np.array_equal(limit.use[problem.allowed], problem.size[problem.allowed]) for limit in limits]
         self._budgets = [limit for limit, same in zip(limits, alike, strict=True) if same]
@@ -73,7 +74,7 @@ class LimitedSolver:
         cost = problem.plan(columns, 0, 0.0).cost
         # Less than rounding apart is proven optimal.
         slack = search.worth if search.proven else cost - bound
-        slack = slack if slack > _ROUNDING * (abs(cost) + abs(free.cost)) else 0.0
+        slack = slack if slack > self._rounding else 0.0
         return problem.plan(columns, budget_bytes, slack)
 
     def check(self, budget_bytes: int) -> None:
