@@ -123,11 +123,12 @@ class Planner:
             knee=self._knee(problem, budgets[0][1], budgets[-1][1]),
         )
 
-    def curve(self) -> tuple[Ints, Floats] | None:
-        """Bytes of codes and scales, and cost, at every breakpoint of the frontier; None under limits."""
+    def curve(self) -> tuple[Ints, Floats]:
+        """Bytes of codes and scales, and cost, at every breakpoint of the frontier; under limits at some points."""
+        problem = self.problem(BudgetConfig(bpp=1.0))
+        found = frontier(problem)
         if self.limits:
-            return None
-        found = frontier(self.problem(BudgetConfig(bpp=1.0)))
+            return self._limited_curve(problem, int(found.bytes[0]), problem.largest_bytes)
         return found.bytes, found.cost
 
     def _record(self, target: str, plan: Plan) -> PlanRecord:
@@ -168,16 +169,24 @@ class Planner:
     def _curve_between(self, problem: AllocationProblem, low: int, high: int) -> tuple[Ints, Floats]:
         """Bytes and cost along the frontier between two budgets."""
         if self.limits:
-            # Under limits the frontier has no breakpoints; its linear relaxation at evenly spaced budgets is as good.
-            budgets = np.unique(np.linspace(low, high, _CURVE).astype(np.int64)).tolist()
-            relaxed = LimitedSolver(problem, self.limits, state_limit=0)
-            return np.array(budgets), np.array([relaxed.plan(budget).bound for budget in budgets])
+            return self._limited_curve(problem, low, high)
         curve = frontier(problem)
         inside = np.flatnonzero((curve.bytes >= low) & (curve.bytes <= high))
         # The breakpoint just below the first target belongs to the range: it is the plan for this budget.
         first = int(np.searchsorted(curve.bytes, low, side="right")) - 1
         points = np.union1d(inside, [first]) if first >= 0 else inside
         return curve.bytes[points], curve.cost[points]
+
+    def _limited_curve(self, problem: AllocationProblem, low: int, high: int) -> tuple[Ints, Floats]:
+        """Under limits the frontier has no breakpoints; its linear relaxation at evenly spaced budgets is as good."""
+        relaxed = LimitedSolver(problem, self.limits, state_limit=0)
+        found = []
+        for budget in np.unique(np.linspace(low, high, _CURVE).astype(np.int64)).tolist():
+            try:
+                found.append((budget, relaxed.plan(budget).bound))
+            except InputError:
+                continue  # below the smallest plan within the limits
+        return np.array([budget for budget, _ in found], dtype=np.int64), np.array([bound for _, bound in found])
 
 
 def columns_of(choice: Choice, layout: Layout, formats: tuple[FormatName, ...]) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prismaquant_ray import formatting
 from prismaquant_ray.records import Divergence
-from prismaquant_ray.report.findings import Findings, FrontierCurve, MeasuredLosses
+from prismaquant_ray.report.findings import Findings, MeasuredLosses
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +154,7 @@ def chart(findings: Findings) -> Chart:
     high = max(*tops, 1e-9)
     linear = Axis(low=0.0, high=1.06 * high)
     log = Axis(low=min(positive) / 1.3, high=max(high, 2 * min(positive)) * 1.3, log=True)
-    curve = findings.frontier or FrontierCurve(bpp=[], predicted_loss=[])
+    curve = findings.frontier
     corners = [(bpp, loss) for bpp, loss in zip(curve.bpp, curve.predicted_loss, strict=True) if x.low <= bpp <= x.high]
     return Chart(
         x=x,

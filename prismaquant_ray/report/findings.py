@@ -104,7 +104,7 @@ class UniformFindings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrontierCurve:
-    """Every breakpoint of the whole frontier."""
+    """Every breakpoint of the whole frontier; under limits on time, evenly spaced points of its linear relaxation."""
 
     bpp: list[float]
     predicted_loss: list[float]
@@ -241,7 +241,7 @@ class Findings:
     plans: list[PlanFindings]
     out_of_reach: list[float]
     uniform: list[UniformFindings]
-    frontier: FrontierCurve | None
+    frontier: FrontierCurve
     surface: list[SurfaceCurve]
     knee: Knee | None
     measured: MeasuredFindings | None

@@ -226,12 +226,9 @@ def uniform(
     return found
 
 
-def _frontier(planner: Planner) -> FrontierCurve | None:
-    """Every breakpoint of the whole frontier; None under limits."""
-    curve = planner.curve()
-    if curve is None:
-        return None
-    sizes, costs = curve
+def _frontier(planner: Planner) -> FrontierCurve:
+    """The whole frontier."""
+    sizes, costs = planner.curve()
     return FrontierCurve(
         bpp=[planner.sizes.bpp(int(size)) for size in sizes],
         predicted_loss=np.maximum(costs, 0.0).tolist(),

@@ -17,7 +17,7 @@ from prismaquant_ray import formatting
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report import chart
 from prismaquant_ray.report.arrangement import sections, sensitive, strips
-from prismaquant_ray.report.findings import Findings, FrontierCurve
+from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.surface_chart import COLOURS, curve_label
 
 _DPI = 150
@@ -90,7 +90,7 @@ def _short(text: str, most: int) -> str:
 def _frontier(findings: Findings) -> Figure:
     figure, axes = _figure(9, 5, f"{findings.model.title}: loss against bits")
     found = chart.chart(findings)
-    line = findings.frontier or FrontierCurve(bpp=[], predicted_loss=[])
+    line = findings.frontier
     axes.plot(line.bpp, line.predicted_loss, color="#15569c", alpha=0.5, label="every best plan, predicted")
     for series, text in found.series.items():
         marker, colour, filled = _MARKS[series]
@@ -120,18 +120,23 @@ def _frontier(findings: Findings) -> Figure:
 
 def _surface(findings: Findings) -> Figure:
     """The least loss over bits, one line for each limit on prefill."""
-    times = findings.plan.times
+    plan = findings.plan
     figure, axes = _figure(9, 5, f"{findings.model.title}: loss against bits and time of a prompt's token")
     for colour, curve in zip(COLOURS, findings.surface, strict=False):
         loss = [value if value > 0 else math.nan for value in curve.predicted_loss]
-        axes.plot(curve.bpp, loss, color=colour, linewidth=2, label=curve_label(curve))
-    axes.plot(findings.plan.bpp, findings.plan.predicted_loss, "o", color="black", markerfacecolor="none", markersize=9)
-    axes.set(yscale="log", xlabel="bits per quantizable parameter", ylabel="nats per token, predicted")
+        axes.plot(curve.bpp, loss, color=colour, linewidth=2)
+        name, end = curve_label(curve), (curve.bpp[-1], loss[-1])
+        axes.annotate(name, end, (6, 0), textcoords="offset points", color=colour, fontsize=9, va="center")
+    axes.plot(plan.bpp, plan.predicted_loss, "o", color="black", markerfacecolor="none", markersize=9)
+    left, right = axes.get_xlim()
+    axes.set(yscale="log", ylabel="nats per token, predicted", xlim=(left, right + 0.14 * (right - left)))
+    basis = (
+        f"prefill: time of the Linears, relative to {formatting.times_basis(plan.times)}; ring: the plan of the budget"
+    )
+    axes.set_xlabel(f"bits per quantizable parameter\n({basis})", parse_math=False)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     axes.grid(which="both", axis="y", alpha=0.3)
-    basis = f"prefill: time of the Linears, relative to the fastest plan's, by the roofline of {times.gpu}"
-    axes.legend(fontsize=8, frameon=False, title=f"{basis}\nring: the plan of the budget", title_fontsize=8)
     return figure
 
 

@@ -37,8 +37,9 @@ def surface_chart(findings: Findings) -> SurfaceChart | None:
     if not costs:
         return None
     bits = [bpp for curve in curves for bpp in curve.bpp]
-    margin = 0.03 * (max(bits) - min(bits)) or 0.1
-    x = Axis(low=min(bits) - margin, high=max(bits) + margin)
+    width = max(bits) - min(bits) or 0.1
+    # Room for the names at the right ends of the lines.
+    x = Axis(low=min(bits) - 0.03 * width, high=max(bits) + 0.17 * width)
     y = Axis(low=min(costs) / 1.15, high=1.15 * max(costs), log=True)
     plan = findings.plan
     inside = x.low <= plan.bpp <= x.high and y.low <= plan.predicted_loss <= y.high

@@ -32,6 +32,7 @@ from prismaquant_ray.report.findings import (
     SCHEMA,
     CalibrationFindings,
     Findings,
+    FrontierCurve,
     Machines,
     MeasuredFindings,
     MeasuredLosses,
@@ -171,7 +172,7 @@ def _made_up_findings(name: str, formats: tuple[FormatName, ...], plans: int) ->
         plans=[plan, *(replace(plan, target=f"{n}bpp") for n in range(1, plans))],
         out_of_reach=[],
         uniform=[],
-        frontier=None,
+        frontier=FrontierCurve(bpp=[], predicted_loss=[]),
         surface=[],
         knee=Knee(bpp=5.3, predicted_loss=0.1, from_bpp=4.5, to_bpp=8.0),
         measured=MeasuredFindings(
