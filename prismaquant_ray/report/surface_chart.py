@@ -8,7 +8,7 @@ from prismaquant_ray.report.chart import Axis
 from prismaquant_ray.report.findings import Findings, SurfaceCurve
 
 #: Colours of the lines, from the tightest limit to none, as `report.css` has them for light paper.
-COLOURS = ("#7a0f3c", "#b3480a", "#b98900", "#4d8a1f", "#12705a", "#15569c")
+COLOURS = ("#7a0f3c", "#b3480a", "#8a6500", "#3f7319", "#12705a", "#15569c")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
