@@ -179,7 +179,7 @@ class LimitsConfig(Section):
 
 
 class AllocationConfig(Section):
-    """How a plan is chosen. No key changes a measurement, so a changed one needs no new run."""
+    """How a plan is chosen. No key changes a measurement, so a changed one needs no new run; limits add a format."""
 
     objective: Literal["token_fisher", "fisher_trace"] = Field(
         default="token_fisher",

@@ -14,7 +14,7 @@ import numpy as np
 
 from prismaquant_ray.allocation.dual import Dual
 from prismaquant_ray.allocation.limited_search import LimitedSearch
-from prismaquant_ray.allocation.limits import Limit, within
+from prismaquant_ray.allocation.limits import Limit, least_use, within
 from prismaquant_ray.allocation.local_search import improved
 from prismaquant_ray.allocation.problem import AllocationProblem, Ints, Plan
 from prismaquant_ray.allocation.solver import Solver
@@ -86,14 +86,19 @@ class LimitedSolver:
         for limit in self._budgets:
             if limit.limit < smallest:
                 raise limit.refusal(smallest)
-        return min(budget_bytes, *(limit.limit for limit in self._budgets), budget_bytes)
+        return min([budget_bytes, *(limit.limit for limit in self._budgets)])
 
     def _kept(self, budget_bytes: int) -> Ints:
-        """Columns (groups,) of a plan within budget and limits: the one that uses least of the first limit."""
+        """Columns (groups,) of a plan within budget and limits: one that uses least of a limit."""
         problem, columns = self.problem, np.zeros(0, dtype=np.int64)
+        limits = [Limit(name="budget", use=problem.size, limit=budget_bytes), *self._limits]
+        for limit in self._limits:
+            columns = least_use(problem, limit)
+            if within(columns, limits):
+                return columns
         for place, limit in enumerate(self._limits):
             # Alone first, so that the message is of one limit where one suffices to refuse.
-            for others in ((), self._limits[:place])[: 1 + (place > 0)]:
+            for others in [()] if place == 0 else [(), self._limits[:place]]:
                 use = np.where(problem.allowed, limit.use / max(1, limit.unit), np.nan)
                 least = solver(problem.with_cost(use), others).plan(budget_bytes)
                 columns = problem.columns(least.choice)

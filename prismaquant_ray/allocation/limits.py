@@ -11,7 +11,7 @@ import numpy as np
 from prismaquant_ray.allocation.problem import AllocationProblem, Ints, Plan
 from prismaquant_ray.errors import InputError
 
-__all__ = ["Limit", "within"]
+__all__ = ["Limit", "least_use", "within"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,6 +41,15 @@ class Limit:
             f"{self.name} {self.limit / self.unit:.4g}: no plan within the budget keeps it, the least that one takes "
             f"is {reachable:.4f}; allow that, or change budget, formats, force or floor"
         )
+
+
+def least_use(problem: AllocationProblem, limit: Limit) -> Ints:
+    """Columns (groups,) of the plan that uses least of a limit, and of those the smallest."""
+    most = np.iinfo(np.int64).max
+    use = np.where(problem.allowed, limit.use, most)
+    least = use == use.min(axis=1, keepdims=True)
+    columns: Ints = np.where(least, problem.size, most).argmin(axis=1)
+    return columns
 
 
 def within(columns: Ints, limits: Sequence[Limit]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prismaquant_ray.allocation.dual import Dual
-from prismaquant_ray.allocation.limits import Limit, within
+from prismaquant_ray.allocation.limits import Limit, least_use, within
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.allocation.problem import Floats, Ints, Relaxation
 from prismaquant_ray.config import BudgetConfig, LimitsConfig
@@ -44,9 +44,7 @@ def surface(planner: Planner) -> list[LimitedFrontier]:
     found = []
     for most in _PREFILL:
         (prefill,) = planner.times.limits(LimitsConfig(prefill=most))
-        # The fastest plan, and of those the smallest: a plan within every limit, where there is one.
-        use = np.where(problem.allowed, prefill.use, np.iinfo(np.int64).max)
-        fastest = np.where(use == use.min(axis=1, keepdims=True), problem.size, np.iinfo(np.int64).max).argmin(axis=1)
+        fastest = least_use(problem, prefill)
         limits = [(Limit(name="budget", use=problem.size, limit=int(budget)), prefill) for budget in budgets]
         reached = [place for place, each in enumerate(limits) if within(fastest, each)]
         cost = [Dual(problem, limits[place], fastest).bound for place in reached]
