@@ -17,7 +17,7 @@ from prismaquant_ray.allocation.frontier import frontier, knee, sweep
 from prismaquant_ray.allocation.limited_solver import LimitedSolver, solver
 from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, Plan
-from prismaquant_ray.allocation.solver import solve
+from prismaquant_ray.allocation.solver import Solver, solve
 from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.backward.cost_table import CostTable
 from prismaquant_ray.config import BudgetConfig, Config
@@ -76,7 +76,7 @@ class Planner:
             InputError: no plan has that many bytes, or none of them keeps the limits.
         """
         limit = self.sizes.limit(budget)
-        return self._record(budget.target, solver(self.problem(budget), self.limits).plan(limit))
+        return self._record(budget.target, self._solver(self.problem(budget)).plan(limit))
 
     def plan_of(self, choice: Choice, target: str) -> PlanRecord:
         """The plan that is a choice of one's own; `bound` is that of all plans of at most as many bytes.
@@ -131,6 +131,9 @@ class Planner:
             return self._limited_curve(problem, int(found.bytes[0]), problem.largest_bytes)
         return found.bytes, found.cost
 
+    def _solver(self, problem: AllocationProblem) -> Solver | LimitedSolver:
+        return solver(problem, self.limits)
+
     def _record(self, target: str, plan: Plan) -> PlanRecord:
         sizes, choice = self.sizes, {group: FormatName(name) for group, name in plan.choice.items()}
         columns = columns_of(choice, self.layout, sizes.formats)
@@ -161,7 +164,8 @@ class Planner:
         index = knee(sizes, costs)
         return Knee(
             bpp=self.sizes.bpp(int(sizes[index])),
-            predicted_loss=float(costs[index]),
+            # A breakpoint is a plan; a point of the relaxation under limits is not.
+            predicted_loss=self._solver(problem).plan(int(sizes[index])).cost if self.limits else float(costs[index]),
             from_bpp=self.sizes.bpp(int(sizes[0])),
             to_bpp=self.sizes.bpp(int(sizes[-1])),
         )

@@ -284,6 +284,8 @@ def test_under_limits_nvfp4a16_joins_and_plans_keep_them(measured: Config) -> No
     assert losses == sorted(losses, reverse=True)
     assert losses[0] > losses[-1]
     both = Run(limited_by(measured, prefill=1.5, decode=1.1), open_workers=unopened).measured().sweep
+    assert both.knee is not None
+    assert both.knee.predicted_loss >= min(found.predicted_loss for found in both.targets)
     for found in both.targets:
         assert found.times.prefill <= 1.5
         assert found.times.decode <= 1.1
