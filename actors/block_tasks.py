@@ -16,6 +16,7 @@ from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
+from prismaquant_ray.records import FACTORS
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record
 
@@ -57,7 +58,13 @@ class ForwardTask(RecordedBlocksTask[BlockForward]):
 
     @override
     def open(self, unit: Unit) -> BlockForward:
-        return BlockForward(self.context.runner, index_of(unit), self.attempt.formats(unit), self.context.rounding)
+        return BlockForward(
+            self.context.runner,
+            index_of(unit),
+            self.attempt.formats(unit),
+            self.context.rounding,
+            equalize=self.context.config.rounding.equalize,
+        )
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -72,6 +79,8 @@ class ForwardTask(RecordedBlocksTask[BlockForward]):
             str(name): self.context.threads.submit(self.attempt.write, unit, name, tensors)
             for name, tensors in candidates.tensors.items()
         }
+        if candidates.factors:
+            writing[FACTORS] = self.context.threads.submit(self.attempt.write, unit, FACTORS, candidates.factors)
 
         def stored() -> Record:
             artifacts = {name: artifact.result() for name, artifact in writing.items()}
@@ -91,7 +100,8 @@ class BackwardTask(RecordedBlocksTask[BlockBackward]):
     @override
     def open(self, unit: Unit) -> BlockBackward:
         candidates = candidates_of(self.attempt, unit)
-        return BlockBackward(self.context.runner, index_of(unit), self.attempt.formats(unit), candidates)
+        equalization = self.context.stored.equalization(index_of(unit))
+        return BlockBackward(self.context.runner, index_of(unit), self.attempt.formats(unit), candidates, equalization)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -118,7 +128,8 @@ class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
     @override
     def open(self, unit: Unit) -> HeadBackward:
         formats, candidates = self.attempt.formats(unit), candidates_of(self.attempt, unit)
-        return HeadBackward(self.context.runner, index_of(unit), formats, candidates, self.context.loss)
+        equalization = self.context.stored.equalization(index_of(unit))
+        return HeadBackward(self.context.runner, index_of(unit), formats, candidates, self.context.loss, equalization)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:

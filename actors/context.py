@@ -10,11 +10,11 @@ from functools import cached_property
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Shard, Stage
+from actors.stored_blocks import StoredBlocks
 from prismaquant_ray.backward.loss import GPU_LOGIT_BYTES, LOGIT_BYTES, Loss
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variants
-from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.model.prefetch import Prefetcher
@@ -44,9 +44,14 @@ class WorkerContext:
 
     def _read_candidates(self, block: int) -> tuple[CandidateTensors, int]:
         """Tensors by format, and their total bytes."""
-        artifacts = self.run_store.record(Stage.FORWARD, block).artifacts
-        tensors = {FormatName(name): read_tensors(self.run_store.store, each) for name, each in artifacts.items()}
+        artifacts = self.run_store.candidates(block)
+        tensors = {name: read_tensors(self.run_store.store, each) for name, each in artifacts.items()}
         return tensors, sum(each.size for each in artifacts.values())
+
+    @property
+    def stored(self) -> StoredBlocks:
+        """What the forward pass stored."""
+        return StoredBlocks(self.run_store)
 
     def prefetch(self, shard: Shard | None) -> None:
         """Prefetch weights and candidates of a shard, or nothing; those prefetched for another one are dropped."""

@@ -15,11 +15,11 @@ from actors.block_tasks import BlocksTask, index_of
 from actors.schedule.units import Unit
 from actors.shard_task import Stored, UnitTask, made
 from prismaquant_ray.backward.loss import IGNORED
+from prismaquant_ray.block_records import DraftRecord
 from prismaquant_ray.evaluation.divergence import SourceLogits, TokenFigures
 from prismaquant_ray.evaluation.variants import LoadedBlock
 from prismaquant_ray.model.mtp_head import most_likely
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.records import DraftRecord
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.record import Record
 

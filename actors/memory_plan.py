@@ -193,6 +193,8 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
     widest = max(dense, default=0)
     # Experts are rounded some at a time, a large matrix by rows.
     largest = max(min(group.parameters, AT_ONCE) if group.experts else group.parameters for group in layout.groups)
+    # A weight with factors, beside the one without them.
+    folded = max(min(each.parameters, AT_ONCE) if each.experts else each.parameters for each in layout.linears())
     has_experts = any(group.experts for group in layout.groups)
     hop = calibration.microbatch * calibration.length * layout.row_width * compute
     vocabulary = layout.vocab_size * layout.hidden_size * compute
@@ -213,6 +215,7 @@ def memory_plan(layout: Layout, config: Config, *, repository_bytes: int) -> Mem
         3 * 4 * widest**2
         + _ROUNDING_COPIES * 4 * min(largest, AT_ONCE)
         + _COMPACT_COPIES * largest
+        + (compute * folded if config.rounding.equalize else 0)
         + (_HESSIAN_COPIES * 4 * HESSIANS if has_experts else 0)
     )
     return MemoryPlan(

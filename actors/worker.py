@@ -20,7 +20,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 from torch.utils import deterministic
 
 from actors.block_tasks import BackwardTask, ForwardTask, HeadBackwardTask, HeadTask
@@ -39,6 +38,7 @@ from actors.messages import Failure, Receipt, WorkerSpec
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Exit, Shard, Stage
 from actors.shard_task import Attempt, ShardTask, UnitTask
+from actors.stored_blocks import StoredBlocks
 from actors.transfer import Activation
 from prismaquant_ray import __version__
 from prismaquant_ray.calibration.stored import read_calibration
@@ -48,7 +48,6 @@ from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import DeviceMemoryError, PrismaquantError, ResourceError
 from prismaquant_ray.evaluation.variants import QuantizedModel, Variants
 from prismaquant_ray.events import Machine, StepMetrics
-from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.forward.gptq import Gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch
@@ -60,7 +59,7 @@ from prismaquant_ray.records import RUN
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import resolve
-from prismaquant_ray.storage.record import Artifact, read_tensors
+from prismaquant_ray.storage.record import Artifact
 from prismaquant_ray.storage.store import Store
 
 # Threads that digest and store what a worker makes. Beside a GPU one would be slower than it; a CPU has the work, too.
@@ -261,18 +260,14 @@ class ShardWorker:
         if spec.evaluation is None:
             return None
         evaluation = spec.evaluation
-        measured = RunStore(Store(evaluation.candidates, create=False)) if evaluation.candidates is not None else None
-
-        def candidates(index: int, name: FormatName) -> Mapping[str, Tensor]:
-            assert measured is not None
-            artifacts = measured.record(Stage.FORWARD, index).artifacts
-            return read_tensors(measured.store, artifacts[name])
+        store = evaluation.candidates
+        measured = StoredBlocks(RunStore(Store(store, create=False))) if store is not None else None
 
         repository = None
         if evaluation.repository is not None:
             view = RepositoryView(Store(evaluation.repository, create=False))
             repository = QuantizedModel(runner=self._runner(view, spec.config), roundings=view.roundings())
-        return Variants(source, evaluation.variants, candidates=candidates, repository=repository)
+        return Variants(source, evaluation.variants, stored=measured, repository=repository)
 
     def _close(self) -> None:
         if self.task is not None:

@@ -139,6 +139,7 @@ class RoundingConfig(Section):
     gptq: GptqConfig | None = Field(
         default_factory=GptqConfig, description="GPTQ after the search; `null` leaves it out."
     )
+    equalize: bool = Field(default=True, description="Even out channels of inputs by factors in norms and weights.")
 
 
 def _known_format(name: Any) -> Any:
@@ -273,7 +274,7 @@ class Config(Section):
     model: ModelConfig = Field(description="The model.")
     calibration: CalibrationConfig = Field(description="Calibration data.")
     formats: tuple[FormatName, ...] = Field(
-        default=(FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16),
+        default=(FormatName.NVFP4, FormatName.FP8, FormatName.MXFP8, FormatName.BF16),
         description="Formats that every Linear is encoded in and the plan chooses from.",
     )
     budget: BudgetConfig = Field(description="Size of the result.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prismaquant_ray.backward.block import BlockBackward, Recomputed
 from prismaquant_ray.backward.loss import Loss
@@ -29,10 +29,15 @@ _SEQUENCES, _LENGTH = 2, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preflight:
-    """Blocks that were tried, by name, each standing for all of its structure; Linears that no gradient reached."""
+    """Blocks that were tried, by name, each standing for all of its structure; Linears that no gradient reached.
+
+    `equalized` are inputs of their matrices that take factors per channel, `unequal` those that do not.
+    """
 
     tried: tuple[str, ...]
     without_gradient: tuple[str, ...]
+    equalized: tuple[str, ...]
+    unequal: tuple[str, ...]
     seconds: float
 
 
@@ -74,6 +79,8 @@ def preflight(runner: ModelRunner, calibration: CalibrationSet, loss: Loss) -> P
     return Preflight(
         tried=tuple(dict.fromkeys(trial.tried)),
         without_gradient=tuple(dict.fromkeys(trial.without_gradient)),
+        equalized=tuple(dict.fromkeys(trial.equalized)),
+        unequal=tuple(dict.fromkeys(trial.unequal)),
         seconds=time.perf_counter() - begun,
     )
 
@@ -85,6 +92,8 @@ class _Trial:
         self.runner = runner
         self.tried: list[str] = []
         self.without_gradient: list[str] = []
+        self.equalized: list[str] = []
+        self.unequal: list[str] = []
         # Not the output itself, nor ones: behind a norm both have no gradient.
         self._generator = torch.Generator().manual_seed(0)
 
@@ -92,7 +101,8 @@ class _Trial:
         """The output of a block for hidden (sequences, tokens, H); InputError for what a pass could not go on with."""
         name = block.prefix or block.groups[0].name
         try:
-            graph = BlockBackward(self.runner, block.index, (), {}).recompute(hidden, batch)
+            block_pass = BlockBackward(self.runner, block.index, (), {})
+            graph = block_pass.recompute(hidden, batch)
         except torch.OutOfMemoryError:
             raise  # says nothing of the model
         except MODEL_ERRORS as error:
@@ -117,12 +127,20 @@ class _Trial:
         if not all_finite(*reached):
             raise InputError(f"{name} has NaN or infinite gradients for a few tokens; is the checkpoint intact?")
         self.tried.append(name)
+        self._equalized(block, block_pass.module, hidden, batch)
         self.without_gradient += [
             f"{name}.{parameter}"
             for parameter, gradient in zip(outputs, gradients[1:], strict=True)
             if gradient is None
         ]
         return graph.output.detach()
+
+    def _equalized(self, block: Block, module: nn.Module, hidden: Tensor, batch: Batch) -> None:
+        folds = () if block.kind is BlockKind.HEAD else self.runner.folds(block.index, module, hidden, batch.inputs)
+        multiplied = {member.parameter for fold in folds for member in fold.multiplied}
+        for group in block.inputs:
+            found = self.equalized if group.matrices[0].parameters[0] in multiplied else self.unequal
+            found.append(group.name)
 
     def _check_called(self, block: Block, graph: Recomputed) -> None:
         for group in block.groups:

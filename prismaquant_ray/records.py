@@ -6,7 +6,6 @@ A record is written once and read by every later stage, so this module imports n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
@@ -47,6 +46,8 @@ REPORT = "report/"
 EVALUATIONS = "evaluations"
 RUNNING_EVALUATION = f"{EVALUATIONS}/running"
 
+#: The name of the factors of a block's folds among its candidates.
+FACTORS = "factors"
 #: Under a pass and a unit: its product, and its output.
 RECORD = "record.json"
 BOUNDARY = "boundary.json"
@@ -77,91 +78,7 @@ def evaluation_key(digest: str) -> str:
     return f"{EVALUATIONS}/{digest}/{RECORD}"
 
 
-# Records of blocks -------------------------------------------------------------------------------------------------
-
-#: Ways to round a weight, in order of simplicity: a tie goes to the first.
-Method = Literal["nearest", "search", "gptq"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LinearRounding:
-    """How one Linear was rounded by one codec; of experts every figure is a list with an entry per expert.
-
-    `holdout_error` is Σ_t |ΔW x_t|² over held-out tokens per (token × output) of every method that was tried, `method`
-    the one that won, `weight_mse` the mean ΔW² of its result.
-    """
-
-    method: Method | list[Method]
-    holdout_error: dict[Method, float | list[float]]
-    weight_mse: float | list[float]
-
-    @classmethod
-    def joined(cls, parts: Sequence[LinearRounding]) -> LinearRounding:
-        """Figures of some experts after those of others."""
-        return cls(
-            method=_chained(part.method for part in parts),
-            holdout_error={
-                name: _chained(part.holdout_error[name] for part in parts) for name in parts[0].holdout_error
-            },
-            weight_mse=_chained(part.weight_mse for part in parts),
-        )
-
-    def matrices(self) -> Iterator[tuple[Method, dict[Method, float]]]:
-        """Winning method and held-out error by method, of the Linear or of every expert's."""
-        if isinstance(self.method, str):
-            yield self.method, {name: error for name, error in self.holdout_error.items() if isinstance(error, float)}
-            return
-        columns = {name: error for name, error in self.holdout_error.items() if isinstance(error, list)}
-        for expert, method in enumerate(self.method):
-            yield method, {name: column[expert] for name, column in columns.items()}
-
-
-def _chained(parts: Iterable[T | list[T]]) -> list[T]:
-    return [each for part in parts for each in (part if isinstance(part, list) else [part])]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ForwardRecord:
-    """The forward pass's record of a block: rounding by Linear and codec, calibration tokens per expert by group."""
-
-    linears: dict[str, dict[str, LinearRounding]]
-    experts: dict[str, list[int]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Price:
-    """The loss that one fused group costs in one format, in nats per token.
-
-    `weight_cost` and `activation_cost` are those of rounded weights alone and of rounded activations alone;
-    `standard_error` is that of `cost`, by jackknife over sequences.
-    """
-
-    cost: float
-    standard_error: float
-    weight_cost: float
-    activation_cost: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BackwardRecord:
-    """The backward pass's record of a block: prices by fused group and format, Fisher traces by Linear.
-
-    `tokens` is the N of the prices. `agreement` is, for a draft head, how often its best guess is the model's, by the
-    format of the whole head.
-    """
-
-    groups: dict[str, dict[FormatName, Price]]
-    fisher_trace: dict[str, float | list[float]]
-    tokens: int
-    agreement: dict[str, float] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DraftRecord:
-    """A draft head in an evaluation: by row, predictions that agree with their own model; number of predictions."""
-
-    agreed: list[int]
-    tokens: int
+# Records of measurements -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
 
 Choice = dict[str, FormatName]
-#: The formats of a configuration that names none.
+#: The formats of the configurations of tests.
 DEFAULT_FORMATS = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 INPUT_DIVISOR = 96.0
 

@@ -41,6 +41,8 @@ def configuration(
             "microbatch": 3,
             "holdout": 0.25,
         },
+        # FP8 beside MXFP8 would only take time.
+        "formats": ["NVFP4", "MXFP8", "BF16"],
         "budget": {"bpp": bpp},
         "cluster": {"address": "local", "workers": 1},
         "store": {"run": str(directory / "run"), "output": str(directory / "repository")},

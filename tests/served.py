@@ -1,4 +1,4 @@
-"""Repositories to be served: measured and rounded by the product itself, with a plan that uses every default format."""
+"""Repositories to be served: measured and rounded by the product itself, with a plan that uses all those formats."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from pathlib import Path
 
 from jobs.pipeline.run import Run
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
 from tests.architectures import WORKING, YARN, make_architecture
 from tests.inprocess import in_process
-from tests.repositories import mixed_choice
+from tests.repositories import mixed
 from tests.runs import family_configuration as configuration
 from tests.tiny import MODELS, make_checkpoint
 from tests.tiny_families import FAMILIES as TINY
 from tests.tiny_families import VISION_FAMILIES, make_family
+
+#: The default formats, and what limits on time add: all of them in one model.
+FORMATS = (FormatName.NVFP4, FormatName.FP8, FormatName.NVFP4A16, FormatName.MXFP8, FormatName.BF16)
 
 #: Models of each family.
 FAMILIES = (
@@ -54,15 +58,16 @@ def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str,
     tied = family in MODELS and MODELS[family][2]
     kept = tied or family == "gpt_oss" or family in WORKING
     head = f"model.quantize_lm_head={'false' if kept else 'true'}"
-    config = configuration(directory / "run", source, head, images=2 if family in VISION_FAMILIES else 0)
+    formats = f"formats=[{', '.join(FORMATS)}]"
+    config = configuration(directory / "run", source, head, formats, images=2 if family in VISION_FAMILIES else 0)
     run = Run(config, open_workers=in_process())
     run.measure()
-    choice = mixed_choice(run.layout)
+    choice = mixed(run.layout, FORMATS)
     repository, copy = directory / "repository", directory / "copy"
-    write_repository(
-        run.source, run.layout, choice, run.measured().candidates, Store(repository), manifest={"target": "mixed"}
-    )
-    report = verify_repository(Store(repository), run.source, run.layout, choice, run.measured().candidates)
+    known = run.measured()
+    shipped = known.shipped(choice)
+    write_repository(shipped, run.layout, choice, known.candidates, Store(repository), manifest={"target": "mixed"})
+    report = verify_repository(Store(repository), shipped, run.layout, choice, known.candidates)
     assert report.ok, report.problems
     QuantizedRepository(Store(repository)).write(Store(copy))
     expected = {

@@ -26,7 +26,7 @@ def write(directory: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, GOOD))
-    assert [str(name) for name in config.formats] == ["NVFP4", "MXFP8", "BF16"]
+    assert [str(name) for name in config.formats] == ["NVFP4", "FP8", "MXFP8", "BF16"]
     assert config.sweep == (4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25)
     assert config.rounding.gptq is not None
     assert (config.rounding.scale_search.grid, config.rounding.scale_search.span) == (32, (0.5, 1.5))
@@ -35,7 +35,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     assert (config.allocation.force, config.allocation.floor) == ((), ())
     limits = config.allocation.limits
     assert (limits.prefill, limits.decode, str(limits.gpu), limits.given) == (None, None, "b200", False)
-    assert [str(name) for name in config.paired_formats] == ["NVFP4", "NVFP4A16", "MXFP8", "BF16"]
+    assert [str(name) for name in config.paired_formats] == ["NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
     assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
 
 

@@ -26,6 +26,7 @@ THIRD_PARTY_JSON = {
     "prismaquant_ray.formats.base.Format.scheme": "QuantizationArgs as compressed-tensors defines them",
     "prismaquant_ray.model.expert_stacks.expert_stacks": "config.json",
     "prismaquant_ray.publishing.finished.FinishedRepository.manifest": "a manifest of any version",
+    "prismaquant_ray.source.folded.FoldedSource.config": "config.json",
     "prismaquant_ray.source.protocol.TensorSource.config": "config.json",
     "prismaquant_ray.config.checked": "settings as YAML has them, before they are checked",
     "prismaquant_ray.serialization.to_json": "any record as JSON",

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError
-from prismaquant_ray.records import BOUNDARY, RECORD, boundary_key, record_key
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.records import BOUNDARY, FACTORS, RECORD, boundary_key, record_key
 from prismaquant_ray.serialization import from_json
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
@@ -67,6 +68,11 @@ class RunStore:
                 key = record_key(stage, unit_key(block))
                 raise DamagedError(f"{self.store.uri}: {key}: {error}; run the same command again", key) from error
         return found
+
+    def candidates(self, block: int) -> dict[FormatName, Artifact]:
+        """The stored candidates of a block, by format."""
+        artifacts = self.record(Stage.FORWARD, block).artifacts
+        return {FormatName(name): artifact for name, artifact in artifacts.items() if name != FACTORS}
 
     def boundary(self, stage: Stage, unit: Unit) -> dict[int, Artifact]:
         """The stored output of a unit, by microbatch; DamagedError when it has no record."""

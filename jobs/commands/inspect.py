@@ -33,6 +33,11 @@ def render(result: Inspection, console: Console) -> None:
             f"  preflight: a few tokens went through {', '.join(result.preflight.tried)}, forward and backward, in "
             f"{result.preflight.seconds:.1f} s"
         )
+        equalized, unequal = result.preflight.equalized, result.preflight.unequal
+        console.print(
+            f"  equalization: {len(equalized)} of {len(equalized) + len(unequal)} inputs take factors per channel"
+            + (f"; not {', '.join(unequal)}" if unequal else "")
+        )
     for guess in result.guesses:
         console.print(f"  guess: {guess}")
     console.print("  fused groups: " + ", ".join(f"{count} {name}" for name, count in result.groups.items()))

@@ -81,11 +81,10 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
     def readme(written: Written) -> bytes:
         return card(findings, gather_shipped(measured.data, plan, written, known)).encode()
 
+    source = measured.shipped(plan.choice)
     with staged_output(output) as store:
-        repository = write_repository(
-            measured.source, layout, plan.choice, candidates, store, manifest=manifest, card=readme
-        )
-        verification = verify_repository(store, measured.source, layout, plan.choice, candidates)
+        repository = write_repository(source, layout, plan.choice, candidates, store, manifest=manifest, card=readme)
+        verification = verify_repository(store, source, layout, plan.choice, candidates)
         if not verification.ok:
             raise PrismaquantError(
                 f"the repository is wrong ({verification.problems[0]}); this is a bug, nothing was published"
@@ -154,7 +153,7 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
         raise InputError(f"store.output {output} was not written to its end; run assemble again")
     choice = {group: FormatName(name) for group, name in manifest["choice"].items()}
     measured = Run(config, on_event=on_event).measured()
-    found = verify_repository(store, measured.source, measured.layout, choice, measured.candidates)
+    found = verify_repository(store, measured.shipped(choice), measured.layout, choice, measured.candidates)
     return VerifiedRepository(
         repository=str(output),
         ok=found.ok,

@@ -28,6 +28,7 @@ from jobs.pipeline import sources
 from jobs.pipeline.passes import Passes
 from jobs.pipeline.workers import OpenWorkers
 from prismaquant_ray import __version__, records
+from prismaquant_ray.block_records import DraftRecord
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
@@ -36,7 +37,7 @@ from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summari
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.events import Events
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import Divergence, DraftRecord, Excess, SourceFigures
+from prismaquant_ray.records import Divergence, Excess, SourceFigures
 from prismaquant_ray.serialization import from_json, to_json
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.connection import absolute

@@ -32,6 +32,7 @@ from prismaquant_ray.records import PlanRecord, SweepRecord
 from prismaquant_ray.report.explanation import Explanation, explain
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+from prismaquant_ray.source.protocol import TensorSource
 
 __all__ = ["OpenRun", "dequantize", "evaluate", "inspect", "open_run", "quantize", "verify"]
 
@@ -81,12 +82,16 @@ class OpenRun:
         return self._run.repairing(lambda known: known.planner.problem(BudgetConfig(bpp=1.0)))
 
     def candidate(self, group: str, format: FormatName | str) -> dict[str, Tensor]:  # noqa: A002 - as in quantize_weight
-        """The tensors that a fused group ships in a format, by name; none in BF16, where the source's ship.
+        """The tensors that a fused group ships in a format, by name; none in BF16, where those of `shipped` ship.
 
         Raises:
             InputError: there is no such group, or it has no candidate in this format.
         """
         return self._run.repairing(lambda known: _candidate(known, group, format))
+
+    def shipped(self, choice: Mapping[str, FormatName]) -> TensorSource:
+        """The source as a choice of formats ships it: with the factors that equalized the inputs of its candidates."""
+        return self._run.repairing(lambda known: known.shipped(choice))
 
     def plan(self, budget: BudgetConfig | None = None) -> PlanRecord:
         """The plan for a budget, by default the configured one. Nothing is run again for another budget.

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import PASSES, Stage
+from actors.stored_blocks import StoredBlocks
 from prismaquant_ray import records
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.backward.cost_table import cost_table
+from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.config import Config
@@ -22,20 +24,12 @@ from prismaquant_ray.events import read_events
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import (
-    BackwardRecord,
-    DeviceRecord,
-    ForwardRecord,
-    MeasuredPlans,
-    MeasuredRecord,
-    PlanRecord,
-    RunRecord,
-    SweepRecord,
-)
+from prismaquant_ray.records import DeviceRecord, MeasuredPlans, MeasuredRecord, PlanRecord, RunRecord, SweepRecord
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.gather import gather
 from prismaquant_ray.report.run_data import RunData
 from prismaquant_ray.serialization import from_bytes, to_bytes
+from prismaquant_ray.source.folded import FoldedSource
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.record import Record
 from prismaquant_ray.storage.store import Store
@@ -93,9 +87,21 @@ class Measured:
             (index, FormatName(name)): artifact
             for index, record in self._records[Stage.FORWARD].items()
             for name, artifact in record.artifacts.items()
-            if name in FormatName.__members__
+            if name != records.FACTORS
         }
         return Candidates(self.store, artifacts)
+
+    def shipped(self, choice: Mapping[str, FormatName]) -> TensorSource:
+        """The source with the factors that a plan's candidates were made with."""
+        stored = StoredBlocks(self.run_store)
+        return FoldedSource(
+            self.source,
+            [
+                (block, [(fold, s) for fold, s in stored.equalization(block.index) if fold.is_used(block, choice)])
+                for block in self.layout.blocks
+                if self.forward[block.index].folds
+            ],
+        )
 
     @cached_property
     def calibration(self) -> CalibrationSet:

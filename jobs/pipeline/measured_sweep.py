@@ -21,14 +21,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import measured_knee
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.records import (
-    Divergence,
-    EvaluationText,
-    Excess,
-    MeasuredPlan,
-    MeasuredPlans,
-    PlanRecord,
-)
+from prismaquant_ray.records import Divergence, EvaluationText, Excess, MeasuredPlan, MeasuredPlans, PlanRecord
 from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.storage.connection import absolute
 

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from prismaquant_ray.backward.loss import DRAFT, Loss
 from prismaquant_ray.backward.pricing import Passed, Pricing
+from prismaquant_ray.block_records import BackwardRecord
 from prismaquant_ray.calibration.dataset import Batch
+from prismaquant_ray.factors import Equalization, factors_of
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.model.capture import CapturedActivations, capture_activations
 from prismaquant_ray.model.mtp_head import most_likely
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.records import BackwardRecord
 
 
 class Recomputed(NamedTuple):
@@ -37,14 +38,19 @@ class BlockBackward:
     """
 
     def __init__(
-        self, runner: ModelRunner, index: int, formats: Sequence[FormatName], candidates: CandidateTensors
+        self,
+        runner: ModelRunner,
+        index: int,
+        formats: Sequence[FormatName],
+        candidates: CandidateTensors,
+        equalization: Equalization = (),
     ) -> None:
         self.runner = runner
         self.block: Block = runner.layout.blocks[index]
         self.module = runner.load_block(index)
         self.formats = tuple(formats)
         self._graph: Recomputed | None = None
-        self.pricing = Pricing(self.block, self.module, formats, candidates, runner.copies)
+        self.pricing = Pricing(self.block, self.module, formats, candidates, runner.copies, factors_of(equalization))
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The block's output for hidden (sequences, tokens, H); its graph is held until `backward`."""
@@ -99,10 +105,16 @@ class HeadBackward:
     """
 
     def __init__(
-        self, runner: ModelRunner, index: int, formats: Sequence[FormatName], candidates: CandidateTensors, loss: Loss
+        self,
+        runner: ModelRunner,
+        index: int,
+        formats: Sequence[FormatName],
+        candidates: CandidateTensors,
+        loss: Loss,
+        equalization: Equalization = (),
     ) -> None:
         self.runner = runner
-        self.block_pass = BlockBackward(runner, index, formats, candidates)
+        self.block_pass = BlockBackward(runner, index, formats, candidates, equalization)
         self.block = self.block_pass.block
         self.loss = loss
         self.tokens = 0
@@ -143,9 +155,10 @@ class HeadBackward:
     def _decoded(self) -> Iterator[tuple[FormatName, Mapping[str, Tensor]]]:
         for name in self.block_pass.formats:
             found: dict[str, Tensor] = {}
-            for decoded in self.block_pass.pricing.decoded.values():
+            pricing = self.block_pass.pricing
+            for decoded in pricing.decoded.values():
                 if name in decoded:
-                    found |= decoded[name].weights
+                    found |= {each: pricing.unfolded(weight, each) for each, weight in decoded[name].weights.items()}
             if found:
                 yield name, found
 

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.records import BackwardRecord, ForwardRecord
+from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
 
 Objective = Literal["token_fisher", "fisher_trace"]
 
@@ -21,7 +21,8 @@ class CostTable:
     """Predicted loss increase of every fused group in every format, nats per token.
 
     Row i is groups[i], column j is formats[j]; NaN marks a format the group cannot take. `standard_error` belongs
-    to `token_fisher`. BF16 costs nothing by definition: it is the source.
+    to `token_fisher`. BF16 is the source and costs nothing, but where factors were folded into it: it is rounded once
+    more, which `fisher_trace` prices as errors that are independent of everything.
     """
 
     groups: tuple[str, ...]
@@ -56,7 +57,8 @@ def cost_table(
         for column, name in enumerate(formats):
             codec = FORMATS[name].codec
             if codec is None:
-                token[row, column] = trace[row, column] = error[row, column] = 0.0
+                token[row, column] = trace[row, column] = weight * _storing(group, forward[block.index], prices)
+                error[row, column] = 0.0
                 continue
             price = prices.groups[group.name].get(name)
             if price is None:
@@ -78,4 +80,13 @@ def cost_table(
         token_fisher=token,
         fisher_trace=trace,
         standard_error=error,
+    )
+
+
+def _storing(group: FusedGroup, forward: ForwardRecord, prices: BackwardRecord) -> float:
+    """What storing folded weights of a group in 16 bits costs."""
+    return 0.5 * sum(
+        float(np.vdot(prices.fisher_trace[linear.name], forward.storing[linear.name]))
+        for linear in group.linears
+        if linear.name in forward.storing
     )

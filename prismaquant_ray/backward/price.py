@@ -12,10 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+from prismaquant_ray.block_records import Price
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.jackknife import standard_error
 from prismaquant_ray.kernels import operator
-from prismaquant_ray.records import Price
 
 
 def fisher_trace(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -104,6 +104,6 @@ def _in_order(parts: Tensor) -> list[float]:
     return total
 
 
-def half_squares(p: Tensor) -> Tensor:
-    """½ Σ_t p² of each sequence (sequences,) in float64, for p (sequences, tokens)."""
-    return 0.5 * p.to(torch.float64).square().sum(-1)
+def sums_of_squares(p: Tensor) -> Tensor:
+    """Σ_t p² of each sequence (sequences,) in float64, for p (sequences, tokens)."""
+    return p.to(torch.float64).square().sum(-1)

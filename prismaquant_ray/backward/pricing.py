@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from prismaquant_ray.backward.price import (
     expert_traces,
     fisher_trace,
-    half_squares,
     input_error,
     price,
     projections,
     rounded_projections,
+    sums_of_squares,
     weight_change,
 )
+from prismaquant_ray.block_records import BackwardRecord, Price
 from prismaquant_ray.copies import DeviceCopies
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.factors import NO_FACTORS, Factors
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder, CandidateTensors, Decoded
-from prismaquant_ray.layout import Block, BlockKind, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, BlockKind, InputGroup, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations
 from prismaquant_ray.model.experts import Routing, grouped_product
-from prismaquant_ray.records import BackwardRecord, Price
 
 
 class Passed(NamedTuple):
@@ -57,9 +58,12 @@ class Pricing:
         formats: Sequence[FormatName],
         candidates: CandidateTensors,
         copies: DeviceCopies,
+        factors: Mapping[str, Factors] = NO_FACTORS,
     ) -> None:
         self.block = block
         self.module = module
+        # Of folds that candidates were made with: what is priced is their effect on the source.
+        self.factors = {name: each.to(copies.device) for name, each in factors.items()}
         self.traces: dict[str, Tensor] = {
             parameter: torch.zeros(*_channels(matrix, parameter), device=copies.device)
             for group in block.groups
@@ -75,7 +79,7 @@ class Pricing:
             }
             for group in block.groups
         }
-        # By microbatch, of every (group, format): ½ Σ p² of each sequence (formats, sequences), and ½ Σ p² of rounded
+        # By microbatch, of every (group, format): Σ p² of each sequence (formats, sequences), and Σ p² of rounded
         # weights alone and of rounded activations alone (formats, 2).
         self._squares: list[Tensor] = []
         self._parts: list[Tensor] = []
@@ -85,16 +89,23 @@ class Pricing:
     def _form_changes(self) -> bool:
         """Whether ΔW has the type of Ŵ, and then could be formed in its place."""
         candidates = {
-            id(weight): (weight, self.module.get_parameter(parameter))
+            id(weight): (weight, self.module.get_parameter(parameter), parameter)
             for formats in self.decoded.values()
             for decoded in formats.values()
             for parameter, weight in decoded.weights.items()
         }
-        if any(weight.dtype != source.dtype for weight, source in candidates.values()):
+        if any(weight.dtype != source.dtype for weight, source, _ in candidates.values()):
             return False
-        for weight, source in candidates.values():
-            weight.sub_(source)
+        for weight, source, parameter in candidates.values():
+            if parameter in self.factors:
+                weight.copy_(self.factors[parameter].change(weight, source))
+            else:
+                weight.sub_(source)
         return True
+
+    def unfolded(self, candidate: Tensor, parameter: str) -> Tensor:
+        """What the runtime's weight is to the source: float32 where it was folded."""
+        return self.factors[parameter].undo(candidate) if parameter in self.factors else candidate
 
     def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> Tensor | None:
         """Add a microbatch of `sequences`, with the gradients at every parameter.
@@ -107,8 +118,8 @@ class Pricing:
             return None
         parts = torch.stack([*found.values()])
         p = parts[:, 0] + parts[:, 1]
-        self._squares.append(half_squares(p.view(len(p), sequences, -1)))
-        self._parts.append(half_squares(parts))
+        self._squares.append(sums_of_squares(p.view(len(p), sequences, -1)))
+        self._parts.append(sums_of_squares(parts))
         return p
 
     def projections(
@@ -121,11 +132,14 @@ class Pricing:
         """
         found: dict[tuple[str, FormatName], Tensor] = {}
         for entry in self.block.inputs:
-            x, routing = _input(captured, entry.name)
+            captured_x, routing = captured.inputs[entry.name].detach().flatten(0, -2), captured.routing.get(entry.name)
+            s = self._divisors(entry, routing)
+            x = captured_x.float() if s is None else captured_x / s
             input_errors: dict[FormatName, Tensor | None] = {}
             for group, matrix in self.block.reading(entry):
                 flat = {name: _flat(passed[name]) for name in matrix.parameters}
-                grad_input = functools.reduce(torch.add, (at_input.float() for at_input, _ in flat.values()))
+                at_inputs = (each.at_input.float() if s is None else each.at_input * s for each in flat.values())
+                grad_input = functools.reduce(torch.add, at_inputs)
                 for name, decoded in self.decoded[group.name].items():
                     scale = decoded.input_scales[matrix.parameters[0]]
                     products = (
@@ -149,17 +163,36 @@ class Pricing:
         }
 
     def _product(self, gradient: Tensor, candidate: Tensor, parameter: str, routing: Routing | None) -> Tensor:
-        """D of a parameter (rows, I) float32, for g (rows, O); rows of experts one expert after the other."""
+        """D of a parameter (rows, I) float32, for g (rows, O) and the input that its candidates read.
+
+        Rows of experts one expert after the other.
+        """
         if routing is None:
             return (gradient @ self._change(candidate, parameter)).float()
         if self.changes:
             return grouped_product(gradient, candidate.mT, routing.ends).float()
         # One expert at a time: a stack of float32 would take twice the memory of its candidate.
-        weight, pieces = self.module.get_parameter(parameter), enumerate(gradient.split(routing.sizes))
-        return torch.cat([g @ weight_change(candidate[at], weight[at]) for at, g in pieces if len(g)]).float()
+        pieces = enumerate(gradient.split(routing.sizes))
+        return torch.cat([g @ self._change(candidate, parameter, at) for at, g in pieces if len(g)]).float()
 
-    def _change(self, candidate: Tensor, parameter: str) -> Tensor:
-        return candidate if self.changes else weight_change(candidate, self.module.get_parameter(parameter))
+    def _change(self, candidate: Tensor, parameter: str, expert: int | None = None) -> Tensor:
+        """ΔW of a parameter, or of an expert in it, for the input that its candidates read."""
+        if self.changes:
+            return candidate
+        weight: Tensor = self.module.get_parameter(parameter)
+        factors = self.factors.get(parameter)
+        if expert is not None:
+            candidate, weight = candidate[expert], weight[expert]
+            factors = None if factors is None else factors.of(expert)
+        return weight_change(candidate, weight) if factors is None else factors.change(candidate, weight)
+
+    def _divisors(self, entry: InputGroup, routing: Routing | None) -> Tensor | None:
+        """What an input is divided by (I,), or every row of it (R, I)."""
+        factors = self.factors.get(entry.matrices[0].parameters[0])
+        if factors is None or factors.columns is None or factors.columns.dim() == 1:
+            return None if factors is None else factors.columns
+        assert routing is not None
+        return factors.columns[routing.expert]
 
     def _add_traces(self, captured: CapturedActivations, passed: Mapping[str, Passed]) -> None:
         for entry in self.block.inputs:
@@ -176,7 +209,7 @@ class Pricing:
         """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
         groups: dict[str, dict[FormatName, Price]] = {group.name: {} for group in self.block.groups}
         if self._squares:
-            squares, parts = torch.cat(self._squares, dim=1).cpu(), torch.stack(self._parts, dim=1).cpu()
+            squares, parts = torch.cat(self._squares, dim=1).cpu() / 2, torch.stack(self._parts, dim=1).cpu() / 2
             keys = [(group, name) for group, formats in self.decoded.items() for name in formats]
             for (group, name), of_sequences, of_causes in zip(keys, squares, parts, strict=True):
                 groups[group][name] = price(of_sequences, of_causes, tokens)

@@ -9,20 +9,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.compressed.activations import InputRounding
+from prismaquant_ray.factors import Equalization, factors_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder
 from prismaquant_ray.layout import Block, BlockKind
 from prismaquant_ray.model.runner import ModelRunner
 
-#: The stored candidates of a block in a format, by shipped name.
-ReadCandidates = Callable[[int, FormatName], Mapping[str, Tensor]]
+
+class EncodedBlocks(Protocol):
+    """What the forward pass of a run stored of its blocks."""
+
+    def tensors(self, block: int, name: FormatName) -> Mapping[str, Tensor]:
+        """The candidates of a block in a format, by shipped name."""
+
+    def equalization(self, block: int) -> Equalization:
+        """The folds of a block with their factors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +71,12 @@ class Variants:
         source: ModelRunner,
         variants: Sequence[Variant],
         *,
-        candidates: ReadCandidates,
+        stored: EncodedBlocks | None = None,
         repository: QuantizedModel | None = None,
     ) -> None:
         self.source = source
         self.variants = tuple(variants)
-        self.candidates = candidates
+        self.stored = stored
         self.repository = repository
 
     @property
@@ -85,7 +93,7 @@ class Variants:
         """A block of every row, with its weights."""
         block = self.source.layout.blocks[index]
         modules = {runner: runner.load_block(index) for runner in dict.fromkeys(self.runners)}
-        return LoadedBlock(self.runners, block, modules, self._replacements(block))
+        return LoadedBlock(self.runners, block, modules, self._replacements(block, modules[self.source]))
 
     @contextmanager
     def resident(self, part: Callable[[ModelRunner], Any]) -> Iterator[None]:
@@ -114,14 +122,18 @@ class Variants:
         assert self.repository is not None
         return self.repository.runner
 
-    def _replacements(self, block: Block) -> list[Replacements]:
-        """Replacements in the block of each row's runner."""
+    def _replacements(self, block: Block, module: nn.Module | None = None) -> list[Replacements]:
+        """Replacements in the block of each row's runner; `module` is the source's."""
         chosen = [
             {group.name: variant.choice[group.name] for group in block.groups} if variant.choice else {}
             for variant in self.variants
         ]
         used = {name for choice in chosen for name in choice.values() if FORMATS[name].codec is not None}
-        stored = {name: self.candidates(block.index, name) for name in sorted(used)}
+        stored: dict[FormatName, Mapping[str, Tensor]] = {}
+        equalization: Equalization = ()
+        if used and self.stored is not None:
+            stored = {name: self.stored.tensors(block.index, name) for name in sorted(used)}
+            equalization = self.stored.equalization(block.index)
         decoder = CandidateDecoder(stored, self.source.copies)
         shared: dict[tuple[str, FormatName], InputRounding] = {}
         rows: list[Replacements] = [{}]
@@ -129,7 +141,7 @@ class Variants:
             if variant.choice is None:
                 rows.append(self._roundings(block) if variant.activations else {})
                 continue
-            found: dict[str, Replacement] = {}
+            found = self._folded(block, module, [(f, s) for f, s in equalization if f.is_used(block, choice)])
             for group in block.groups:
                 name = choice[group.name]
                 if FORMATS[name].codec is None:
@@ -146,6 +158,16 @@ class Variants:
                         found[parameter] = Replacement(weight=decoded.weights[parameter], rounding=rounding)
             rows.append(found)
         return rows
+
+    def _folded(self, block: Block, module: nn.Module | None, equalization: Equalization) -> dict[str, Replacement]:
+        """The source's parameters with factors in them."""
+        stored = self.source.stored_types(block.index) if equalization else {}
+        found: dict[str, Replacement] = {}
+        for name, factors in factors_of(equalization).items():
+            assert module is not None, "nothing is folded into what a head reads"
+            weight = factors.apply(module.get_parameter(name).data, stored[name])
+            found[name] = Replacement(weight=weight, rounding=None)
+        return found
 
     def _roundings(self, block: Block) -> Replacements:
         """Input roundings of a repository's block, by parameter."""

@@ -20,6 +20,9 @@ from prismaquant_ray.formats.grids import E2M1_MAX, E4M3_MAX, divided_by, round_
 WIDTH = 16
 #: a searched group scale may exceed the one that maps amax to 6 by this factor and must still fit in E4M3
 HEADROOM = 1.5
+# the divisor of an input allows for activations this many times as large as in calibration: a divisor too small costs
+# almost nothing over four octaves, one too large clips
+_INPUT_HEADROOM = 2.0
 #: smallest scale used in place of an underflow to zero, as compressed-tensors does
 ZERO_SCALE = 0.125
 
@@ -35,6 +38,11 @@ def divisor(amax: float | Tensor, headroom: float) -> Tensor:
     exact = exact.clamp_(max=torch.finfo(torch.bfloat16).max)
     # Truncating a float32 to its upper half rounds toward zero, so head-room is never lost to rounding.
     return torch.where(largest == 0, 1.0, (exact.view(torch.int32) & -65536).view(torch.float32))
+
+
+def input_divisor(amax: float | Tensor) -> Tensor:
+    """The divisor of an input whose largest |x| in calibration is amax; shaped as by `divisor`."""
+    return divisor(amax, _INPUT_HEADROOM)
 
 
 @functools.cache

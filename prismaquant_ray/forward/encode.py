@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from prismaquant_ray.block_records import LinearRounding, Method
 from prismaquant_ray.formats.base import Codec, Rounded
 from prismaquant_ray.forward.gptq import Gptq, HessianFactor, factorize, gptq
 from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
 from prismaquant_ray.forward.statistics import InputStatistics, output_error
-from prismaquant_ray.records import LinearRounding, Method
 
 # Methods in order of simplicity, so that a tie goes to the first.
 METHODS: tuple[Method, ...] = ("nearest", "search", "gptq")

@@ -10,9 +10,8 @@ from torch import Tensor
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Format
-from prismaquant_ray.formats.nvfp4 import divisor
+from prismaquant_ray.formats.nvfp4 import input_divisor
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
-from prismaquant_ray.forward.block import INPUT_MARGIN
 from prismaquant_ray.forward.encode import Rounding, encode_group
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums
 
@@ -53,7 +52,7 @@ def quantize_weight(
     (encoded,) = encode_group([weight], spec.codec, statistics, settings.factor(statistics), settings)
     tensors = spec.codec.pack(encoded.rounded)
     if spec.static_input_scale and inputs is not None:
-        tensors[INPUT_GLOBAL_SCALE] = divisor(statistics.amax, INPUT_MARGIN)
+        tensors[INPUT_GLOBAL_SCALE] = input_divisor(statistics.largest)
     return tensors
 
 
@@ -77,7 +76,8 @@ def _statistics(weight: Tensor, inputs: Tensor | None) -> InputStatistics:
     width = weight.shape[1]
     if inputs is None:
         unit = torch.eye(width, device=weight.device)
-        return InputStatistics(train=unit, holdout=torch.zeros_like(unit), train_tokens=1, holdout_tokens=0, amax=0.0)
+        nothing = torch.zeros_like(unit)
+        return InputStatistics(train=unit, holdout=nothing, train_tokens=1, holdout_tokens=0, amax=nothing[0])
     if inputs.dim() != 2 or inputs.shape[1] != width or not len(inputs):
         raise InputError(f"inputs must be (tokens, {width}) for this weight; they are {tuple(inputs.shape)}")
     sums = InputSums(width, weight.device)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prismaquant_ray.forward.equalize import Reading
+from prismaquant_ray.forward.kept_rows import spaced
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums, Prior, divided
 from prismaquant_ray.model.experts import Routing, grouped_product
 
@@ -23,11 +25,15 @@ HESSIANS = 1 << 27
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ExpertsAtOnce:
-    """Experts start..stop with the statistics of both of their inputs, by parameter."""
+    """Experts start..stop with the statistics of both of their inputs, by parameter.
+
+    `inner` is what equalizing the second one needs, but for weights.
+    """
 
     start: int
     stop: int
     statistics: dict[str, InputStatistics]
+    inner: Reading
 
 
 class RoutedInputs:
@@ -62,6 +68,11 @@ class RoutedInputs:
         self._chosen.append(routing.chosen)
         self._held_out.append(held.flatten())
 
+    def hidden(self) -> tuple[InputStatistics, Tensor]:
+        """Statistics of the layer's input, and some rows of it (N, H) float32, held out if any were."""
+        hidden, held_out = torch.cat(self._hidden), torch.cat(self._held_out)
+        return self.pooled["gate_up_proj"].statistics(), hidden[_judging(held_out)].float()
+
     def chunks(self) -> Iterator[ExpertsAtOnce]:
         """Experts in order, as many at a time as a constant number of Hessian elements allows."""
         hidden, chosen, held_out = torch.cat(self._hidden), torch.cat(self._chosen), torch.cat(self._held_out)
@@ -81,11 +92,18 @@ class RoutedInputs:
             rows, held = hidden[token], held_out[token]
             inner = self._inner(rows, counts, start, stop)
             statistics = {
-                # One amax for all experts of the layer: they share one input scale.
-                name: InputStatistics.routed(x, counts, held, priors[name], pooled[name].amax)
+                name: InputStatistics.routed(x, counts, held, priors[name])
                 for name, x in (("gate_up_proj", rows), ("down_proj", inner))
             }
-            yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics)
+            kept, expert = _judging(held), torch.repeat_interleave(counts, output_size=len(held))
+            of_inner = Reading(
+                importance=statistics["down_proj"].importance,
+                amax=statistics["down_proj"].amax,
+                rows=inner[kept].float(),
+                expert=expert[kept],
+                weights=(),
+            )
+            yield ExpertsAtOnce(start=start, stop=stop, statistics=statistics, inner=of_inner)
 
     def _inner(self, rows: Tensor, counts: Tensor, start: int, stop: int) -> Tensor:
         """Recompute the input of `down_proj`: keeping it would take top_k times the memory."""
@@ -94,3 +112,10 @@ class RoutedInputs:
         projected = grouped_product(rows, self.module.gate_up_proj[start:stop], counts.cumsum(0, dtype=torch.int32))
         inner: Tensor = self.module._apply_gate(projected)
         return inner
+
+
+def _judging(held_out: Tensor) -> Tensor:
+    """Numbers of some rows that are held out (rows,), evenly spaced; of any rows where none is."""
+    order = torch.argsort(held_out.to(torch.uint8), stable=True, descending=True)
+    judging = int(held_out.sum()) or len(held_out)
+    return order[spaced(judging)]

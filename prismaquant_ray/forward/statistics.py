@@ -7,6 +7,7 @@ decide whether GPTQ is accepted. Each of E experts reads its own share of the to
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,27 +58,25 @@ class Prior:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class InputStatistics:
-    """Sums over tokens: `train` and `holdout` are Σ x xᵀ (I, I) float32; `amax` is max |x| over all tokens.
+    """Sums over tokens: `train` and `holdout` are Σ x xᵀ (I, I) float32.
 
-    For E experts: (E, I, I), prior included; their own token counts are int64 (E,), the prior's `train_prior` and
-    `holdout_prior`; `amax` is one number for all, because they share one input scale.
+    `amax` (I,) is max |x| of every column. For E experts: (E, I, I), prior included, and (E, I); their own token
+    counts are int64 (E,), the prior's `train_prior` and `holdout_prior`.
     """
 
     train: Tensor
     holdout: Tensor
     train_tokens: int | Tensor
     holdout_tokens: int | Tensor
-    amax: float
+    amax: Tensor
     train_prior: int = 0
     holdout_prior: int = 0
 
     @classmethod
-    def routed(
-        cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None, amax: float | None = None
-    ) -> InputStatistics:
+    def routed(cls, x: Tensor, counts: Tensor, held_out: Tensor, prior: Prior | None = None) -> InputStatistics:
         """Of experts that read x (R, I): the first `counts[0]` rows go to the first expert, and so on.
 
-        counts (E,) int64, held_out (R,) bool. `prior` and `amax` are the layer's where these are not all its experts.
+        counts (E,) int64, held_out (R,) bool. `prior` is the layer's where these are not all its experts.
         """
         expert = torch.repeat_interleave(counts, output_size=len(x))
         holdout_tokens = torch.zeros_like(counts).scatter_add_(0, expert, held_out.to(counts.dtype))
@@ -89,15 +88,14 @@ class InputStatistics:
         starts = train_tokens.sum() + holdout_tokens.cumsum(0) - holdout_tokens
         holdout = expert_moments(x, rows, starts, holdout_tokens)
         prior = prior or Prior._scaled(train.sum(0), holdout.sum(0), int(train_tokens.sum()), int(holdout_tokens.sum()))
-        if amax is None:
-            # Not aminmax, which is many times as slow in BF16.
-            amax = max(-float(x.min()), float(x.max())) if len(x) else 0.0
+        amax = torch.zeros(len(counts), x.shape[1], dtype=x.dtype, device=x.device)
+        amax.scatter_reduce_(0, expert.unsqueeze(1).expand_as(x), x.abs(), "amax")
         return cls(
             train=train.add_(prior.train),
             holdout=holdout.add_(prior.holdout),
             train_tokens=train_tokens,
             holdout_tokens=holdout_tokens,
-            amax=amax,
+            amax=amax.float(),
             train_prior=prior.train_tokens,
             holdout_prior=prior.holdout_tokens,
         )
@@ -111,10 +109,22 @@ class InputStatistics:
             holdout=self.holdout[start:stop],
             train_tokens=self.train_tokens[start:stop],
             holdout_tokens=self.holdout_tokens[start:stop],
-            amax=self.amax,
+            amax=self.amax[start:stop],
             train_prior=self.train_prior,
             holdout_prior=self.holdout_prior,
         )
+
+    def divided_by(self, s: Tensor) -> InputStatistics:
+        """Of the input x / s, for s (I,) or (E, I). Overwrites these."""
+        for matrix in (self.train, self.holdout):
+            matrix.div_(s.unsqueeze(-1)).div_(s.unsqueeze(-2))
+        self.amax.div_(s)
+        return self
+
+    @property
+    def largest(self) -> float:
+        """max |x| over all tokens."""
+        return float(self.amax.max())
 
     @property
     def train_weight(self) -> Tensor:
@@ -148,7 +158,7 @@ class InputSums:
     def __init__(self, in_features: int, device: torch.device) -> None:
         self._sums = torch.zeros(2, in_features, in_features, device=device)
         self._tokens = [0, 0]
-        self._amax = torch.zeros((), device=device)
+        self._amax = torch.zeros(in_features, device=device)
 
     def add(self, train: Tensor, holdout: Tensor) -> None:
         """The rows (tokens, I) of a microbatch that drive rounding, and those that judge it; either may be none."""
@@ -156,7 +166,12 @@ class InputSums:
             if not len(given):
                 continue
             self._tokens[place] += len(given)
-            self._amax = torch.maximum(self._amax, given.abs().max().float())
+            # One kernel on a GPU, and slow on a CPU.
+            if given.is_cpu:
+                largest = given.abs().amax(0).float()
+            else:
+                largest = torch.linalg.vector_norm(given, math.inf, 0, dtype=torch.float32)
+            self._amax = torch.maximum(self._amax, largest)
             add_moments(self._sums[place], given)
 
     def statistics(self) -> InputStatistics:
@@ -171,7 +186,7 @@ class InputSums:
             holdout=holdout,
             train_tokens=train_tokens,
             holdout_tokens=holdout_tokens,
-            amax=float(self._amax),
+            amax=self._amax,
         )
 
 

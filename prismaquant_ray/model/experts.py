@@ -63,6 +63,11 @@ class Routing:
         return sizes
 
     @property
+    def expert(self) -> Tensor:
+        """The expert of each row."""
+        return self.chosen.reshape(-1)[self.order]
+
+    @property
     def token(self) -> Tensor:
         """The token of each row."""
         return self.order // self.top_k

@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from prismaquant_ray.copies import DeviceCopies
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.finite import FiniteChecks, all_finite
+from prismaquant_ray.fold import Fold
 from prismaquant_ray.layout import Block, BlockKind
+from prismaquant_ray.model.folds import folds_of
 from prismaquant_ray.model.layout_builder import Scope, build_layout
 from prismaquant_ray.model.meta_model import PIXELS, Inputs
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.model.prefetch import Prefetcher
+from prismaquant_ray.source.header import DTYPES
 from prismaquant_ray.source.protocol import TensorSource
+
+# Sequences and tokens that folds are proven on.
+_PROVING = (2, 8)
 
 
 class ModelRunner:
@@ -65,6 +71,14 @@ class ModelRunner:
         state = {name: self.copies.take(weights.pop(name)).view(shapes[name]) for name in [*weights]}
         module.load_state_dict(state, strict=True, assign=True)
         return module.requires_grad_(False).to(self.device)
+
+    def stored_types(self, index: int) -> dict[str, torch.dtype]:
+        """The type in which the checkpoint has each parameter of a block."""
+        found = {}
+        for parameter in self.layout.blocks[index].parameters:
+            if parameter.tensors:
+                found[parameter.name] = DTYPES[self.checkpoint.tensors[parameter.tensors[0]].dtype]
+        return found
 
     def _read_block(self, index: int) -> dict[str, Tensor]:
         """Weights by parameter; experts stored one by one are concatenated along the rows."""
@@ -144,6 +158,13 @@ class ModelRunner:
             return cast(DraftHead, module).run(self.meta_model, hidden, inputs)
         head = cast(Callable[[Tensor], Tensor], module[self.head_name])  # type: ignore[index]
         return self.meta_model.logits(hidden, head)
+
+    def folds(self, index: int, module: nn.Module, hidden: Tensor, inputs: Inputs) -> tuple[Fold, ...]:
+        """The folds of a loaded block, proven on the first tokens of a microbatch; on all of it where it has images."""
+        if PIXELS not in inputs:
+            few = (slice(_PROVING[0]), slice(_PROVING[1]))
+            hidden, inputs = hidden[few], {name: value[few] for name, value in inputs.items()}
+        return folds_of(module, hidden, lambda x: self.run_block(index, module, x, inputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (sequences, tokens, vocabulary) for the output of the last decoder layer; call inside `exit()`."""

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.backward.cost_table import Objective
+from prismaquant_ray.block_records import BackwardRecord, Price
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind, Layout
-from prismaquant_ray.records import BackwardRecord, Price
 from prismaquant_ray.report.findings import FormatFindings
 from prismaquant_ray.report.group_findings import (
     BlockFindings,

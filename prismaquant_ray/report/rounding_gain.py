@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
+from prismaquant_ray.block_records import LinearRounding, Method
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
-from prismaquant_ray.records import LinearRounding, Method
 from prismaquant_ray.report.group_findings import CodecGain, Gain, LinearGain, RoundingFindings
 from prismaquant_ray.report.groups import inside
 from prismaquant_ray.report.run_data import RunData

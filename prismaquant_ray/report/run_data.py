@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.backward.cost_table import CostTable
+from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.events import Event
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import BackwardRecord, ForwardRecord, Settings
+from prismaquant_ray.records import Settings
 from prismaquant_ray.source.protocol import TensorSource
 
 

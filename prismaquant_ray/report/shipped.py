@@ -108,9 +108,10 @@ class CalibrationProvenance:
 class Shipped:
     """Card data of one repository beyond the findings.
 
-    `ruled` says whether settings other than the budget limited the choice. `prices` are under `token_fisher`, in nats
-    per token, for any objective. `config` is YAML. Sizes are bytes, `bpp` is bits per quantizable parameter. `measured`
-    has measured losses by choice (one letter per group), for any target.
+    `equalized` counts the inputs whose channels are scaled in what ships, `ruled` says whether settings other than the
+    budget limited the choice. `prices` are under `token_fisher`, in nats per token, for any objective. `config` is
+    YAML. Sizes are bytes, `bpp` is bits per quantizable parameter. `measured` has measured losses by choice (one letter
+    per group), for any target.
     """
 
     source: Source
@@ -125,6 +126,7 @@ class Shipped:
     modules: tuple[ModuleRow, ...]
     ignored: tuple[Ignored, ...]
     rounding: tuple[ShippedRounding, ...]
+    equalized: int
     calibration: CalibrationProvenance
     config: str
     dtype: str
@@ -147,6 +149,9 @@ def gather_shipped(data: RunData, plan: PlanRecord, written: Written, measured: 
         modules=_modules(data.layout, plan.choice),
         ignored=_ignored(data.layout),
         rounding=tuple(_rounding(data, plan.choice)),
+        equalized=sum(
+            fold.is_used(block, plan.choice) for block in data.layout.blocks for fold in data.forward[block.index].folds
+        ),
         calibration=_calibration(data),
         config=_config(config),
         dtype=config.model.dtype,

@@ -32,6 +32,7 @@ from prismaquant_ray.repository.tensor_checks import (
 from prismaquant_ray.repository.writer import REWRITTEN, bits
 from prismaquant_ray.source.checkpoint import as_tensor, read_header
 from prismaquant_ray.source.files import CONFIG, INDEX
+from prismaquant_ray.source.folded import FoldedSource
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, TensorSource
 from prismaquant_ray.source.ranges import parts, read_pieces, threads
@@ -104,6 +105,7 @@ class _Check:
         self.source = source
         self.layout = layout
         self.choice = choice
+        self.folded = frozenset(source.folded) if isinstance(source, FoldedSource) else frozenset()
         self.sizes = {key: repository.size(key) or 0 for key in repository.list()}
         self.shards = sorted(key for key in self.sizes if key.endswith(".safetensors"))
         self.tensors: dict[str, TensorInfo] = {}
@@ -326,7 +328,10 @@ class _Check:
         changed = (
             info.name for (info, data), (_, other) in zip(left, right, strict=True) if not same_bytes(data, other)
         )
-        return [f"{name} is not the source's, byte for byte" for name in dict.fromkeys(changed)]
+        return [
+            f"{name} is not the source's{' times its factors' if name in self.folded else ''}, byte for byte"
+            for name in dict.fromkeys(changed)
+        ]
 
 
 def _mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.backward.cost_table import cost_table
 from prismaquant_ray.backward.loss import IGNORED, Loss, sample
+from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.factors import Equalization, Factors, factors_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import own
@@ -33,7 +35,6 @@ from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.layout import HEADS, Block, BlockKind, FusedGroup
 from prismaquant_ray.model.layout_builder import Scope
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.records import BackwardRecord, ForwardRecord
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
@@ -54,6 +55,7 @@ class Probed:
     calibration: CalibrationSet
     batches: tuple[Batch, ...]
     tensors: dict[int, dict[FormatName, dict[str, Tensor]]] = field(default_factory=dict)
+    equalization: dict[int, Equalization] = field(default_factory=dict)
     forward: dict[int, ForwardRecord] = field(default_factory=dict)
     found: dict[int, BackwardRecord] = field(default_factory=dict)
     projected: dict[int, Recorded] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Probed:
         sighted = [m for m, batch in enumerate(self.batches) if "pixel_values" in batch.inputs]
 
         def forward(block: Block, microbatches: list[int]) -> None:
-            block_pass = BlockForward(runner, block.index, USED, Rounding())
+            block_pass = BlockForward(runner, block.index, USED, Rounding(), equalize=True)
             entering[block.index] = {m: hidden[m] for m in microbatches}
             for m in microbatches:
                 output = block_pass.run(hidden[m], self.batches[m])
@@ -92,6 +94,9 @@ class Probed:
                     hidden[m] = output
             candidates = block_pass.finish()
             self.tensors[block.index], self.forward[block.index] = candidates.tensors, candidates.record
+            self.equalization[block.index] = [
+                (fold, candidates.factors[str(index)]) for index, fold in enumerate(candidates.record.folds)
+            ]
 
         with torch.no_grad():
             if sighted:
@@ -115,7 +120,8 @@ class Probed:
             for m, batch in enumerate(self.batches):
                 gradient[m], _ = loss.gradient(runner.logits, hidden[m], batch)
         for block in reversed(layout.of(BlockKind.VISION, BlockKind.MERGER, BlockKind.DECODER)):
-            block_pass = BlockBackward(runner, block.index, USED, self.tensors[block.index])
+            made = self.tensors[block.index], self.equalization[block.index]
+            block_pass = BlockBackward(runner, block.index, USED, *made)
             self.projected[block.index] = Recorded(block_pass)
             for m, x in entering[block.index].items():
                 block_pass.forward(x, self.batches[m])
@@ -123,7 +129,8 @@ class Probed:
             self.found[block.index] = block_pass.finish(self.calibration.positions)
         for block in layout.of(*HEADS):
             with runner.beside(block.index):
-                head = HeadBackward(runner, block.index, USED, self.tensors[block.index], loss)
+                made = self.tensors[block.index], loss, self.equalization[block.index]
+                head = HeadBackward(runner, block.index, USED, *made)
                 self.projected[block.index] = Recorded(head.block_pass)
                 for m, x in entering[block.index].items():
                     head.run(x, self.batches[m])
@@ -164,12 +171,24 @@ class Perturbed:
         self.group = ""
 
     def judged(
-        self, group: FusedGroup, name: FormatName, tensors: Mapping[str, Tensor], batch: Batch
+        self,
+        group: FusedGroup,
+        name: FormatName,
+        tensors: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        batch: Batch,
     ) -> tuple[Tensor, Tensor]:
         """p of every token, and whether the last bits of an input decide how it is rounded."""
-        return self.p(group, name, tensors, batch), self.undecided
+        return self.p(group, name, tensors, factors, batch), self.undecided
 
-    def p(self, group: FusedGroup, name: FormatName, tensors: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    def p(
+        self,
+        group: FusedGroup,
+        name: FormatName,
+        tensors: Mapping[str, Tensor],
+        factors: Mapping[str, Factors],
+        batch: Batch,
+    ) -> Tensor:
         """∂L/∂ε of every token, or patch, with the labels that the probe samples."""
         spec = FORMATS[name]
         assert spec.codec is not None
@@ -183,12 +202,20 @@ class Perturbed:
         self.group = group.name
         with ExitStack() as stack:
             for matrix in group.matrices:
-                for linear in matrix.linears:
+                for number, linear in enumerate(matrix.linears):
                     decoded = spec.codec.decode(own(tensors, linear)).float()
                     scale = tensors.get(f"{linear.names[0]}.input_global_scale")
+                    packed = linear.experts is not None
+                    folded = factors.get(matrix.parameters[0 if packed else number], Factors())
+                    s = torch.ones(linear.in_features) if folded.columns is None else folded.columns
+                    decoded = decoded / s.unsqueeze(-2)
+                    if folded.rows is not None:
+                        rows = folded.rows[..., matrix.rows[number]] if packed else folded.rows
+                        decoded = decoded / rows.unsqueeze(-1)
 
-                    def rounded(x: Tensor, scale: Tensor | None = scale) -> Tensor:
-                        return x if spec.round_activation is None else spec.round_activation(x, scale)
+                    def rounded(x: Tensor, expert: int = 0, scale: Tensor | None = scale, s: Tensor = s) -> Tensor:
+                        s = s if s.dim() == 1 else s[expert]
+                        return x if spec.round_activation is None else spec.round_activation(x / s, scale) * s
 
                     if linear.experts is None:
                         module = self.model.get_submodule(linear.name)
@@ -224,17 +251,17 @@ class Perturbed:
     def _hook(self, decoded: Tensor, rounded: Any) -> Any:
         def add(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             x = args[0].detach().flatten(0, -2)
-            error = self._rounded(rounded, x, slice(None)) @ decoded.T - x @ module.weight.T
+            error = self._rounded(rounded, x, slice(None), 0) @ decoded.T - x @ module.weight.T
             return output + (self.epsilon.unsqueeze(-1) * error).view(output.shape)
 
         return add
 
-    def _rounded(self, rounded: Any, x: Tensor, tokens: slice) -> Tensor:
+    def _rounded(self, rounded: Any, x: Tensor, tokens: slice, expert: int) -> Tensor:
         """The inputs (rows, I) of some tokens, rounded."""
-        found: Tensor = rounded(x)
+        found: Tensor = rounded(x, expert)
         for seed in range(4):
             signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-            moved = (rounded(x * (1 + 1e-5 * signs)) - found).abs()
+            moved = (rounded(x * (1 + 1e-5 * signs), expert) - found).abs()
             self.undecided[tokens] |= (moved > 1e-4 * x.abs().amax(-1, keepdim=True)).any(-1)
         return found
 
@@ -260,9 +287,8 @@ class Perturbed:
             return output
         decoded, rounded = found
         clean = x.detach()
-        error = (
-            decoded[expert] @ self._rounded(rounded, clean.unsqueeze(0), slice(token, token + 1))[0] - weight @ clean
-        )
+        seen = self._rounded(rounded, clean.unsqueeze(0), slice(token, token + 1), expert)[0]
+        error = decoded[expert] @ seen - weight @ clean
         return output + self.epsilon[token] * error
 
 
@@ -291,11 +317,9 @@ def test_p_is_the_derivative_by_the_size_of_each_tokens_error(
         batches = sees if block.kind in (BlockKind.VISION, BlockKind.MERGER) else list(probed.batches)
         if (group.name, str(name)) not in probed.projected[block.index]:
             continue  # the shape does not allow the format
-        tensors = probed.tensors[block.index][name]
-        expected, undecided = (
-            torch.cat(each)
-            for each in zip(*(reference.judged(group, name, tensors, batch) for batch in batches), strict=True)
-        )
+        made = probed.tensors[block.index][name], factors_of(probed.equalization[block.index])
+        judged = [reference.judged(group, name, *made, batch) for batch in batches]
+        expected, undecided = (torch.cat(each) for each in zip(*judged, strict=True))
         found = probed.projected[block.index].of(group.name, str(name))
         # The reference has other last bits: where they decide how an input is rounded, or a label, it says nothing.
         assert undecided.float().mean() < 0.1
@@ -341,8 +365,11 @@ def test_the_draft_is_priced_by_its_own_loss(families: Mapping[str, Path], probe
             codec = FORMATS[FormatName.INT4].codec
             assert codec is not None
             gradients = torch.autograd.grad(loss, weights)
-            for linear, weight, gradient in zip(matrix.linears, weights, gradients, strict=True):
+            factors = factors_of(probed.equalization[block.index])
+            for linear, parameter, weight, gradient in zip(matrix.linears, parameters, weights, gradients, strict=True):
                 decoded = codec.decode(own(tensors, linear)).float()
+                if parameter in factors:
+                    decoded = factors[parameter].undo(decoded)
                 total += float((gradient * (decoded - weight.requires_grad_(False))).sum())
         p = probed.projected[block.index].of(name, "INT4")
         assert len(p) == seen

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Labels, Loss, sample
-from prismaquant_ray.backward.price import half_squares, price
+from prismaquant_ray.backward.price import price, sums_of_squares
+from prismaquant_ray.block_records import BackwardRecord
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.encode import Rounding
 from prismaquant_ray.model.runner import ModelRunner
-from prismaquant_ray.records import BackwardRecord
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.projections import Recorded
@@ -235,7 +235,7 @@ def test_samples_follow_the_distribution() -> None:
 @given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
 def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: int) -> None:
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found = price(half_squares(p), torch.zeros(2), p.numel())
+    found = price(sums_of_squares(p) / 2, torch.zeros(2), p.numel())
     assert found.cost == pytest.approx(0.5 * float(p.double().square().mean()))
     leave_one_out = [0.5 * float(torch.cat([p[:s], p[s + 1 :]]).double().square().mean()) for s in range(sequences)]
     centre = sum(leave_one_out) / sequences
@@ -248,7 +248,7 @@ def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: 
 def test_tokens_that_are_not_in_p_count_as_zero(sequences: int, length: int, more: int, seed: int) -> None:
     """Routed tokens and patches are fewer, or others, than the tokens a price is given for."""
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found, own = (price(half_squares(p), torch.zeros(2), tokens) for tokens in (p.numel() + more, p.numel()))
+    found, own = (price(sums_of_squares(p) / 2, torch.zeros(2), tokens) for tokens in (p.numel() + more, p.numel()))
     share = p.numel() / (p.numel() + more)
     for figure in ("cost", "standard_error"):
         assert getattr(found, figure) == pytest.approx(share * getattr(own, figure), rel=1e-6, abs=1e-12)

@@ -181,7 +181,8 @@ def test_statistics_are_sums_over_the_right_tokens(panel: int, monkeypatch: pyte
     assert torch.allclose(whole.train, kept.T @ kept, atol=1e-5)
     assert torch.allclose(whole.holdout, x[1].T @ x[1], atol=1e-5)
     assert (whole.train_tokens, whole.holdout_tokens) == (18, 6)
-    assert whole.amax == parts.amax == float(x.abs().max())
+    assert whole.amax.tolist() == parts.amax.tolist() == x.abs().amax((0, 1)).tolist()
+    assert whole.largest == float(x.abs().max())
     assert torch.allclose(whole.train, parts.train, atol=1e-5)
     assert torch.allclose(whole.importance, kept.square().mean(0), atol=1e-5)
 
@@ -274,7 +275,7 @@ def test_an_expert_is_encoded_as_a_dense_matrix_of_its_statistics(codec: Codec) 
             holdout=found.holdout[expert],
             train_tokens=int(found.train_weight[expert]),
             holdout_tokens=int(found.holdout_weight[expert]),
-            amax=found.amax,
+            amax=found.amax[expert],
         )
         (one,) = encode_group([matrices[expert]], codec, dense, Rounding().factor(dense), Rounding())
         assert_same(part(stack.rounded, expert, dense=True), one.rounded)
@@ -337,7 +338,8 @@ def test_statistics_of_experts_are_sums_over_their_rows_shrunk_towards_the_mean(
             expected = (own.T @ own + kappa * mean).float()
             assert torch.allclose(sums[expert], expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
         assert prior == kappa
-    assert found.amax == float(x.abs().max())
+    of_experts = [rows.abs().amax(0).tolist() if len(rows) else [0.0] * 64 for rows in x.split(list(COUNTS))]
+    assert found.amax.tolist() == of_experts
     assert found.importance.shape == (len(COUNTS), 64)
     whole = Prior.of(pooled(x.float(), held_out))
     again = InputStatistics.routed(x.float(), counts, held_out, whole)

@@ -339,6 +339,7 @@ def test_object_damaged_during_the_run(scene: Scene, key: str, harm: str) -> Non
     ("key", "harm"),
     [
         ("forward/0000/*/MXFP8.safetensors", "flip"),
+        ("forward/0002/*/factors.safetensors", "flip"),
         ("forward/0005/*record.json", "cut"),
         ("backward/0002/*record.json", "cut"),
     ],

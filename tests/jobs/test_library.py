@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from jobs.pipeline.library import OpenRun
 from prismaquant_ray import FormatName, InputError, dequantize_weight, solve
@@ -68,9 +69,13 @@ def test_prices_are_those_that_plans_minimise(run: OpenRun) -> None:
     np.testing.assert_array_equal(prices.token_fisher, problem.cost)
 
 
-def test_candidates_decode_to_roundings_of_the_source(run: OpenRun) -> None:
+def test_candidates_decode_to_roundings_of_what_ships(run: OpenRun) -> None:
     group = run.layout.groups[0]
-    source = Checkpoint(Store(run.config.model.source))
+    source = run.shipped(dict.fromkeys(run.problem().groups, FormatName.NVFP4))
+    alone = Checkpoint(Store(run.config.model.source))
+    as_it_is = run.shipped(dict.fromkeys(run.problem().groups, FormatName.BF16))
+    for linear in group.linears:
+        assert torch.equal(*(each.read(linear.sources)[linear.sources[0]] for each in (as_it_is, alone)))
     for linear in group.linears:
         weight = source.read(linear.sources)[linear.sources[0]].float()
         errors = []

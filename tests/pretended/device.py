@@ -129,6 +129,10 @@ class Pretended(Tensor):
         assert value.shape == self.shape
         self.held = value.held
 
+    def untyped_storage(self) -> Any:
+        """Whose views share it, as on a device."""
+        return self.held.untyped_storage()
+
     def tolist(self) -> list[Any]:
         """The values, read by the host."""
         LEDGER.wait("tolist")

@@ -119,6 +119,7 @@ def made_up(
         modules=(ModuleRow(kind="decoder layers", name=name, counts=counts),),
         ignored=(Ignored(reason=name, names={name: 94}),),
         rounding=tuple(ShippedRounding(format=str(format_), matrices=100, gain=gain) for format_ in formats),
+        equalized=120,
         calibration=CalibrationProvenance(
             text=name, text_sha256="1" * 64, fingerprint="2" * 64, tokens=16384, images=16, seed=0, labels="sampled"
         ),

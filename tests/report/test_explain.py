@@ -93,7 +93,9 @@ def test_what_a_saved_byte_costs_is_taken_against_the_next_larger_format(dense: 
     assert middle.predicted_loss is not None
     rate = (small.predicted_loss - middle.predicted_loss) / (middle.bytes - small.bytes)
     assert small.loss_per_byte_saved == pytest.approx(rate)
-    assert (large.loss_per_byte_saved, large.predicted_loss) == (None, 0.0)
+    # In BF16 nothing is lost but that its factors are stored in it.
+    assert large.loss_per_byte_saved is None
+    assert 0.0 < large.predicted_loss < 1e-2 * middle.predicted_loss
     price = dense.backward[0].groups["model.layers.0.mlp.down_proj"][FormatName.NVFP4]
     assert small.predicted_loss == price.cost
     lines = list(found.lines())

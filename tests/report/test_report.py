@@ -30,12 +30,12 @@ from jobs.pipeline.reporting import WrittenReport, report
 from jobs.pipeline.run import Run
 from prismaquant_ray import formatting, records
 from prismaquant_ray.allocation import frontier
+from prismaquant_ray.block_records import ForwardRecord
 from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import StoreError
 from prismaquant_ray.events import Event, PassBegan, RunBegan, RunEnded, StepDone
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.records import ForwardRecord
 from prismaquant_ray.report import gather as gathering
 from prismaquant_ray.report.chart import Axis, chart
 from prismaquant_ray.report.findings import Findings
