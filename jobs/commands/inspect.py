@@ -35,7 +35,7 @@ def render(result: Inspection, console: Console) -> None:
         )
         equalized, unequal = result.preflight.equalized, result.preflight.unequal
         console.print(
-            f"  equalization: {len(equalized)} of {len(equalized) + len(unequal)} inputs take factors per channel"
+            f"  equalization: {len(equalized)} of {len(equalized) + len(unequal)} inputs can take factors per channel"
             + (f"; not {', '.join(unequal)}" if unequal else "")
         )
     for guess in result.guesses:
