@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.dual import Dual
 from prismaquant_ray.allocation.limits import Limit
-from prismaquant_ray.allocation.problem import AllocationProblem, Floats, HullEdges, Ints, cumulated, sorted_edges
+from prismaquant_ray.allocation.problem import AllocationProblem, Floats, HullEdges, Ints, sorted_edges, spare_line
 
 __all__ = ["LimitedSearch"]
 
@@ -157,12 +157,7 @@ class _Rest:
     def least_excess(self, rank: int, spare: Ints) -> Floats:
         """(states,) lower bound on the excess that groups after `rank` and unused units add; inf if nothing fits."""
         if rank % self._refresh == 0:
-            room, room_cost = cumulated(self._grow, rank)
-            debt, debt_cost = cumulated(self._shrink, rank)
-            # Units beyond what the rest can use stay unused, at the full price.
-            far = room[-1] + 2.0**63
-            self._at = np.concatenate([-debt[::-1], room[1:], [far]])
-            self._overrun = np.concatenate([debt_cost[::-1], room_cost[1:], [room_cost[-1] + self._price * 2.0**63]])
+            self._at, self._overrun = spare_line(self._grow, self._shrink, rank, self._price)
         return np.interp(spare, self._at, self._overrun, left=np.inf)
 
 

@@ -24,9 +24,9 @@ __all__ = [
     "Ints",
     "Plan",
     "Relaxation",
-    "cumulated",
     "lower_hull",
     "sorted_edges",
+    "spare_line",
 ]
 
 Floats = NDArray[np.float64]
@@ -242,7 +242,18 @@ def sorted_edges(size: Ints, cost: Floats, start: Ints) -> HullEdges:
     return HullEdges(rank[order], added[order], extra[order])
 
 
-def cumulated(edges: HullEdges, rank: int) -> tuple[Ints, Floats]:
+def spare_line(grow: HullEdges, shrink: HullEdges, rank: int, price: float) -> tuple[Floats, Floats]:
+    """Least cost of groups after `rank`, by the units that are spare: points of it, falling short first.
+
+    `grow` uses spare units, `shrink` pays back an overrun; units beyond what groups can use cost `price` each.
+    """
+    room, room_cost = _cumulated(grow, rank)
+    debt, debt_cost = _cumulated(shrink, rank)
+    at = np.concatenate([-debt[::-1], room[1:], [room[-1] + 2.0**63]])
+    return at, np.concatenate([debt_cost[::-1], room_cost[1:], [room_cost[-1] + price * 2.0**63]])
+
+
+def _cumulated(edges: HullEdges, rank: int) -> tuple[Ints, Floats]:
     """Size and cost after each of the edges of groups after `rank`, from zero."""
     later = edges.rank > rank
     return (

@@ -25,8 +25,8 @@ from prismaquant_ray.allocation.problem import (
     Ints,
     Plan,
     Relaxation,
-    cumulated,
     sorted_edges,
+    spare_line,
 )
 from prismaquant_ray.errors import InputError
 
@@ -242,12 +242,7 @@ class _Rest:
     def least_excess(self, rank: int, spare: Ints) -> Floats:
         """(states,) lower bound on the excess that groups after `rank` and unused bytes add; inf if nothing fits."""
         if rank % self._refresh == 0:
-            room, room_cost = cumulated(self._grow, rank)
-            debt, debt_cost = cumulated(self._shrink, rank)
-            # Bytes beyond what the rest can use stay unused, at the full price.
-            far = room[-1] + 2.0**63
-            self._at = np.concatenate([-debt[::-1], room[1:], [far]])
-            self._overrun = np.concatenate([debt_cost[::-1], room_cost[1:], [room_cost[-1] + self._slope * 2.0**63]])
+            self._at, self._overrun = spare_line(self._grow, self._shrink, rank, self._slope)
         return np.interp(spare, self._at, self._overrun, left=np.inf)
 
 
