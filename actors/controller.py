@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from actors.deadlines import Deadlines
 from actors.flights import Flight, Flights
 from actors.messages import Failure, Receipt, check_version
-from actors.pass_state import WAITING_BYTES, PassState, StepOutput
+from actors.pass_state import PassState
 from actors.protocol import Call, CallKind, Reply, Workers
 from actors.schedule.recovery import Cause, LostWorker, Recovery, yielding
 from actors.schedule.ring import FINISH, Step
@@ -256,7 +256,7 @@ class Controller:
     def _step_done(self, state: PassState, reply: Reply, receipt: Receipt, step: Step) -> None:
         shard = state.shards[step.shard]
         if step.microbatch != FINISH:
-            made = state.outputs.setdefault(step, StepOutput())
+            made = state.output(step)
             made.reference, made.worker = reply.output, reply.worker
         for microbatch, artifact in receipt.stored.items():
             self._is_stored(state, Step(step.shard, microbatch), artifact)
@@ -264,9 +264,10 @@ class Controller:
         before = state.ring.source(step)
         if before is not None:
             # Once all have read it, only a restarted shard reads it again, and then from the store.
-            state.unread[before].discard(step.shard)
-            if not state.unread[before] and state.outputs[before].artifact is not None:
-                state.outputs[before].reference = None
+            read = state.outputs[before]
+            read.unread.discard(step.shard)
+            if not read.unread and read.artifact is not None:
+                read.reference = None
         self.events(
             StepDone(
                 stage=str(shard.stage),
@@ -281,12 +282,10 @@ class Controller:
             )
         )
         if step.microbatch == FINISH:
-            for microbatch in shard.microbatches:
-                state.ring.appeared(Step(step.shard, microbatch))
             for microbatch, source in state.ring.sources[step.shard].items():
                 output = Step(source, microbatch)
-                state.unfinished[output].discard(step.shard)
-                if not state.unfinished[output]:
+                state.outputs[output].unfinished.discard(step.shard)
+                if not state.outputs[output].unfinished:
                     del state.outputs[output]
             self.events(
                 ShardDone(
@@ -300,11 +299,11 @@ class Controller:
             )
 
     def _is_stored(self, state: PassState, step: Step, artifact: Artifact) -> None:
-        output = state.outputs.setdefault(step, StepOutput())
+        output = state.output(step)
         output.artifact = artifact
         state.ring.appeared(step)
-        readers = state.unread.get(step, set())
-        if not readers or (readers.isdisjoint(state.ring.held.values()) and state.waiting(step.shard) > WAITING_BYTES):
+        held = state.ring.held.values()
+        if not output.unread or (output.unread.isdisjoint(held) and state.waits_for_too_much(step.shard)):
             output.reference = None
 
     def _not_read(self, state: PassState, worker: str, flight: Flight) -> None:

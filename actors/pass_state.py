@@ -19,8 +19,13 @@ WAITING_BYTES = 1 << 28
 
 @dataclass(slots=True, eq=False)
 class StepOutput:
-    """Where a step's output can be read: from the node of the worker that computed it, or from the run store."""
+    """Where a step's output can be read: from the node of the worker that computed it, or from the run store.
 
+    `unread` are the shards that have not read it yet, `unfinished` those that read it and are not finished.
+    """
+
+    unread: set[int]
+    unfinished: set[int]
     reference: Any = None
     worker: str = ""
     artifact: Artifact | None = None
@@ -33,36 +38,34 @@ class StepOutput:
 
 @dataclass(slots=True, eq=False)
 class PassState:
-    """The state of one pass.
-
-    `unread[step]` are the shards that have not read the step's output yet; `unfinished[step]` those that read it and
-    are not finished.
-    """
+    """The state of one pass; `outputs` are those that a shard which is not finished still reads, or nobody does."""
 
     shards: Sequence[Shard]
     ring: Ring
     outputs: dict[Step, StepOutput] = field(default_factory=dict)
-    unread: dict[Step, set[int]] = field(default_factory=dict)
-    unfinished: dict[Step, set[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for shard, sources in enumerate(self.ring.sources):
-            for microbatch, source in sources.items():
-                for readers in (self.unread, self.unfinished):
-                    readers.setdefault(Step(source, microbatch), set()).add(shard)
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> PassState:
         """The state before the first step."""
         return cls(shards, Ring([shard.microbatches for shard in shards], sources_of(shards)))
 
-    def waiting(self, shard: int) -> int:
-        """Bytes of a shard's stored outputs that are still referenced."""
-        return sum(
-            output.artifact.size
-            for step, output in self.outputs.items()
-            if step.shard == shard and output.artifact is not None and output.reference is not None
-        )
+    def output(self, step: Step) -> StepOutput:
+        """Where a step's output is; made when it is first heard of, so memory is for what is in use."""
+        if step not in self.outputs:
+            readers = self.ring.readers(step)
+            self.outputs[step] = StepOutput(unread=readers, unfinished=readers.copy())
+        return self.outputs[step]
+
+    def waits_for_too_much(self, shard: int) -> bool:
+        """Whether more than `WAITING_BYTES` of a shard's stored outputs are still referenced."""
+        waiting = 0
+        for microbatch in self.shards[shard].microbatches:
+            output = self.outputs.get(Step(shard, microbatch))
+            if output is not None and output.artifact is not None and output.reference is not None:
+                waiting += output.artifact.size
+                if waiting > WAITING_BYTES:
+                    return True
+        return False
 
 
 def sources_of(shards: Sequence[Shard]) -> list[dict[int, int]]:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from benchmarks import demo, results
 from benchmarks.usage import measured
-from prismaquant_ray.events import steps_of
+from prismaquant_ray.event_log import steps_by_shard
 
 PLOT = Path("docs/images/growth.png")
 BLOCKS = 30
@@ -82,8 +82,8 @@ def run(case: Case, overrides: Sequence[str]) -> dict[str, Any]:
         usage = measured(demo.command("quantize", settings=settings), log=directory / "log.txt")
         passes = {}
         for stage in ("forward", "backward"):
-            steps = [step for step in steps_of(results.log_of(directory / "run")) if step.stage == stage]
-            passes[stage] = max(step.at for step in steps) - min(step.at - step.seconds for step in steps)
+            work = [each for each in steps_by_shard(results.log_of(directory / "run")) if each.stage == stage]
+            passes[stage] = max(each.ended for each in work) - min(each.started for each in work)
         return {**asdict(case), **asdict(usage), **passes}
 
 

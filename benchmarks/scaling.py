@@ -26,7 +26,9 @@ from typing import Any
 from benchmarks import demo, results
 from benchmarks.simulation import PASSES, Cost, Durations, Stage, predicted, simulate, whole_run
 from prismaquant_ray import Event, load_config
-from prismaquant_ray.events import PassAttempt, ShardsSized, StepDone, busy_shares, pass_attempts, steps_of
+from prismaquant_ray.attempts import PassAttempt, busy_shares, pass_attempts
+from prismaquant_ray.event_log import steps_by_shard
+from prismaquant_ray.events import ShardsSized, ShardSteps
 
 RUNS = Path("runs/scaling")
 
@@ -65,61 +67,50 @@ def durations_of(events: Sequence[Event]) -> Durations:
     `load` is what the first call of a shard takes longer than the others, which is what was not read ahead; for exits,
     a worker's first one.
     """
-    steps = steps_of(events)
+    work = steps_by_shard(events)
     return Durations(
-        entry=_cost([step for step in steps if step.shard == "entry"]),
-        forward=_cost([step for step in _in_blocks(steps) if step.stage == Stage.FORWARD]),
-        exit=_cost([step for step in steps if _is_exit(step)]),
-        backward=_cost([step for step in _in_blocks(steps) if step.stage == Stage.BACKWARD]),
-        call=_between_calls(steps),
+        entry=_cost([each for each in work if each.shard == "entry"]),
+        forward=_cost([each for each in _in_blocks(work) if each.stage == Stage.FORWARD]),
+        exit=_cost([each for each in work if _is_exit(each)]),
+        backward=_cost([each for each in _in_blocks(work) if each.stage == Stage.BACKWARD]),
+        # From the end of a shard's last microbatch to its finish, which never waits for anything but the driver.
+        call=median([each.gap for each in work if each.gap is not None]),
     )
 
 
-def _cost(steps: Sequence[StepDone]) -> Cost:
+def _cost(work: Sequence[ShardSteps]) -> Cost:
     first, others, finish = [], [], []
-    begun: set[tuple[str, str]] = set()
-    for step in steps:
-        each = step.seconds / step.units
-        key = step.worker, "exit" if _is_exit(step) else step.shard
-        if step.microbatch is None:
-            finish.append(each)
-        elif key not in begun:
-            begun.add(key)
-            first.append(each)
-        else:
-            others.append(each)
+    begun: set[str] = set()
+    for each in work:
+        # An exit has one microbatch, and only a worker's first one loads the head.
+        loads = not _is_exit(each) or each.worker not in begun
+        begun.add(each.worker)
+        (first if loads else others).append(each.first / each.units)
+        others += [] if each.median is None else [each.median / each.units]
+        finish += [] if each.finish is None else [each.finish / each.units]
     microbatch = median(others or first)
     return Cost(load=max(0.0, median(first) - microbatch), microbatch=microbatch, finish=median(finish))
 
 
-def _between_calls(steps: Sequence[StepDone]) -> float:
-    """From the end of a shard's last microbatch to its FINISH, which never waits for anything but the driver."""
-    ended: dict[str, float] = {}
-    gaps = []
-    for step in steps:
-        if step.microbatch is None and step.worker in ended:
-            gaps.append(max(0.0, step.started - ended[step.worker]))
-        ended[step.worker] = step.started + step.seconds
-    return median(gaps)
+def _is_exit(work: ShardSteps) -> bool:
+    return work.shard.startswith("exit-")
 
 
-def _is_exit(step: StepDone) -> bool:
-    return step.shard.startswith("exit-")
+def _in_blocks(work: Iterable[ShardSteps]) -> list[ShardSteps]:
+    return [each for each in work if each.shard not in ("pixels", "entry") and not _is_exit(each)]
 
 
-def _in_blocks(steps: Iterable[StepDone]) -> list[StepDone]:
-    return [step for step in steps if step.shard not in ("pixels", "entry") and not _is_exit(step)]
-
-
-def makespan(steps: Sequence[StepDone]) -> float:
+def makespan(work: Sequence[ShardSteps]) -> float:
     """From the first call of a pass to the end of its last one."""
-    return max(step.started + step.seconds for step in steps) - min(step.started for step in steps)
+    return max(each.ended for each in work) - min(each.started for each in work)
 
 
-def repeated(steps: Iterable[StepDone]) -> int:
-    """Calls that did again what one before had done."""
-    keys = [(step.stage, step.shard, step.microbatch) for step in steps]
-    return len(keys) - len(set(keys))
+def repeated(work: Iterable[ShardSteps]) -> int:
+    """Calls that did again what one before had done: a shard's calls come in one order."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for each in work:
+        found.setdefault((each.stage, each.shard), []).append(each.steps)
+    return sum(sum(steps) - max(steps) for steps in found.values())
 
 
 def log_of(workers: int) -> list[Event]:
@@ -137,16 +128,16 @@ def measured(workers: int, run: dict[str, Any]) -> dict[str, Any]:
         "blocks_per_shard": _shards(events).blocks,
         "passes": {attempt.began.stage: _pass(attempt) for attempt in pass_attempts(events)},
         "peak_worker_bytes": printed["probe"]["peak_worker_bytes"],
-        "steps": len(steps_of(events)),
-        "repeated_steps": repeated(steps_of(events)),
+        "steps": sum(each.steps for each in steps_by_shard(events)),
+        "repeated_steps": repeated(steps_by_shard(events)),
     }
 
 
 def _pass(attempt: PassAttempt) -> dict[str, Any]:
     return {
-        "seconds": makespan(attempt.steps),
-        "busy": busy_shares(attempt.steps),
-        "busy_in_blocks": busy_shares(_in_blocks(attempt.steps)),
+        "seconds": makespan(attempt.work),
+        "busy": busy_shares(attempt.work),
+        "busy_in_blocks": busy_shares(_in_blocks(attempt.work)),
         "bytes": attempt.moved(),
     }
 
@@ -163,7 +154,7 @@ def prediction(workers: int, fitted: int, microbatches: int) -> dict[str, Any]:
     found: dict[str, Any] = {"workers": workers, "durations_of": fitted}
     for stage in PASSES:
         simulated = simulate(work.of(stage), durations, workers)
-        seconds = makespan([step for step in steps_of(events) if step.stage == stage])
+        seconds = makespan([each for each in steps_by_shard(events) if each.stage == stage])
         found[str(stage)] = {
             "measured": seconds,
             "simulated": simulated.seconds,

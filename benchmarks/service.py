@@ -33,7 +33,8 @@ from benchmarks import demo
 from benchmarks.results import log_of, save
 from benchmarks.usage import Usage, measured
 from prismaquant_ray import FORMATS, FormatName, __version__
-from prismaquant_ray.events import Event, RunBegan, WorkerReady, steps_of
+from prismaquant_ray.event_log import steps_by_shard
+from prismaquant_ray.events import Event, RunBegan, WorkerReady
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.forward.scale_search import nearest
 from prismaquant_ray.layout import Layout
@@ -110,7 +111,7 @@ def starts(work: Path, repeats: int) -> dict[str, float]:
         seconds = {
             "begin": first_of(events, RunBegan) - began,
             "worker": first_of(events, WorkerReady) - began,
-            "first_unit": min(step.started for step in steps_of(events)) - began,
+            "first_unit": min(work.started for work in steps_by_shard(events)) - began,
         }
         if repeat:  # the first one fills caches
             for kind, value in [*seconds.items(), ("whole_command", used.wall), ("cpu", used.cpu)]:

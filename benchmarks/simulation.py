@@ -21,7 +21,8 @@ from actors.schedule.run_store import Recorded
 from actors.schedule.shards import Work, blocks_per_shard, pending_shards
 from actors.schedule.units import PASSES, Exit, Shard, Stage
 from jobs.pipeline.cards import CARDS, STORAGE, SUSTAINED_PRODUCTS, SUSTAINED_SINGLE
-from prismaquant_ray.events import StepDone, busy_shares
+from prismaquant_ray.attempts import busy_shares
+from prismaquant_ray.events import StepDone
 from prismaquant_ray.forward.routed_inputs import HESSIANS
 
 _NOTHING = Recorded(done=frozenset(), boundaries=frozenset())

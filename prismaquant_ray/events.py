@@ -1,15 +1,14 @@
 """Typed events of a run: one emitter, many listeners (log, terminal, metrics).
 
-The log is `events.jsonl` in the run store: one JSON object per line, oldest first, over all attempts of the run. Only
-the driver that holds the run's lease writes it. Object stores cannot append, so the whole object is rewritten, less
-often as it grows.
+The log is `events.jsonl` in the run store: one JSON object per line, oldest first, over all attempts of the run; what
+writes it is `event_log`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -20,10 +19,6 @@ from prismaquant_ray.errors import StoreError
 from prismaquant_ray.records import EVENTS
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
-
-# Seconds between two puts, and how many more per megabyte of log.
-_INTERVAL = 2.0
-_INTERVAL_PER_MEGABYTE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +162,37 @@ class StepDone(StepMetrics, Event):
     seconds: float
     peak_bytes: int
 
+    @property
+    def ended(self) -> float:
+        """When the call ended, on the worker's clock."""
+        return self.started + self.seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardSteps(StepMetrics, Event):
+    """The `steps` of a worker on a shard in one, which the log has in their place once the worker is done with it.
+
+    `at` and `microbatch` are those of the last one: None once the shard is finished. `started` to `ended` is when it
+    was held, `seconds` what calls took, of them the first one, the median of the microbatches behind it, and the
+    finish. Between the last microbatch and the finish lies a `gap` that waits for the driver only. `loss` is a mean.
+    """
+
+    event: Literal["steps"] = "steps"
+    stage: str
+    shard: str
+    units: int
+    microbatch: int | None
+    worker: str
+    steps: int
+    started: float
+    ended: float
+    seconds: float
+    peak_bytes: int
+    first: float
+    median: float | None = None
+    finish: float | None = None
+    gap: float | None = None
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardDone(Event):
@@ -236,6 +262,7 @@ _LOGGED = (
     | ShardsShrunk
     | PassBegan
     | StepDone
+    | ShardSteps
     | ShardDone
     | WorkerLost
     | ShardYielded
@@ -270,36 +297,6 @@ class Events:
             listener(event)
 
 
-class EventLog:
-    """The log of a run; continues the one that is there."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        try:
-            self._text = bytearray(store.get(EVENTS))
-        except KeyError:
-            self._text = bytearray()
-        self._written = time.monotonic()
-        #: The most memory a worker has taken, over all attempts.
-        self.peak_bytes: int = max((step.peak_bytes for step in steps_of(_parse(bytes(self._text), store))), default=0)
-
-    def __call__(self, event: Event) -> None:
-        """Add an event, unless it is a notice; it reaches the store within seconds."""
-        if isinstance(event, Notice):
-            return
-        if isinstance(event, StepDone):
-            self.peak_bytes = max(self.peak_bytes, event.peak_bytes)
-        self._text += event.line().encode() + b"\n"
-        interval = _INTERVAL + _INTERVAL_PER_MEGABYTE * len(self._text) / 1e6
-        if time.monotonic() - self._written > interval:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the events that the store does not have yet."""
-        self._store.put(EVENTS, bytes(self._text))
-        self._written = time.monotonic()
-
-
 def read_events(store: Store) -> list[Event]:
     """The log of a run, oldest first; empty before anything happened.
 
@@ -318,83 +315,3 @@ def _parse(text: bytes, store: Store) -> list[Event]:
         return [_READER.validate_json(line) for line in text.splitlines()]
     except ValidationError as error:
         raise StoreError(f"{store.uri}: {EVENTS} is damaged; delete it, it is only a log") from error
-
-
-def steps_of(events: Iterable[Event]) -> list[StepDone]:
-    """The steps among events."""
-    return [event for event in events if isinstance(event, StepDone)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassAttempt:
-    """One attempt at a pass, as the log has it; `ended` is None while it runs, or if its driver was killed."""
-
-    began: PassBegan
-    steps: tuple[StepDone, ...]
-    shards: tuple[ShardDone, ...]
-    ended: float | None
-
-    @property
-    def seconds(self) -> float:
-        """From its beginning to its end, or to its last step."""
-        last = max((step.at for step in self.steps), default=self.began.at)
-        return (last if self.ended is None else self.ended) - self.began.at
-
-    @property
-    def token_blocks(self) -> int:
-        """Tokens × units that have seen them."""
-        return sum((step.tokens or 0) * step.units for step in self.steps)
-
-    def moved(self) -> dict[str, int]:
-        """Bytes between workers (hop), from (read) and to (written) the stores."""
-        return {
-            "hop": sum(step.hop_bytes or 0 for step in self.steps),
-            "read": sum(step.read_bytes or 0 for step in self.steps),
-            "written": sum(step.written_bytes or 0 for step in self.steps),
-        }
-
-
-def pass_attempts(events: Sequence[Event]) -> list[PassAttempt]:
-    """Every attempt at a pass, oldest first; it ends where the next one, or the driver, begins or ends."""
-    found = []
-    for begin, began in enumerate(events):
-        if not isinstance(began, PassBegan):
-            continue
-        later = range(begin + 1, len(events))
-        stop = next((i for i in later if isinstance(events[i], PassBegan | RunEnded | RunBegan)), len(events))
-        inside = events[begin:stop]
-        # If the next driver's beginning follows, this driver was killed at an unknown time.
-        ended = events[stop].at if stop < len(events) and not isinstance(events[stop], RunBegan) else None
-        found.append(
-            PassAttempt(
-                began=began,
-                steps=tuple(steps_of(inside)),
-                shards=tuple(event for event in inside if isinstance(event, ShardDone)),
-                ended=ended,
-            )
-        )
-    return found
-
-
-def busy_shares(steps: Sequence[StepDone]) -> dict[str, float]:
-    """Share of the time between pipeline fill and drain that each worker of a pass was in a call.
-
-    Fill ends when the last worker has begun its first call for blocks (the exit, which all workers share, comes before
-    it); drain begins when the first worker has ended its last one. Empty when the pass is too short for that window.
-    """
-    spans: dict[str, list[tuple[float, float]]] = {}
-    first: dict[str, float] = {}
-    for step in steps:
-        spans.setdefault(step.worker, []).append((step.started, step.started + step.seconds))
-        if not step.shard.startswith("exit"):
-            first[step.worker] = min(step.started, first.get(step.worker, step.started))
-    if not first:
-        return {}
-    begin = max(first.values())
-    end = min(max(stop for _, stop in entries) for entries in spans.values())
-    if end <= begin:
-        return {}
-    return {
-        worker: sum(max(0.0, min(stop, end) - max(start, begin)) for start, stop in entries) / (end - begin)
-        for worker, entries in sorted(spans.items())
-    }

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.controller import Call, CallKind, Controller, Reply
-from actors.deadlines import Deadlines
-from actors.messages import Machine, Receipt
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.shards import blocks_per_shard
-from actors.schedule.units import PASSES, Exit, Shard, Stage
+from actors.schedule.units import PASSES, Stage
 from benchmarks.scaling import durations_of, makespan, repeated
 from benchmarks.simulation import (
     Calibration,
@@ -31,10 +26,8 @@ from benchmarks.simulation import (
     simulate,
     whole_run,
 )
-from prismaquant_ray import __version__
-from prismaquant_ray.events import Event, Events, StepDone, steps_of
-
-HERE = Machine(version=__version__, pid=1, host="here", device="cpu", free_bytes=0, host_bytes=0)
+from prismaquant_ray.event_log import steps_by_shard
+from tests.virtual import conducted
 
 # A block of the demo on one core: loading is quick, encoding takes as long as several microbatches.
 REALISTIC = Durations(
@@ -45,88 +38,6 @@ REALISTIC = Durations(
     hop=0.01,
     call=0.002,
 )
-
-
-class VirtualWorkers:
-    """Workers that take the time they are given, on a clock that jumps from one reply to the next."""
-
-    def __init__(self, durations: Durations) -> None:
-        self.durations = durations
-        self.now = 0.0
-        self.order = 0
-        self.queue: list[tuple[float, int, Reply]] = []
-        self.heads: set[str] = set()
-        self.prefetched: dict[str, tuple[Shard, float]] = {}
-
-    def clock(self) -> float:
-        return self.now
-
-    def start(self, worker: str) -> None:
-        self._reply(0.0, worker, self.now)
-
-    def submit(self, worker: str, call: Call) -> None:
-        if call.kind is CallKind.SETUP:
-            self._reply(0.0, worker, self.now)
-            return
-        assert call.shard is not None
-        hop = self.durations.hop if call.arriving not in (None, worker) else 0.0
-        started = self.now + self.durations.call + hop
-        self._reply(self._seconds(worker, call, call.shard, started), worker, started)
-
-    def _seconds(self, worker: str, call: Call, shard: Shard, started: float) -> float:
-        cost, units = self.durations.of(shard), len(shard.units)
-        if call.kind is CallKind.PREFETCH:
-            self._read(worker, shard, started)
-            return 0.0
-        if call.kind is CallKind.FINISH:
-            self._read(worker, call.following, started)
-            return units * cost.finish
-        load = 0.0
-        if isinstance(shard.units[0], Exit):
-            load = 0.0 if worker in self.heads else cost.load
-            self.heads.add(worker)
-        elif call.microbatch == shard.microbatches[0]:
-            expected, ready = self.prefetched.pop(worker, (None, 0.0))
-            load = max(0.0, ready - started) if expected == shard else units * cost.load
-        return units * cost.microbatch + load
-
-    def _read(self, worker: str, shard: Shard | None, started: float) -> None:
-        """Blocks are read by a thread, one shard at a time."""
-        if shard is None or not isinstance(shard.units[0], int):
-            self.prefetched.pop(worker, None)
-        else:
-            self.prefetched[worker] = shard, started + len(shard.units) * self.durations.of(shard).load
-
-    def _reply(self, seconds: float, worker: str, started: float) -> None:
-        receipt = Receipt(worker=worker, started=started, seconds=seconds, peak_bytes=0, machine=HERE)
-        self.order += 1
-        entry = (started + seconds, self.order, Reply(worker=worker, receipt=receipt, output=worker))
-        heapq.heappush(self.queue, entry)
-
-    def wait(self, timeout: float) -> Sequence[Reply]:
-        self.now = self.queue[0][0]
-        replies = []
-        while self.queue and self.queue[0][0] == self.now:
-            replies.append(heapq.heappop(self.queue)[2])
-        return replies
-
-    def stop(self, worker: str) -> None:
-        raise AssertionError("nothing hangs here")
-
-    def describe(self) -> str:
-        return "virtual"
-
-
-def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tuple[float, list[StepDone]]:
-    """When the controller that runs use has driven a pass, and its step events."""
-    log: list[Event] = []
-    virtual = VirtualWorkers(durations)
-    controller = Controller(
-        virtual, Events(log.append), wanted=workers, first=1e9, deadlines=Deadlines(1e9), clock=virtual.clock
-    )
-    controller.wait_for_first()
-    controller.run_pass(shards)
-    return virtual.now, steps_of(log)
 
 
 def costs(load: float, microbatch: tuple[float, float], finish: float) -> st.SearchStrategy[Cost]:
@@ -269,7 +180,7 @@ def test_durations_are_found_again_in_a_log() -> None:
     log = []
     for stage in PASSES:
         log += conducted(whole_run(12, 8, 2).of(stage), REALISTIC, 1)[1]
-    found = durations_of(log)
+    found, work = durations_of(log), steps_by_shard(log)
     for kind in ("entry", "forward", "exit", "backward"):
         fitted, given_ = getattr(found, kind), getattr(REALISTIC, kind)
         # Blocks are read ahead, while the shard before is finished.
@@ -278,9 +189,9 @@ def test_durations_are_found_again_in_a_log() -> None:
         assert fitted.microbatch == pytest.approx(given_.microbatch, abs=3e-4)
         assert fitted.finish == pytest.approx(given_.finish, abs=3e-4)
     assert found.call == pytest.approx(REALISTIC.call, abs=3e-4)
-    assert repeated(log) == 0
-    assert repeated([*log, log[0]]) == 1
-    forward = [event for event in log if event.stage == "forward"]
+    assert repeated(work) == 0
+    assert repeated(steps_by_shard([*log, log[0]])) == 1
+    forward = [each for each in work if each.stage == "forward"]
     assert makespan(forward) == pytest.approx(simulate(whole_run(12, 8, 2).forward, REALISTIC, 1).seconds, abs=0.003)
 
 

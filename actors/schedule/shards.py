@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import lru_cache
 
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import Recorded
@@ -37,7 +39,7 @@ def pending_shards(graph: PassGraph, forward: Recorded, backward: Recorded, *, l
     Backward shards are cut where forward boundaries are stored, if they are: each reads the one it starts from.
     """
     order = graph.order(Stage.BACKWARD)
-    missing = [unit for unit in order if unit not in backward.done]
+    missing = {unit for unit in order if unit not in backward.done}
     needed = _needed(graph, Stage.BACKWARD, missing, backward.boundaries)
     pieces = []
     for run in _runs(graph, order, needed):
@@ -48,7 +50,7 @@ def pending_shards(graph: PassGraph, forward: Recorded, backward: Recorded, *, l
     backward_shards = [_shard(graph, Stage.BACKWARD, piece, missing) for piece in (*singles, *pieces)]
 
     order = graph.order(Stage.FORWARD)
-    missing = [unit for unit in order if unit in graph.products(Stage.FORWARD) - forward.done]
+    missing = graph.products(Stage.FORWARD).intersection(order) - forward.done
     read -= forward.boundaries
     forward_shards = []
     for run in _runs(graph, order, _needed(graph, Stage.FORWARD, [*missing, *read], forward.boundaries)):
@@ -59,17 +61,17 @@ def pending_shards(graph: PassGraph, forward: Recorded, backward: Recorded, *, l
 def pending_evaluation_shards(graph: PassGraph, recorded: Recorded, *, limit: int) -> tuple[Shard, ...]:
     """The remaining shards of an evaluation, at most `limit` blocks each."""
     order = graph.order(Stage.EVALUATION)
-    missing = [unit for unit in order if unit in graph.products(Stage.EVALUATION) - recorded.done]
+    missing = graph.products(Stage.EVALUATION).intersection(order) - recorded.done
     needed = _needed(graph, Stage.EVALUATION, missing, recorded.boundaries)
     pieces = [piece for run in _runs(graph, order, needed) for piece in _cut_forward(run, limit, ())]
     return tuple(_shard(graph, Stage.EVALUATION, piece, missing) for piece in pieces)
 
 
-def _shard(graph: PassGraph, stage: Stage, piece: list[Unit], missing: Collection[Unit]) -> Shard:
+def _shard(graph: PassGraph, stage: Stage, piece: list[Unit], missing: AbstractSet[Unit]) -> Shard:
     return Shard(
         stage=stage,
         units=tuple(piece),
-        produce=frozenset(piece) & frozenset(missing),
+        produce=frozenset(piece) & missing,
         origins=graph.reads(stage, piece[0]),
         microbatches=graph.microbatches(piece[0]),
     )
@@ -97,7 +99,7 @@ def droppable_boundaries(
         if gradient not in left and graph.reader(gradient) not in left
     ]
     readers = set(graph.readers_of_last())
-    if readers & set(finished) and not readers & set(left):
+    if not readers.isdisjoint(finished) and readers.isdisjoint(left):
         found.append((Stage.FORWARD, graph.last))
     return found
 
@@ -106,13 +108,19 @@ def droppable_evaluation_boundaries(
     graph: PassGraph, finished: Collection[Unit], left: Collection[Unit]
 ) -> list[tuple[Stage, Unit]]:
     """Boundaries of an evaluation that are not read again once `finished` units are; `left` are unfinished."""
-    stage = Stage.EVALUATION
-    readers: dict[Unit, list[Unit]] = {}
-    for unit in graph.order(stage):
-        for origin in graph.reads(stage, unit):
-            readers.setdefault(origin, []).append(unit)
+    stage, readers = Stage.EVALUATION, _evaluation_readers(graph)
     origins = dict.fromkeys(origin for unit in finished for origin in graph.reads(stage, unit))
     return [(stage, origin) for origin in origins if not any(reader in left for reader in readers[origin])]
+
+
+@lru_cache(maxsize=1)
+def _evaluation_readers(graph: PassGraph) -> dict[Unit, list[Unit]]:
+    """The units that read each unit's output; asked for after every shard."""
+    readers: dict[Unit, list[Unit]] = {}
+    for unit in graph.order(Stage.EVALUATION):
+        for origin in graph.reads(Stage.EVALUATION, unit):
+            readers.setdefault(origin, []).append(unit)
+    return readers
 
 
 def blocks_per_shard(*, blocks: int, workers: int, fitting: int) -> int:
@@ -159,12 +167,14 @@ def _cut_forward(run: list[Unit], limit: int, ends: Collection[Unit]) -> list[li
 def _cut_backward(graph: PassGraph, run: list[Unit], limit: int, stored: Collection[Unit]) -> list[list[Unit]]:
     """Pieces that start from a stored forward boundary where one is near enough, else of about equal length."""
     pieces: list[list[Unit]] = []
-    rest = run
-    while rest:
-        ends = [size for size in range(1, min(limit, len(rest)) + 1) if graph.below(rest[size - 1]) in stored]
-        size = ends[-1] if ends else len(_even(rest, limit)[0])
-        pieces.append(rest[:size])
-        rest = rest[size:]
+    start = 0
+    while start < len(run):
+        left = len(run) - start
+        ends = [size for size in range(1, min(limit, left) + 1) if graph.below(run[start + size - 1]) in stored]
+        # Without an end, the first of the fewest pieces of equal length.
+        size = ends[-1] if ends else math.ceil(left / math.ceil(left / limit))
+        pieces.append(run[start : start + size])
+        start += size
     return pieces
 
 

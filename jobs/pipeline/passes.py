@@ -183,7 +183,7 @@ class Passes(ABC):
             if isinstance(event, ShardDone):
                 units = [unit_of(key) for key in event.units]
                 left.difference_update(units)
-                drops.append(threads.submit(self._drop, self.droppable(stage, units, frozenset(left))))
+                drops.append(threads.submit(self._drop, self.droppable(stage, units, left)))
 
         with ExitStack() as stack:
             # Deleting takes many requests while workers wait for the driver, so threads do it. Stopping cancels them.

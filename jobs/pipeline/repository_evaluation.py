@@ -20,7 +20,8 @@ from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, EvaluationConfig, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.variants import Variant
-from prismaquant_ray.events import EventLog, Events, Listener
+from prismaquant_ray.event_log import EventLog
+from prismaquant_ray.events import Events, Listener
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of
 from prismaquant_ray.records import Divergence, SourceFigures

@@ -27,7 +27,8 @@ from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError
-from prismaquant_ray.events import Event, EventLog, Events, Listener, Notice, ObjectRepaired, RunBegan, RunEnded
+from prismaquant_ray.event_log import EventLog
+from prismaquant_ray.events import Event, Events, Listener, Notice, ObjectRepaired, RunBegan, RunEnded
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of, transformers_config

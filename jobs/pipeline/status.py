@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Stage
 from prismaquant_ray import records
+from prismaquant_ray.attempts import PassAttempt, busy_shares, pass_attempts
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.events import (
     Event,
     ObjectRepaired,
-    PassAttempt,
     RepositoryWritten,
     RunBegan,
     ShardsSized,
     WorkerLost,
     WorkerReady,
-    busy_shares,
-    pass_attempts,
     read_events,
 )
 from prismaquant_ray.records import RunRecord
@@ -103,19 +101,22 @@ def status(uri: str) -> Status:
     store, run = _open(uri)
     run_store, events = RunStore(store), read_events(store)
     attempts = pass_attempts(events)
+    # Steps that are not summed yet stand behind what was said since.
+    last = max(events, key=lambda event: event.at, default=None)
+    silent = None if last is None else time.time() - last.at
     current = holder(store)
     return Status(
         run=uri,
         model=run.source,
-        state=_state(store, events, alive=current is not None and not current.is_gone),
+        state=_state(store, silent, alive=current is not None and not current.is_gone),
         blocks=BlockCounts(
             encoded=len(run_store.recorded(Stage.FORWARD).done),
             priced=len(run_store.recorded(Stage.BACKWARD).done),
             total=next((event.model_blocks for event in reversed(events) if isinstance(event, ShardsSized)), None),
         ),
         driver=None if current is None else Driver(host=current.host, pid=current.pid),
-        last_event=events[-1] if events else None,
-        silent=time.time() - events[-1].at if events else None,
+        last_event=last,
+        silent=silent,
         passes=len(attempts),
         workers=_workers(events),
         lost=[event for event in events if isinstance(event, WorkerLost)],
@@ -137,13 +138,13 @@ def _open(uri: str) -> tuple[Store, RunRecord]:
         raise InputError(f"{uri} is not a run store; give the store.run of a run") from error
 
 
-def _state(store: Store, events: Sequence[Event], *, alive: bool) -> str:
+def _state(store: Store, silent: float | None, *, alive: bool) -> str:
     if store.size(records.MEASURED) is not None:
         return "measured"
     if not alive:
         return "stopped; the same command continues"
-    if events and time.time() - events[-1].at > _SILENCE:
-        return f"running, silent for {time.time() - events[-1].at:.0f} s"
+    if silent is not None and silent > _SILENCE:
+        return f"running, silent for {silent:.0f} s"
     return "running"
 
 
@@ -158,10 +159,10 @@ def _pass(attempt: PassAttempt) -> PassStatus:
         eta=attempt.seconds / done * left if done and left else None,
         token_blocks_per_second=attempt.token_blocks / attempt.seconds if attempt.seconds else 0.0,
         bytes=attempt.moved(),
-        busy=busy_shares(attempt.steps),
+        busy=busy_shares(attempt.work),
         workers={
-            step.worker: f"{step.shard} at {'end' if step.microbatch is None else step.microbatch + 1}"
-            for step in attempt.steps
+            work.worker: f"{work.shard} at {'end' if work.microbatch is None else work.microbatch + 1}"
+            for work in attempt.work
         },
     )
 

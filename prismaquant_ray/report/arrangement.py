@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.report.findings import Findings
-from prismaquant_ray.report.group_findings import BlockFindings
+from prismaquant_ray.report.group_findings import BlockFindings, LinearGain
 from prismaquant_ray.report.groups import decoded, label
 
 _TITLES = {
@@ -94,6 +94,13 @@ def sensitive(findings: Findings) -> list[SensitiveGroup]:
             )
         )
     return sorted(found, key=lambda entry: -entry.cost)
+
+
+def least_gained(findings: Findings, most: int) -> list[LinearGain]:
+    """Linears in the model's order: where there are more than `most`, those that rounding gained least for."""
+    linears = findings.rounding.linears
+    worst = sorted(range(len(linears)), key=lambda row: -(linears[row].shipped or 0.0))[:most]
+    return [linears[row] for row in sorted(worst)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

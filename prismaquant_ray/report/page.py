@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from prismaquant_ray import formatting
 from prismaquant_ray.formats import FORMATS
-from prismaquant_ray.report.arrangement import sections, sensitive, strips
+from prismaquant_ray.report.arrangement import least_gained, sections, sensitive, strips
 from prismaquant_ray.report.chart import chart
 from prismaquant_ray.report.findings import Findings, PlanFindings, UniformFindings
 from prismaquant_ray.report.surface_chart import surface_chart
@@ -26,6 +26,8 @@ from prismaquant_ray.report.surface_chart import surface_chart
 HOW_TO_MEASURE = "not measured: run sweep --measure"
 #: Rows shown at first in the table of the most sensitive groups.
 MOST_SENSITIVE = 12
+#: Rows of the longest tables; the page says what it leaves out. With all of them 2,000 blocks would take 15 MB.
+LONGEST = 1000
 
 
 def page(findings: Findings) -> str:
@@ -46,6 +48,9 @@ def page(findings: Findings) -> str:
         data=_data(findings),
         unmeasured=HOW_TO_MEASURE,
         most=MOST_SENSITIVE,
+        longest=LONGEST,
+        linears=least_gained(findings, LONGEST),
+        workers=[(entry, worker) for entry in findings.timings.passes for worker in entry.workers],
         colours={str(name): format_.colours for name, format_ in FORMATS.items()},
     )
 

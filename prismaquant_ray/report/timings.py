@@ -7,17 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from platform import platform, python_version
 
 from prismaquant_ray import __version__
-from prismaquant_ray.events import (
-    Event,
-    ObjectRepaired,
-    PassAttempt,
-    RunBegan,
-    StepDone,
-    WorkerLost,
-    WorkerReady,
-    busy_shares,
-    pass_attempts,
-)
+from prismaquant_ray.attempts import PassAttempt, busy_shares, pass_attempts
+from prismaquant_ray.events import Event, ObjectRepaired, RunBegan, ShardSteps, WorkerLost, WorkerReady
 from prismaquant_ray.report.findings import Host, Machines, PassTiming, Timings, WorkerSpans
 
 _PACKAGES = ("torch", "transformers", "compressed-tensors", "ray", "safetensors", "numpy")
@@ -27,7 +18,7 @@ def timings(events: Sequence[Event], planning_seconds: float) -> Timings:
     """Timings of every attempt at a pass with at least one step."""
     return Timings(
         attempts=sum(isinstance(event, RunBegan) for event in events),
-        passes=[_pass(attempt) for attempt in pass_attempts(events) if attempt.steps],
+        passes=[_pass(attempt) for attempt in pass_attempts(events) if attempt.work],
         planning_seconds=planning_seconds,
     )
 
@@ -42,28 +33,29 @@ def _pass(attempt: PassAttempt) -> PassTiming:
         hop_bytes=moved["hop"],
         read_bytes=moved["read"],
         written_bytes=moved["written"],
-        workers=_workers(attempt.steps, attempt.began.at),
+        workers=_workers(attempt.work, attempt.began.at),
     )
 
 
-def _workers(steps: Sequence[StepDone], start: float) -> list[WorkerSpans]:
-    busy = busy_shares(steps)
+def _workers(work: Sequence[ShardSteps], start: float) -> list[WorkerSpans]:
+    busy = busy_shares(work)
+    by_worker: dict[str, list[ShardSteps]] = {}
+    for each in work:
+        by_worker.setdefault(each.worker, []).append(each)
     found = []
-    for worker in sorted({step.worker for step in steps}):
-        own = [step for step in steps if step.worker == worker]
+    for worker, own in sorted(by_worker.items()):
         spans: dict[str, tuple[float, float]] = {}
-        for step in own:
-            begin = step.started - start
-            end = begin + step.seconds
-            low, high = spans.get(step.shard, (begin, end))
-            spans[step.shard] = min(low, begin), max(high, end)
+        for each in own:
+            begin, end = each.started - start, each.ended - start
+            low, high = spans.get(each.shard, (begin, end))
+            spans[each.shard] = min(low, begin), max(high, end)
         found.append(
             WorkerSpans(
                 worker=worker,
-                steps=len(own),
-                seconds=sum(step.seconds for step in own),
+                steps=sum(each.steps for each in own),
+                seconds=sum(each.seconds for each in own),
                 busy=busy.get(worker),
-                peak_bytes=max(step.peak_bytes for step in own),
+                peak_bytes=max(each.peak_bytes for each in own),
                 spans=[(shard, round(begin, 2), round(end, 2)) for shard, (begin, end) in spans.items()],
             )
         )

@@ -14,7 +14,8 @@ from jobs.commands import assemble
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import load_config
 from prismaquant_ray.errors import ResourceError
-from prismaquant_ray.events import StepDone, read_events
+from prismaquant_ray.event_log import steps_by_shard
+from prismaquant_ray.events import read_events
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.runs import configuration
@@ -66,7 +67,7 @@ def test_a_model_larger_than_all_workers_memory_together_completes(tmp_path: Pat
     config = load_config(tmp_path / "config.yaml", overrides)
     result = assemble.run(config)
     assert result.total_bytes < size
-    steps = [event for event in read_events(Store(config.store.run)) if isinstance(event, StepDone)]
+    steps = steps_by_shard(read_events(Store(config.store.run)))
     peaks = {
         worker: max(step.peak_bytes for step in steps if step.worker == worker) for worker in ("worker-0", "worker-1")
     }

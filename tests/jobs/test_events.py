@@ -17,9 +17,10 @@ from rich.progress import Progress as Bars
 from jobs.commands import status
 from jobs.commands.progress import RunProgress, UploadProgress, run_progress, upload_progress
 from jobs.pipeline.run import Run
+from prismaquant_ray.attempts import busy_shares
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.event_log import EventLog
 from prismaquant_ray.events import (
-    EventLog,
     Events,
     Notice,
     PassBegan,
@@ -27,7 +28,6 @@ from prismaquant_ray.events import (
     ShardDone,
     StepDone,
     WorkerLost,
-    busy_shares,
     read_events,
 )
 from prismaquant_ray.serialization import to_json
@@ -68,15 +68,15 @@ def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None
 
 
 def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:
-    told = [began(), step("worker-0", 1.0, 2.0, tokens=3, loss=0.5), step("worker-0", 1.0, 2.0, microbatch=None), LOST]
+    told = [began(), LOST, step("worker-0", 1.0, 2.0, tokens=3, loss=0.5), step("worker-0", 1.0, 2.0, microbatch=None)]
     log = EventLog(Store(tmp_path))
     for event in (Notice(message="for people"), *told):
         log(event)
     log.flush()
     assert read_events(Store(tmp_path)) == told, "a notice is not kept"
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["pass", "step", "step", "lost"]
-    assert "loss" not in lines[2], "a figure that a step does not have is left out"
+    assert [line["event"] for line in lines] == ["pass", "lost", "step", "step"]
+    assert "loss" not in lines[3], "a figure that a step does not have is left out"
 
 
 def test_busy_share_counts_between_fill_and_drain_only() -> None:

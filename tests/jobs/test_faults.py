@@ -21,7 +21,8 @@ import pytest
 
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import PASSES
-from prismaquant_ray.events import read_events
+from prismaquant_ray.event_log import steps_by_shard
+from prismaquant_ray.events import ShardSteps, read_events
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
@@ -117,8 +118,14 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         self.record("faults", f"{self.name:<44} {repeated:>3} of {STEPS} steps repeated, at most {at_most} allowed")
         assert repeated <= at_most
 
+    def work(self) -> list[ShardSteps]:
+        return steps_by_shard(read_events(self.store))
+
+    def steps(self) -> int:
+        return sum(work.steps for work in self.work())
+
     def repeated(self) -> int:
-        return len(self.events("step")) - STEPS
+        return self.steps() - STEPS
 
 
 def digests(uri: str) -> dict[str, str]:
@@ -262,9 +269,9 @@ def test_driver_stopped_by_sigterm(scene: Scene) -> None:
     assert err.splitlines()[-1] == "stopped; the same command continues"
     assert scene.events("end")[-1] == {"how": "stopped"}
     assert not scene.store.list("lease"), "the next driver need not wait"
-    before, orphans = len(scene.events("step")), scene.orphans()
+    before, orphans = scene.steps(), scene.orphans()
     scene.end(scene.start())
-    assert len(scene.events("step")) > before
+    assert scene.steps() > before
     scene.is_right(orphans, 2 * MICROBATCHES)
 
 
@@ -380,6 +387,6 @@ def test_driver_killed_in_an_evaluation(scene: Scene) -> None:
     assert scene.end(scene.start_evaluation()) == scene.site.figures
     assert done
     # What is recorded is not run again; a killed driver may have said of its steps, or not.
-    begun = [event["shard"] for event in scene.events("step") if event["microbatch"] == 0]
+    begun = [work.shard for work in scene.work()]
     assert begun.count("entry") <= 1
     assert not scene.store.list(place), "what it needed in between is gone"

@@ -37,10 +37,11 @@ from prismaquant_ray.events import Event, PassBegan, RunBegan, RunEnded, StepDon
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.report import gather as gathering
+from prismaquant_ray.report.arrangement import least_gained
 from prismaquant_ray.report.chart import Axis, chart
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.measurements import measured_findings, measured_of
-from prismaquant_ray.report.page import page
+from prismaquant_ray.report.page import LONGEST, page
 from prismaquant_ray.report.plots import plots
 from prismaquant_ray.report.summary import summarize_probe
 from prismaquant_ray.report.timings import timings
@@ -493,6 +494,23 @@ def test_a_large_model_has_a_page_below_a_megabyte(dense: Measured, layers: int)
     assert len(found.plans) >= 8
     assert len(html.encode()) < 1e6
     assert html.count('class="cell ') == 4 * layers
+
+
+def test_a_page_is_cut_where_tables_are_long_and_says_so(dense: Measured) -> None:
+    large = enlarged(findings_of(dense), 2000)
+    html = page(large)
+    assert len(html.encode()) < 5e6
+    linears = len(large.rounding.linears)
+    for rows, key in ((8000, "groups"), (linears, "rounding.linears")):
+        assert f"This table has 1,000 of {rows:,} rows; all of them are in report.json, under {key}." in _text(html)
+    for table in ("all-groups", "linears"):
+        body = html.partition(f'id="{table}"')[2].partition("<tbody>")[2].partition("</tbody>")[0]
+        assert body.count("<tr") == LONGEST
+    assert len(large.groups.name) == 8000
+    # Of Linears those with the most of round-to-nearest's error left.
+    shown, ratios = least_gained(large, 10), sorted(entry.shipped or 0.0 for entry in large.rounding.linears)
+    assert sorted(entry.shipped or 0.0 for entry in shown) == ratios[-10:]
+    assert "This table has" not in _text(page(enlarged(findings_of(dense), 64)))
 
 
 @pytest.mark.parametrize(
