@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,6 +28,8 @@ from prismaquant_ray.attempts import busy_shares, pass_attempts
 from prismaquant_ray.config import Config
 from prismaquant_ray.event_log import EventLog
 from prismaquant_ray.events import Event, ShardDone, StepDone, read_events
+from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.model.layout_builder import build_layout
 from prismaquant_ray.storage.store import Store
 from tests.counting import operations
 from tests.large import dense, measured_run, mixture
@@ -188,6 +191,17 @@ def test_inspect_grows_with_the_experts(tmp_path: Path) -> None:
         inspect(config)
         found.append(operations(lambda config=config: inspect(config)))
     assert found[1] < TWICE * found[0]
+
+
+def test_a_layout_grows_with_a_tower_that_is_not_measured(tmp_path: Path, families: Mapping[str, Path]) -> None:
+    found = []
+    for depth in (24, 48):
+        body = json.loads((families["qwen3_5"] / "config.json").read_text())
+        body["vision_config"]["depth"] = depth
+        (tmp_path / "config.json").write_text(json.dumps(body))
+        checkpoint = ConfigOnlyCheckpoint(Store(tmp_path))
+        found.append(operations(lambda checkpoint=checkpoint: build_layout(checkpoint)))
+    assert found[0] < found[1] < TWICE * found[0]
 
 
 @pytest.mark.usefixtures("plain")
