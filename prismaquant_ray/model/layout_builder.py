@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -278,11 +278,11 @@ class _Builder:
             if name not in loaded and len(self.checkpoint.tensors[name].shape) > 1:
                 self.ignored.setdefault(name.removesuffix(WEIGHT), _TOWER)
         loaded |= towers
-        known = [f"{name}." for name in self.ignored]
         left = [
             name
             for name in self.checkpoint.tensors
-            if name not in loaded and not any(name.startswith(prefix) for prefix in known)
+            # Not below an ignored module.
+            if name not in loaded and not any(name[:dot] in self.ignored for dot in _dots(name))
         ]
         for name in left:
             if len(self.checkpoint.tensors[name].shape) > 1:
@@ -298,3 +298,8 @@ class _Builder:
         for name, info in self.checkpoint.tensors.items():
             if name.startswith(f"{prefix}.") and len(info.shape) > 1:
                 self.ignored[name.removesuffix(WEIGHT)] = reason
+
+
+def _dots(name: str) -> Iterator[int]:
+    """Where the dots of a name are."""
+    return (place for place, character in enumerate(name) if character == ".")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from prismaquant_ray.attempts import busy_shares, pass_attempts
 from prismaquant_ray.config import Config
 from prismaquant_ray.event_log import EventLog
 from prismaquant_ray.events import Event, ShardDone, StepDone, read_events
+from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.model.layout_builder import build_layout
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
 from tests.counting import operations
 from tests.large import dense, measured_run, mixture
@@ -188,6 +192,33 @@ def test_inspect_grows_with_the_experts(tmp_path: Path) -> None:
         inspect(config)
         found.append(operations(lambda config=config: inspect(config)))
     assert found[1] < TWICE * found[0]
+
+
+def test_a_layout_grows_with_a_tower_that_is_not_measured(tmp_path: Path, families: Mapping[str, Path]) -> None:
+    found = []
+    for depth in (24, 48):
+        body = json.loads((families["qwen3_5"] / "config.json").read_text())
+        body["vision_config"]["depth"] = depth
+        (tmp_path / "config.json").write_text(json.dumps(body))
+        checkpoint = ConfigOnlyCheckpoint(Store(tmp_path))
+        found.append(operations(lambda checkpoint=checkpoint: build_layout(checkpoint)))
+    assert found[0] < found[1] < TWICE * found[0]
+
+
+def test_a_fingerprint_holds_few_samples_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Checkpoint(Store(mixture(tmp_path / "source", 3, 16)))
+    whole, most = source.fingerprint(), 0
+    get = Store.get_ranges
+
+    def counted(self: Store, key: str, ranges: Sequence[tuple[int, int]]) -> Any:
+        nonlocal most
+        most = max(most, sum(stop - start for start, stop in ranges))
+        return get(self, key, ranges)
+
+    monkeypatch.setattr(Store, "get_ranges", counted)
+    monkeypatch.setattr("prismaquant_ray.source.checkpoint._SAMPLED_AT_ONCE", 7)
+    assert source.fingerprint() == whole
+    assert 0 < most <= 7 * 2 * 4096
 
 
 @pytest.mark.usefixtures("plain")

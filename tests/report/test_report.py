@@ -498,12 +498,16 @@ def test_a_large_model_has_a_page_below_a_megabyte(dense: Measured, layers: int)
 
 def test_a_page_is_cut_where_tables_are_long_and_says_so(dense: Measured) -> None:
     large = enlarged(findings_of(dense), 2000)
+    # A run that was stopped and went on many times.
+    large = replace(large, timings=replace(large.timings, passes=large.timings.passes * 600))
+    workers = sum(len(entry.workers) for entry in large.timings.passes)
+    assert workers > LONGEST
     html = page(large)
     assert len(html.encode()) < 5e6
     linears = len(large.rounding.linears)
-    for rows, key in ((8000, "groups"), (linears, "rounding.linears")):
+    for rows, key in ((8000, "groups"), (linears, "rounding.linears"), (workers, "timings.passes")):
         assert f"This table has 1,000 of {rows:,} rows; all of them are in report.json, under {key}." in _text(html)
-    for table in ("all-groups", "linears"):
+    for table in ("all-groups", "linears", "workers"):
         body = html.partition(f'id="{table}"')[2].partition("<tbody>")[2].partition("</tbody>")[0]
         assert body.count("<tr") == LONGEST
     assert len(large.groups.name) == 8000
