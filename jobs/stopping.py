@@ -4,7 +4,8 @@ SIGINT, SIGTERM and SIGHUP are blocked in every thread, and one thread waits for
 library could replace, as Ray's C++ does when it starts and again when it ends. What the first signal does depends:
 
 - While modules are imported nothing is held, and the process ends at once.
-- While a command runs, `Stopped` is raised in the main thread, once, as soon as that leaves nothing half done.
+- While a command runs, `Stopped` is raised in the main thread as soon as that leaves nothing half done, and again only
+  when the command has not ended long after: some code of others loses it.
 - Later ones are answered with a line, and those after the command with nothing: its exit code is known.
 
 Only `begin` changes the process. Python code that uses the library keeps its own handlers.
@@ -34,8 +35,8 @@ _AGAIN = "stopping: what is open is being closed; this signal changes nothing"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Wakes the main thread.
 _WAKE = signal.SIGUSR1
-# Seconds until a stop that had to wait is tried again.
-_PAUSE = 0.05
+# Seconds until a stop that had to wait is tried again, and for which closing is left alone once it was raised.
+_PAUSE, _CLOSING = 0.05, 10.0
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,7 +59,7 @@ class Signals:
     def __init__(self) -> None:
         self._phase = _Phase.STARTING
         self._number: int | None = None
-        self._raised = False
+        self._due = 0.0
         # Between asking for the phase and acting on it nothing must begin.
         self._lock = threading.Lock()
 
@@ -82,11 +83,11 @@ class Signals:
         self._enter(_Phase.RUNNING)
         try:
             return command()
-        except Exception as error:
-            if self._raised:
-                assert self._number is not None
-                raise Stopped(self._number) from error
-            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if self._number is None:
+                raise
+            # Ray raises another KeyboardInterrupt in its place, and code in C whatever it likes.
+            raise Stopped(self._number) from (error if isinstance(error, Exception) else None)
         finally:
             self._enter(_Phase.OVER)
 
@@ -112,25 +113,25 @@ class Signals:
                 os.write(2, f"{_AGAIN}\n".encode())
 
     def _insist(self) -> None:
-        """Wake the main thread, also out of a system call, until it has raised."""
+        """Wake the main thread, also out of a system call, while a stop is due."""
         main = threading.main_thread().ident
         assert main is not None
         while self._phase is _Phase.RUNNING:
-            if not self._raised:
+            if time.monotonic() >= self._due:
                 signal.pthread_kill(main, _WAKE)
             time.sleep(_PAUSE)
 
     def _raise(self, _: int, frame: FrameType | None) -> None:
         """In the main thread, where it was woken."""
-        due = self._phase is _Phase.RUNNING and not self._raised
+        due = self._phase is _Phase.RUNNING and time.monotonic() >= self._due
         if due and self._number is not None and may_interrupt(frame):
-            self._raised = True
+            self._due = time.monotonic() + _CLOSING
             raise Stopped(self._number)
 
     def _lost(self, event: UnraisableHookArgs) -> None:
         """A stop that was raised where no exception can pass, as in a collector's callback, is due again."""
         if isinstance(event.exc_value, Stopped):
-            self._raised = False
+            self._due = 0.0
         else:
             sys.__unraisablehook__(event)
 

@@ -98,6 +98,16 @@ def test_a_stop_that_is_raised_where_it_is_lost_is_raised_again() -> None:
     assert ran(f"{destructor}del a\ntime.sleep(600)", 143) == ("stopped\n", "")
 
 
+def test_a_stop_that_others_lose_or_replace_is_a_stop_all_the_same() -> None:
+    lost = (
+        "import jobs.stopping; jobs.stopping._CLOSING = 0.3\nsend()\ntry: time.sleep(600)\nexcept BaseException: pass\n"
+    )
+    assert ran(f"{lost}time.sleep(600)", 143) == ("stopped\n", "")
+    # As Ray does.
+    replaced = "send()\ntry: time.sleep(600)\nexcept KeyboardInterrupt: raise KeyboardInterrupt from None"
+    assert ran(replaced, 143) == ("stopped\n", "")
+
+
 def test_an_error_in_closing_does_not_hide_that_the_command_was_stopped() -> None:
     assert ran("send()\ntry: time.sleep(600)\nfinally: raise OSError('full')", 143) == ("stopped\n", "")
     assert "OSError: full" in ran("raise OSError('full')", 1)[1]
