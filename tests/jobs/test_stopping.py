@@ -81,7 +81,8 @@ class Job:
         if command == "assemble":
             shutil.copytree(site.finished / "run", self.run)
         repository = str(site.finished / "repository")
-        arguments = [repository, self.target] if command == "publish" else [str(self.directory / "config.yaml")]
+        configured = [str(self.directory / "config.yaml"), "--set", "cluster.wait=600"]
+        arguments = [repository, self.target] if command == "publish" else configured
         clean = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         mine = {"TMPDIR": str(self.temporary), "MARK": self.mark, **environment(site.proxy.endpoint)}
         self.process = subprocess.Popen(
@@ -224,7 +225,8 @@ def leaves_nothing(job: Job, case: str) -> None:
 
 TRY = st.builds(
     Try,
-    stage=st.sampled_from([*STAGES, "publishing", "starting"]),
+    # What lasts is tried more often, and what starts a Ray and a worker costs most.
+    stage=st.sampled_from([*STAGES, "starting", "assembling", "publishing", "publishing"]),
     share=st.floats(0.0, 1.2),
     signals=st.lists(st.sampled_from(SIGNALS), min_size=1, max_size=3).map(tuple),
     pause=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
