@@ -175,7 +175,7 @@ def _end(directory: str, saved: Mapping[str, str | None]) -> None:
 
 def _remove(directory: str) -> None:
     """Delete Ray's directory; its last processes may still write logs for a moment after shutdown."""
-    for _ in range(50):
+    for _ in range(300):
         shutil.rmtree(directory, ignore_errors=True)
         if not Path(directory).exists():
             return
