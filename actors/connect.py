@@ -10,8 +10,9 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.interruption import uninterrupted
 
 #: Activations of a few microbatches; Ray spills to its temporary directory beyond that.
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -33,12 +35,19 @@ def connected(config: ClusterConfig) -> Iterator[None]:
     so that it neither disturbs nor joins another Ray on the machine, and nobody else can use it.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    # Ray prints messages of its nodes on standard output, where results go.
-    with redirect_stdout(sys.stderr), _joined(config) if joins(config) else _started(config):
-        # Ray ends a driver on SIGTERM by its own handler; the command line has a better one.
-        if handler is not None and signal.getsignal(signal.SIGTERM) is not handler:
-            signal.signal(signal.SIGTERM, handler)
-        yield
+    try:
+        # Ray prints messages of its nodes on standard output, where results go.
+        with redirect_stdout(sys.stderr), _joined(config) if joins(config) else _started(config):
+            _set(handler)
+            yield
+    finally:
+        _set(handler)
+
+
+def _set(handler: Any) -> None:
+    """Undo what Ray does to the handler of SIGTERM when it starts and when it ends; Python is not told of all of it."""
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def joins(config: ClusterConfig) -> bool:
@@ -64,7 +73,14 @@ def _joined(config: ClusterConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        _leave()
+
+
+@uninterrupted
+def _leave() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -107,38 +123,59 @@ def _started(config: ClusterConfig) -> Iterator[None]:
     }
     saved = {key: os.environ.get(key) for key in ours}
     os.environ.update(ours)
-    import ray
-
     _read_environment_again(loopback=True)
-    # Unix socket paths are limited to 107 bytes, so not below a user's TMPDIR. The name says whose it is.
-    directory = tempfile.mkdtemp(prefix=f"pq{os.getpid()}-", dir="/tmp")
-    cpus = config.threads * config.workers if config.workers != "auto" else os.cpu_count()
+    directory = _make_private()
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            namespace="prismaquant",
-            object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address=LOOPBACK,
-            _temp_dir=directory,
-        )
+        _start(config, directory)
         yield
     finally:
-        ray.shutdown()
-        _remove(directory)
-        for key, value in saved.items():
-            os.environ.pop(key)
-            if value is not None:
-                os.environ[key] = value
-        _read_environment_again(loopback=False)
+        _end(directory, saved)
+
+
+@uninterrupted
+def _make_private() -> str:
+    """A directory that only this user can enter. Its name says whose it is.
+
+    Unix socket paths are limited to 107 bytes, so it is not below a user's TMPDIR.
+    """
+    return tempfile.mkdtemp(prefix=f"pq{os.getpid()}-", dir="/tmp")
+
+
+@uninterrupted
+def _start(config: ClusterConfig, directory: str) -> None:
+    """Start Ray as a whole: shutdown ends only processes of a Ray that has started."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=config.threads * config.workers if config.workers != "auto" else os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        namespace="prismaquant",
+        object_store_memory=OBJECT_STORE_BYTES,
+        _node_ip_address=LOOPBACK,
+        # Ray lets everybody write to its directory; what is around it keeps them out.
+        _temp_dir=f"{directory}/ray",
+    )
+
+
+@uninterrupted
+def _end(directory: str, saved: Mapping[str, str | None]) -> None:
+    import ray
+
+    ray.shutdown()
+    _remove(directory)
+    for key, value in saved.items():
+        os.environ.pop(key)
+        if value is not None:
+            os.environ[key] = value
+    _read_environment_again(loopback=False)
 
 
 def _remove(directory: str) -> None:
     """Delete Ray's directory; its last processes may still write logs for a moment after shutdown."""
-    for _ in range(50):
+    for _ in range(300):
         shutil.rmtree(directory, ignore_errors=True)
         if not Path(directory).exists():
             return

@@ -12,7 +12,7 @@ from pathlib import Path
 _CODE = """
 import json, sys
 from click.testing import CliRunner
-from jobs.__main__ import cli
+from jobs.command_line import cli
 
 for arguments in json.loads(sys.argv[1]):
     result = CliRunner().invoke(cli, arguments)

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from benchmarks import tables
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from prismaquant_ray.config import Config
 from prismaquant_ray.families import FAMILIES
 from tests.architectures import REFUSED, WORKING

@@ -14,10 +14,10 @@ from prismaquant_ray.formats import FormatName
 ROOT = Path(__file__).parents[1]
 FILES = [path for package in ("prismaquant_ray", "actors", "jobs") for path in sorted((ROOT / package).rglob("*.py"))]
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 60
-#: What every command defines: see jobs/__main__.py.
+#: What every command defines: see jobs/command_line.py.
 COMMANDS = {"run", "render"}
 #: Where people are talked to.
-TALKING = ("jobs/__main__.py", "jobs/commands/")
+TALKING = ("jobs/command_line.py", "jobs/commands/")
 OPEN_MAPPINGS = ("dict[str, Any]", "Mapping[str, Any]")
 #: Mappings whose keys are not ours to list: in functions that other packages call, in fields and methods.
 THIRD_PARTY_JSON = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.pipeline import stages
 from prismaquant_ray.config import load_config
 from tests.inprocess import in_process

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.interruption import uninterrupted
 from prismaquant_ray.repository.manifest import MANIFEST, check_ours, is_dequantized
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.connection import local_path
@@ -173,20 +174,32 @@ def staged_directory(output: Path) -> Iterator[Path]:
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     _clean_up(output)
-    staging = output.parent / f".{output.name}.writing-{new_attempt()}"
-    staging.mkdir()
-    # The lock marks the directory as in use; the kernel releases it with the process.
-    lock = os.open(staging, os.O_RDONLY)
+    staging, lock = _make(output)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield staging
         _check_directory(output)
         _swap(staging, output)
     finally:
-        os.close(lock)
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging, lock)
 
 
+@uninterrupted
+def _make(output: Path) -> tuple[Path, int]:
+    """A fresh directory, and the lock that marks it as in use; the kernel releases it with the process."""
+    staging = output.parent / f".{output.name}.writing-{new_attempt()}"
+    staging.mkdir()
+    lock = os.open(staging, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return staging, lock
+
+
+@uninterrupted
+def _remove(staging: Path, lock: int) -> None:
+    os.close(lock)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+@uninterrupted
 def _swap(staging: Path, output: Path) -> None:
     if not output.exists():
         staging.rename(output)

@@ -21,6 +21,7 @@ from uuid import uuid4
 import psutil
 
 from prismaquant_ray.errors import ResourceError, StoreError
+from prismaquant_ray.interruption import uninterrupted
 from prismaquant_ray.storage.store import Store
 
 #: Seconds after which a lease that is not renewed may be taken over, and between two renewals.
@@ -70,6 +71,7 @@ class Lease:
         if self._failure is not None:
             raise self._failure
 
+    @uninterrupted
     def release(self) -> None:
         """Release the run for the next driver."""
         self._stop.set()
@@ -117,8 +119,7 @@ def held(
         process_started=psutil.Process().create_time(),
         boot=_boot(),
     )
-    number = _claim(store, me, _Watch(ttl=ttl, notice=notice, sleep=sleep, clock=clock))
-    lease = Lease(store, number, me, renewal)
+    lease = _claim(store, me, renewal, _Watch(ttl=ttl, notice=notice, sleep=sleep, clock=clock))
     try:
         yield lease
     finally:
@@ -141,16 +142,25 @@ class _Watch:
     clock: Callable[[], float]
 
 
-def _claim(store: Store, me: Holder, watch: _Watch) -> int:
+def _claim(store: Store, me: Holder, renewal: float, watch: _Watch) -> Lease:
     while True:
         number = _newest(store)
         if number is not None:
             _wait_until_expired(store, number, watch)
-        following = 0 if number is None else number + 1
-        if store.create(_key(following), json.dumps(asdict(me)).encode()):
-            if number is not None:
-                store.delete([_key(number)])
-            return following
+        lease = _take(store, number, me, renewal)
+        if lease is not None:
+            return lease
+
+
+@uninterrupted
+def _take(store: Store, expired: int | None, me: Holder, renewal: float) -> Lease | None:
+    """The lease that follows the expired one; None if another driver has it."""
+    number = 0 if expired is None else expired + 1
+    if not store.create(_key(number), json.dumps(asdict(me)).encode()):
+        return None
+    if expired is not None:
+        store.delete([_key(expired)])
+    return Lease(store, number, me, renewal)
 
 
 def _wait_until_expired(store: Store, number: int, watch: _Watch) -> None:

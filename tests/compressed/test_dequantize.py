@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.commands import verify
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.errors import InputError

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from actors.pool import WORKER_ENVIRONMENT
-from jobs.__main__ import COMMANDS, CONFIG, cli
+from jobs.command_line import COMMANDS, CONFIG, cli
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.errors import InputError, WorkerBugError

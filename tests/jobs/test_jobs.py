@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -16,7 +14,6 @@ import pytest
 import yaml
 
 from jobs.commands import status
-from prismaquant_ray.storage.store import Store
 from tests.ray_head import SETTINGS, Head, started
 from tests.runs import configuration, digests
 from tests.waiting import PATIENCE, wait_for
@@ -143,20 +140,3 @@ def test_another_version_on_the_nodes_is_refused(bare: Path, tmp_path: Path, qwe
     init.write_text(init.read_text().replace('__version__ = "', '__version__ = "99.'))
     with started(bare, {"PYTHONPATH": str(other)}) as head:
         refused(direct(head, prepared(tmp_path, qwen3)), "has prismaquant-ray 99.")
-
-
-def test_ctrl_c_stops_a_local_run_in_order(tmp_path: Path, qwen3: Path) -> None:
-    configuration(tmp_path, qwen3)
-    command = [sys.executable, "-m", "jobs", "quantize", str(tmp_path / "config.yaml"), *slow(tmp_path / "slow")]
-    driver = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: list((tmp_path / "slow").glob("forward/0000/*/boundary-*")), driver)
-    driver.send_signal(signal.SIGINT)
-    _, err = driver.communicate(timeout=PATIENCE)
-    assert driver.returncode == 130
-    assert err.splitlines()[-1] == "stopped; the same command continues"
-    store = Store(tmp_path / "slow")
-    assert not store.list("lease")
-    assert json.loads(store.get("events.jsonl").decode().splitlines()[-1])["how"] == "stopped"
-    assert not (tmp_path / "repository").exists()

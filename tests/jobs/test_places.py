@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import load_config
 from prismaquant_ray.storage.store import Store

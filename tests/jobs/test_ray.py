@@ -111,13 +111,17 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     assert [event.cause for event in lost] == [Cause.PROCESS]
 
 
-def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_path: Path, qwen3: Path) -> None:
+def test_a_local_ray_is_on_loopback_and_leaves_environment_and_handlers_as_they_were(
+    tmp_path: Path, qwen3: Path
+) -> None:
     import ray
 
-    from actors.connect import connected
-
     config = load_with(tmp_path, qwen3, "cluster.workers=2")
+    caught: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))
     with connected(config.cluster):
+        # The kernel must call this handler, whatever Python believes.
+        signal.raise_signal(signal.SIGTERM)
         assert worker_count(config.cluster, 8) == 2
         assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
         listening = [
@@ -128,6 +132,9 @@ def test_a_local_ray_is_on_loopback_and_leaves_nothing_in_the_environment(tmp_pa
         ]
         assert len(listening) > 5
         assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert caught == [signal.SIGTERM] * 2
     assert not ray.is_initialized()
     assert "RAY_AUTH_TOKEN" not in os.environ
 

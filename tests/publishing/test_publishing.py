@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import HfApi, constants
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.publishing import hub as publishing_hub

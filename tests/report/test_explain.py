@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.pipeline.measured import Measured
 from prismaquant_ray.allocation.frontier import frontier
 from prismaquant_ray.allocation.plans import Planner

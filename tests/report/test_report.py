@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.commands import report as command
 from jobs.pipeline import stages
 from jobs.pipeline.measured import Measured
