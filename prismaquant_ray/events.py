@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from prismaquant_ray.errors import StoreError
+from prismaquant_ray.parsing import parse_json
 from prismaquant_ray.records import EVENTS
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
@@ -276,12 +276,15 @@ class EventLog:
     def __init__(self, store: Store) -> None:
         self._store = store
         try:
-            self._text = bytearray(store.get(EVENTS))
+            lines = store.get(EVENTS).splitlines()
         except KeyError:
-            self._text = bytearray()
+            lines = []
+        # What cannot be read would be joined to the next event, or be there for good.
+        kept = [(line, event) for line in lines if (event := _parse(line)) is not None]
+        self._text = bytearray(b"".join(line + b"\n" for line, _ in kept))
         self._written = time.monotonic()
         #: The most memory a worker has taken, over all attempts.
-        self.peak_bytes: int = max((step.peak_bytes for step in steps_of(_parse(bytes(self._text), store))), default=0)
+        self.peak_bytes: int = max((step.peak_bytes for step in steps_of(event for _, event in kept)), default=0)
 
     def __call__(self, event: Event) -> None:
         """Add an event, unless it is a notice; it reaches the store within seconds."""
@@ -301,23 +304,20 @@ class EventLog:
 
 
 def read_events(store: Store) -> list[Event]:
-    """The log of a run, oldest first; empty before anything happened.
-
-    Raises:
-        StoreError: the log is damaged.
-    """
+    """The log of a run, oldest first; empty before anything happened. Lines that cannot be read are left out."""
     try:
         text = store.get(EVENTS)
     except KeyError:
         return []
-    return _parse(text, store)
+    return [event for line in text.splitlines() if (event := _parse(line)) is not None]
 
 
-def _parse(text: bytes, store: Store) -> list[Event]:
+def _parse(line: bytes) -> Event | None:
+    """The event of a line; None where it is cut or is something else: it is only a log."""
     try:
-        return [_READER.validate_json(line) for line in text.splitlines()]
-    except ValidationError as error:
-        raise StoreError(f"{store.uri}: {EVENTS} is damaged; delete it, it is only a log") from error
+        return _READER.validate_python(parse_json(line, finite=True))
+    except ValueError:
+        return None
 
 
 def steps_of(events: Iterable[Event]) -> list[StepDone]:

@@ -124,9 +124,9 @@ class RunRecord:
     @property
     def source(self) -> str:
         """`model.source` of the configuration."""
-        model = self.config["model"]
-        if not isinstance(model, dict):
-            raise ValueError("config.model: not a section")  # noqa: TRY004 - of a file, not of a caller
+        model = self.config.get("model")
+        if not isinstance(model, dict) or "source" not in model:
+            raise ValueError("config.model: not a section with a source")
         return str(model["source"])
 
 

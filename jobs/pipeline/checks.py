@@ -19,6 +19,7 @@ from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.runner import check_finite
+from prismaquant_ray.parsing import MAX_BYTES
 from prismaquant_ray.records import RunRecord, Settings
 from prismaquant_ray.repository.manifest import as_json
 from prismaquant_ray.repository.routing import unroutable_because
@@ -217,9 +218,9 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
 def stored_fingerprint(store: Store) -> Settings:
     """The fingerprint of the run in a store; StoreError where it cannot be read."""
     try:
-        return from_bytes(RunRecord, store.get(records.RUN)).fingerprint
+        return from_bytes(RunRecord, store.get(records.RUN, MAX_BYTES)).fingerprint
     except (ValueError, KeyError) as error:
-        raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
+        raise StoreError(f"{store.uri}: {records.RUN} cannot be read ({error}); choose another store.run") from error
 
 
 def refuse_mismatch(store: Store, fingerprint: Settings, paired: Sequence[FormatName]) -> None:

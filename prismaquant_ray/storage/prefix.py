@@ -30,8 +30,8 @@ class Prefix(Protocol):
     def uri(self) -> str:
         """Where it is, for errors."""
 
-    def get(self, key: str, /) -> bytes:
-        """The whole object; KeyError when it does not exist."""
+    def get(self, key: str, at_most: int | None = None, /) -> bytes:
+        """The whole object; KeyError when it does not exist, MalformedError when it has more than `at_most` bytes."""
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]], /) -> builtins.list[Buffer]:
         """Bytes [start, stop) of each range."""
