@@ -17,7 +17,6 @@ import yaml
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from prismaquant_ray.storage.prefix import Prefix
 
 #: Bytes of a file that is read as a whole. The largest index of a model of today has a third of that.
 MAX_BYTES = 1 << 26
@@ -32,11 +31,6 @@ _INT64 = 1 << 63
 
 class MalformedError(ValueError):
     """Text that cannot be read. The message says why, to be put behind the name of the file: `is not JSON (…)`."""
-
-
-def get_json(store: Prefix, key: str, *, finite: bool = False) -> Any:
-    """The values of a JSON object of a store, as `parse_json` has them; KeyError when there is none."""
-    return parse_json(store.get(key, MAX_BYTES), finite=finite)
 
 
 def parse_json(text: bytes | str, *, finite: bool = False, unique: bool = False) -> Any:

@@ -306,9 +306,13 @@ class MeasuredKnee:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredPlans:
-    """`plans/measured.json`: predicted and measured loss of plans and controls on one text. `code` is the version."""
+    """`plans/measured.json`: predicted and measured loss of plans and controls on one text.
+
+    `code` is the version, `run` says which run they are of, as in its records.
+    """
 
     code: str
+    run: str
     text: EvaluationText
     calibration_tokens: int
     source: SourceFigures

@@ -152,7 +152,7 @@ def run(bench: Bench, seed: int, count: int, tell: Callable[[dict[str, Any]], No
         if pattern:
             target = own.choice(sorted(bench.work.glob(pattern)))
         overrides = mutation.apply(target, own) or ()
-        what = f"{pattern or 'settings'}: {mutation.name} {overrides or ''} → {name}"
+        what = f"{pattern or 'settings'}: {mutation.name} {str(overrides or '')[:80]} → {name}"
         tell({"number": number, "case": what})
         bench.written.clear()
         # The peak begins anew.

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from prismaquant_ray import parsing
-from prismaquant_ray.parsing import MAX_BYTES, MalformedError, get_json, parse_json, parse_object, parse_yaml, read_yaml
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError, parse_json, parse_object, parse_yaml, read_yaml
+from prismaquant_ray.storage.prefix import get_json
 from prismaquant_ray.storage.store import Store
 
 

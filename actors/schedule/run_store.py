@@ -18,7 +18,7 @@ from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
 from prismaquant_ray.errors import DamagedError, StoreError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.parsing import MAX_BYTES, MalformedError, as_object, get_json
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError, as_object
 from prismaquant_ray.records import (
     BOUNDARY,
     FACTORS,
@@ -31,6 +31,7 @@ from prismaquant_ray.records import (
     record_key,
 )
 from prismaquant_ray.serialization import from_bytes, from_json, to_json
+from prismaquant_ray.storage.prefix import get_json
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
 

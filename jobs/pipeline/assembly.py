@@ -14,7 +14,7 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError, PrismaquantError
 from prismaquant_ray.events import Listener, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.parsing import MAX_BYTES, MalformedError, get_json
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError
 from prismaquant_ray.records import PlanRecord, PlanSummary
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.shipped import gather_shipped
@@ -25,7 +25,7 @@ from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.connection import absolute
-from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.prefix import Prefix, get_json
 from prismaquant_ray.storage.store import Store
 
 
@@ -157,7 +157,10 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
         raise InputError(f"store.output {output}: {MANIFEST} names a format {unknown!r}; run assemble again")
     choice = {group: FormatName(name) for group, name in manifest.choice.items()}
     measured = Run(config, on_event=on_event).measured()
-    check_choice(measured.layout, choice)
+    try:
+        check_choice(measured.layout, choice)
+    except InputError as error:
+        raise InputError(f"store.output {output}: {MANIFEST}: {error}") from error
     found = verify_repository(store, measured.shipped(choice), measured.layout, choice, measured.candidates)
     return VerifiedRepository(
         repository=str(output),

@@ -149,7 +149,11 @@ class Measured:
 
     def measured_plans(self) -> MeasuredPlans | None:
         """Measured losses of plans; None if none were measured."""
-        return read_stored(self.store, MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
+        found = read_stored(self.store, MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
+        if found is not None and found.run != self.run_store.run:
+            uri = self.store.uri
+            raise StoreError(f"{uri}: {records.MEASURED_PLANS} is of another run; run sweep --measure again")
+        return found
 
     @cached_property
     def data(self) -> RunData:

@@ -63,7 +63,9 @@ def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.flo
 
     model_class = getattr(transformers, architecture, None)
     if model_class is None or not isinstance(config, getattr(model_class, "config_class", None) or ()):
-        raise InputError(f"transformers has no class {architecture} for model_type {config.model_type!r}")
+        raise InputError(
+            f"transformers has no class {architecture!r} for model_type {config.model_type!r}, which config.json names"
+        )
     register()
     with torch.device("meta"):
         routed = {"experts_implementation": IMPLEMENTATION} if model_class._can_set_experts_implementation() else {}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.parsing import MalformedError, as_object, get_json
+from prismaquant_ray.parsing import MalformedError, as_object
 from prismaquant_ray.serialization import from_json
 from prismaquant_ray.source import block_fp8
 from prismaquant_ray.source.config_json import portable
@@ -21,7 +21,7 @@ from prismaquant_ray.source.files import CONFIG, INDEX, SINGLE
 from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.source.wide import Bf16Decoder, as_bf16, narrowed, wide_matrices, with_bf16
-from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.prefix import Prefix, get_json
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from prismaquant_ray.errors import DamagedError, StoreError
-from prismaquant_ray.parsing import MalformedError, as_object, get_json
+from prismaquant_ray.parsing import MalformedError, as_object
 from prismaquant_ray.records import Json
+from prismaquant_ray.storage.prefix import get_json
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:

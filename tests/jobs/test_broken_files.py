@@ -43,8 +43,7 @@ def test_whatever_is_broken_every_command_ends_as_it_should(
     done = subprocess.run(
         [sys.executable, "-m", "tests.broken", tmp_path / "broken", str(SEED), str(MUTATIONS)],
         cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=900,
-        # A cache of fonts, a session: what libraries write belongs in the folder.
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, (done.stderr[-2000:], told[-1:])
