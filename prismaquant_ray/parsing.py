@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -42,8 +40,7 @@ def parse_json(text: bytes | str, *, finite: bool = False, unique: bool = False)
         MalformedError: it is no JSON, or there is too much of it.
     """
     check_length(len(text), MAX_BYTES)
-    data = text.encode(errors="replace") if isinstance(text, str) else text
-    if sum(data.count(mark) for mark in b",[{") > _MAX_VALUES:
+    if len(text) > _MAX_VALUES and _marks(text) > _MAX_VALUES:
         raise MalformedError(f"has more than {_MAX_VALUES:,} values")
     try:
         body = json.loads(text, object_pairs_hook=_unique if unique else None)
@@ -56,6 +53,12 @@ def parse_json(text: bytes | str, *, finite: bool = False, unique: bool = False)
         raise MalformedError(f"is not JSON ({reason})") from error
     _check(body, finite=finite)
     return body
+
+
+def _marks(text: bytes | str) -> int:
+    """At least as many as there are values in JSON text."""
+    data = text.encode(errors="replace") if isinstance(text, str) else text
+    return sum(data.count(mark) for mark in (b",", b"[", b"{"))
 
 
 def parse_object(text: bytes | str, *, finite: bool = False) -> dict[str, Any]:
@@ -109,32 +112,36 @@ _TOO_DEEP = f"is nested deeper than {_MAX_DEPTH} levels"
 
 
 def _check(body: Any, *, finite: bool) -> None:
-    """Level by level: what is nested too deep for this would be so for everything after it."""
+    """Level by level: what is nested too deep for recursion would be so for everything after it, too."""
     level, seen = [body], 0
     for _ in range(_MAX_DEPTH):
-        seen += len(level)
-        # Aliases of YAML are one value in memory and many for those who walk over them.
-        if seen > _MAX_VALUES:
-            raise MalformedError(f"has more than {_MAX_VALUES:,} values")
-        level = list(islice((inner for value in level for inner in _inside(value, finite=finite)), _MAX_VALUES))
-        if not level:
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                if not value.isascii():
+                    _check_text(value)
+            elif isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list | tuple | set):
+                inner += value
+            elif finite:
+                _check_number(value)
+            # Aliases of YAML are one value in memory and many for those who walk over them.
+            if seen + len(inner) > _MAX_VALUES:
+                raise MalformedError(f"has more than {_MAX_VALUES:,} values")
+        if not inner:
             return
+        level, seen = inner, seen + len(inner)
     raise MalformedError(_TOO_DEEP)
 
 
-def _inside(value: Any, *, finite: bool) -> Iterator[Any] | Sequence[Any]:
-    if isinstance(value, dict):
-        return iter([*value.keys(), *value.values()])
-    if isinstance(value, list | tuple | set):
-        return iter(value)
-    if isinstance(value, str):
-        if not value.isascii():
-            _check_text(value)
-    elif finite and isinstance(value, float) and not math.isfinite(value):
-        raise MalformedError(f"has a number that is {value}")
-    elif finite and isinstance(value, int) and not -_INT64 <= value < _INT64:
+def _check_number(value: Any) -> None:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise MalformedError(f"has a number that is {value}")
+    elif isinstance(value, int) and not -_INT64 <= value < _INT64:
         raise MalformedError("has a number with more than 64 bits")
-    return ()
 
 
 def _check_text(value: str) -> None:

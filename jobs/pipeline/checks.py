@@ -25,6 +25,7 @@ from prismaquant_ray.repository.manifest import as_json
 from prismaquant_ray.repository.routing import unroutable_because
 from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import small_file
 from prismaquant_ray.storage.store import Store, check_directory
 
 # Prefixes of the files of tokenizer and processor, which determine the tokens.
@@ -194,7 +195,7 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
     tokenizer = hashlib.sha256()
     for name in sorted(source.other_files()):
         if name.startswith(_PREPARING) or name in ("vocab.json", "merges.txt"):
-            tokenizer.update(source.store.get(name))
+            tokenizer.update(small_file(source.store, name))
     images = None
     if calibration.images is not None:
         from prismaquant_ray.calibration.images import files_digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prismaquant_ray.errors import InputError
@@ -67,16 +67,24 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
         yield Path(directory)
 
 
+def small_file(store: Store, name: str) -> bytes:
+    """A file of a model that is no weights; KeyError when there is none, InputError when it is too large, or no JSON.
+
+    Libraries that read it themselves would take all memory, or have errors of their own.
+    """
+    try:
+        data = store.get(name, MAX_BYTES)
+        if name.endswith(".json"):
+            parse_json(data)
+    except MalformedError as error:
+        raise InputError(f"{store.uri}: {name} {error}; fetch it again") from error
+    return data
+
+
 def _check_small_files(checkpoint: TensorSource) -> None:
     # Beside the files of the store what only a directory can have.
     path = checkpoint.store.path
     names = {*checkpoint.other_files(), *(() if path is None else (entry.name for entry in path.iterdir()))}
     for name in sorted(name for name in names if name.startswith(_OF_LIBRARIES)):
-        try:
-            data = checkpoint.store.get(name, MAX_BYTES)
-            if name.endswith(".json"):
-                parse_json(data)
-        except KeyError:
-            continue  # a directory
-        except MalformedError as error:
-            raise InputError(f"{checkpoint.store.uri}: {name} {error}; fetch it again") from error
+        with suppress(KeyError):  # a folder
+            small_file(checkpoint.store, name)

@@ -23,7 +23,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import ObjectRepaired, read_events
 from prismaquant_ray.storage.store import Store
 from tests.broken import LONGEST
-from tests.inprocess import in_process, unopened
+from tests.inprocess import InProcessWorkers, in_process, unopened
 from tests.repositories import rewrite
 from tests.runs import assembled, configuration, digests, quantized
 from tests.tiny import make_checkpoint, make_text
@@ -55,6 +55,8 @@ def test_whatever_is_broken_every_command_ends_as_it_should(
     # Nothing of this would be noticed if everything ended alike.
     exits = {code: sum(case["exit"] == code for case in found) for code in (0, 2, 3)}
     assert min(exits.values()) > 10, exits
+    in_workers = [case["exit"] for case in found if case["case"].endswith("evaluate") and "worker-0" in case["said"]]
+    assert {0, 2} <= set(in_workers)
     assert total["seconds"] <= MOST_TIME
     record_property(
         "broken files",
@@ -215,9 +217,11 @@ def test_scales_that_are_no_numbers_are_named_by_who_reads_them(mine: Path, sour
     assert name.removesuffix(".weight_scale") in decoded.stderr
     assert not (tmp_path / "decoded").exists()
     text = make_text(tmp_path, 2000, seed=9)
-    options: dict[str, Any] = {"sequences": 1, "length": 8, "open_workers": in_process()}
+    opened: list[InProcessWorkers] = []
+    options: dict[str, Any] = {"sequences": 1, "length": 8, "open_workers": in_process(opened=opened)}
     with pytest.raises(InputError, match=name.removesuffix(".weight_scale")):
         evaluate(str(repository), str(source), text, **options)
+    assert opened[0].log, "a worker had it"
 
 
 def test_weights_that_are_too_large_for_a_probability_are_named(mine: Path, source: Path, tmp_path: Path) -> None:
