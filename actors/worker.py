@@ -236,15 +236,16 @@ class ShardWorker:
                 f"store.run {spec.run} on {socket.gethostname()} is not the driver's; on several machines it must be "
                 "a directory that they share, or an s3:// or gs:// URI"
             )
+        run_store = RunStore(store)
         checkpoint = Checkpoint(resolve(spec.source, config.model.revision))
         gptq, search = config.rounding.gptq, config.rounding.scale_search
         runner = self._runner(checkpoint, config)
         self.context = WorkerContext(
             config=config,
-            run_store=RunStore(store),
+            run_store=run_store,
             runner=runner,
             variants=self._variants(runner, spec),
-            calibration=read_calibration(store),
+            calibration=read_calibration(store, run=run_store.run),
             rounding=Rounding(
                 scale_search=ScaleSearch(grid=search.grid, span=search.span),
                 gptq=Gptq(damping=gptq.damping) if gptq else None,

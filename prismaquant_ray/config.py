@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from prismaquant_ray.config_values import Bytes, Location, Margin, Section
 from prismaquant_ray.errors import ConfigError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.gpus import GpuName
+from prismaquant_ray.parsing import MalformedError, parse_yaml, read_yaml
 
 
 class ModelConfig(Section):
@@ -143,7 +143,7 @@ class RoundingConfig(Section):
 
 
 def _known_format(name: Any) -> Any:
-    if name not in set(FormatName):
+    if not isinstance(name, str) or name not in set(FormatName):
         raise ValueError(f"unknown format {name!r}{_nearest(str(name), list(FormatName))}")
     return name
 
@@ -320,13 +320,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file or an override cannot be used; one line that names the key.
     """
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+        body = read_yaml(path)
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except MalformedError as error:
+        raise ConfigError(f"{path} {error}") from error
     if not isinstance(body, dict):
         raise ConfigError(f"{path}: expected sections such as model: and budget:")
     return checked(body, overrides, name=str(path))
@@ -347,9 +347,9 @@ def _apply(body: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"--set {override}: expected key=value, e.g. --set budget.bpp=5.5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML") from error
+        value = parse_yaml(text)
+    except MalformedError as error:
+        raise ConfigError(f"--set {override[:100]}: the value {error}") from error
     *sections, leaf = key.split(".")
     node = body
     for section in sections:

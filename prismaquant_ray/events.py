@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
-from prismaquant_ray.errors import StoreError
+from prismaquant_ray.parsing import parse_json
 from prismaquant_ray.records import EVENTS
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
@@ -298,20 +298,17 @@ class Events:
 
 
 def read_events(store: Store) -> list[Event]:
-    """The log of a run, oldest first; empty before anything happened.
-
-    Raises:
-        StoreError: the log is damaged.
-    """
+    """The log of a run, oldest first; empty before anything happened. Lines that cannot be read are left out."""
     try:
         text = store.get(EVENTS)
     except KeyError:
         return []
-    return _parse(text, store)
+    return [event for line in text.splitlines() if (event := _parse(line)) is not None]
 
 
-def _parse(text: bytes, store: Store) -> list[Event]:
+def _parse(line: bytes) -> Event | None:
+    """The event of a line; None where it is cut or is something else: it is only a log."""
     try:
-        return [_READER.validate_json(line) for line in text.splitlines()]
-    except ValidationError as error:
-        raise StoreError(f"{store.uri}: {EVENTS} is damaged; delete it, it is only a log") from error
+        return _READER.validate_python(parse_json(line, finite=True))
+    except ValueError:
+        return None

@@ -124,9 +124,9 @@ class RunRecord:
     @property
     def source(self) -> str:
         """`model.source` of the configuration."""
-        model = self.config["model"]
-        if not isinstance(model, dict):
-            raise ValueError("config.model: not a section")  # noqa: TRY004 - of a file, not of a caller
+        model = self.config.get("model")
+        if not isinstance(model, dict) or "source" not in model:
+            raise ValueError("config.model: not a section with a source")
         return str(model["source"])
 
 
@@ -306,9 +306,13 @@ class MeasuredKnee:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredPlans:
-    """`plans/measured.json`: predicted and measured loss of plans and controls on one text. `code` is the version."""
+    """`plans/measured.json`: predicted and measured loss of plans and controls on one text.
+
+    `code` is the version, `run` says which run they are of, as in its records.
+    """
 
     code: str
+    run: str
     text: EvaluationText
     calibration_tokens: int
     source: SourceFigures

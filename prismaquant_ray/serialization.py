@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.parsing import parse_object
 
 T = TypeVar("T")
 
@@ -69,4 +70,4 @@ def from_bytes(kind: type[T], data: bytes) -> T:
     Raises:
         ValueError: the bytes are not JSON, or not that of such a record.
     """
-    return from_json(kind, json.loads(data))
+    return from_json(kind, parse_object(data, finite=True))

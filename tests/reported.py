@@ -77,6 +77,7 @@ def measurements(plans: Sequence[MeasuredPlan], **changes: Any) -> MeasuredPlans
     """`plans/measured.json` with these plans."""
     body: dict[str, Any] = {
         "code": "0",
+        "run": "",
         "text": EvaluationText(file="evaluation.txt", sha256="0" * 64, sequences=2, tokens=1024, images=0),
         "calibration_tokens": 192,
         "source": SourceFigures(loss=2.8, perplexity=17.2),
@@ -101,6 +102,7 @@ def add_measurements(known: Measured, draft: bool = False) -> MeasuredPlans:
         plans.append(measured_plan(known.sweep.targets[0], **uniform))
     body = measurements(
         plans,
+        run=known.run_store.run,
         source=SourceFigures(loss=2.8, perplexity=17.2, draft_agreement=0.8 if draft else None),
         knee=MeasuredKnee(bpp=5.25, kl=0.13, from_bpp=4.5, to_bpp=8.25, stability=[]),
     )

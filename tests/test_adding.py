@@ -125,7 +125,7 @@ def test_a_family_is_added_by_a_file_and_an_entry(
     assert found["inspect"]["family"] == "olmoe"
     assert found["inspect"]["guesses"] == []
     assert found["verify"]["problems"] == []
-    layout = json.loads((tmp_path / "run/layout.json").read_text())
+    layout = json.loads((tmp_path / "run/layout.json").read_text())["facts"]
     assert {group["name"] for block in layout["blocks"] for group in block["groups"]} == {
         f"model.layers.{layer}.{part}"
         for layer in (0, 1)

@@ -25,7 +25,6 @@ THIRD_PARTY_JSON = {
     "prismaquant_ray.compressed.quantized_modules.QuantizedModule.group": "a config group",
     "prismaquant_ray.formats.base.Format.scheme": "QuantizationArgs as compressed-tensors defines them",
     "prismaquant_ray.model.expert_stacks.expert_stacks": "config.json",
-    "prismaquant_ray.publishing.finished.FinishedRepository.manifest": "a manifest of any version",
     "prismaquant_ray.source.folded.FoldedSource.config": "config.json",
     "prismaquant_ray.source.protocol.TensorSource.config": "config.json",
     "prismaquant_ray.config.checked": "settings as YAML has them, before they are checked",
@@ -36,8 +35,11 @@ THIRD_PARTY_JSON = {
     "prismaquant_ray.repository.routing.vllm_route": "quantization_config as compressed-tensors defines it",
     "prismaquant_ray.repository.routing.is_ignored": "quantization_config",
     "prismaquant_ray.repository.writer.write_repository": "a manifest",
-    "prismaquant_ray.source.checkpoint.read_json": "config.json and what is like it",
-    "prismaquant_ray.source.config_json.portable": "config.json",
+    "prismaquant_ray.source.checkpoint.read_config": "config.json",
+    "prismaquant_ray.source.checkpoint.read_json": "an index",
+    "prismaquant_ray.source.config_json.absurd_size": "config.json",
+    "prismaquant_ray.parsing.as_object": "any JSON",
+    "prismaquant_ray.parsing.parse_object": "any JSON",
 }
 
 
@@ -170,6 +172,16 @@ def test_packages_exchange_records_rather_than_mappings() -> None:
     }
     crossing |= {name for name, signature in members.items() if any(mapping in signature for mapping in OPEN_MAPPINGS)}
     assert crossing == set(THIRD_PARTY_JSON)
+
+
+def test_json_and_yaml_are_read_in_one_place() -> None:
+    """Where bytes, values and depth are bounded; libraries that read files of their own are called behind it."""
+    reading = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "pydantic_core.from_json"}
+    found = {
+        name_of(path) for path in FILES for node in nodes(path)
+        if isinstance(node, ast.Attribute) and (ast.unparse(node) in reading or node.attr == "validate_json")
+    }  # fmt: skip
+    assert found == {"prismaquant_ray/parsing.py"}
 
 
 def test_keys_of_the_run_store_are_written_in_one_place() -> None:

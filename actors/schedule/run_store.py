@@ -6,16 +6,32 @@ the end of a shard and only until it has been used. Either may be missing; `shar
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 from actors.schedule.units import PASSES, Stage, Unit, unit_key, unit_of
-from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.errors import DamagedError, StoreError
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.records import BOUNDARY, FACTORS, RECORD, boundary_key, record_key
-from prismaquant_ray.serialization import from_json
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError, as_object
+from prismaquant_ray.records import (
+    BOUNDARY,
+    FACTORS,
+    LAYOUT,
+    MEASURED,
+    RECORD,
+    RUN,
+    MeasuredRecord,
+    boundary_key,
+    record_key,
+)
+from prismaquant_ray.serialization import from_bytes, from_json, to_json
+from prismaquant_ray.storage.prefix import get_json
 from prismaquant_ray.storage.record import Artifact, Record, read_record, write_record
 from prismaquant_ray.storage.store import Store
 
@@ -38,6 +54,44 @@ class RunStore:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+
+    @cached_property
+    def run(self) -> str:
+        """What every record says that it is of: a digest of what `run.json` says, nothing where there is none.
+
+        Raises:
+            StoreError: `run.json` cannot be read.
+        """
+        try:
+            body = as_object(get_json(self.store, RUN, finite=True))
+        except KeyError:
+            return ""
+        except MalformedError as error:
+            raise StoreError(f"{self.store.uri}: {RUN} {error}; choose another store.run") from error
+        said = json.dumps(body.get("fingerprint", body), sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+    @property
+    def layout(self) -> Layout | None:
+        """The stored layout; None when there is none that can be read: it can be built again."""
+        try:
+            record = read_record(self.store, LAYOUT, run=self.run)
+            return None if record is None else from_json(Layout, record.metrics)
+        except (DamagedError, ValueError):
+            return None
+
+    def write_layout(self, layout: Layout) -> None:
+        """Store a layout in place of what may be there."""
+        self.store.delete([LAYOUT])
+        write_record(self.store, LAYOUT, Record(metrics=to_json(layout)), run=self.run)
+
+    @property
+    def measured(self) -> MeasuredRecord | None:
+        """`measured.json`; None when it cannot be read, too: it is made again from the records, which are there."""
+        try:
+            return from_bytes(MeasuredRecord, self.store.get(MEASURED, MAX_BYTES))
+        except (KeyError, ValueError):
+            return None
 
     def recorded(self, stage: Stage) -> Recorded:
         """The recorded units of a pass, found by one listing."""
@@ -81,17 +135,17 @@ class RunStore:
 
     def write_record(self, stage: Stage, unit: Unit, record: Record) -> None:
         """Commit a unit's candidates or prices; the first writer wins."""
-        write_record(self.store, record_key(stage, unit_key(unit)), record)
+        write_record(self.store, record_key(stage, unit_key(unit)), record, run=self.run)
 
     def write_boundary(self, stage: Stage, unit: Unit, artifacts: Mapping[int, Artifact]) -> None:
         """Commit the output of a unit for every microbatch that it takes."""
         named = {str(microbatch): artifact for microbatch, artifact in sorted(artifacts.items())}
-        write_record(self.store, boundary_key(stage, unit_key(unit)), Record(artifacts=named))
+        write_record(self.store, boundary_key(stage, unit_key(unit)), Record(artifacts=named), run=self.run)
 
     def drop_boundary(self, stage: Stage, unit: Unit) -> None:
         """Delete a boundary that nothing needs any more; the record first, so that it never names deleted objects."""
         key = boundary_key(stage, unit_key(unit))
-        record = read_record(self.store, key)
+        record = read_record(self.store, key, run=self.run)
         if record is not None:
             self.store.delete([key])
             self.store.delete(artifact.key for artifact in record.artifacts.values())
@@ -118,13 +172,13 @@ class RunStore:
 
     def _names(self, record_key: str, key: str) -> bool:
         try:
-            record = read_record(self.store, record_key)
+            record = read_record(self.store, record_key, run=self.run)
         except DamagedError:
             return True
         return record is not None and any(artifact.key == key for artifact in record.artifacts.values())
 
     def _read(self, key: str) -> Record:
-        record = read_record(self.store, key)
+        record = read_record(self.store, key, run=self.run)
         if record is None:
             raise DamagedError(f"{self.store.uri}: {key} is missing; run the same command again", key)
         return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +14,18 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError, PrismaquantError
 from prismaquant_ray.events import Listener, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError
 from prismaquant_ray.records import PlanRecord, PlanSummary
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.shipped import gather_shipped
-from prismaquant_ray.repository.manifest import MANIFEST, is_dequantized
+from prismaquant_ray.repository.manifest import MANIFEST, read_manifest
+from prismaquant_ray.repository.quantization_config import check_choice
 from prismaquant_ray.repository.staging import check_output, staged_output
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.connection import absolute
-from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.prefix import Prefix, get_json
 from prismaquant_ray.storage.store import Store
 
 
@@ -124,7 +125,7 @@ def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, repositor
         exceeded = round(repository.bpp * parameters / 8) > int(budget.bpp * parameters / 8)
     if budget.vram is not None:
         assert serving is not None
-        loaded = json.loads(store.get(INDEX))["metadata"]["total_size"]
+        loaded = get_json(store, INDEX)["metadata"]["total_size"]
         exceeded = serving.needed(loaded) > budget.vram
     if exceeded:
         raise PrismaquantError(
@@ -145,16 +146,23 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
     if not checks.exists(output, MANIFEST):
         raise InputError(f"store.output {output} is not a repository of ours; run assemble first")
     store = Store(output, create=False)
-    if is_dequantized(store.get(MANIFEST)):
-        raise InputError(f"store.output {output} is a dequantized repository; verify the quantized one")
     try:
-        manifest = json.loads(store.get(MANIFEST))
-    except ValueError as error:
-        raise InputError(f"store.output {output}: {MANIFEST} is not JSON; run assemble again") from error
-    if "choice" not in manifest:
+        manifest = read_manifest(store.get(MANIFEST, MAX_BYTES))
+    except MalformedError as error:
+        raise InputError(f"store.output {output}: {MANIFEST} {error}; run assemble again") from error
+    if manifest.dequantized:
+        raise InputError(f"store.output {output} is a dequantized repository; verify the quantized one")
+    if manifest.choice is None:
         raise InputError(f"store.output {output} was not written to its end; run assemble again")
-    choice = {group: FormatName(name) for group, name in manifest["choice"].items()}
+    unknown = next((name for name in manifest.choice.values() if name not in FORMATS), None)
+    if unknown is not None:
+        raise InputError(f"store.output {output}: {MANIFEST} names a format {unknown!r}; run assemble again")
+    choice = {group: FormatName(name) for group, name in manifest.choice.items()}
     measured = Run(config, on_event=on_event).measured()
+    try:
+        check_choice(measured.layout, choice)
+    except InputError as error:
+        raise InputError(f"store.output {output}: {MANIFEST}: {error}") from error
     found = verify_repository(store, measured.shipped(choice), measured.layout, choice, measured.candidates)
     return VerifiedRepository(
         repository=str(output),

@@ -19,11 +19,13 @@ from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.runner import check_finite
+from prismaquant_ray.parsing import MAX_BYTES
 from prismaquant_ray.records import RunRecord, Settings
 from prismaquant_ray.repository.manifest import as_json
 from prismaquant_ray.repository.routing import unroutable_because
 from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.source.resolve import small_file
 from prismaquant_ray.storage.store import Store, check_directory
 
 # Prefixes of the files of tokenizer and processor, which determine the tokens.
@@ -193,7 +195,7 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
     tokenizer = hashlib.sha256()
     for name in sorted(source.other_files()):
         if name.startswith(_PREPARING) or name in ("vocab.json", "merges.txt"):
-            tokenizer.update(source.store.get(name))
+            tokenizer.update(small_file(source.store, name))
     images = None
     if calibration.images is not None:
         from prismaquant_ray.calibration.images import files_digest
@@ -217,9 +219,9 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
 def stored_fingerprint(store: Store) -> Settings:
     """The fingerprint of the run in a store; StoreError where it cannot be read."""
     try:
-        return from_bytes(RunRecord, store.get(records.RUN)).fingerprint
+        return from_bytes(RunRecord, store.get(records.RUN, MAX_BYTES)).fingerprint
     except (ValueError, KeyError) as error:
-        raise StoreError(f"{store.uri}: {records.RUN} cannot be read; choose another store.run") from error
+        raise StoreError(f"{store.uri}: {records.RUN} cannot be read ({error}); choose another store.run") from error
 
 
 def refuse_mismatch(store: Store, fingerprint: Settings, paired: Sequence[FormatName]) -> None:

@@ -32,7 +32,7 @@ from prismaquant_ray.block_records import DraftRecord
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
-from prismaquant_ray.errors import DamagedError
+from prismaquant_ray.errors import DamagedError, InputError
 from prismaquant_ray.evaluation.divergence import TokenFigures, mean_of, summarize
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.events import Events
@@ -130,7 +130,8 @@ class EvaluationSession:
         place = f"{self.store.uri.rstrip('/')}/{records.RUNNING_EVALUATION}/{digest}"
         running = Store(place)
         running.create(records.RUN, json.dumps({"evaluation": digest}).encode())
-        store_calibration(running, self.text)
+        run_store = RunStore(running)
+        store_calibration(running, self.text, run=run_store.run)
         graph = self._graph
         evaluation = EvaluationPass(
             spec=WorkerSpec(
@@ -146,19 +147,18 @@ class EvaluationSession:
             ),
             memory_plan=evaluation_memory_plan(self.layout, self.config, self.text.tokens.shape[1], variants),
             graph=graph,
-            run_store=RunStore(running),
+            run_store=run_store,
             events=self.events,
             check=self.check,
         )
         evaluation.run(self.open_workers)
-        self._keep(running, graph, [self._key(None), *(key for key, _ in pairs)])
+        self._keep(run_store, graph, [self._key(None), *(key for key, _ in pairs)])
         # This also deletes abandoned evaluations.
         self.store.delete(self.store.list(records.RUNNING_EVALUATION))
 
-    def _keep(self, running: Store, graph: PassGraph, keys: Sequence[str]) -> None:
-        run_store = RunStore(running)
+    def _keep(self, run_store: RunStore, graph: PassGraph, keys: Sequence[str]) -> None:
         found = run_store.records(Stage.EVALUATION, graph.exits)
-        pieces = [read_tensors(running, found[unit].artifacts["figures"]) for unit in graph.exits]
+        pieces = [read_tensors(run_store.store, found[unit].artifacts["figures"]) for unit in graph.exits]
         sequence = torch.cat([piece["sequence"] for piece in pieces])
         columns = {name: torch.cat([piece[name] for piece in pieces], dim=1) for name in TokenFigures._fields}
         agreement: list[float] = []
@@ -168,6 +168,12 @@ class EvaluationSession:
         for row, key in enumerate(keys):
             own = {name: column[row] for name, column in columns.items()}
             figures = summarize(TokenFigures(**own), sequence)
+            if not all(map(math.isfinite, (figures.kl_mean, figures.loss, figures.perplexity))):
+                model = self.source if row == 0 or self.repository is None else self.repository
+                raise InputError(
+                    f"{model.store.uri}: what it predicts is NaN or infinite (loss {figures.loss}); its weights are "
+                    "finite and too large, fetch or make it again"
+                )
             if agreement:
                 figures = replace(figures, draft_agreement=agreement[row])
             path = f"{records.EVALUATIONS}/{key}/{new_attempt()}/tokens.safetensors"
@@ -176,7 +182,12 @@ class EvaluationSession:
             write_record(self.store, records.evaluation_key(key), record)
 
     def _read(self, key: str) -> Record | None:
-        return read_record(self.store, records.evaluation_key(key))
+        place = records.evaluation_key(key)
+        try:
+            return read_record(self.store, place)
+        except DamagedError:
+            self.store.delete([place])  # it is measured again
+            return None
 
     @property
     def _graph(self) -> PassGraph:

@@ -24,7 +24,8 @@ from prismaquant_ray.events import read_events
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import DeviceRecord, MeasuredPlans, MeasuredRecord, PlanRecord, RunRecord, SweepRecord
+from prismaquant_ray.parsing import MAX_BYTES
+from prismaquant_ray.records import DeviceRecord, MeasuredPlans, PlanRecord, RunRecord, SweepRecord
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.gather import gather
 from prismaquant_ray.report.run_data import RunData
@@ -106,7 +107,7 @@ class Measured:
     @cached_property
     def calibration(self) -> CalibrationSet:
         """The tokens that the run was measured on."""
-        return read_calibration(self.store)
+        return read_calibration(self.store, run=self.run_store.run)
 
     @cached_property
     def sweep(self) -> SweepRecord:
@@ -148,13 +149,17 @@ class Measured:
 
     def measured_plans(self) -> MeasuredPlans | None:
         """Measured losses of plans; None if none were measured."""
-        return read_stored(self.store, MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
+        found = read_stored(self.store, MeasuredPlans, records.MEASURED_PLANS, made_by="sweep --measure")
+        if found is not None and found.run != self.run_store.run:
+            uri = self.store.uri
+            raise StoreError(f"{uri}: {records.MEASURED_PLANS} is of another run; run sweep --measure again")
+        return found
 
     @cached_property
     def data(self) -> RunData:
         """The input of `gather`."""
         run = read_stored(self.store, RunRecord, records.RUN, made_by="quantize --fresh")
-        measured = read_stored(self.store, MeasuredRecord, records.MEASURED, made_by="quantize --fresh")
+        measured = self.run_store.measured
         device = read_stored(self.store, DeviceRecord, records.DEVICE, made_by="quantize --fresh")
         assert run is not None
         assert measured is not None
@@ -182,7 +187,7 @@ def read_stored(store: Store, kind: type[T], key: str, made_by: str) -> T | None
         StoreError: it is damaged; the message names the command `made_by` that makes it.
     """
     try:
-        return from_bytes(kind, store.get(key))
+        return from_bytes(kind, store.get(key, MAX_BYTES))
     except KeyError:
         return None
     except ValueError as error:

@@ -88,6 +88,7 @@ def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> Mea
     curve = [(entry.bpp, entry.activations.kl_mean) for entry in entries if entry.kind == "plan"]
     return MeasuredPlans(
         code=__version__,
+        run=measured.run_store.run,
         text=EvaluationText(
             file=settings.text.name,
             sha256=hashlib.sha256(settings.text.read_bytes()).hexdigest(),

@@ -197,7 +197,7 @@ def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> 
     sample = read_text(text, "The evaluation text")
     ids = []
     for checkpoint in (source, view):
-        with local_files(checkpoint) as directory:
+        with local_files(checkpoint) as directory, sources.tokenizing(checkpoint):
             tokenizer = sources.load_tokenizer(checkpoint, directory)
             ids.append(tokenizer(sample, verbose=False)["input_ids"])
     if ids[0] != ids[1]:

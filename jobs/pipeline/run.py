@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from actors.memory_plan import MemoryPlan, memory_plan
 from actors.messages import WorkerSpec
@@ -40,7 +40,6 @@ from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
 from prismaquant_ray.storage.store import Store
 
-_LAYOUT = TypeAdapter(Layout)
 T = TypeVar("T")
 
 
@@ -101,11 +100,13 @@ class Run:
     def layout(self) -> Layout:
         """The layout, from the run store if it is there, else from headers and the model's own classes."""
         if self.is_measured:
-            try:
-                return _LAYOUT.validate_json(self.store.get(records.LAYOUT))
-            except (KeyError, ValidationError):
-                self.store.put(records.LAYOUT, _LAYOUT.dump_json(self._build_layout()))
+            stored = self.run_store.layout
+            return self._store_layout(self._build_layout()) if stored is None else stored
         return self._build_layout()
+
+    def _store_layout(self, layout: Layout) -> Layout:
+        self.run_store.write_layout(layout)
+        return layout
 
     def _build_layout(self) -> Layout:
         return build_layout(self.source, scope_of(self.config))[1]
@@ -207,7 +208,7 @@ class Run:
     @cached_property
     def is_measured(self) -> bool:
         """Whether both passes are complete."""
-        return not self.fresh and self._exists and self.store.size(records.MEASURED) is not None
+        return not self.fresh and self._exists and self.run_store.measured is not None
 
     @contextmanager
     def claimed(self) -> Iterator[Lease]:
@@ -237,7 +238,7 @@ class Run:
             return
         self.check()
         with self.claimed() as lease, self.logged() as (events, log):
-            store_calibration(self.store, self.calibration)
+            store_calibration(self.store, self.calibration, run=self.run_store.run)
             spec = WorkerSpec(
                 name="",
                 config=self._as_stored(),
@@ -254,9 +255,9 @@ class Run:
             )
             passes.run(self.open_workers)
             self.run_store.tidy()
-            self.store.create(records.LAYOUT, _LAYOUT.dump_json(self.layout))
+            self.run_store.write_layout(self.layout)
             log.flush()
-            self.store.create(records.MEASURED, to_bytes(MeasuredRecord(peak_bytes=log.peak_bytes)))
+            self.store.put(records.MEASURED, to_bytes(MeasuredRecord(peak_bytes=log.peak_bytes)))
         self.is_measured = True
 
     def _as_stored(self) -> Config:
@@ -290,7 +291,7 @@ class Run:
         with self.claimed():
             self._measured = None
             if error.key.startswith(records.CALIBRATION):
-                store_calibration(self.store, self.calibration)
+                store_calibration(self.store, self.calibration, run=self.run_store.run)
                 forgotten: list[str] = []
             else:
                 forgotten = self.run_store.forget(error.key)

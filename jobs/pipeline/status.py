@@ -21,6 +21,7 @@ from prismaquant_ray.events import (
     WorkerReady,
     read_events,
 )
+from prismaquant_ray.parsing import MAX_BYTES
 from prismaquant_ray.records import RunRecord
 from prismaquant_ray.serialization import from_bytes, to_json
 from prismaquant_ray.storage.connection import local_path
@@ -108,7 +109,7 @@ def status(uri: str) -> Status:
     return Status(
         run=uri,
         model=run.source,
-        state=_state(store, silent, alive=current is not None and not current.is_gone),
+        state=_state(run_store, silent, alive=current is not None and not current.is_gone),
         blocks=BlockCounts(
             encoded=len(run_store.recorded(Stage.FORWARD).done),
             priced=len(run_store.recorded(Stage.BACKWARD).done),
@@ -130,16 +131,20 @@ def _open(uri: str) -> tuple[Store, RunRecord]:
     try:
         store = Store(uri, create=False)
         store.check_readable()
-        return store, from_bytes(RunRecord, store.get(records.RUN))
-    except (KeyError, ValueError, StoreError) as error:
+        record = from_bytes(RunRecord, store.get(records.RUN, MAX_BYTES))
+        _ = record.source
+    except ValueError as error:
+        raise InputError(f"{uri}: {records.RUN} cannot be read ({error}); give the store.run of a run") from error
+    except (KeyError, StoreError) as error:
         path = local_path(uri)
         if isinstance(error, StoreError) and (path is None or path.is_dir()):
             raise  # the place exists: something else is wrong
         raise InputError(f"{uri} is not a run store; give the store.run of a run") from error
+    return store, record
 
 
-def _state(store: Store, silent: float | None, *, alive: bool) -> str:
-    if store.size(records.MEASURED) is not None:
+def _state(run_store: RunStore, silent: float | None, *, alive: bool) -> str:
+    if run_store.measured is not None:
         return "measured"
     if not alive:
         return "stopped; the same command continues"

@@ -6,10 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prismaquant_ray.errors import InputError
-
-# transformers raises these for a model's file that is missing, is not JSON, or is JSON of another shape.
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+from prismaquant_ray.errors import InputError, PrismaquantError
 
 
 def read_text(path: Path, name: str) -> str:
@@ -24,13 +21,13 @@ def read_text(path: Path, name: str) -> str:
 
 @contextmanager
 def loading(refusal: Callable[[Exception], str]) -> Iterator[None]:
-    """Inside the with-block a model's tokenizer or processor is loaded; InputError, as `refusal` says, if it cannot."""
+    """Inside the with-block libraries load or use a model's tokenizer or processor; InputError if they cannot.
+
+    They have no exceptions of their own for files that are damaged: what they raise is of any kind.
+    """
     try:
         yield
-    except _DAMAGED as error:
-        raise InputError(refusal(error)) from error
+    except (PrismaquantError, ImportError):
+        raise
     except Exception as error:
-        # tokenizers has no class of its own for a damaged tokenizer.json; anything finer is not about these files.
-        if type(error) is not Exception:
-            raise
         raise InputError(refusal(error)) from error

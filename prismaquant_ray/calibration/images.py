@@ -11,7 +11,6 @@ different pixel values: the same calibration on two machines would not be the sa
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from prismaquant_ray.calibration.files import loading, read_text
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.parsing import MalformedError, parse_object
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,13 +108,9 @@ def _entries(path: Path) -> Iterator[_Entry]:
 
 def _parse(line: str, where: str, folder: Path) -> _Entry:
     try:
-        content = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        # Without json's "line 1": `where` already has the line.
-        reason = str(error).partition(": line ")[0]
-        raise InputError(f"{where} is not JSON ({reason}); write one object a line.") from error
-    if not isinstance(content, dict):
-        raise InputError(f'{where} is not a JSON object; write {{"image": "path", "text": "caption"}}.')
+        content = parse_object(line)
+    except MalformedError as error:
+        raise InputError(f'{where} {error}; write {{"image": "path", "text": "caption"}} on a line.') from error
     for key in ("image", "text"):
         if not isinstance(content.get(key), str):
             problem = "must be a string" if key in content else "is missing"
@@ -159,8 +155,8 @@ def _processor_class(directory: Path) -> Any:
     from transformers import PROCESSOR_MAPPING, AutoConfig
 
     for file in (directory / name for name in _DECLARING):
-        declared = json.loads(file.read_text(encoding="utf-8")).get("processor_class") if file.is_file() else None
-        if declared is not None and hasattr(transformers, declared):
+        declared = parse_object(file.read_bytes()).get("processor_class") if file.is_file() else None
+        if isinstance(declared, str) and hasattr(transformers, declared):
             return getattr(transformers, declared)
     kind = type(AutoConfig.from_pretrained(directory, local_files_only=True))
     if kind not in PROCESSOR_MAPPING:

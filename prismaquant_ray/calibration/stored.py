@@ -10,21 +10,21 @@ from prismaquant_ray.storage.record import Record, new_attempt, read_record, rea
 from prismaquant_ray.storage.store import Store
 
 
-def store_calibration(store: Store, found: CalibrationSet) -> None:
-    """Leave a calibration set in the store, unless it is there already."""
+def store_calibration(store: Store, found: CalibrationSet, *, run: str) -> None:
+    """Leave the calibration set of a run in its store, unless it is there already."""
     try:
-        if read_calibration(store).fingerprint == found.fingerprint:
+        if read_calibration(store, run=run).fingerprint == found.fingerprint:
             return
     except DamagedError:
         store.delete([CALIBRATION_RECORD])
     artifact = write_tensors(store, f"{CALIBRATION}{new_attempt()}/tokens.safetensors", found.state())
     metrics = to_json(CalibrationRecord(fingerprint=found.fingerprint))
-    write_record(store, CALIBRATION_RECORD, Record(artifacts={"tokens": artifact}, metrics=metrics))
+    write_record(store, CALIBRATION_RECORD, Record(artifacts={"tokens": artifact}, metrics=metrics), run=run)
 
 
-def read_calibration(store: Store) -> CalibrationSet:
-    """The stored calibration set; DamagedError when there is none."""
-    record = read_record(store, CALIBRATION_RECORD)
+def read_calibration(store: Store, *, run: str) -> CalibrationSet:
+    """The stored calibration set of a run; DamagedError when there is none."""
+    record = read_record(store, CALIBRATION_RECORD, run=run)
     if record is None:
         raise DamagedError(f"{store.uri}: no calibration set is stored; run the same command again", CALIBRATION_RECORD)
     return CalibrationSet.of_state(read_tensors(store, record.artifacts["tokens"]))

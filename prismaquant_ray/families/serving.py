@@ -7,12 +7,12 @@ is written down here; `make vllm` loads.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from prismaquant_ray.parsing import parse_json
 from prismaquant_ray.spelling import Renames, Spelling
 
 
@@ -78,4 +78,4 @@ def _renames(pairs: Any) -> Renames:
 
 @functools.cache
 def _table() -> Any:
-    return json.loads(resources.files(__package__).joinpath("vllm.json").read_bytes())
+    return parse_json(resources.files(__package__).joinpath("vllm.json").read_bytes())

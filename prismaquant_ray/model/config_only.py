@@ -13,8 +13,7 @@ from prismaquant_ray.model.layout_builder import architecture_of, transformers_c
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.model.on_meta import build_on_meta
-from prismaquant_ray.source.checkpoint import read_json
-from prismaquant_ray.source.config_json import portable
+from prismaquant_ray.source.checkpoint import read_config, read_json
 from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, files_beside_weights
@@ -29,7 +28,7 @@ class ConfigOnlyCheckpoint:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.config = portable(read_json(store, "config.json"))
+        self.config = read_config(store)
         self.tensors: dict[str, TensorInfo] = {}
         for name, shape in _shapes(self):
             self.tensors[name] = TensorInfo(
@@ -68,7 +67,9 @@ class ConfigOnlyCheckpoint:
         """Names in the index that the configuration does not imply; experts stored one by one are left out."""
         if self.store.size(INDEX) is None:
             return []
-        names = read_json(self.store, INDEX).get("weight_map") or {}
+        names = read_json(self.store, INDEX).get("weight_map")
+        if not isinstance(names, dict):
+            return []
         return [name for name in names if name not in self.tensors and ".experts." not in name]
 
     def _no_weights(self, wanted: str) -> InputError:

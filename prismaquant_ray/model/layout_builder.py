@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,22 @@ def build_layout(
         meta_model = MetaModel(config, architecture, blocks_path=family.blocks, vision=family.vision, dtype=dtype)
     else:
         meta_model = MetaModel(config, architecture, dtype=dtype)
+        _check_volume(checkpoint, meta_model)
         unknown = derive(meta_model, architecture, checkpoint.tensors, serving)
         family = unknown.family
     return meta_model, _Builder(checkpoint, meta_model, family, scope, unknown).layout(architecture, serving)
+
+
+def _check_volume(checkpoint: TensorSource, meta_model: MetaModel) -> None:
+    """InputError where the configuration is of a much larger model: a few tokens through that might take everything."""
+    described = sum(math.prod(shape) for shape in meta_model.state.values())
+    stored = sum(math.prod(info.shape) for info in checkpoint.tensors.values())
+    # A tied matrix counts twice.
+    if described > 4 * stored:
+        raise InputError(
+            f"{checkpoint.store.uri}: config.json describes {described:,} weights, there are {stored:,}; config.json "
+            "and the weights do not belong together"
+        )
 
 
 class _Builder:

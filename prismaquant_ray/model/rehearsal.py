@@ -24,7 +24,16 @@ from prismaquant_ray.model.meta_model import MetaModel
 
 _SEQUENCES, _TOKENS = 2, 8
 #: A model's code is somebody else's and may fail in any of these ways. Whoever names the model keeps the cause.
-MODEL_ERRORS = (RuntimeError, TypeError, AttributeError, IndexError, KeyError, ValueError, NotImplementedError)
+MODEL_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,11 @@ earlier version is replaced there is no config.json, so readers never see a mixt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 
 from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.parsing import parse_object
 from prismaquant_ray.publishing.finished import Digests, File, FinishedRepository, Listener, Published, pieces
 from prismaquant_ray.repository.manifest import MANIFEST, claim
 from prismaquant_ray.repository.staging import LAST, check_output, staged_output
@@ -56,7 +56,7 @@ def publish_to_bucket(source: FinishedRepository, files: Sequence[File], target:
     sent = [file for file in files if file not in present or file.name in LAST]
     listener.begin("sending and reading back", len(sent), 2 * sum(file.size for file in sent))
     with staged_output(target) as staging:
-        stale = claim(staging, json.loads(source.claim(())))
+        stale = claim(staging, parse_object(source.claim(())))
         staging.put(MANIFEST, source.claim(stale))
         for file in sent:
             if file.name in LAST:

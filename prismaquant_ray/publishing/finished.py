@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from prismaquant_ray.errors import InputError, StoreError
-from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, as_json, is_dequantized
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError
+from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST, MANIFEST_SCHEMA, Manifest, as_json, read_manifest
 from prismaquant_ray.repository.staging import LAST
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.store import Store, existing
@@ -97,14 +97,14 @@ class FinishedRepository:
 
     uri: str
     store: Store
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     sizes: Mapping[str, int]
     unlisted: tuple[str, ...]
 
     @property
     def dequantized(self) -> bool:
         """Whether it holds decoded weights."""
-        return is_dequantized(json.dumps(self.manifest).encode())
+        return self.manifest.dequantized
 
     def digest(self, listener: Listener) -> tuple[File, ...]:
         """Read every file once.
@@ -112,7 +112,7 @@ class FinishedRepository:
         Raises:
             InputError: weights do not have the digest in the manifest.
         """
-        weights: Mapping[str, str] = self.manifest["sha256"]
+        weights = self.manifest.sha256
         listener.begin("checking", len(self.sizes), sum(self.sizes.values()))
         files = []
         for name, size in self.sizes.items():
@@ -156,12 +156,12 @@ class FinishedRepository:
 
     def is_weights(self, name: str) -> bool:
         """Whether a file is one of the shards."""
-        return name in self.manifest["sha256"]
+        return name in self.manifest.sha256
 
     def claim(self, stale: Iterable[str]) -> bytes:
         """A manifest that marks a place as ours and incomplete; it lists its files and the `stale` ones."""
-        head = {key: self.manifest[key] for key in ("schema", "kind") if key in self.manifest}
-        return as_json(head | {"complete": False, "files": {**dict.fromkeys(stale, 0), **self.manifest["files"]}})
+        head = {"schema": self.manifest.schema} | ({"kind": DEQUANTIZED} if self.dequantized else {})
+        return as_json(head | {"complete": False, "files": {**dict.fromkeys(stale, 0), **self.manifest.files}})
 
     def get(self, file: File) -> bytes:
         """The bytes of a small file.
@@ -212,7 +212,7 @@ def open_finished(uri: str) -> FinishedRepository:
     """
     store = existing(uri)
     manifest = _manifest(store)
-    listed: dict[str, int] = manifest["files"]
+    listed = manifest.files
     keys = set(store.list())
     for name, size in listed.items():
         found = store.size(name) if name in keys else None
@@ -223,7 +223,7 @@ def open_finished(uri: str) -> FinishedRepository:
                 f"{uri}: {name} has {found:,} bytes, but {MANIFEST} says {size:,}; the repository was changed or "
                 "copied in part, make it again"
             )
-    weights = manifest["sha256"]
+    weights = manifest.sha256
     names = [name for name in sorted(listed, key=lambda name: (name in weights, name)) if name not in LAST]
     sizes = listed | {MANIFEST: store.size(MANIFEST) or 0}
     return FinishedRepository(
@@ -235,21 +235,21 @@ def open_finished(uri: str) -> FinishedRepository:
     )
 
 
-def _manifest(store: Store) -> dict[str, Any]:
+def _manifest(store: Store) -> Manifest:
     """The manifest of a complete repository; raises InputError for anything else."""
     try:
-        body = json.loads(store.get(MANIFEST))
+        found = read_manifest(store.get(MANIFEST, MAX_BYTES))
     except KeyError:
         raise InputError(
             f"{store.uri} has no {MANIFEST}, so it is no repository of this project; give what `quantize`, `assemble` "
             "or `dequantize` wrote"
         ) from None
-    except ValueError:
-        raise InputError(f"{store.uri}: {MANIFEST} is not JSON; make the repository again") from None
-    if not isinstance(body, dict) or body.get("complete") is not True:
+    except MalformedError as error:
+        raise InputError(f"{store.uri}: {MANIFEST} {error}; make the repository again") from None
+    if not found.complete:
         raise InputError(f"{store.uri} is not complete ({MANIFEST}); let the job that writes it finish first")
-    files, sha256 = body.get("files"), body.get("sha256")
-    if body.get("schema") != MANIFEST_SCHEMA or not isinstance(files, dict) or not isinstance(sha256, dict):
+    files, sha256 = found.files, found.sha256
+    if found.schema != MANIFEST_SCHEMA:
         raise InputError(f"{store.uri}: {MANIFEST} is of another version of this project; make the repository again")
     absent = [name for name in (CONFIG, INDEX, *sha256) if name not in files]
     absent += [name for name in files if name.endswith(".safetensors") and name not in sha256]
@@ -259,4 +259,4 @@ def _manifest(store: Store) -> dict[str, Any]:
         )
     if odd := [name for name in files if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")}]:
         raise InputError(f"{store.uri}: {MANIFEST} names a file {odd[0]!r}, which cannot be; make the repository again")
-    return body
+    return found

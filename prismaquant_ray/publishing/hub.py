@@ -7,7 +7,6 @@ nothing is downloaded, because the hub verifies digests on arrival.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd
 
 from prismaquant_ray.errors import InputError, ResourceError, StoreError
+from prismaquant_ray.parsing import MalformedError
 from prismaquant_ray.publishing.finished import PIECE, File, FinishedRepository, Listener, Published
 from prismaquant_ray.publishing.hub_client import HubRepository, Snapshot, quiet
-from prismaquant_ray.repository.manifest import MANIFEST, README, is_dequantized
+from prismaquant_ray.repository.manifest import MANIFEST, README, read_manifest
 
 # The hub adds this file to every new repository.
 _OF_THE_HUB = ".gitattributes"
@@ -107,15 +107,15 @@ def _check_free(
         raise InputError(f"{repository.uri} holds something else ({others[0]}); choose another name or empty it")
     manifest = repository.get(MANIFEST, snapshot.commit)
     try:
-        listed = json.loads(manifest)["files"]
-    except (ValueError, KeyError, TypeError):
-        listed = None
-    if not isinstance(listed, dict):
-        raise InputError(f"{repository.uri} holds something else (its {MANIFEST} is not ours); choose another name")
-    if is_dequantized(manifest) != source.dequantized:
+        there = read_manifest(manifest)
+    except MalformedError as error:
+        raise InputError(
+            f"{repository.uri} holds something else (its {MANIFEST} {error}); choose another name"
+        ) from error
+    if there.dequantized != source.dequantized:
         kind = "a quantized" if source.dequantized else "a dequantized"
         raise InputError(f"{repository.uri} holds {kind} repository; choose another name")
-    return listed
+    return there.files
 
 
 def _look(repository: HubRepository) -> Snapshot:

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but in no __all__
 
+from prismaquant_ray.parsing import MalformedError, parse_yaml
 from prismaquant_ray.report.markdown import line
 
 # Entries of a list in the source's front matter that are taken over.
@@ -43,9 +43,8 @@ def stated(readme: str | None) -> Stated:
     if found is None:
         return Stated(problem="the source's README.md has no metadata")
     try:
-        body = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ValueError, RecursionError):
-        # ValueError: invalid dates.
+        body = parse_yaml(found[1])
+    except MalformedError:
         body = None
     if not isinstance(body, dict):
         return Stated(problem="the metadata of the source's README.md cannot be read")

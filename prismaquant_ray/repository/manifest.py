@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.parsing import MalformedError
+from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.prefix import Prefix
 
@@ -19,6 +22,36 @@ DEQUANTIZED = "dequantized"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """`prismaquant.json` as programs read it: what it does not say is None or empty.
+
+    `files` are all files with their bytes, `sha256` the digests of the shards, `choice` is the format of every group.
+    """
+
+    schema: int | None = None
+    kind: str | None = None
+    complete: bool = False
+    choice: dict[str, str] | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether it describes a dequantized repository."""
+        return self.kind == DEQUANTIZED
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """What a manifest says; MalformedError when it cannot be read."""
+    try:
+        return from_bytes(Manifest, data)
+    except MalformedError:
+        raise
+    except ValueError as error:
+        raise MalformedError(f"is not as it was written ({error})") from error
+
+
 def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
     """Mark a prefix as ours and incomplete, by a manifest with `body`; returns the files of an earlier repository.
 
@@ -28,10 +61,10 @@ def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
     keys = output.list()
     check_ours(output.uri, keys)
     manifest = output.get(MANIFEST) if MANIFEST in keys else b"{}"
-    if is_dequantized(manifest) and body.get("kind") != DEQUANTIZED:
+    earlier = readable_manifest(manifest)
+    if earlier.dequantized and body.get("kind") != DEQUANTIZED:
         raise InputError(f"{output.uri} holds a dequantized repository; choose another output")
-    listed = _listed(manifest)
-    stale = [key for key in keys if key in listed or _SHARD.fullmatch(key)]
+    stale = [key for key in keys if key in earlier.files or _SHARD.fullmatch(key)]
     output.delete([CONFIG, INDEX])
     # The manifest lists the old files until the new ones are there, so that another attempt finds them too.
     output.put(MANIFEST, as_json({**body, "complete": False, "files": dict.fromkeys(stale, 0)}))
@@ -44,22 +77,12 @@ def check_ours(uri: str, keys: Sequence[str]) -> None:
         raise InputError(f"{uri} holds something else ({keys[0]}); choose another output or empty it")
 
 
-def is_dequantized(manifest: bytes) -> bool:
-    """Whether a manifest describes a dequantized repository; False if it is unreadable."""
+def readable_manifest(data: bytes) -> Manifest:
+    """What a manifest says, or nothing, where it cannot be read: it may be cut, and is written again."""
     try:
-        body = json.loads(manifest)
-    except ValueError:
-        return False
-    return isinstance(body, dict) and body.get("kind") == DEQUANTIZED
-
-
-def _listed(manifest: bytes) -> set[str]:
-    """The files that a manifest lists; empty if it is unreadable, for example truncated."""
-    try:
-        files = json.loads(manifest)["files"]
-    except (ValueError, KeyError, TypeError):
-        return set()
-    return set(files) if isinstance(files, dict) else set()
+        return read_manifest(data)
+    except MalformedError:
+        return Manifest()
 
 
 def as_json(body: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.interruption import uninterrupted
-from prismaquant_ray.repository.manifest import MANIFEST, check_ours, is_dequantized
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError
+from prismaquant_ray.repository.manifest import MANIFEST, check_ours, readable_manifest
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.connection import local_path
 from prismaquant_ray.storage.prefix import ByteWriter, Prefix
@@ -66,10 +66,10 @@ def check_output(output: str | Path, *, dequantized: bool = False) -> None:
     if path is not None and not path.is_dir():
         return
     try:
-        manifest = Store(str(output), create=False).get(MANIFEST)
-    except KeyError:
+        manifest = readable_manifest(Store(str(output), create=False).get(MANIFEST, MAX_BYTES))
+    except (KeyError, MalformedError):
         return
-    if is_dequantized(manifest) != dequantized:
+    if manifest.dequantized != dequantized:
         kind = "quantized" if dequantized else "dequantized"
         raise InputError(f"{output} holds a {kind} repository; choose another output")
 
@@ -111,7 +111,7 @@ class StagedPrefix:
 
     def put(self, key: str, data: Buffer) -> None:
         """Write an object, or hold it back."""
-        if key in (INDEX, CONFIG) or (key == MANIFEST and json.loads(bytes(data)).get("complete") is True):
+        if key in (INDEX, CONFIG) or (key == MANIFEST and readable_manifest(bytes(data)).complete):
             self._kept[key] = bytes(data)
         else:
             self._kept.pop(key, None)
@@ -121,9 +121,9 @@ class StagedPrefix:
         """Stream a shard to the store."""
         return self._store.upload(key, write)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, at_most: int | None = None) -> bytes:
         """The object as published."""
-        return self._kept[key] if key in self._kept else self._store.get(key)
+        return self._kept[key] if key in self._kept else self._store.get(key, at_most)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> builtins.list[Buffer]:
         """Byte ranges of the object as published."""

@@ -6,7 +6,6 @@ names, dtypes, routing and bytes are checked here against the source and the sto
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec
+from prismaquant_ray.parsing import MalformedError, as_object
 from prismaquant_ray.repository import routing
 from prismaquant_ray.repository.manifest import MANIFEST
 from prismaquant_ray.repository.quantization_config import Choice, check_choice, linears_by_format
@@ -36,7 +36,7 @@ from prismaquant_ray.source.folded import FoldedSource
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, TensorSource
 from prismaquant_ray.source.ranges import parts, read_pieces, threads
-from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.prefix import Prefix, get_json
 
 if TYPE_CHECKING:
     pass
@@ -139,12 +139,11 @@ class _Check:
 
     def _json(self, file: str) -> tuple[dict[str, Any], list[str]]:
         try:
-            body = json.loads(self.repository.get(file))
+            return as_object(get_json(self.repository, file)), []
         except KeyError:
             return {}, [f"{file} is missing"]
-        except ValueError:
-            return {}, [f"{file} is not JSON"]
-        return (body, []) if isinstance(body, dict) else ({}, [f"{file} is not a JSON object"])
+        except MalformedError as error:
+            return {}, [f"{file} {error}"]
 
     # Names and files ------------------------------------------------------------------------------------------
 

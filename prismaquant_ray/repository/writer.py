@@ -6,7 +6,6 @@ verification, and keeps an old local repository in place until the new one is co
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout, LinearSpec
+from prismaquant_ray.parsing import parse_json
 from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, README, as_json, claim
 from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config
 from prismaquant_ray.repository.shards import Output, write_shards
@@ -93,7 +93,7 @@ def write_repository(
     config_json = source.store.get(CONFIG)
     if config is not None:
         config_json = as_json({**source.config, "quantization_config": config})
-    elif json.loads(config_json) != source.config:
+    elif parse_json(config_json) != source.config:
         config_json = as_json(source.config)  # the source's own quantization is decoded
     files |= {INDEX: len(index), CONFIG: len(config_json)}
     names = {group: str(name) for group, name in choice.items()}

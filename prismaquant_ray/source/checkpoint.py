@@ -6,20 +6,22 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.parsing import MalformedError, as_object
+from prismaquant_ray.serialization import from_json
 from prismaquant_ray.source import block_fp8
 from prismaquant_ray.source.config_json import portable
-from prismaquant_ray.source.files import INDEX, SINGLE
+from prismaquant_ray.source.files import CONFIG, INDEX, SINGLE
 from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.source.wide import Bf16Decoder, as_bf16, narrowed, wide_matrices, with_bf16
-from prismaquant_ray.storage.prefix import Prefix
+from prismaquant_ray.storage.prefix import Prefix, get_json
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
@@ -48,13 +50,28 @@ def read_header(store: Prefix, file: str) -> list[TensorInfo]:
 def read_json(store: Store, name: str) -> dict[str, Any]:
     """A JSON object of a model's directory; InputError when it is absent or is something else."""
     try:
-        body = json.loads(store.get(name))
+        return as_object(get_json(store, name))
     except KeyError as error:
         raise InputError(f"{store.uri}: no {name}; is this a Hugging Face model directory?") from error
+    except MalformedError as error:
+        raise InputError(f"{store.uri}: {name} {error}; fetch it again") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Named:
+    """Values of config.json that are read here and not by transformers, which checks its own."""
+
+    architectures: list[str] | None = None
+    text_config: dict[str, Any] | None = None
+
+
+def read_config(store: Store) -> dict[str, Any]:
+    """The config.json of a model, as every reader takes it; InputError when it is absent or is something else."""
+    body = portable(read_json(store, CONFIG))
+    try:
+        from_json(_Named, body)
     except ValueError as error:
-        raise InputError(f"{store.uri}: {name} is not JSON; fetch it again") from error
-    if not isinstance(body, dict):
-        raise InputError(f"{store.uri}: {name} is not a JSON object; fetch it again")
+        raise InputError(f"{store.uri}: {CONFIG}: {error}; fetch it again") from error
     return body
 
 
@@ -75,7 +92,7 @@ class Checkpoint:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.source_config = portable(read_json(store, "config.json"))
+        self.source_config = read_config(store)
         self.files = self._files()
         self.stored: dict[str, TensorInfo] = {}
         for file in self.files:

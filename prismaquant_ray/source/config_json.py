@@ -10,6 +10,14 @@ _QUANTIZATION = "quantization_config"
 # How transformers writes what JSON has no numbers for: {"__float__": "Infinity"}. Many files on the hub have the bare
 # words instead, which Python's JSON reads and writes, and others refuse.
 _TAG = "__float__"
+# Parts of names of sizes, and the largest that a model may have: transformers makes lists and tables of them. The first
+# part that is in a name decides.
+_LARGEST = {
+    "vocab": 1 << 24,
+    "chunk": 1 << 13,
+    **dict.fromkeys(("layer", "expert", "depth", "group", "state", "conv", "kernel"), 1 << 14),
+    **dict.fromkeys(("dim", "size", "rank", "head", "width"), 1 << 24),
+}
 _NAMES = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
@@ -38,3 +46,19 @@ def with_numbers(config: Any) -> Any:
             return _NAMES[config[_TAG]]
         return {key: with_numbers(value) for key, value in config.items()}
     return [with_numbers(value) for value in config] if isinstance(config, list) else config
+
+
+def absurd_size(config: Mapping[str, Any]) -> str | None:
+    """The first value in a configuration that no model has, e.g. num_hidden_layers = 1000000000; None without any."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found = absurd_size(value)
+            if found is not None:
+                return found
+        most = next((most for part, most in _LARGEST.items() if part in key), math.inf)
+        if isinstance(value, int):
+            most = min(most, 1 << 63)
+        strange = isinstance(value, int | float) and not -most <= value <= most
+        if strange or (key == "model_type" and not isinstance(value, str | None)):
+            return f"{key} = {str(value)[:30]}"
+    return None

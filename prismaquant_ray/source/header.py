@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.parsing import MalformedError, as_object, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -72,11 +73,9 @@ def parse_header(header: bytes, file: str, file_size: int) -> list[TensorInfo]:
             that ends before or after the file does.
     """
     try:
-        body = json.loads(header, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: header is not JSON with unique names; fetch the file again") from error
-    if not isinstance(body, dict):
-        raise InputError(f"{file}: header is not a JSON object; fetch the file again")
+        body = as_object(parse_json(header, unique=True))
+    except MalformedError as error:
+        raise InputError(f"{file}: its header {error}; fetch the file again") from error
     base = 8 + len(header)
     infos = [_entry(file, name, entry, base) for name, entry in body.items() if name != "__metadata__"]
     infos.sort(key=lambda info: (info.start, info.stop))
@@ -88,13 +87,6 @@ def parse_header(header: bytes, file: str, file_size: int) -> list[TensorInfo]:
     if position != file_size:
         raise InputError(f"{file}: cut short or padded: header describes {position} bytes, the file has {file_size}")
     return infos
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    body = dict(pairs)
-    if len(body) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return body
 
 
 def _entry(file: str, name: str, entry: Any, base: int) -> TensorInfo:

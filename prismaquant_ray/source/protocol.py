@@ -98,4 +98,8 @@ _FOLDERS = ("additional_chat_templates/",)
 
 def files_beside_weights(store: Store) -> list[str]:
     """Files that are not weights of any kind: tokenizer, configuration, chat templates, licence, …"""
-    return [key for key in store.list() if ("/" not in key or key.startswith(_FOLDERS)) and not key.endswith(_WEIGHTS)]
+    return [
+        key
+        for key in store.list()
+        if ("/" not in key or (key.startswith(_FOLDERS) and key.count("/") == 1)) and not key.endswith(_WEIGHTS)
+    ]

@@ -5,15 +5,21 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError, parse_json
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store
 
 # Files of a hub repository that are fetched: weights in safetensors, and the small files beside them.
 _PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
+# Beginnings of the names of the files that libraries read for a tokenizer or a processor.
+_OF_LIBRARIES = (
+    *("config", "tokenizer", "processor", "preprocessor", "chat_template", "special_tokens", "added_tokens"),
+    *("vocab", "merges"),
+)
 
 
 def resolve(source: str, revision: str) -> Store:
@@ -44,7 +50,12 @@ def resolve(source: str, revision: str) -> Store:
 
 @contextmanager
 def local_files(checkpoint: TensorSource) -> Iterator[Path]:
-    """A directory with the model's small files (tokenizer, configuration), for libraries that want a path."""
+    """A directory with the model's small files (tokenizer, configuration), for libraries that want a path.
+
+    Raises:
+        InputError: a file that libraries read is none, or no JSON where it should be; they would wait, or crash.
+    """
+    _check_small_files(checkpoint)
     if checkpoint.store.path is not None:
         yield checkpoint.store.path
         return
@@ -54,3 +65,26 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
             file.parent.mkdir(exist_ok=True)
             file.write_bytes(checkpoint.store.get(name))
         yield Path(directory)
+
+
+def small_file(store: Store, name: str) -> bytes:
+    """A file of a model that is no weights; KeyError when there is none, InputError when it is too large, or no JSON.
+
+    Libraries that read it themselves would take all memory, or have errors of their own.
+    """
+    try:
+        data = store.get(name, MAX_BYTES)
+        if name.endswith(".json"):
+            parse_json(data)
+    except MalformedError as error:
+        raise InputError(f"{store.uri}: {name} {error}; fetch it again") from error
+    return data
+
+
+def _check_small_files(checkpoint: TensorSource) -> None:
+    # Beside the files of the store what only a directory can have.
+    path = checkpoint.store.path
+    names = {*checkpoint.other_files(), *(() if path is None else (entry.name for entry in path.iterdir()))}
+    for name in sorted(name for name in names if name.startswith(_OF_LIBRARIES)):
+        with suppress(KeyError):  # a folder
+            small_file(checkpoint.store, name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,8 @@ import psutil
 
 from prismaquant_ray.errors import ResourceError, StoreError
 from prismaquant_ray.interruption import uninterrupted
+from prismaquant_ray.parsing import MAX_BYTES
+from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.storage.store import Store
 
 #: Seconds after which a lease that is not renewed may be taken over, and between two renewals.
@@ -182,14 +185,14 @@ def _wait_until_expired(store: Store, number: int, watch: _Watch) -> None:
 
 
 def _newest(store: Store) -> int | None:
-    numbers = [int(Path(key).stem) for key in store.list(LEASES)]
+    numbers = [int(Path(key).stem) for key in store.list(LEASES) if re.fullmatch(r"\d{8}\.json", Path(key).name)]
     return max(numbers, default=None)
 
 
 def _read(store: Store, number: int) -> Holder | None:
     try:
-        return Holder(**json.loads(store.get(_key(number))))
-    except (KeyError, ValueError, TypeError):
+        return from_bytes(Holder, store.get(_key(number), MAX_BYTES))
+    except (KeyError, ValueError):
         # Released meanwhile, or not a lease.
         return None
 

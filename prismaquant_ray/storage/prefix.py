@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from prismaquant_ray.parsing import MAX_BYTES, parse_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -30,8 +32,8 @@ class Prefix(Protocol):
     def uri(self) -> str:
         """Where it is, for errors."""
 
-    def get(self, key: str, /) -> bytes:
-        """The whole object; KeyError when it does not exist."""
+    def get(self, key: str, at_most: int | None = None, /) -> bytes:
+        """The whole object; KeyError when it does not exist, MalformedError when it has more than `at_most` bytes."""
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]], /) -> builtins.list[Buffer]:
         """Bytes [start, stop) of each range."""
@@ -50,3 +52,8 @@ class Prefix(Protocol):
 
     def delete(self, keys: Iterable[str], /) -> None:
         """Delete objects; absent ones are fine."""
+
+
+def get_json(store: Prefix, key: str, *, finite: bool = False) -> Any:
+    """The values of a JSON object of a store, as `parse_json` has them; KeyError when there is none."""
+    return parse_json(store.get(key, MAX_BYTES), finite=finite)

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from prismaquant_ray.errors import DamagedError, StoreError
+from prismaquant_ray.parsing import MalformedError, as_object
 from prismaquant_ray.records import Json
+from prismaquant_ray.storage.prefix import get_json
 from prismaquant_ray.storage.store import Store
 
 if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Buffer
 
-SCHEMA = 2
+SCHEMA = 3
 _DIGEST = "sha256"
 
 
@@ -87,26 +89,35 @@ def read_tensors(store: Store, artifact: Artifact) -> dict[str, Tensor]:
     return load(read_artifact(store, artifact))
 
 
-def write_record(store: Store, key: str, record: Record) -> bool:
-    """Create the record unless one exists; False when another attempt was first."""
+def write_record(store: Store, key: str, record: Record, *, run: str = "") -> bool:
+    """Create the record unless one exists; False when another attempt was first.
+
+    `run` says which run it is of, where its key does not.
+    """
     artifacts = {name: asdict(artifact) for name, artifact in record.artifacts.items()}
-    body = {"schema": SCHEMA, "artifacts": artifacts, "facts": record.metrics}
+    body = {"schema": SCHEMA, "run": run, "key": key, "artifacts": artifacts, "facts": record.metrics}
     return store.create(key, json.dumps({**body, _DIGEST: _digest(body)}, indent=1, allow_nan=False).encode())
 
 
-def read_record(store: Store, key: str) -> Record | None:
-    """The record, or None when the work has not been done."""
+def read_record(store: Store, key: str, *, run: str = "") -> Record | None:
+    """The record, or None when the work has not been done.
+
+    Raises:
+        DamagedError: it is not as it was written, or was written for another key or run.
+    """
     try:
-        body = json.loads(store.get(key))
+        body = as_object(get_json(store, key, finite=True))
     except KeyError:
         return None
-    except ValueError as error:
-        raise DamagedError(f"{store.uri}: {key} is not JSON; run the same command again to repair it", key) from error
+    except MalformedError as error:
+        raise DamagedError(f"{store.uri}: {key} {error}; run the same command again to repair it", key) from error
     # The digest catches damage that is still valid JSON.
-    if not isinstance(body, dict) or body.pop(_DIGEST, None) != _digest(body):
+    if body.pop(_DIGEST, None) != _digest(body):
         raise DamagedError(f"{store.uri}: {key} is not what was written; run the same command again to repair it", key)
     if body.get("schema", SCHEMA) != SCHEMA:
         raise StoreError(f"{store.uri}: {key} has schema {body['schema']!r}; this version reads {SCHEMA}")
+    if (body.get("run"), body.get("key")) != (run, key):
+        raise DamagedError(f"{store.uri}: {key} is of another run; run the same command again to repair it", key)
     try:
         artifacts = {name: Artifact(**entry) for name, entry in body["artifacts"].items()}
         return Record(artifacts=artifacts, metrics=body["facts"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, S3Store
 
 from prismaquant_ray.errors import InputError, PrismaquantError, StoreError
+from prismaquant_ray.parsing import check_length
 from prismaquant_ray.storage.connection import absolute, connect, local_path, parse
 from prismaquant_ray.storage.failures import (
     FAILURES,
@@ -103,14 +105,25 @@ class Store:
 
     # Objects ----------------------------------------------------------------------------------------------------
 
-    def get(self, key: str) -> bytes:
-        """The whole object; KeyError when it does not exist."""
-        return self._repeat(f"{key} cannot be read", lambda: bytes(obstore.get(self._backend, key).bytes()), key)
+    def get(self, key: str, at_most: int | None = None) -> bytes:
+        """The whole object; KeyError when it does not exist, MalformedError when it has more than `at_most` bytes."""
+
+        self._check_file(key)
+
+        def read() -> bytes:
+            found = obstore.get(self._backend, key)
+            if at_most is not None:
+                check_length(found.meta["size"], at_most)
+            return bytes(found.bytes())
+
+        return self._repeat(f"{key} cannot be read", read, key)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """Bytes [start, stop) of each range, zero-copy where the backend allows; KeyError when absent."""
         wanted = [(start, stop) for start, stop in ranges if start < stop]  # backends refuse an empty range
         starts, ends = [start for start, _ in wanted], [stop for _, stop in wanted]
+
+        self._check_file(key)
 
         def read() -> list[Buffer]:
             return cast("list[Buffer]", obstore.get_ranges(self._backend, key, starts=starts, ends=ends))
@@ -118,8 +131,18 @@ class Store:
         found = iter(self._repeat(f"{key} cannot be read", read, key))
         return [next(found) if start < stop else b"" for start, stop in ranges]
 
+    def _check_file(self, key: str) -> None:
+        """StoreError for a pipe, a socket or a device in a directory: reading it might never end."""
+        try:
+            mode = 0 if self.path is None else (self.path / key).stat().st_mode
+        except OSError:
+            return  # the backend says what it is
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise StoreError(f"{self.uri}: {key} is not a file, but a pipe, a socket or a device; remove it")
+
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None when it does not exist."""
+        self._check_file(key)
         try:
             return self._repeat(f"{key} cannot be read", lambda: int(obstore.head(self._backend, key)["size"]), key)
         except KeyError:

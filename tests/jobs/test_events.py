@@ -18,13 +18,14 @@ from jobs.commands import status
 from jobs.commands.progress import RunProgress, UploadProgress, run_progress, upload_progress
 from jobs.pipeline.run import Run
 from prismaquant_ray.attempts import busy_shares
-from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.errors import InputError
 from prismaquant_ray.event_log import EventLog
 from prismaquant_ray.events import (
     Events,
     Notice,
     PassBegan,
     RunBegan,
+    RunEnded,
     ShardDone,
     StepDone,
     WorkerLost,
@@ -61,10 +62,20 @@ def test_the_log_continues_where_a_former_driver_stopped(tmp_path: Path) -> None
         log.flush()
     assert read_events(store) == told
     assert read_events(Store(tmp_path / "empty")) == []
-    for damage in (b"{", b'{"at": 1.0, "event": "dinner"}', b'{"at": 1.0, "event": "end"}', b"[]"):
-        store.put("events.jsonl", damage)
-        with pytest.raises(StoreError, match="only a log"):
-            read_events(store)
+
+
+def test_lines_of_the_log_that_cannot_be_read_are_left_out(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    began, ended = RunBegan(at=1.0, workers=1), RunEnded(at=2.0, how="measured")
+    no_time = '{"at": NaN, "event": "end", "how": ""}'
+    for line in ('{"at": 1.0, "ev', '{"at": 1.0, "event": "dinner"}', '{"at": 1.0, "event": "end"}', no_time, "[" * 99):
+        store.put("events.jsonl", f"{began.line()}\n{line}\n\n{line}".encode())
+        assert read_events(store) == [began]
+        log = EventLog(store)
+        log(ended)
+        log.flush()
+        assert read_events(store) == [began, ended]
+        assert store.get("events.jsonl") == f"{began.line()}\n{ended.line()}\n".encode()
 
 
 def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def test_an_interrupted_upload_gives_way_to_another_version(first: Path, second:
     ("there", "message"),
     [
         ({"pytorch_model.bin": b"weights"}, "holds something else (pytorch_model.bin)"),
-        ({MANIFEST: b"[]", CONFIG: b"{}"}, "holds something else (its prismaquant.json is not ours)"),
+        ({MANIFEST: b"[]", CONFIG: b"{}"}, "holds something else (its prismaquant.json is not a JSON object)"),
         ({MANIFEST: b'{"kind": "dequantized", "files": {}}', CONFIG: b"{}"}, "holds a dequantized repository"),
     ],
 )

@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from actors.schedule.run_store import RunStore
 from jobs.pipeline.measured import Measured
 from jobs.pipeline.run import Run
 from prismaquant_ray import records
@@ -551,7 +552,7 @@ def test_figures_of_another_plan_are_not_this_one_s(dense: Config, tmp_path: Pat
     own_figures = replace(figures, kl_mean=0.25)
     theirs = measured_plan(other, weights=figures)
     try:
-        store.put(records.MEASURED_PLANS, to_bytes(measurements([theirs], text=text_of_other)))
+        store.put(records.MEASURED_PLANS, to_bytes(measurements([theirs], text=text_of_other, run=RunStore(store).run)))
         view = found(opened(dense), plan, output)
         assert view.measured is None
         shown = [view.measured_of(row) for row in view.sweep]
@@ -559,7 +560,9 @@ def test_figures_of_another_plan_are_not_this_one_s(dense: Config, tmp_path: Pat
         assert "| 0.4711 |" in text_of(view)
         # Also when it was made for another budget: the same choice is the same model.
         own = measured_plan(plan, target="123456B", label="123456B", activations=own_figures)
-        store.put(records.MEASURED_PLANS, to_bytes(measurements([theirs, own], text=text_of_other)))
+        store.put(
+            records.MEASURED_PLANS, to_bytes(measurements([theirs, own], text=text_of_other, run=RunStore(store).run))
+        )
         view = found(opened(dense), plan, output)
         assert view.measured is not None and view.measured.weights is None
         assert view.measured.activations == own_figures

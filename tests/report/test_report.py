@@ -45,7 +45,7 @@ from prismaquant_ray.report.page import LONGEST, page
 from prismaquant_ray.report.plots import plots
 from prismaquant_ray.report.summary import summarize_probe
 from prismaquant_ray.report.timings import timings
-from prismaquant_ray.serialization import to_json
+from prismaquant_ray.serialization import to_bytes, to_json
 from prismaquant_ray.storage.store import Store
 from tests.inprocess import in_process, unopened
 from tests.reported import (
@@ -376,7 +376,7 @@ def test_a_plan_takes_a_measurement_of_its_own_choice_only(dense: Measured) -> N
     assert measured_of(body, replace(low, target="1000B")) is None
 
 
-@pytest.mark.parametrize("body", [b"{", b'{"plans": []}'])
+@pytest.mark.parametrize("body", [b"{", b'{"plans": []}', to_bytes(measurements([], run="another"))])
 def test_measurements_that_are_none_are_refused(dense: Measured, body: bytes) -> None:
     dense.store.put(records.MEASURED_PLANS, body)
     try:

@@ -106,12 +106,12 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "header is a list": (file_of([1, 2]), "not a JSON object"),
     "header is not JSON": (file_of(b"{'a': 1}"), "not JSON"),
     "header is not text": (file_of(b"\xff\xfe\x00{}"), "not JSON"),
-    "header nested too deep": (file_of(b"[" * 200_000), "not JSON"),
+    "header nested too deep": (file_of(b"[" * 200_000), "nested deeper than 64 levels"),
     "same name twice": (
         file_of(
             b'{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},' + json.dumps({"a": entry(0, 64)}).encode()[1:]
         ),
-        "unique names",
+        "a name twice in one object",
     ),
     "empty file": (b"", "not a safetensors file"),
     "seven bytes": (bytes(7), "not a safetensors file"),
