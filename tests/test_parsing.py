@@ -73,7 +73,7 @@ def test_memory_is_bounded_whatever_the_text(monkeypatch: pytest.MonkeyPatch) ->
     values = parsing._MAX_VALUES - 2
     worst = (
         b"[" + b"[]," * (values // 2) + b"0]",
-        b'[{"":0}' + b',{"":0}' * (values // 3) + b"]",
+        b'[{"":0}' + b',{"":0}' * (values // 3 - 2) + b"]",
     )
     for text in worst:
         tracemalloc.start()
