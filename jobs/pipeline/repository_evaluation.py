@@ -16,6 +16,7 @@ from jobs.pipeline.evaluation import EvaluationSession, source_figures
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import read_text
+from prismaquant_ray.calibration.text import token_ids
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, EvaluationConfig, checked
 from prismaquant_ray.errors import InputError
@@ -197,9 +198,9 @@ def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> 
     sample = read_text(text, "The evaluation text")
     ids = []
     for checkpoint in (source, view):
-        with local_files(checkpoint) as directory, sources.tokenizing(checkpoint):
+        with local_files(checkpoint) as directory:
             tokenizer = sources.load_tokenizer(checkpoint, directory)
-            ids.append(tokenizer(sample, verbose=False)["input_ids"])
+            ids.append(token_ids(tokenizer, sample))
     if ids[0] != ids[1]:
         position = next((i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1]), min(map(len, ids)))
         raise InputError(

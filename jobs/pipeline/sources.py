@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,6 @@ def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def tokenizing(source: TensorSource) -> AbstractContextManager[None]:
-    """Inside the with-block the model's tokenizer is used; InputError where it was loaded and still cannot be."""
-    uri = source.store.uri
-    return loading(lambda error: f"{uri}: its tokenizer cannot be used ({' '.join(str(error).split())[:200]})")
-
-
 def load_tokens(
     source: TensorSource,
     layout: Layout,
@@ -66,7 +59,7 @@ def load_tokens(
     Raises:
         InputError: the text is too short, or an input cannot be read.
     """
-    with local_files(source) as directory, tokenizing(source):
+    with local_files(source) as directory:
         tokenizer = load_tokenizer(source, directory)
         texts = load_sequences(
             data.text, tokenizer, sequences=data.sequences, length=data.length, seed=seed, holdout=holdout

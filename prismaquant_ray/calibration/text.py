@@ -7,19 +7,19 @@ The text is taken as it is: no chat template is applied. A model whose tokenizer
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from prismaquant_ray.calibration.dataset import CalibrationSet, spread_evenly
-from prismaquant_ray.calibration.files import read_text
+from prismaquant_ray.calibration.files import loading, read_text
 from prismaquant_ray.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_sequences"]
+__all__ = ["load_sequences", "token_ids"]
 
 
 def load_sequences(
@@ -43,9 +43,8 @@ def load_sequences(
         name, text = str(path_or_text), read_text(path_or_text, "The text")
     else:
         name, text = "The text", path_or_text
-    # verbose=False: a text longer than the model's context is intended here.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    special = tokenizer("")["input_ids"]
+    ids = token_ids(tokenizer, text, add_special_tokens=False)
+    special = token_ids(tokenizer, "")
     start = special[:1] if special and special[0] == tokenizer.bos_token_id else []
     width = length - len(start)
     windows = len(ids) // width
@@ -58,3 +57,15 @@ def load_sequences(
     text_tokens = torch.tensor(ids[: windows * width], dtype=torch.long).view(windows, width)[torch.from_numpy(chosen)]
     tokens = torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), text_tokens], dim=1)
     return CalibrationSet(tokens=tokens, holdout=spread_evenly(sequences, holdout))
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """The tokens of a text; InputError where a tokenizer that could be loaded fails."""
+
+    def refusal(error: Exception) -> str:
+        return f"{tokenizer.name_or_path}: its tokenizer cannot be used ({' '.join(str(error).split())[:200]})"
+
+    with loading(refusal):
+        # verbose=False: a text longer than the model's context is intended here.
+        found: list[int] = tokenizer(text, verbose=False, **options)["input_ids"]
+        return found

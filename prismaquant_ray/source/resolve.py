@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.parsing import MAX_BYTES, MalformedError, parse_json
+from prismaquant_ray.parsing import MAX_BYTES, MalformedError, check_volume
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store
 
@@ -53,7 +53,7 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
     """A directory with the model's small files (tokenizer, configuration), for libraries that want a path.
 
     Raises:
-        InputError: a file that libraries read is none, or no JSON where it should be; they would wait, or crash.
+        InputError: a file that libraries read is too large. StoreError for what is no file: they would wait for it.
     """
     _check_small_files(checkpoint)
     if checkpoint.store.path is not None:
@@ -68,14 +68,14 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
 
 
 def small_file(store: Store, name: str) -> bytes:
-    """A file of a model that is no weights; KeyError when there is none, InputError when it is too large, or no JSON.
+    """A file of a model that is no weights; KeyError when there is none, InputError when it is too large.
 
-    Libraries that read it themselves would take all memory, or have errors of their own.
+    Libraries read it by themselves, and have no bounds.
     """
     try:
         data = store.get(name, MAX_BYTES)
         if name.endswith(".json"):
-            parse_json(data)
+            check_volume(data)
     except MalformedError as error:
         raise InputError(f"{store.uri}: {name} {error}; fetch it again") from error
     return data
