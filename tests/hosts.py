@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -39,8 +39,12 @@ NAMES = (HEAD, ONE, TWO, DRIVER, STORE)
 # A lost node is missed after 7.5 seconds: three checks of two seconds, each half a second after the other.
 _MISSED = {**QUICK, "RAY_health_check_timeout_ms": "2000"}
 # Ray would have its workers yield to whatever else computes on this machine.
-_EAGER = {"RAY_worker_niceness": "0"}
+_BUSY = {"RAY_worker_niceness": "0"}
 _CPUS = {HEAD: 0, ONE: 1, TWO: 1, DRIVER: 0}
+
+
+class CommandError(Exception):
+    """A command on a host failed."""
 
 
 class Host:
@@ -84,7 +88,8 @@ class Host:
             [*self.inside, *command], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True,
             timeout=PATIENCE,
         )  # fmt: skip
-        assert done.returncode == 0, f"{self.name}: {' '.join(command)}: {done.stdout}{done.stderr}"
+        if done.returncode != 0:
+            raise CommandError(f"{self.name}: {' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout
 
     def doing(self, stage: str, kind: str) -> bool:
@@ -185,6 +190,7 @@ class Hosts:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._driven: list[Driven] = []
         self.hosts: dict[str, Host] = {}
 
     def __enter__(self) -> Hosts:
@@ -203,7 +209,7 @@ class Hosts:
             stack.callback(self.hosts[STORE].signal, "KILL")
             self.variables = {
                 **_MISSED,
-                **_EAGER,
+                **_BUSY,
                 **environment(self.server.endpoint),
                 "RAY_TMPDIR": str(private),
                 "HF_HUB_OFFLINE": "1",
@@ -248,8 +254,10 @@ class Hosts:
     def restore(self, **variables: str) -> None:
         """No faults, and every node in the cluster; those that are started now get more environment variables."""
         self.heal()
+        if any(driver.process.poll() is None for driver in self._driven):
+            self.leave(DRIVER)
         limit = time.monotonic() + PATIENCE
-        # A machine that is busy with something else may lose a node again while another is started.
+        # A machine that is busy with something else may lose a node again while another is started, or not start one.
         while missing := sorted(_CPUS.keys() - self.alive()):
             assert time.monotonic() < limit, f"{missing} do not stay in the cluster"
             with ThreadPoolExecutor(len(missing)) as threads:
@@ -257,8 +265,9 @@ class Hosts:
 
     def _rejoin(self, name: str, variables: Mapping[str, str]) -> None:
         self.hosts[name].signal("KILL")
-        self._join(name, f"--address={self.address}", **variables)
-        limit = time.monotonic() + 30
+        with suppress(CommandError):
+            self._join(name, f"--address={self.address}", **variables)
+        limit = time.monotonic() + 10
         while name not in self.alive() and time.monotonic() < limit:
             time.sleep(0.1)
 
@@ -279,7 +288,8 @@ class Hosts:
             stderr=subprocess.PIPE,
             text=True,
         )
-        return Driven(process).listen()
+        self._driven.append(Driven(process).listen())
+        return self._driven[-1]
 
     # Faults -------------------------------------------------------------------------------------------------------
 
