@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from prismaquant_ray import errors
-from prismaquant_ray.errors import DamagedError, PrismaquantError
+from prismaquant_ray import __version__, errors
+from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError
 from prismaquant_ray.events import Machine, StepMetrics
 
 if TYPE_CHECKING:
@@ -91,3 +91,15 @@ class Receipt:
     failure: Failure | None = None
     preflight: Preflight | None = None
     diagnosis: WorkerDiagnosis | None = None
+
+
+def check_version(receipt: Receipt) -> Machine:
+    """The machine of a worker that said HELLO; ResourceError when it has another version of this project."""
+    machine = receipt.machine
+    assert machine is not None
+    if machine.version != __version__:
+        raise ResourceError(
+            f"a worker on {machine.host} has prismaquant-ray {machine.version}, the driver {__version__}; "
+            "use the same image everywhere"
+        )
+    return machine

@@ -19,9 +19,10 @@ WAITING_BYTES = 1 << 28
 
 @dataclass(slots=True, eq=False)
 class StepOutput:
-    """Where a step's output can be read: from the worker that computed it, or from the run store."""
+    """Where a step's output can be read: from the node of the worker that computed it, or from the run store."""
 
     reference: Any = None
+    worker: str = ""
     artifact: Artifact | None = None
 
     @property

@@ -10,6 +10,8 @@ from actors.connect import Capacity, capacity
 from actors.messages import Receipt, WorkerSpec
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
+from actors.schedule.units import Shard
+from actors.transfer import Activation
 from actors.worker import ShardWorker
 from prismaquant_ray.errors import ResourceError, WorkerBugError
 
@@ -29,8 +31,32 @@ WORKER_ENVIRONMENT = {
 }
 
 
+# Seconds in which a worker must have fetched a boundary from the node of another one. It is read from the store then.
+FETCH_SECONDS = 20.0
+
+
+class RayWorker(ShardWorker):
+    """A worker that fetches what another one put out by itself.
+
+    As an argument Ray would fetch it before the call, without a limit: nobody could tell that from work.
+    """
+
+    def fetch_and_run(
+        self, shard: Shard, microbatch: int, arriving: list[Any]
+    ) -> tuple[Activation | None, Receipt | None]:
+        """`run` with the output behind the reference in `arriving`; neither output nor receipt when it is not had."""
+        import ray
+        from ray.exceptions import GetTimeoutError, ObjectLostError
+
+        try:
+            activation = ray.get(arriving[0], timeout=FETCH_SECONDS)
+        except (GetTimeoutError, ObjectLostError):
+            return None, None
+        return self.run(shard, microbatch, activation)
+
+
 @dataclass(frozen=True, slots=True)
-class Flight:
+class Sent:
     """A call on its way: whose it is, what it does, and what it puts out."""
 
     worker: str
@@ -60,20 +86,21 @@ class RayWorkers:
             options["label_selector"] = dict(cluster.labels)
         if cluster.memory != "auto" and not self.capacity.gpu:
             options["memory"] = cluster.memory
-        self._class = ray.remote(ShardWorker).options(**options)
+        self._class = ray.remote(RayWorker).options(**options)
         self._actors: dict[str, Any] = {}
-        self._flying: dict[Any, Flight] = {}
+        self._flying: dict[Any, Sent] = {}
 
     def start(self, worker: str) -> None:
         """Ask the cluster for an actor."""
         actor = self._class.remote()
         self._actors[worker] = actor
-        self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = Flight(worker, "hello")
+        self._flying[actor.hello.options(name=f"prismaquant hello {worker}").remote()] = Sent(worker, "hello")
 
     def submit(self, worker: str, call: Call) -> None:
         """Send a call under a name that dashboards and process lists show."""
-        actor = self._actors[worker]
-        output, what = None, str(call.kind)
+        import ray
+
+        actor, what, output = self._actors[worker], str(call), None
         if call.kind is CallKind.SETUP:
             reference = actor.setup.remote(replace(self.spec, name=worker, gpu=self.capacity.gpu))
         elif call.kind is CallKind.DIAGNOSE:
@@ -84,17 +111,19 @@ class RayWorkers:
             reference = actor.drop.remote()
         else:
             assert call.shard is not None
-            what = f"{call.shard.stage} {call.kind} {call.shard.name}"
-            name = f"prismaquant {what}"
+            name = f"prismaquant {call.shard.stage} {call.kind} {call.shard.name}"
             if call.kind is CallKind.FINISH:
                 reference = actor.finish.options(name=name).remote(call.shard, call.following)
             elif call.kind is CallKind.PREFETCH:
                 reference = actor.prefetch.options(name=name).remote(call.shard)
             else:
-                what += f", microbatch {call.microbatch}"
-                run = actor.run.options(name=name, num_returns=2)
-                output, reference = run.remote(call.shard, call.microbatch, call.arriving)
-        self._flying[reference] = Flight(worker, what, output)
+                fetched = isinstance(call.arriving, ray.ObjectRef)
+                method = actor.fetch_and_run if fetched else actor.run
+                run = method.options(name=name, num_returns=2)
+                # Inside a list, a reference stays one.
+                arriving = [call.arriving] if fetched else call.arriving
+                output, reference = run.remote(call.shard, call.microbatch, arriving)
+        self._flying[reference] = Sent(worker, what, output)
 
     def wait(self, timeout: float) -> Sequence[Reply]:
         """Every reply there is, or the first one to arrive."""
@@ -112,7 +141,6 @@ class RayWorkers:
         import ray
         from ray.exceptions import (
             NodeDiedError,
-            ObjectLostError,
             OutOfDiskError,
             OutOfMemoryError,
             RayActorError,
@@ -124,12 +152,8 @@ class RayWorkers:
         flight = self._flying.pop(reference)
         worker = flight.worker
         try:
-            receipt: Receipt = ray.get(reference)
-        except ObjectLostError:
-            return Reply(worker=worker)
+            receipt: Receipt | None = ray.get(reference)
         except RayTaskError as error:
-            if isinstance(error.cause, ObjectLostError):
-                return Reply(worker=worker)
             _refuse_unimportable(str(error))
             raise WorkerBugError(type(error.cause).__name__, str(error.cause), f"{flight.what} on {worker}") from error
         except (OutOfDiskError, RuntimeEnvSetupError) as error:
@@ -137,6 +161,7 @@ class RayWorkers:
         except (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
             _refuse_unimportable(str(error))
             self._forget(worker)
+            _check_own_node()
             return Reply(worker=worker, lost=(_cause(error), _first_line(error)))
         return Reply(worker=worker, receipt=receipt, output=flight.output)
 
@@ -159,6 +184,20 @@ class RayWorkers:
         """End the actors."""
         for worker in list(self._actors):
             self.stop(worker)
+
+
+def _check_own_node() -> None:
+    """ResourceError when the cluster has given up the driver's own node: it then ends all workers of the driver."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    for node in ray.nodes():
+        if node["NodeID"] == own and not node["Alive"]:
+            raise ResourceError(
+                f"the driver's own Ray node, {node['NodeManagerHostname']}, is lost to the cluster, and all workers "
+                "with it: it was unreachable for too long, or its raylet has died; start it again, then run the same "
+                "command again to continue"
+            )
 
 
 def _cause(error: Exception) -> Cause:

@@ -38,12 +38,19 @@ class Call:
     arriving: Any = None
     following: Shard | None = None
 
+    def __str__(self) -> str:
+        """What it does, for people."""
+        if self.shard is None:
+            return str(self.kind)
+        step = f", microbatch {self.microbatch + 1}" if self.kind is CallKind.RUN else ""
+        return f"{self.shard.stage} {self.kind} {self.shard.name}{step}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
     """The result of a call: a receipt (and an output that can be handed to another worker), a loss, or neither.
 
-    Neither means that the call's input could not be read, and the worker did nothing.
+    Neither means that the call's input could not be read, or not fetched in time, and the worker did nothing.
     """
 
     worker: str

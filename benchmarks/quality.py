@@ -30,6 +30,7 @@ from benchmarks.resident import ResidentModel
 from prismaquant_ray import BudgetConfig, FormatName, InputError, OpenRun, dequantize_weight, load_config, open_run
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.layout import BlockKind
+from prismaquant_ray.source.protocol import TensorSource
 
 TEXT = Path(__file__).parents[1] / "configs" / "data" / "evaluation.txt"
 LENGTH = 512
@@ -72,18 +73,25 @@ def nearest_by_compressed_tensors(weight: Tensor) -> Tensor:
     return fake_quantize(weight, scale, zero, args, global_scale=divisor).to(torch.bfloat16).float()
 
 
-def assembled(run: OpenRun, bpp: float) -> dict[str, Decoded]:
-    """The decoded groups of a repository at a budget."""
+def assembled(run: OpenRun, bpp: float) -> tuple[dict[str, Decoded], TensorSource]:
+    """The decoded groups of a repository at a budget, and what else it ships."""
+    plan = run.plan(BudgetConfig(bpp=bpp))
     with tempfile.TemporaryDirectory(prefix="quality") as directory:
         repository = Path(directory) / "repository"
-        run.assemble(run.plan(BudgetConfig(bpp=bpp)), repository)
-        return decoded(repository, run.layout.groups)
+        run.assemble(plan, repository)
+        return decoded(repository, run.layout.groups), run.shipped(plan.choice)
 
 
 def output_error(run: OpenRun) -> dict[str, Any]:
-    """Held-out output MSE of stored NVFP4 weights against round-to-nearest, per Linear."""
+    """Held-out output MSE of stored NVFP4 weights against round-to-nearest, per Linear.
+
+    Raises:
+        InputError: the run is equalized: its matrices are not the source's.
+    """
+    if run.config.rounding.equalize:
+        raise InputError("round-to-nearest is compared on the source's own weights: --set rounding.equalize=false")
     model = resident(run, 8)
-    groups = assembled(run, 4.5)
+    groups, _ = assembled(run, 4.5)
     ratios: dict[str, float] = {}
 
     def hook(name: str, weight: Tensor) -> Any:
@@ -111,10 +119,10 @@ def divergence(run: OpenRun, budgets: tuple[float, ...]) -> dict[str, Any]:
     clean = list(model.run())
     results: dict[str, Any] = {"tokens": model.tokens.numel()}
 
-    def measured(groups: Mapping[str, Decoded]) -> dict[str, float]:
-        with model.quantized(groups, activations=False):
+    def measured(groups: Mapping[str, Decoded], shipped: TensorSource) -> dict[str, float]:
+        with model.quantized(groups, shipped, activations=False):
             alone, _ = model.compared(clean, model.run())
-        with model.quantized(groups, activations=True):
+        with model.quantized(groups, shipped, activations=True):
             both, agrees = model.compared(clean, model.run())
         return {
             "weights_only": float(alone.mean()),
@@ -123,10 +131,12 @@ def divergence(run: OpenRun, budgets: tuple[float, ...]) -> dict[str, Any]:
         }
 
     for bpp in budgets:
-        groups = assembled(run, bpp)
-        results[f"{bpp:g}"] = {**measured(groups), "predicted": run.plan(BudgetConfig(bpp=bpp)).predicted_loss}
-        if all(group.format is FormatName.NVFP4 for group in groups.values()):
-            results["round-to-nearest NVFP4 by compressed-tensors"] = measured(nearest(model, groups))
+        groups, shipped = assembled(run, bpp)
+        predicted = run.plan(BudgetConfig(bpp=bpp)).predicted_loss
+        results[f"{bpp:g}"] = {**measured(groups, shipped), "predicted": predicted}
+        # The input scales of an equalized run are not for the source's own inputs.
+        if not run.config.rounding.equalize and all(group.format is FormatName.NVFP4 for group in groups.values()):
+            results["round-to-nearest NVFP4 by compressed-tensors"] = measured(nearest(model, groups), shipped)
     return results
 
 
@@ -162,6 +172,7 @@ def prediction(run: OpenRun, every: int = 3) -> dict[str, Any]:
         boundaries.append(list(model.run(boundaries[-1], range(index, index + 1))))
     table = run.prices()
     pairs: list[Pair] = []
+    source = dict.fromkeys(table.groups, FormatName.BF16)
     for group in run.layout.groups[::every]:
         first = run.layout.block_of[group.name].index
         row = table.groups.index(group.name)
@@ -176,7 +187,8 @@ def prediction(run: OpenRun, every: int = 3) -> dict[str, Any]:
                 own = {k.removeprefix(f"{module}."): v for k, v in tensors.items() if k.startswith(f"{module}.")}
                 return dequantize_weight(own, name).float(), own.get("input_global_scale")
 
-            with model.quantized({group.name: decoded_group(group, name, weight_of)}, activations=True):
+            alone = {group.name: decoded_group(group, name, weight_of)}
+            with model.quantized(alone, run.shipped(source | {group.name: name}), activations=True):
                 entering = boundaries[first]
                 kl, _ = model.compared(boundaries[-1], model.run(entering, range(first, len(model.blocks))))
             pairs.append(

@@ -17,6 +17,7 @@ from prismaquant_ray.calibration.dataset import TOKENS
 from prismaquant_ray.evaluation.divergence import SourceLogits
 from prismaquant_ray.model.runner import ModelRunner
 from prismaquant_ray.source.checkpoint import Checkpoint
+from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.store import Store
 
 
@@ -77,9 +78,18 @@ class ResidentModel:
         return logits
 
     @contextmanager
-    def quantized(self, groups: Mapping[str, Decoded], *, activations: bool) -> Iterator[None]:
-        """The groups have these weights inside the with-block, and their inputs are rounded as their runtime does."""
+    def quantized(self, groups: Mapping[str, Decoded], shipped: TensorSource, *, activations: bool) -> Iterator[None]:
+        """The groups have these weights inside the with-block, and their inputs are rounded as their runtime does.
+
+        What is not quantized is as `shipped` has it: norms take factors that the groups' inputs were equalized by.
+        """
         with ExitStack() as stack:
+            runner = ModelRunner(shipped, dtype=torch.float32, device=torch.device("cpu"))
+            for index in {self.layout.block_of[name].index for name in groups}:
+                parameters = dict(self.blocks[index].named_parameters())
+                for path, parameter in runner.load_block(index).named_parameters():
+                    stack.callback(setattr, parameters[path], "data", parameters[path].data)
+                    parameters[path].data = parameter.data
             for name, group in groups.items():
                 module = self.block_of(name)
                 rounding = FORMATS[group.format].round_activation if activations else None

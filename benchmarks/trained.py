@@ -7,8 +7,7 @@ KL(source ‖ quantized) in nats per token on text that neither training nor cal
 assembled repositories, decoded by compressed-tensors. Each budget has as controls random assignments of fused groups
 to MXFP8, the others NVFP4, and the first groups in depth order; all of them have at least the bytes of our plan.
 Some are measured once more with every token sent to the experts that the source sends it to: what is left is what a
-second-order price can see, the rest is tokens that change their expert. Then the experts are rounded again with
-other priors (`forward.statistics.PRIOR_SHARE`) and on less text. Tables are printed; everything goes to
+second-order price can see, the rest is tokens that change their expert. Tables are printed; everything goes to
 results/trained.json.
 """
 
@@ -36,24 +35,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks import results
-from benchmarks.decoded import Decoded, decode, decoded, decoded_group
+from benchmarks.decoded import Decoded, decoded
 from benchmarks.resident import ResidentModel
 from benchmarks.training import EVALUATED, HELD_OUT_TEXT, TRAINING_TEXT, Training, trained, windows
-from prismaquant_ray import FORMATS, BudgetConfig, Config, FormatName, OpenRun, open_run
-from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.forward import statistics as input_statistics
-from prismaquant_ray.forward.block import BlockForward
-from prismaquant_ray.forward.encode import Rounding
-from prismaquant_ray.model.runner import ModelRunner
+from prismaquant_ray import BudgetConfig, Config, FormatName, OpenRun, open_run
 from prismaquant_ray.records import PlanRecord
+from prismaquant_ray.source.protocol import TensorSource
 
 BUDGETS = (5.0, 5.75, 6.75)
 CALIBRATION = 64  # sequences
 RANDOM = 6
-PRIORS = (0.0, 0.0625, 0.25, 1.0)
-# Calibration sequences the experts are rounded on, and seeds they are drawn with.
-PRIOR_TEXTS = ((CALIBRATION, (0,)), (8, (0, 1)), (2, (0, 1)))
 PIECE = 8  # sequences at a time
+QUANTIZED = (FormatName.NVFP4, FormatName.FP8, FormatName.MXFP8)
 KINDS = ("weights_only", "with_activations")
 
 
@@ -103,8 +96,10 @@ class RoutedModel(ResidentModel):
         losses = [torch.nn.functional.cross_entropy(logits[:-1], tokens[1:]) for logits, tokens in pairs]
         return float(torch.stack(losses).mean())
 
-    def divergence(self, groups: Mapping[str, Decoded], *, activations: bool, held: bool = False) -> dict[str, Any]:
-        """KL of the source and the model with these groups quantized; means by sequence under `by_sequence`.
+    def divergence(
+        self, groups: Mapping[str, Decoded], shipped: TensorSource, *, activations: bool, held: bool = False
+    ) -> dict[str, Any]:
+        """KL of the source and the model as in `quantized`; means by sequence under `by_sequence`.
 
         `rerouted` is the share of (token, layer) pairs that the router sends to other experts than in the source;
         `held` sends them where the source does all the same.
@@ -112,7 +107,7 @@ class RoutedModel(ResidentModel):
         source = self.source
         for router in self.routers:
             router.held, router.moved, router.calls = held, 0, 0
-        with self.quantized(groups, activations=activations):
+        with self.quantized(groups, shipped, activations=activations):
             kl, agrees = self.compared(source, self.run())
         return {
             "kl": float(kl.flatten().mean()),
@@ -132,7 +127,6 @@ def configuration(source: Path, out: Path, length: int) -> Config:
         {
             "model": {"source": str(source)},
             "calibration": {"text": str(TRAINING_TEXT), "sequences": CALIBRATION, "length": length},
-            "formats": ["NVFP4", "MXFP8", "BF16"],
             "budget": {"bpp": BUDGETS[0]},
             "cluster": {"address": "local", "workers": 2, "threads": 1},
             "store": {"run": str(out / "run"), "output": str(out / "repository")},
@@ -207,7 +201,7 @@ class Comparison:
         self.model = model
         self.assignments = Assignments(run)
         self.decoded: dict[FormatName, dict[str, Decoded]] = {}
-        for name in (FormatName.NVFP4, FormatName.MXFP8):
+        for name in QUANTIZED:
             choice = self.assignments.choice(self.assignments.uniform(name))
             self.decoded[name] = repository_of(run, run.plan_of(choice, f"all {name}"))
 
@@ -218,15 +212,16 @@ class Comparison:
             "bpp": round(self.assignments.bpp(columns), 5),
             "predicted": self.assignments.predicted(columns),
         }
+        shipped = self.run.shipped(self.assignments.choice(columns))
         for kind in KINDS:
             activations = kind == "with_activations"
-            found[kind] = self.model.divergence(quantized, activations=activations)
+            found[kind] = self.model.divergence(quantized, shipped, activations=activations)
             if held:
-                found[f"{kind}_held"] = self.model.divergence(quantized, activations=activations, held=True)
+                found[f"{kind}_held"] = self.model.divergence(quantized, shipped, activations=activations, held=True)
         return found
 
     def mixed(self, columns: np.ndarray) -> dict[str, Decoded]:
-        """The groups of both uniform repositories, each in its format."""
+        """The groups of the uniform repositories, each in its format."""
         found: dict[str, Decoded] = {}
         for group, name in self.assignments.choice(columns).items():
             if name is not FormatName.BF16:
@@ -294,95 +289,6 @@ def interpolated(small: Mapping[str, Any], large: Mapping[str, Any], size: int, 
     return float((1 - share) * small[kind]["kl"] + share * large[kind]["kl"])
 
 
-# ------------------------------------------------------------------------------------------------ priors
-
-
-class ExpertsForward(BlockForward):
-    """A forward block pass that rounds experts alone, as often as one likes."""
-
-    def experts_in(self, share: float) -> dict[str, Tensor]:
-        """NVFP4 candidates of the experts with this prior."""
-        routed, dense = dict(self.routed), dict(self.dense)
-        before = input_statistics.PRIOR_SHARE
-        input_statistics.PRIOR_SHARE = share
-        try:
-            return self.finish().tensors[FormatName.NVFP4]
-        finally:
-            input_statistics.PRIOR_SHARE = before
-            self.routed, self.dense = routed, dense
-
-    def _finish_dense(self, *_: Any) -> None:
-        pass
-
-
-@torch.no_grad()
-def priors(run: OpenRun, model: RoutedModel, uniform: Mapping[str, Decoded]) -> list[dict[str, Any]]:
-    """KL of all-NVFP4 weights, and of NVFP4 experts alone under the source's routing, by calibration text and prior.
-
-    Only the experts are rounded anew; everything else is as in the product's run.
-    """
-    found = []
-    for sequences, seeds in PRIOR_TEXTS:
-        for seed in seeds:
-            by_share, tokens = rounded_experts(run, model.runner, sequences, seed)
-            for share, groups in by_share.items():
-                found.append(
-                    {
-                        "sequences": sequences,
-                        "seed": seed,
-                        "tokens_of_an_expert": tokens,
-                        "share": share,
-                        "all": model.divergence({**uniform, **groups}, activations=False)["kl"],
-                        "experts": model.divergence(groups, activations=False, held=True)["kl"],
-                    }
-                )
-    return found
-
-
-def rounded_experts(
-    run: OpenRun, runner: ModelRunner, sequences: int, seed: int
-) -> tuple[dict[float, dict[str, Decoded]], dict[str, float]]:
-    """Experts in NVFP4 for every prior, and how many tokens trained one's rounding."""
-    tokenizer = AutoTokenizer.from_pretrained(run.config.model.source)
-    length = run.config.calibration.length
-    text = load_sequences(
-        TRAINING_TEXT,
-        tokenizer,
-        sequences=sequences,
-        length=length,
-        seed=seed,
-        holdout=run.config.calibration.holdout,
-    )
-    batches = text.batches(run.config.calibration.microbatch)
-    weights, activations = FORMATS[FormatName.NVFP4].scheme(runner.layout.hidden_size)
-    scheme = {
-        "weights": weights,
-        "input_activations": activations,
-        "format": FORMATS[FormatName.NVFP4].compression,
-    }
-    with runner.entry():
-        hidden = [runner.embed(batch.inputs) for batch in batches]
-    found: dict[float, dict[str, Decoded]] = {share: {} for share in PRIORS}
-    tokens: list[int] = []
-    for block in run.layout.blocks:
-        block_pass = ExpertsForward(runner, block.index, (FormatName.NVFP4,), Rounding())
-        hidden = [block_pass.run(entering, batch) for entering, batch in zip(hidden, batches, strict=True)]
-        tokens += [count for routed in block_pass.routed.values() for count in routed.tokens_of.tolist()]
-        for share in PRIORS:
-            tensors = block_pass.experts_in(share)
-
-            def weight_of(module: str, tensors: Mapping[str, Tensor] = tensors) -> tuple[Tensor, Tensor | None]:
-                own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.rpartition(".")[0] == module}
-                return decode(own, module, scheme)
-
-            for group in block.groups:
-                if group.experts is not None:
-                    found[share][group.name] = decoded_group(group, FormatName.NVFP4, weight_of)
-    # Held-out sequences judge and do not train.
-    train = 1 - float(text.holdout.float().mean())
-    return found, {"least": train * min(tokens), "mean": train * statistics.mean(tokens)}
-
-
 # ------------------------------------------------------------------------------------------------ report
 
 
@@ -414,15 +320,6 @@ def tables(figures: Mapping[str, Any]) -> str:
                 for name in ("random_mean", "by_depth")
             ]
             lines.append(f"  {kind.replace('_', ' ')}: plan {wins} {every}; {', '.join(gaps)}")
-    lines += ["", "experts rounded with other priors: KL of all-NVFP4 weights / of the experts alone, routing held"]
-    lines.append(f"{'sequences (seed)':18}{'tokens an expert':>17}" + "".join(f"{share:>18g}" for share in PRIORS))
-    rows: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
-    for entry in figures["priors"]:
-        rows.setdefault((entry["sequences"], entry["seed"]), []).append(entry)
-    for (sequences, seed), row in rows.items():
-        pairs = "".join(f"{entry['all']:10.5f}/{entry['experts']:.5f}" for entry in row)
-        tokens = row[0]["tokens_of_an_expert"]
-        lines.append(f"{sequences:4} ({seed}){tokens['mean']:18.0f} (≥ {tokens['least']:.0f}){pairs}")
     return "\n".join(lines)
 
 
@@ -468,10 +365,8 @@ def main() -> None:
         # What the product runs is what transformers runs.
         assert abs(model.loss() - record["losses"]["held_out_text"]) < 1e-3
         comparison = Comparison(run, model)
-        uniform = {str(name): comparison.uniform(name) for name in (FormatName.NVFP4, FormatName.MXFP8)}
+        uniform = {str(name): comparison.uniform(name) for name in QUANTIZED}
         budgets = {f"{bpp:g}": comparison.budget(bpp) for bpp in BUDGETS}
-    with timed("priors"):
-        prior = priors(run, model, comparison.decoded[FormatName.NVFP4])
     figures = {
         "load_before": load_before,
         "seconds": seconds,
@@ -484,7 +379,6 @@ def main() -> None:
         "quantizable_parameters": run.layout.parameters,
         "uniform": uniform,
         "budgets": budgets,
-        "priors": prior,
     }
     for found in budgets.values():
         found["interpolated"] = {

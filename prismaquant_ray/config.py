@@ -247,7 +247,9 @@ class ClusterConfig(Section):
         "A worker that takes more than a given limit ends the run.",
     )
     wait: float = Field(default=0.0, ge=0.0, description="Seconds to wait for nodes from an autoscaler.")
-    timeout: float = Field(default=1800.0, gt=0.0, description="Seconds after which a call to a worker counts as hung.")
+    timeout: Literal["auto"] | Annotated[float, Field(gt=0.0)] = Field(
+        default="auto", description="Seconds a call to a worker may take; `auto`: 300, or 20 times what such ones take."
+    )
 
 
 class StoreConfig(Section):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.controller import Call, CallKind, Controller, Reply
+from actors.deadlines import Deadlines
 from actors.messages import Machine, Receipt
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.shards import blocks_per_shard
@@ -120,7 +121,9 @@ def conducted(shards: Sequence[Shard], durations: Durations, workers: int) -> tu
     """When the controller that runs use has driven a pass, and its step events."""
     log: list[Event] = []
     virtual = VirtualWorkers(durations)
-    controller = Controller(virtual, Events(log.append), wanted=workers, timeout=1e9, first=1e9, clock=virtual.clock)
+    controller = Controller(
+        virtual, Events(log.append), wanted=workers, first=1e9, deadlines=Deadlines(1e9), clock=virtual.clock
+    )
     controller.wait_for_first()
     controller.run_pass(shards)
     return virtual.now, steps_of(log)

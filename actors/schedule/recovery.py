@@ -18,6 +18,11 @@ class Cause(StrEnum):
     MEMORY = "its node ran out of memory"
     NODE = "its node is gone"
     TIMEOUT = "it did not answer in time"
+    STORAGE = "it cannot reach storage"
+
+
+# Whatever shard the worker held has no part in it.
+_OF_THE_NODE = (Cause.NODE, Cause.STORAGE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,20 +40,26 @@ class LostWorker:
 class Recovery:
     """When to stop replacing workers.
 
-    Each of these ends the run: `per_shard` lost workers of one shard, except by lost nodes; `starting` workers lost
-    in a row before they were ready; `nodes` lost nodes in all.
+    Each of these ends the run: `per_shard` lost workers of one shard, except by lost nodes or storage; `starting`
+    workers lost in a row before they were ready; `nodes` lost nodes in all. Workers that cannot reach storage count
+    only while no other worker is ready: those that can go on.
     """
 
     per_shard: int = 3
     starting: int = 5
     nodes: int = 100
 
-    def verdict(self, losses: Sequence[LostWorker]) -> str | None:
-        """Why the run must stop, given every loss so far, oldest first; None to replace the worker and go on."""
+    def verdict(self, losses: Sequence[LostWorker], *, ready: int) -> str | None:
+        """Why the run must stop; None to replace the worker and go on.
+
+        Given every loss so far, oldest first, and how many workers are `ready`.
+        """
         last = losses[-1]
-        same = [loss for loss in losses if loss.shard == last.shard and loss.cause is not Cause.NODE]
-        if last.shard is not None and last.cause is not Cause.NODE and len(same) >= self.per_shard:
+        same = [loss for loss in losses if loss.shard == last.shard and loss.cause not in _OF_THE_NODE]
+        if last.shard is not None and last.cause not in _OF_THE_NODE and len(same) >= self.per_shard:
             return f"shard {last.shard} lost {len(same)} workers, the last because {last.cause}"
+        if last.cause is Cause.STORAGE and ready:
+            return None
         failed = losses[-self.starting :]
         if len(failed) == self.starting and not any(loss.was_ready for loss in failed):
             return f"{self.starting} workers in a row were lost while they started, the last because {last.cause}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prismaquant_ray.events import (
     Event,
@@ -30,18 +31,37 @@ if TYPE_CHECKING:
 _QUIET = 10.0
 
 
+# Seconds without a line, whatever the reason, after which the last one is repeated. Events that say more come earlier.
+_SILENT = 15.0
+
+
 class _Display:
     """A console on standard error, with bars if it is a terminal."""
 
     def __init__(self, console: Console, bars: Bars | None) -> None:
         self.console = console
         self.bars = bars
-        self.spoke = time.monotonic()
+        self.spoke = self.said = time.monotonic()
+        self.last = ""
 
     def say(self, text: str) -> None:
         """A line."""
-        self.spoke = time.monotonic()
+        self.spoke = self.said = time.monotonic()
+        self.last = text
+        self._print(text)
+
+    def repeat(self) -> None:
+        """The last line again, and how old it is, if nothing was said for long."""
+        now = time.monotonic()
+        if now - self.spoke >= _SILENT:
+            self.spoke = now
+            self._print(f"{now - self.said:.0f} s since: {self.last or 'the command began'}")
+
+    def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+D = TypeVar("D", bound=_Display)
 
 
 class RunProgress(_Display):
@@ -97,6 +117,7 @@ class RunProgress(_Display):
         at = "finished" if event.microbatch is None else f"at {event.microbatch + 1}"
         self.doing[event.worker] = f"{event.shard} {at}"
         if self.bars is not None:
+            self.spoke = time.monotonic()
             self.bars.update(self.tasks[""], advance=1, rate=self._figures())
             if event.worker not in self.tasks:
                 self.tasks[event.worker] = self.bars.add_task("", total=None, rate="")
@@ -150,6 +171,7 @@ class UploadProgress(_Display):
     def advance(self, size: int) -> None:
         """`size` more bytes are done."""
         if self.bars is not None:
+            self.spoke = time.monotonic()
             self.bars.advance(self.task, size)
 
     def done(self, name: str, what: str, size: int) -> None:
@@ -163,8 +185,8 @@ def run_progress() -> Iterator[RunProgress]:
     from rich.progress import BarColumn, TextColumn
 
     columns = (TextColumn("{task.description:>10}"), BarColumn(), TextColumn("{task.fields[rate]}"))
-    with _display(columns) as (console, bars):
-        yield RunProgress(console, bars)
+    with _display(columns) as (console, bars), _repeating(RunProgress(console, bars)) as shown:
+        yield shown
 
 
 @contextmanager
@@ -174,8 +196,26 @@ def upload_progress() -> Iterator[UploadProgress]:
 
     text = TextColumn("{task.description}")
     columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
-    with _display(columns) as (console, bars):
-        yield UploadProgress(console, bars)
+    with _display(columns) as (console, bars), _repeating(UploadProgress(console, bars)) as shown:
+        yield shown
+
+
+@contextmanager
+def _repeating(shown: D) -> Iterator[D]:
+    """A thread repeats the last line inside the with-block, however long the caller is kept waiting."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(1.0):
+            shown.repeat()
+
+    thread = threading.Thread(target=repeat, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield shown
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

@@ -82,8 +82,10 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
         return card(findings, gather_shipped(measured.data, plan, written, known)).encode()
 
     source = measured.shipped(plan.choice)
+    run.say(f"writing the repository to {output}")
     with staged_output(output) as store:
         repository = write_repository(source, layout, plan.choice, candidates, store, manifest=manifest, card=readme)
+        run.say(f"verifying {output}")
         verification = verify_repository(store, source, layout, plan.choice, candidates)
         if not verification.ok:
             raise PrismaquantError(

@@ -14,6 +14,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from actors.controller import Controller
+from actors.deadlines import Deadlines
 from actors.memory_plan import ADVICE, Free, MemoryPlan, shard_size
 from actors.messages import WorkerSpec
 from actors.schedule.pass_graph import PassGraph
@@ -86,6 +87,7 @@ class Passes(ABC):
         """Run missing shards; opens no worker when there are none."""
         if not any(self.pending(stage, limit=1) for stage in self.stages):
             return
+        self.events(Notice(message="opening workers"))
         with (
             open_workers(self.spec, min(len(self.graph.every), self.graph.blocks + 1)) as pool,
             self.events.listening(*pool.listeners),
@@ -95,10 +97,11 @@ class Passes(ABC):
                 pool.workers,
                 self.events,
                 wanted=pool.wanted,
-                timeout=cluster.timeout,
                 first=max(cluster.wait, _FIRST),
+                deadlines=Deadlines(cluster.timeout),
                 check=self.check,
                 admit=self.admit,
+                is_reachable=self._is_reachable,
             )
             first = controller.wait_for_first()
             size = shard_size(
@@ -124,6 +127,14 @@ class Passes(ABC):
             if self.needs_preflight:
                 controller.preflight()
             self._passes(controller, min(size.blocks, self.graph.blocks))
+
+    def _is_reachable(self) -> bool:
+        """Whether the driver can read the run store."""
+        try:
+            self.run_store.store.check_readable()
+        except StoreError:
+            return False
+        return True
 
     def _passes(self, controller: Controller, limit: int) -> None:
         repairs = 0

@@ -76,7 +76,7 @@ class Run:
             stored = checks.stored_fingerprint(Store(config.store.run))
         config, lacking = checks.with_formats(config, stored)
         if lacking is not None:
-            Events(*self.listeners)(Notice(message=lacking))
+            self.say(lacking)
         return config
 
     # Inputs -----------------------------------------------------------------------------------------------------
@@ -228,9 +228,7 @@ class Run:
 
     def _waiting(self, holder: Holder) -> None:
         who = f"process {holder.pid} on {holder.host}"
-        Events(*self.listeners)(
-            Notice(message=f"{who} holds this run; it is taken over unless that says something within {TTL:.0f} s")
-        )
+        self.say(f"{who} holds this run; it is taken over unless that says something within {TTL:.0f} s")
 
     def measure(self) -> None:
         """Run the missing parts of both passes."""
@@ -316,6 +314,10 @@ class Run:
         finally:
             events(RunEnded(how=ended))
             log.flush()
+
+    def say(self, message: str) -> None:
+        """Tell the listeners something that is not kept."""
+        Events(*self.listeners)(Notice(message=message))
 
     def note(self, event: Event) -> None:
         """Send one event to the listeners and to the run's log."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from random import SystemRandom
@@ -10,6 +11,9 @@ from typing import TypeVar
 from prismaquant_ray.storage.failures import Problem, to_error
 
 _T = TypeVar("_T")
+_LOG = logging.getLogger(__name__)
+# Seconds of failing after which it is said, and between two such lines.
+_QUIET = 10.0
 
 
 def retried(
@@ -28,15 +32,19 @@ def retried(
         InputError, StoreError: about `what` at `uri`, for a failure that `diagnose` does not call passing, and for the
             last one. Other exceptions pass through.
     """
-    give_up = time.monotonic() + seconds
+    began = told = time.monotonic()
     for pause in pauses(longest_pause):
         try:
             return action()
         except failures as error:
-            problem = diagnose(error)
-            if not problem.passing or time.monotonic() + pause > give_up:
+            problem, now = diagnose(error), time.monotonic()
+            if not problem.passing or now + pause > began + seconds:
                 # Not chained: the client's text may repeat an access key, a signed address or what was signed.
                 raise to_error(uri, what, problem) from None
+            if now - told >= _QUIET:
+                told = now
+                reason = to_error(uri, what, problem)
+                _LOG.warning("%s; tried again for %.0f s more", reason, began + seconds - now)
         time.sleep(pause)
     raise AssertionError
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.controller import Controller
+from actors.deadlines import Deadlines
 from actors.messages import Failure, Receipt
 from actors.pass_state import WAITING_BYTES, sources_of
 from actors.protocol import Call, CallKind, Reply
@@ -100,7 +101,7 @@ def receipt_of(worker: str, machine: Machine | None = None, failure: Failure | N
 
 def controller(workers: Scripted, wanted: int = 2, **options: Any) -> tuple[Controller, list[Event]]:
     events: list[Event] = []
-    settings = {"timeout": 100.0, "first": 60.0, "clock": lambda: workers.now, **options}
+    settings = {"first": 60.0, "deadlines": Deadlines(100.0), "clock": lambda: workers.now, **options}
     return Controller(workers, Events(events.append), wanted=wanted, **settings), events
 
 
@@ -425,13 +426,18 @@ def test_the_verdict_counts_each_kind_of_loss_by_itself() -> None:
     def loss(cause: Cause, shard: str | None = "a", ready: bool = True) -> LostWorker:
         return LostWorker(worker="w", cause=cause, shard=shard, was_ready=ready)
 
-    policy = Recovery(per_shard=2, starting=2, nodes=3)
-    assert policy.verdict([loss(Cause.PROCESS)]) is None
-    assert policy.verdict([loss(Cause.PROCESS), loss(Cause.PROCESS, "b")]) is None
-    assert policy.verdict([loss(Cause.PROCESS), loss(Cause.NODE), loss(Cause.TIMEOUT)]) is not None
-    assert policy.verdict([loss(Cause.PROCESS, None, False)] * 2) is not None
-    assert policy.verdict([loss(Cause.PROCESS, None), loss(Cause.PROCESS, None)]) is None
-    assert policy.verdict([loss(Cause.NODE)] * 3) is not None
+    def verdict(*losses: LostWorker, ready: int = 1) -> str | None:
+        return Recovery(per_shard=2, starting=2, nodes=3).verdict(losses, ready=ready)
+
+    assert verdict(loss(Cause.PROCESS)) is None
+    assert verdict(loss(Cause.PROCESS), loss(Cause.PROCESS, "b")) is None
+    assert verdict(loss(Cause.PROCESS), loss(Cause.NODE), loss(Cause.STORAGE), loss(Cause.TIMEOUT)) is not None
+    assert verdict(*[loss(Cause.PROCESS, None, False)] * 2) is not None
+    assert verdict(loss(Cause.PROCESS, None), loss(Cause.PROCESS, None)) is None
+    assert verdict(*[loss(Cause.NODE)] * 3) is not None
+    assert verdict(*[loss(Cause.STORAGE)] * 3) is None
+    assert verdict(*[loss(Cause.STORAGE, None, False)] * 9) is None
+    assert verdict(*[loss(Cause.STORAGE, None, False)] * 2, ready=0) is not None
 
 
 def test_whoever_holds_the_last_shard_gives_way_and_only_to_an_earlier_one() -> None:

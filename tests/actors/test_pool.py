@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import ray
@@ -15,7 +15,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 
 from actors.connect import Capacity
 from actors.messages import WorkerSpec
-from actors.pool import Flight, RayWorkers
+from actors.pool import RayWorker, RayWorkers, Sent
 from actors.protocol import Call, CallKind, Reply
 from actors.schedule.recovery import Cause
 from prismaquant_ray.errors import ResourceError, WorkerBugError
@@ -49,6 +49,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
     found = Asked()
     monkeypatch.setattr(ray, "remote", found.remote)
     monkeypatch.setattr(ray, "kill", found.killed.append)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "0"))
+    monkeypatch.setattr(ray, "nodes", list)
     return found
 
 
@@ -111,7 +113,7 @@ def reply(workers: RayWorkers, error: Exception, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ray, "get", get)
     workers._actors["worker-0"] = "the actor"
-    workers._flying["the call"] = Flight("worker-0", "backward run exit-00000, microbatch 0")
+    workers._flying["the call"] = Sent("worker-0", "backward run exit-00000, microbatch 0")
     return workers._reply("the call")
 
 
@@ -176,12 +178,27 @@ def test_an_exception_of_a_worker_arrives_as_what_it_was_and_where(
     assert caught.value.__cause__ is error, "the frames, for --debug"
 
 
-def test_a_lost_object_is_no_lost_worker(
-    workers: Callable[..., RayWorkers], asked: Asked, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [exceptions.ObjectLostError, exceptions.GetTimeoutError])
+def test_what_cannot_be_fetched_is_no_lost_worker(kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: object, timeout: float) -> None:
+        raise kind("0" * 56, None, "driver") if kind is exceptions.ObjectLostError else kind(f"{timeout} s")
+
+    monkeypatch.setattr(ray, "get", get)
+    assert RayWorker().fetch_and_run(cast("Any", None), 0, ["a reference"]) == (None, None)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_the_loss_of_the_drivers_own_node_is_told_from_that_of_others(
+    workers: Callable[..., RayWorkers], asked: Asked, monkeypatch: pytest.MonkeyPatch, alive: bool
 ) -> None:
-    lost = exceptions.ObjectLostError("0" * 56, None, "driver")
-    assert reply(workers(), lost, monkeypatch) == Reply(worker="worker-0")
-    assert asked.killed == []
+    nodes = [{"NodeID": "0", "NodeManagerHostname": "driver", "Alive": alive}]
+    nodes += [{"NodeID": "1", "NodeManagerHostname": "other", "Alive": False}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    if alive:
+        assert reply(workers(), died(NODE_IS_GONE["node has died"]), monkeypatch).lost is not None
+        return
+    with pytest.raises(ResourceError, match="the driver's own Ray node, driver, is lost to the cluster"):
+        reply(workers(), died(NODE_IS_GONE["node has died"]), monkeypatch)
 
 
 @pytest.mark.parametrize("words", NODE_IS_GONE)
