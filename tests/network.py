@@ -55,7 +55,10 @@ class Network:
 
     def attach(self, end: int, init: int | None = None) -> None:
         """A device of this address in the network namespace of the process `init`, or in this process's."""
-        device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        try:
+            device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        except OSError as error:
+            raise AssertionError(f"these tests need TUN devices, and this machine gives none: {error}") from error
         name = f"pq{os.getpid()}-{end}"
         fcntl.ioctl(device, _TUNSETIFF, struct.pack("16sH", name.encode(), _IFF_TUN | _IFF_NO_PI))
         self._devices[end] = device

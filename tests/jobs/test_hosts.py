@@ -6,6 +6,8 @@ command does. Time, silence and repeated steps are printed at the end of the tes
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from prismaquant_ray.storage.store import Store
-from tests.hosts import DRIVER, ONE, STORE, TWO, Driven, Hosts, wrong_clock
+from tests.hosts import DRIVER, ONE, STORE, TWO, Driven, Host, Hosts, wrong_clock
 from tests.observed import ObservedRun, Record, Scenery, Size, stored_digests
 from tests.s3_server import environment
 from tests.tiny import make_checkpoint, make_text
@@ -23,6 +25,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.s3]
 # A microbatch's boundary has 128 KiB: Ray would send less than 100 KB through the driver instead of between nodes.
 SIZE = Size(layers=6, sequences=64, length=128, microbatch=4, blocks_per_shard=1)
 MICROBATCHES = SIZE.microbatches
+# Seconds after which a driver has said something again, whatever happens: fifteen, and what a busy machine adds.
+SILENT = 20.0
 
 
 @dataclass
@@ -58,6 +62,7 @@ class Scene(ObservedRun):
     def is_right(self, driver: Driven, at_most: int) -> None:
         """As undisturbed, with its figures."""
         repeated = self.repeated()
+        assert driver.silence < SILENT, driver.err
         said = f"{driver.seconds:>5.0f} s, silent for {driver.silence:>3.0f} s"
         self.record("hosts", f"{self.name:<44} {said}, {repeated:>3} of {SIZE.steps} steps repeated")
         self.is_same(self.expected, repeated, at_most)
@@ -91,6 +96,15 @@ def scene(site: Site, tmp_path: Path, request: pytest.FixtureRequest, record_pro
     yield Scene(site, tmp_path, name, record_property)
 
 
+def test_a_machine_that_gives_no_hosts_is_no_reason_to_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing = tmp_path / "unshare"
+    refusing.write_text("#!/bin/sh\necho unshare failed: Operation not permitted >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(AssertionError, match="this machine gives none: unshare failed: Operation not permitted"):
+        Host("alone", 2, tmp_path)
+
+
 def test_worker_cut_off_for_good(scene: Scene) -> None:
     driver = scene.reached("backward", "run")
     scene.hosts.cut(ONE)
@@ -107,12 +121,12 @@ def test_worker_that_can_send_but_gets_nothing(scene: Scene) -> None:
     scene.is_right(driver, 2 * MICROBATCHES)
 
 
-@pytest.mark.parametrize("stage", ["forward", "backward"])
-def test_workers_cut_off_from_each_other(scene: Scene, stage: str) -> None:
-    driver = scene.reached(stage, "run")
+def test_workers_cut_off_from_each_other(scene: Scene) -> None:
+    driver = scene.reached("forward", "run")
     scene.hosts.cut(ONE, TWO)
     driver.end()
     assert scene.lost() == {}
+    assert "cannot fetch what worker-" in driver.err
     scene.is_right(driver, 0)
 
 
@@ -120,7 +134,9 @@ def test_storage_cut_off_from_one_worker(scene: Scene) -> None:
     driver = scene.reached("backward", "run")
     scene.hosts.cut(ONE, STORE)
     driver.end()
-    assert scene.lost().keys() == {ONE}
+    # Another worker may be started there, and lost in the same way.
+    assert scene.lost().items() >= {ONE: "it cannot reach storage"}.items()
+    assert re.search(rf"lost worker-\d on {ONE}: it cannot reach storage", driver.err)
     scene.is_right(driver, 2 * MICROBATCHES)
 
 
@@ -130,6 +146,7 @@ def test_driver_cut_off_and_continued(scene: Scene) -> None:
     driver.until(lambda: DRIVER not in scene.hosts.alive())
     scene.hosts.heal()
     driver.end(3)
+    assert driver.said[-1][1].startswith(f"error: the driver's own Ray node, {DRIVER}, is lost to the cluster")
     assert not scene.store.list("lease"), "the next driver need not wait"
     orphans = scene.orphans()
     scene.hosts.restore()
@@ -151,32 +168,25 @@ def test_worker_frozen_and_woken(scene: Scene) -> None:
 
 def test_worker_cut_off_and_healed_before_it_is_missed(scene: Scene) -> None:
     driver = scene.reached("backward", "run")
+    before = scene.hosts.network.dropped
     scene.hosts.cut(ONE)
     time.sleep(2)
+    assert scene.hosts.network.dropped > before
     scene.hosts.heal()
     driver.end()
     assert scene.lost() == {}
     scene.is_right(driver, 0)
 
 
-def test_driver_cut_off_from_one_worker(scene: Scene) -> None:
-    driver = scene.reached("backward", "run")
-    scene.hosts.cut(DRIVER, ONE)
+def test_packets_lost_and_late(scene: Scene) -> None:
+    driver = scene.reached("forward", "run")
+    before = scene.hosts.network.dropped
+    scene.hosts.network.losing, scene.hosts.network.delay = 0.2, 0.05
+    time.sleep(20)
+    assert scene.hosts.network.dropped > before + 100
+    scene.hosts.heal()
     driver.end()
-    scene.is_right(driver, 2 * MICROBATCHES)
-
-
-def test_every_fifth_packet_lost(scene: Scene) -> None:
-    scene.hosts.network.losing = 0.2
-    driver = scene.start()
-    driver.end()
-    scene.is_right(driver, 0)
-
-
-def test_every_packet_late(scene: Scene) -> None:
-    scene.hosts.network.delay = 0.05
-    driver = scene.start()
-    driver.end()
+    assert scene.lost() == {}
     scene.is_right(driver, 0)
 
 
