@@ -24,8 +24,8 @@ import psutil
 from tests.waiting import PATIENCE, wait_for
 
 ROOT = Path(__file__).parent.parent
-# Without these a lost node is noticed after a dozen seconds. They must be there when the head starts.
-_QUICK = {
+#: Without these a lost node is noticed after a dozen seconds. They must be there when the head starts.
+QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
@@ -35,8 +35,8 @@ _QUICK = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-# Ray shows what a worker is doing as its process title: the name that actors.pool gives to a call.
-_TITLE = re.compile(r"ray::prismaquant (\w+) (\w+)")
+#: Ray shows what a worker is doing as its process title: the name that actors.pool gives to a call.
+TITLE = re.compile(r"ray::prismaquant (\w+) (\w+)")
 
 
 class RayCluster:
@@ -48,7 +48,7 @@ class RayCluster:
         self.nodes: list[Any] = []
         self.directory = Path(tempfile.mkdtemp(prefix="pqc", dir="/tmp"))
         # Ray writes down the newest cluster of a machine; ours is nobody else's business.
-        self.environment = {**_QUICK, **environment, "RAY_TMPDIR": str(self.directory)}
+        self.environment = {**QUICK, **environment, "RAY_TMPDIR": str(self.directory)}
         (self.directory / "ray").mkdir()
         self._address = 2
 
@@ -107,7 +107,7 @@ class RayCluster:
 
     def _doing(self, stage: str, kind: str) -> int | None:
         for pid, title in self._titles():
-            found = _TITLE.match(title)
+            found = TITLE.match(title)
             if found and found.groups() == (stage, kind):
                 return pid
         return None
@@ -139,7 +139,7 @@ def start_driver(
     return subprocess.Popen(
         arguments,
         cwd=ROOT,
-        env={**os.environ, **_QUICK, **environment, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **QUICK, **environment, "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""A real S3 server (SeaweedFS) on loopback, in a temporary directory, on ports nobody else has.
+"""A real S3 server (SeaweedFS) in a temporary directory, on loopback and ports nobody else has, or on another host.
 
 `kill` and `restart` keep the data and the ports: that is what an outage looks like to a client.
 """
@@ -17,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -45,9 +46,13 @@ _SERVICES = ("s3", "master", "volume", "filer", "admin")
 
 
 class S3Server:
-    """One server; `with S3Server() as server`, or `start` and `stop`."""
+    """One server; `with S3Server() as server`, or `start` and `stop`.
 
-    def __init__(self) -> None:
+    `inside` is the command that starts others where `address` is this machine's.
+    """
+
+    def __init__(self, address: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        self.address, self.inside = address, inside
         self.directory = Path(tempfile.mkdtemp(prefix="pq-s3-"))
         self.ports: dict[str, int] = {}
         self.process: subprocess.Popen[bytes] | None = None
@@ -58,7 +63,7 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.address}:{self.port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,7 +106,7 @@ class S3Server:
     def make_bucket(self, name: str) -> str:
         """An empty bucket (at least three characters); returns its URI."""
         # A directory of the filer is a bucket; the S3 call for it would have to be signed.
-        url = f"http://127.0.0.1:{self.ports['filer']}/buckets/{name}/"
+        url = f"http://{self.address}:{self.ports['filer']}/buckets/{name}/"
         with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=30):
             return f"s3://{name}"
 
@@ -124,11 +129,12 @@ class S3Server:
         identities = self.directory / "identities.json"
         identities.write_text(json.dumps(_IDENTITIES))
         command = [
+            *self.inside,
             str(Path(sys.executable).with_name("weed")),
             "mini",
             f"-dir={data}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
+            f"-ip={self.address}",
+            f"-ip.bind={self.address}",
             *(f"-{service}.port={port}" for service, port in self.ports.items()),
             f"-s3.config={identities}",
             "-s3.autoCreateBucket=false",
@@ -156,7 +162,7 @@ class S3Server:
 
     def _answers(self) -> bool:
         """The filer lists buckets and S3 refuses a stranger: both are up."""
-        for url, status in ((f"http://127.0.0.1:{self.ports['filer']}/", 200), (f"{self.endpoint}/", 403)):
+        for url, status in ((f"http://{self.address}:{self.ports['filer']}/", 200), (f"{self.endpoint}/", 403)):
             try:
                 with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310
                     found = response.status

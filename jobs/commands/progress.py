@@ -74,6 +74,7 @@ class RunProgress(_Display):
         self.done = self.tokens = self.moved = 0
         self.started = time.monotonic()
         self.doing: dict[str, str] = {}
+        self.hosts: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
@@ -87,6 +88,7 @@ class RunProgress(_Display):
             case WorkerLost():
                 self._lost(event)
             case WorkerReady():
+                self.hosts[event.worker] = event.host
                 self.say(f"{event.worker} is ready: {event.device} on {event.host}, process {event.pid}")
             case Preflighted():
                 self.say(
@@ -137,7 +139,8 @@ class RunProgress(_Display):
         if self.bars is not None and event.worker in self.tasks:
             self.bars.remove_task(self.tasks.pop(event.worker))
         held = f"; {event.shard} is run again" if event.shard else ""
-        self.say(f"lost {event.worker}: {event.cause}{held}")
+        where = f" on {self.hosts[event.worker]}" if event.worker in self.hosts else ""
+        self.say(f"lost {event.worker}{where}: {event.cause}{held}")
 
     def _figures(self) -> str:
         elapsed = max(time.monotonic() - self.started, 1e-9)

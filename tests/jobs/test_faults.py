@@ -6,7 +6,6 @@ lost. What was repeated is printed at the end of the test run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -19,25 +18,17 @@ from typing import Any
 
 import pytest
 
-from actors.schedule.run_store import RunStore
-from actors.schedule.units import PASSES
-from prismaquant_ray.event_log import steps_by_shard
-from prismaquant_ray.events import ShardSteps, read_events
-from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
+from tests.observed import ObservedRun, Record, Scenery, Size, stored_digests
 from tests.ray_cluster import RayCluster, start_driver
 from tests.s3_server import S3Server, environment
 from tests.tiny import make_checkpoint, make_text
 from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.s3]
-LAYERS, SEQUENCES, MICROBATCH, BLOCKS_PER_SHARD = 6, 8, 2, 2
-MICROBATCHES = SEQUENCES // MICROBATCH
-# pytest's `record_property`: a title and a line under it at the end of the test run.
-Record = Callable[[str, object], None]
-# The entry and three shards a pass, each taking every microbatch and one more step; an exit takes one and one more.
-STEPS = (1 + LAYERS // BLOCKS_PER_SHARD * 2) * (MICROBATCHES + 1) + 2 * MICROBATCHES
+SIZE = Size(layers=6, sequences=8, length=32, microbatch=2, blocks_per_shard=2)
+MICROBATCHES, STEPS = SIZE.microbatches, SIZE.steps
 
 
 @dataclass
@@ -48,45 +39,27 @@ class Site:
     proxy: FaultProxy
     cluster: RayCluster
     environment: dict[str, str]
-    text: Path
-    source: str
+    scenery: Scenery
     output: str = ""
     expected: dict[str, str] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-class Scene:
-    """One run on the site, in a store of its own."""
+class Scene(ObservedRun):
+    """One run on the site."""
 
     def __init__(self, site: Site, directory: Path, name: str, record: Record = lambda *_: None) -> None:
+        super().__init__(site.scenery, directory, name, record)
         self.site = site
-        self.record = record
-        self.name = name
-        self.run_uri, self.output = f"s3://faults/{name}/run", f"s3://faults/{name}/repository"
-        self.config = directory / "config.yaml"
-        self.config.write_text(
-            f"""
-model: {{source: {site.source}}}
-calibration: {{text: {site.text}, sequences: {SEQUENCES}, length: 32, microbatch: {MICROBATCH}, holdout: 0.25}}
-budget: {{bpp: 6.0}}
-cluster: {{workers: auto, device: cpu, blocks_per_shard: {BLOCKS_PER_SHARD}}}
-store: {{run: {self.run_uri}, output: {self.output}}}
-"""
-        )
-
-    @property
-    def store(self) -> Store:
-        """The run store, past the proxy: looking at it must not be disturbed."""
-        return Store(self.run_uri)
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         return start_driver(["quantize", self.config], self.site.cluster.address, self.site.environment, *overrides)
 
     def start_evaluation(self) -> subprocess.Popen[str]:
         """Of the undisturbed repository, with all that it needs in the store."""
-        text = ["--text", self.site.text, "--sequences", str(SEQUENCES), "--length", "32"]
-        command = ["evaluate", self.site.output, "--source", self.site.source, *text, "--store", self.run_uri]
-        settings = (f"calibration.microbatch={MICROBATCH}", f"cluster.blocks_per_shard={BLOCKS_PER_SHARD}")
+        text = ["--text", self.scenery.text, "--sequences", str(SIZE.sequences), "--length", str(SIZE.length)]
+        command = ["evaluate", self.site.output, "--source", self.scenery.source, *text, "--store", self.run_uri]
+        settings = (f"calibration.microbatch={SIZE.microbatch}", f"cluster.blocks_per_shard={SIZE.blocks_per_shard}")
         address, environment = self.site.cluster.address, self.site.environment
         return start_driver(command, address, environment, "cluster.device=cpu", *settings)
 
@@ -96,47 +69,14 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         result: dict[str, Any] = json.loads(out)
         return result
 
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        found = [to_json(event) for event in read_events(self.store) if event.event == kind]
-        return [{key: value for key, value in body.items() if key not in ("at", "event")} for body in found]
-
-    def records(self) -> dict[str, bytes]:
-        return {key: self.store.get(key) for key in self.store.list() if key.endswith("/record.json")}
-
-    def orphans(self) -> int:
-        """Microbatches whose boundary was written by an attempt that left no record."""
-        run_store, kept = RunStore(self.store), set()
-        for stage in PASSES:
-            for unit in run_store.recorded(stage).boundaries:
-                kept |= {artifact.key for artifact in run_store.boundary(stage, unit).values()}
-        return sum("/boundary-" in key and key not in kept for key in self.store.list())
-
     def is_right(self, repeated: int, at_most: int, harmed: Sequence[str] = ()) -> None:
-        """The same bytes as undisturbed, nothing more repeated than allowed, nothing damaged unless a test did it."""
-        assert digests(self.output) == self.site.expected
-        assert [repair["key"] for repair in self.events("repair")] == list(harmed)
-        self.record("faults", f"{self.name:<44} {repeated:>3} of {STEPS} steps repeated, at most {at_most} allowed")
-        assert repeated <= at_most
-
-    def work(self) -> list[ShardSteps]:
-        return steps_by_shard(read_events(self.store))
-
-    def steps(self) -> int:
-        return sum(work.steps for work in self.work())
-
-    def repeated(self) -> int:
-        return self.steps() - STEPS
-
-
-def digests(uri: str) -> dict[str, str]:
-    store = Store(uri)
-    return {key: hashlib.sha256(store.get(key)).hexdigest() for key in store.list()}
+        self.is_same(self.site.expected, repeated, at_most, harmed)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     directory = tmp_path_factory.mktemp("faults")
-    checkpoint = make_checkpoint(directory / "source", "qwen3", layers=LAYERS)
+    checkpoint = make_checkpoint(directory / "source", "qwen3", layers=SIZE.layers)
     with S3Server() as server, FaultProxy("127.0.0.1", server.port) as proxy:
         server.make_bucket("faults")
         patch = pytest.MonkeyPatch()
@@ -150,12 +90,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             # RayCluster's environment is the nodes'; this process itself goes to the server directly.
             for key, value in environment(server.endpoint).items():
                 patch.setenv(key, value)
-            site = Site(server, proxy, cluster, through, make_text(directory, 6000), "s3://faults/model")
+            text = make_text(directory, 6000)
+            scenery = Scenery(bucket="s3://faults", size=SIZE, source="s3://faults/model", text=text)
+            site = Site(server, proxy, cluster, through, scenery)
             scene = Scene(site, directory, "undisturbed")
             scene.end(scene.start())
             assert scene.repeated() == 0
             site.output = scene.output
-            site.expected = digests(scene.output)
+            site.expected = stored_digests(scene.output)
             site.figures = Scene(site, directory, "evaluated").end(scene.start_evaluation())
             assert 0 < site.figures["weights"]["kl_mean"] < site.figures["activations"]["kl_mean"]
             yield site
