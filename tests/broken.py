@@ -141,7 +141,7 @@ def run(bench: Bench, seed: int, count: int, tell: Callable[[dict[str, Any]], No
     """Every case; `only` one of them, with what it prints."""
     from click.testing import CliRunner
 
-    from jobs.__main__ import cli
+    from jobs.command_line import cli
 
     for number, (dice, pattern, mutation, name) in enumerate(cases(seed, count)):
         own = random.Random(dice.random())
@@ -222,7 +222,7 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
     for name in ("inspect", "deep", "evaluate", "dequantize", "verify", "report", "sweep", "explain"):
         from click.testing import CliRunner
 
-        from jobs.__main__ import cli
+        from jobs.command_line import cli
 
         result = CliRunner().invoke(cli, bench.command(name, ()))
         assert result.exit_code == 0, (name, result.output)

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from jobs.__main__ import cli
+from jobs.command_line import cli
 from jobs.pipeline.repository_evaluation import evaluate
 from jobs.pipeline.run import Run
 from prismaquant_ray.errors import InputError
