@@ -373,7 +373,7 @@ class Controller:
 
     def _unstall(self, state: PassState) -> None:
         """When every worker waits for a free shard, have one yield its own after `patience` seconds."""
-        working = [flight for flight in self._flying if flight.call.kind is not CallKind.HELLO]
+        working = self._flying.working(self.patience)
         worker = None if working else yielding(state.ring.held, state.ring.blocking())
         if worker is None:
             self._stalled_since = None if working or self.ready else self._without_workers_since()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, KeysView
 from dataclasses import dataclass
 
@@ -65,6 +66,12 @@ class Flights:
             if flight.call.kind is not CallKind.HELLO and now - flight.since > limit:
                 found.append((worker, flight, limit))
         return found
+
+    def working(self, patience: float) -> bool:
+        """Whether a reply may soon change what others can do: not that of a worker that starts for so many seconds."""
+        now = self._clock()
+        starting = {CallKind.HELLO: 0.0, CallKind.SETUP: patience}
+        return any(now - each.since < starting.get(each.call.kind, math.inf) for each in self)
 
     def awaited(self, named: Callable[[str], str]) -> Notice | None:
         """What to say when nothing has been said for a while; `named` is a worker as people know it."""

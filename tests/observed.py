@@ -112,8 +112,12 @@ store: {{run: {self.run_uri}, output: {self.output}}}
         assert stored_digests(self.output) == expected
         assert [repair["key"] for repair in self.events("repair")] == list(harmed)
         allowed = f"{repeated:>3} of {self.size.steps} steps repeated, at most {at_most} allowed"
-        self.record("faults", f"{self.name:<44} {allowed}")
+        self.record("faults", f"{self.name:<44} {self.figures()}{allowed}")
         assert repeated <= at_most
+
+    def figures(self) -> str:
+        """What else is recorded of it."""
+        return ""
 
 
 def stored_digests(uri: str) -> dict[str, str]:
