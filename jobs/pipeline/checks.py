@@ -12,6 +12,7 @@ from actors.connect import OBJECT_STORE_BYTES, joins
 from actors.memory import free_memory, planned_of
 from actors.memory_plan import ADVICE, Free, MemoryPlan, ShardSize, shard_size
 from prismaquant_ray import __version__, records
+from prismaquant_ray.calibration.files import check_file
 from prismaquant_ray.config import Config
 from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import InputError, StoreError
@@ -188,6 +189,7 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
     """Everything that measurements and candidates depend on, by the name shown on a mismatch."""
     calibration = config.calibration
     text = calibration.text
+    check_file(text, "calibration.text")
     try:
         text_digest = hashlib.sha256(text.read_bytes()).hexdigest()
     except OSError as error:

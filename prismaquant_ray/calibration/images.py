@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from prismaquant_ray.calibration.files import loading, read_text
+from prismaquant_ray.calibration.files import check_file, loading, read_text
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.parsing import MalformedError, parse_object
 
@@ -92,6 +92,7 @@ def files_digest(path: Path) -> str:
     """sha256 of the list and of every file it names; InputError when one cannot be read."""
     digest = hashlib.sha256(read_text(path, "List of images").encode())
     for entry in _entries(path):
+        check_file(entry.image, f"{entry.where}: image")
         try:
             digest.update(entry.image.read_bytes())
         except OSError as error:

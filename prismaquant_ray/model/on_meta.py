@@ -47,7 +47,7 @@ def taken_by_transformers(where: str) -> Iterator[None]:
     except Exception as error:
         # Configurations and models check values by any exception, or stumble over them: the file is what is wrong.
         text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise InputError(f"{where}: transformers does not accept config.json ({text})") from error
+        raise InputError(f"{where}: transformers does not accept config.json: {text}") from error
 
 
 def build_on_meta(config: Any, architecture: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -265,6 +265,8 @@ def test_what_is_no_file_is_not_waited_for(mine: Path, tmp_path: Path) -> None:
         (f"calibration.sequences={'9' * 30}", "calibration: sequences has more than 64 bits"),
         ("store.run=", "store.run: None is no place; give a directory or a URI of s3://, gs://"),
         ("store.run=[]", "store.run: [] is no place"),
+        ("calibration.text=/dev/zero", "/dev/zero cannot be read: it is not a file"),
+        ("calibration.images=/dev/zero", "/dev/zero cannot be read: it is not a file"),
         (f"store.output={'x' * 300}", "store: output is no name: a part of it has more than 255 bytes"),
         (f"model.source={'a/' * 3000}", "model: source is no name: it has a NUL, or more than 4000 characters"),
         ('calibration.text="a\\0b"', "calibration: text is no name"),
