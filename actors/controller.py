@@ -7,6 +7,7 @@ Decisions come from `schedule.ring` (assignment of steps) and `schedule.recovery
 from __future__ import annotations
 
 import math
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -244,7 +245,7 @@ class Controller:
         if type(error) is not StoreError:
             raise error
         where = self._where(worker)
-        if not self.is_reachable():
+        if self._hosts.get(worker) == socket.gethostname() or not self.is_reachable():
             raise StoreError(f"{where}: {error}")
         self.workers.stop(worker)
         self._lost(state, worker, Cause.STORAGE, f"{where}: {error}")

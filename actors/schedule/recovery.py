@@ -21,10 +21,6 @@ class Cause(StrEnum):
     STORAGE = "it cannot reach storage"
 
 
-# Whatever shard the worker held has no part in it.
-_OF_THE_NODE = (Cause.NODE, Cause.STORAGE)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LostWorker:
     """A lost worker. `shard` is a readable name of the shard it held, None without one. `message` is Ray's."""
@@ -40,9 +36,9 @@ class LostWorker:
 class Recovery:
     """When to stop replacing workers.
 
-    Each of these ends the run: `per_shard` lost workers of one shard, except by lost nodes or storage; `starting`
-    workers lost in a row before they were ready; `nodes` lost nodes in all. Workers that cannot reach storage count
-    only while no other worker is ready: those that can go on.
+    Each of these ends the run: `per_shard` lost workers of one shard, except by lost nodes; `starting` workers lost in
+    a row before they were ready; `nodes` lost nodes in all. Where storage cannot be reached from, workers start in
+    vain while others go on: those do not count as long as another worker is ready.
     """
 
     per_shard: int = 3
@@ -55,8 +51,8 @@ class Recovery:
         Given every loss so far, oldest first, and how many workers are `ready`.
         """
         last = losses[-1]
-        same = [loss for loss in losses if loss.shard == last.shard and loss.cause not in _OF_THE_NODE]
-        if last.shard is not None and last.cause not in _OF_THE_NODE and len(same) >= self.per_shard:
+        same = [loss for loss in losses if loss.shard == last.shard and loss.cause is not Cause.NODE]
+        if last.shard is not None and last.cause is not Cause.NODE and len(same) >= self.per_shard:
             return f"shard {last.shard} lost {len(same)} workers, the last because {last.cause}"
         if last.cause is Cause.STORAGE and ready:
             return None

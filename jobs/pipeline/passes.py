@@ -129,9 +129,9 @@ class Passes(ABC):
             self._passes(controller, min(size.blocks, self.graph.blocks))
 
     def _is_reachable(self) -> bool:
-        """Whether the driver can read the run store."""
+        """Whether the driver can use the run store."""
         try:
-            self.run_store.store.check_readable()
+            self.run_store.store.check_writable()
         except StoreError:
             return False
         return True

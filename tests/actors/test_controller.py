@@ -431,11 +431,11 @@ def test_the_verdict_counts_each_kind_of_loss_by_itself() -> None:
 
     assert verdict(loss(Cause.PROCESS)) is None
     assert verdict(loss(Cause.PROCESS), loss(Cause.PROCESS, "b")) is None
-    assert verdict(loss(Cause.PROCESS), loss(Cause.NODE), loss(Cause.STORAGE), loss(Cause.TIMEOUT)) is not None
+    assert verdict(loss(Cause.PROCESS), loss(Cause.NODE), loss(Cause.TIMEOUT)) is not None
+    assert verdict(loss(Cause.STORAGE), loss(Cause.STORAGE)) is not None
     assert verdict(*[loss(Cause.PROCESS, None, False)] * 2) is not None
     assert verdict(loss(Cause.PROCESS, None), loss(Cause.PROCESS, None)) is None
     assert verdict(*[loss(Cause.NODE)] * 3) is not None
-    assert verdict(*[loss(Cause.STORAGE)] * 3) is None
     assert verdict(*[loss(Cause.STORAGE, None, False)] * 9) is None
     assert verdict(*[loss(Cause.STORAGE, None, False)] * 2, ready=0) is not None
 

@@ -24,7 +24,17 @@ from actors.schedule.units import PASSES, Shard, Stage
 from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError, StoreError
 from prismaquant_ray.events import Event, Notice, WorkerLost
-from tests.actors.test_controller import SEEING, Handing, Output, Scripted, controller, receipt_of, shards, whole_pass
+from tests.actors.test_controller import (
+    HERE,
+    SEEING,
+    Handing,
+    Output,
+    Scripted,
+    controller,
+    receipt_of,
+    shards,
+    whole_pass,
+)
 
 
 class CutOff(Handing):
@@ -187,10 +197,18 @@ def test_what_concerns_more_than_one_worker_ends_the_pass(error: PrismaquantErro
         driver.run_pass(shards(4))
 
 
+def test_storage_out_of_reach_of_the_drivers_own_host_ends_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: HERE.host)
+    driver, events = controller(without_storage({"worker-1"}, StoreError("gone")), is_reachable=lambda: True)
+    with pytest.raises(StoreError, match="worker-1 on here: gone"):
+        driver.run_pass(shards(4))
+    assert not any(isinstance(event, WorkerLost) for event in events)
+
+
 def test_no_worker_that_reaches_storage_ends_the_run() -> None:
     workers = without_storage({f"worker-{number}" for number in range(99)}, StoreError("gone"))
     driver, _ = controller(workers, is_reachable=lambda: True)
-    with pytest.raises(ResourceError, match="were lost while they started, the last because it cannot reach storage"):
+    with pytest.raises(ResourceError, match="the last because it cannot reach storage"):
         driver.run_pass(shards(4))
 
 
