@@ -103,7 +103,7 @@ def measured_run(directory: Path, source: Path, sweep: Sequence[float] = (5.0, 5
         made = {Stage.FORWARD: _forward(block, config, chance), Stage.BACKWARD: _backward(block, config, chance)}
         for stage in PASSES:
             run.run_store.write_record(stage, block.index, made[stage])
-    store_calibration(run.store, run.calibration)
+    store_calibration(run.store, run.calibration, run=run.run_store.run)
     run.store.put(records.DEVICE, to_bytes(DeviceRecord(device="cpu")))
     run.store.put(records.MEASURED, to_bytes(MeasuredRecord(peak_bytes=10**9)))
     return config
