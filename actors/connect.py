@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
 from prismaquant_ray.interruption import uninterrupted
+from prismaquant_ray.settings.cluster import ClusterConfig
 
 #: Activations of a few microbatches; Ray spills to its temporary directory beyond that.
 OBJECT_STORE_BYTES = 512 * 2**20

@@ -17,12 +17,13 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from prismaquant_ray import config, config_values
+from prismaquant_ray import config
+from prismaquant_ray.settings import values
 
 _INTRODUCTION = """\
 # Configuration
 
-<!-- From the schema in prismaquant_ray/config.py, by `python docs/configuration.py > docs/configuration.md`. -->
+<!-- From the schema in prismaquant_ray/settings/, by `python docs/configuration.py > docs/configuration.md`. -->
 
 One YAML file, read by every command. Unknown keys and values out of bounds are refused, by name, before anything runs.
 `--set section.key=value` overrides one key for one command. One kind of `budget` given this way replaces the other.
@@ -31,9 +32,9 @@ Keys without a default are required.
 _COLUMNS = ("key", "value", "default", "bounds", "meaning")
 # Types whose text is parsed: the validator that reads it tells them apart.
 _PARSED = {
-    config_values.parse_bytes: "bytes, as a number, `19GB` or `17.7GiB`",
-    config_values.parse_margin: "share, as `15%` or `0.15`, or bytes, as `4GB`",
-    config_values.parse_location: "directory, `s3://…` or `gs://…`",
+    values.parse_bytes: "bytes, as a number, `19GB` or `17.7GiB`",
+    values.parse_margin: "share, as `15%` or `0.15`, or bytes, as `4GB`",
+    values.parse_location: "directory, `s3://…` or `gs://…`",
 }
 _PLAIN: Mapping[Any, str] = {
     str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path", NoneType: "`null`"

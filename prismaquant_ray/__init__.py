@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prismaquant_ray.allocation.frontier import frontier, knee
     from prismaquant_ray.allocation.problem import AllocationProblem, Plan
     from prismaquant_ray.allocation.solver import solve
-    from prismaquant_ray.config import BudgetConfig, Config, load_config
+    from prismaquant_ray.config import Config, load_config
     from prismaquant_ray.errors import (
         ConfigError,
         DamagedError,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prismaquant_ray.events import Event
     from prismaquant_ray.formats import FORMATS, FormatName
     from prismaquant_ray.forward.quantize_weight import dequantize_weight, quantize_weight
+    from prismaquant_ray.settings.budget import BudgetConfig
 
 # Here and not in the package's metadata: a working directory has none, and may be newer than what is installed.
 __version__ = "0.5.0"
@@ -64,7 +65,8 @@ _HOMES = {
     "prismaquant_ray.allocation.frontier": ("frontier", "knee"),
     "prismaquant_ray.allocation.problem": ("AllocationProblem", "Plan"),
     "prismaquant_ray.allocation.solver": ("solve",),
-    "prismaquant_ray.config": ("BudgetConfig", "Config", "load_config"),
+    "prismaquant_ray.config": ("Config", "load_config"),
+    "prismaquant_ray.settings.budget": ("BudgetConfig",),
     "prismaquant_ray.errors": (
         "ConfigError",
         "DamagedError",

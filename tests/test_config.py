@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from prismaquant_ray.config import BudgetConfig, Config, load_config
-from prismaquant_ray.config_values import parse_bytes
+from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import ConfigError
+from prismaquant_ray.settings.budget import BudgetConfig
+from prismaquant_ray.settings.values import parse_bytes
 
 GOOD = """
 model: {source: somewhere}
@@ -120,7 +121,14 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("store.run=ftp://bucket/run", "store.run: ftp:// is not supported; give a directory or one of s3, gs://"),
         ("store.run=a/out/run", "must be separate directories"),
         ("store.run=a/out/run", "must be separate directories"),
-        ("cluster.workers=0", "cluster.workers: "),
+        ("cluster.workers=0", "cluster.workers: Input should be 'auto' or greater than or equal to 1"),
+        ("cluster.workers=two", "cluster.workers: Input should be 'auto' or a valid integer"),
+        ("cluster.timeout=soon", "cluster.timeout: Input should be 'auto' or a valid number"),
+        ("cluster.timeout=-1", "cluster.timeout: Input should be 'auto' or greater than 0"),
+        (
+            "cluster.memory=lots",
+            "Input should be 'auto' or 'lots' is not a size; write 19GB",
+        ),
         ("model.quantise_lm_head=true", "unknown key model.quantise_lm_head; did you mean quantize_lm_head?"),
         ("calibration.image=x.jsonl", "unknown key calibration.image; did you mean images?"),
         ("allocation.mtp_weights=1", "unknown key allocation.mtp_weights; did you mean mtp_weight?"),

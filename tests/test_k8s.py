@@ -14,7 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from prismaquant_ray import __version__, config, config_values
+from prismaquant_ray import __version__, config
+from prismaquant_ray.settings import values
 from tests import k8s_schemas
 from tests.k8s_schemas import LATER, SCHEMAS, objections, unknown_to, without
 
@@ -363,7 +364,7 @@ def test_ray_has_shared_memory_of_its_own_within_the_containers_limit(folder: st
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]
         assert shm["medium"] == "Memory"
         limit = pod["containers"][0]["resources"]["limits"]["memory"]
-        assert config_values.parse_bytes(f"{shm['sizeLimit']}B") < config_values.parse_bytes(f"{limit}B") / 2
+        assert values.parse_bytes(f"{shm['sizeLimit']}B") < values.parse_bytes(f"{limit}B") / 2
         assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
 
 

@@ -12,8 +12,9 @@ import yaml
 from pydantic import Field
 
 from docs.configuration import Key, render, sections
-from prismaquant_ray.config import Config, Section, load_config
+from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import ConfigError
+from prismaquant_ray.settings.values import Section
 
 PAGE = Path(__file__).parents[1] / "docs/configuration.md"
 MINIMAL = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from actors.diagnosis import Rates
 from actors.memory import planned_of
 from actors.memory_plan import Free
-from prismaquant_ray.config_values import parse_bytes
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.gpus import GPUS, GpuName
+from prismaquant_ray.settings.values import parse_bytes
 
 _MACHINES = re.compile(r"(\d+)x(.+)")
 # Shares of a card's figures that a job is taken to sustain, and what storage, a network and digests are taken to do, in

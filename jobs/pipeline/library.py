@@ -22,7 +22,7 @@ from jobs.pipeline.stages import MeasuredSweep, quantize
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.backward.cost_table import CostTable
-from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import Listener
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -32,6 +32,7 @@ from prismaquant_ray.records import PlanRecord, SweepRecord
 from prismaquant_ray.report.explanation import Explanation, explain
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+from prismaquant_ray.settings.budget import BudgetConfig
 from prismaquant_ray.source.protocol import TensorSource
 
 __all__ = ["OpenRun", "dequantize", "evaluate", "inspect", "open_run", "quantize", "verify"]

@@ -16,13 +16,13 @@ from prismaquant_ray import __version__, records
 from prismaquant_ray.allocation.baselines import LabelledPlan, baselines
 from prismaquant_ray.allocation.plans import Choice, columns_of, count_groups
 from prismaquant_ray.calibration.dataset import CalibrationSet
-from prismaquant_ray.config import EvaluationConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import measured_knee
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.records import Divergence, EvaluationText, Excess, MeasuredPlan, MeasuredPlans, PlanRecord
 from prismaquant_ray.serialization import to_bytes
+from prismaquant_ray.settings.data import EvaluationConfig
 from prismaquant_ray.storage.connection import absolute
 
 

@@ -18,7 +18,7 @@ from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import read_text
 from prismaquant_ray.calibration.text import token_ids
 from prismaquant_ray.compressed.view import RepositoryView
-from prismaquant_ray.config import Config, EvaluationConfig, checked
+from prismaquant_ray.config import Config, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.event_log import EventLog
@@ -26,6 +26,7 @@ from prismaquant_ray.events import Events, Listener
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of
 from prismaquant_ray.records import Divergence, SourceFigures
+from prismaquant_ray.settings.data import EvaluationConfig
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import local_files
 from prismaquant_ray.storage.lease import held

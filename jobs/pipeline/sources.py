@@ -8,10 +8,11 @@ from typing import Any
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.text import load_sequences
-from prismaquant_ray.config import CalibrationConfig, EvaluationConfig, ModelConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
+from prismaquant_ray.settings.data import CalibrationConfig, EvaluationConfig
+from prismaquant_ray.settings.model import ModelConfig
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import local_files, resolve

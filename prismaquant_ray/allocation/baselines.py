@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.frontier import sweep
 from prismaquant_ray.allocation.plans import Choice, Planner
-from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout
 from prismaquant_ray.records import PlanKind, PlanRecord
+from prismaquant_ray.settings.budget import BudgetConfig
 
 # Multiples of the golden ratio, modulo 1, are spread evenly over depth for any number of steps.
 _GOLDEN = (5**0.5 - 1) / 2

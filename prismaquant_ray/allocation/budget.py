@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.kv_cache import Serving
-from prismaquant_ray.config import BudgetConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.formatting import memory
 from prismaquant_ray.layout import Layout
+from prismaquant_ray.settings.budget import BudgetConfig
 
 # Tensors of one Linear in the format that has most of them.
 _TENSORS = 4

@@ -16,11 +16,12 @@ from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.limited_solver import LimitedSolver
 from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.allocation.speed import Times
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule, LimitsConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.layout import FusedGroup, Layout
+from prismaquant_ray.settings.allocation import AllocationConfig, FormatRule, LimitsConfig
+from prismaquant_ray.settings.budget import BudgetConfig
 
 # A Linear of ordinary size, for the bits of a format that a group's own shape does not fit.
 _NOMINAL = (4096, 4096)

@@ -20,11 +20,12 @@ from prismaquant_ray.allocation.problem import AllocationProblem, Floats, Ints, 
 from prismaquant_ray.allocation.solver import Solver, solve
 from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.backward.cost_table import CostTable
-from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.records import Knee, PlanRecord, SweepRecord
+from prismaquant_ray.settings.budget import BudgetConfig
 
 #: The format of every fused group, by its name.
 Choice = Mapping[str, FormatName]

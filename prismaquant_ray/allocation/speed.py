@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.limits import Limit
 from prismaquant_ray.allocation.problem import Ints
-from prismaquant_ray.config import LimitsConfig
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.gpus import GPUS, GpuName
 from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
 from prismaquant_ray.records import PlanTimes
+from prismaquant_ray.settings.allocation import LimitsConfig
 
 __all__ = ["Times"]
 

@@ -10,7 +10,8 @@ from prismaquant_ray.allocation.dual import Dual
 from prismaquant_ray.allocation.limits import Limit, least_use, within
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.allocation.problem import Floats, Ints, Relaxation
-from prismaquant_ray.config import BudgetConfig, LimitsConfig
+from prismaquant_ray.settings.allocation import LimitsConfig
+from prismaquant_ray.settings.budget import BudgetConfig
 
 __all__ = ["LimitedFrontier", "surface"]
 

@@ -16,7 +16,6 @@ import numpy as np
 from prismaquant_ray.allocation.baselines import uniform_columns
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.allocation.surface import surface
-from prismaquant_ray.config import ModelConfig
 from prismaquant_ray.events import PlacedRepository, RepositoryWritten
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Layout
@@ -39,6 +38,7 @@ from prismaquant_ray.report.measurements import measured_findings, measured_of, 
 from prismaquant_ray.report.rounding_gain import rounding
 from prismaquant_ray.report.run_data import RunData
 from prismaquant_ray.report.timings import machines, timings, versions
+from prismaquant_ray.settings.model import ModelConfig
 
 #: An expert is cold when it saw less than this share of the mean of its layer.
 COLD = 0.1

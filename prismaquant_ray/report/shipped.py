@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from prismaquant_ray.allocation.plans import Choice
-from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.records import MeasuredPlans, PlanRecord
@@ -27,6 +27,7 @@ from prismaquant_ray.report.source_card import Stated, stated
 from prismaquant_ray.repository.manifest import README
 from prismaquant_ray.repository.quantization_config import linears_by_format
 from prismaquant_ray.repository.writer import Written
+from prismaquant_ray.settings.budget import BudgetConfig
 
 _LONGEST_NAME = 120
 _PARTS = {

@@ -10,9 +10,9 @@ import pytest
 
 from actors.connect import capacity, joins, worker_count
 from actors.memory_plan import Free
-from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import ResourceError
 from prismaquant_ray.events import Machine
+from prismaquant_ray.settings.cluster import ClusterConfig
 
 
 def node(cpus: float, gpus: float = 0, *, alive: bool = True, **labels: str) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from actors.protocol import Call, CallKind
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.recovery import Recovery
 from actors.schedule.units import PASSES, Shard, Stage
-from prismaquant_ray.config import ClusterConfig
 from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError, StoreError
 from prismaquant_ray.events import Event, Notice, WorkerLost
+from prismaquant_ray.settings.cluster import ClusterConfig
 from tests.actors.test_controller import (
     HERE,
     SEEING,

@@ -18,11 +18,13 @@ from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.budget import CARD_BYTES, Sizes, measure
 from prismaquant_ray.allocation.constraints import constrained
 from prismaquant_ray.allocation.kv_cache import KvCache, Serving, draft_layers, kv_cache
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, FormatRule, load_config
+from prismaquant_ray.config import Config, load_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formatting import server_memory as memory
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout, LinearSpec, Matrix
+from prismaquant_ray.settings.allocation import AllocationConfig, FormatRule
+from prismaquant_ray.settings.budget import BudgetConfig
 from tests.inprocess import in_process, unopened
 from tests.runs import assembled, configuration
 from tests.tiny import make_checkpoint

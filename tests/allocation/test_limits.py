@@ -26,7 +26,7 @@ from prismaquant_ray.allocation.local_search import improved
 from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.allocation.surface import surface
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, Config, LimitsConfig
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import Event, Notice
 from prismaquant_ray.formats import FORMATS, FormatName
@@ -34,6 +34,8 @@ from prismaquant_ray.gpus import GPUS, GpuName
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.report.page import page
 from prismaquant_ray.report.plots import plots
+from prismaquant_ray.settings.allocation import AllocationConfig, LimitsConfig
+from prismaquant_ray.settings.budget import BudgetConfig
 from tests.inprocess import in_process, unopened
 from tests.problems import NAN, inside, make
 from tests.reference.knapsack import cheapest_within

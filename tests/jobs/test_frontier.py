@@ -14,12 +14,13 @@ from jobs.commands import quantize, sweep
 from jobs.pipeline.measured_sweep import measure_plan, measure_sweep
 from jobs.pipeline.repository_evaluation import evaluate
 from jobs.pipeline.run import Run
-from prismaquant_ray.config import BudgetConfig, Config
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import measured_knee
 from prismaquant_ray.events import read_events
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.serialization import to_json
+from prismaquant_ray.settings.budget import BudgetConfig
 from tests.inprocess import in_process, unopened
 from tests.runs import assembled, family_configuration
 from tests.tiny import make_checkpoint

@@ -14,11 +14,12 @@ from jobs.command_line import cli
 from jobs.pipeline.measured import Measured
 from prismaquant_ray.allocation.frontier import frontier
 from prismaquant_ray.allocation.plans import Planner
-from prismaquant_ray.config import AllocationConfig, BudgetConfig, FormatRule, LimitsConfig
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.report.explanation import Explanation, explain, nats_per_byte
 from prismaquant_ray.serialization import to_json
+from prismaquant_ray.settings.allocation import AllocationConfig, FormatRule, LimitsConfig
+from prismaquant_ray.settings.budget import BudgetConfig
 from tests.reported import measured_run, reopened
 from tests.tiny import make_checkpoint
 from tests.tiny_families import make_family

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -93,3 +95,12 @@ def parse_location(value: Any) -> Any:
 
 
 Location = Annotated[Path | str, BeforeValidator(parse_location)]
+
+
+def nearest_known(word: str, known: Sequence[str]) -> str:
+    """What to add to a message about an unknown word: the known one it looks like, or all of them."""
+    folded = {name.casefold(): str(name) for name in known}
+    found = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.5)
+    if found:
+        return f"; did you mean {folded[found[0]]}?"
+    return f"; known: {', '.join(str(name) for name in known)}" if known else ""
