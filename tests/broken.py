@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.hub_server import ORGANIZATION, TOKEN, HubServer
 from tests.mutations import EVENTS, JSON, OVERRIDES, TENSORS, YAML, Mutation
 
 #: Seconds of a processor that a command may take.
@@ -35,12 +36,12 @@ CASES: tuple[tuple[int, str, tuple[Mutation, ...], tuple[str, ...]], ...] = (
     (1, "run/*ward/*/*/*.safetensors", TENSORS, ("assemble", "verify")),
     (1, "run/calibration/*/*.safetensors", TENSORS, ("report",)),
     (5, "run/events.jsonl", EVENTS, ("status", "status", "report", "quantize")),
-    (5, "repository/prismaquant.json", JSON, ("verify", "assemble", "dequantize")),
-    (4, "repository/model.safetensors.index.json", JSON, ("verify", "dequantize", "evaluate")),
-    (8, "repository/config.json", JSON, ("verify", "dequantize", "dequantize", "evaluate")),
-    (2, "repository/tokenizer*.json", JSON, ("verify", "evaluate")),
+    (6, "repository/prismaquant.json", JSON, ("verify", "assemble", "dequantize", "publish")),
+    (5, "repository/model.safetensors.index.json", JSON, ("verify", "dequantize", "evaluate", "publish")),
+    (8, "repository/config.json", JSON, ("verify", "dequantize", "dequantize", "evaluate", "publish")),
+    (3, "repository/tokenizer*.json", JSON, ("verify", "evaluate", "publish")),
     (1, "repository/generation_config.json", JSON, ("verify", "evaluate", "dequantize")),
-    (8, "repository/*.safetensors", TENSORS, ("verify", "verify", "dequantize", "evaluate")),
+    (8, "repository/*.safetensors", TENSORS, ("verify", "verify", "dequantize", "evaluate", "publish")),
     (8, "source/config.json", JSON, ("inspect", "inspect", "evaluate", "formats")),
     (2, "source/model.safetensors.index.json", JSON, ("inspect", "allocate")),
     (2, "source/tokenizer*.json", JSON, ("deep", "evaluate")),
@@ -86,18 +87,11 @@ class Bench:
             return ["status", f"{work}/run"]
         if name == "dequantize":
             return ["dequantize", f"{work}/repository", f"{work}/decoded"]
+        if name == "publish":
+            return ["publish", f"{work}/repository", f"hf://{ORGANIZATION}/broken"]
         if name == "evaluate":
-            words = [
-                "evaluate",
-                f"{work}/repository",
-                "--source",
-                f"{work}/source",
-                "--sequences",
-                "1",
-                "--length",
-                "8",
-            ]
-            return [*words, "--text", f"{work}/evaluation/text.txt", "--store", f"{work}/evaluated"]
+            places = f"--source {work}/source --text {work}/evaluation/text.txt --store {work}/evaluated"
+            return ["evaluate", f"{work}/repository", *places.split(), "--sequences", "1", "--length", "8"]
         words = {"deep": ["inspect", "--deep"], "explain": ["explain"]}.get(name, [name])
         named = ["model.layers.0.mlp.down_proj"] if name == "explain" else []
         return [*words, f"{work}/config.yaml", *named, *(f"--set={override}" for override in overrides)]
@@ -204,7 +198,9 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
     """Make the run, break it, tell."""
     for name in ("tmp", "home", "here"):
         (folder / name).mkdir(parents=True)
-    os.environ.update(TMPDIR=f"{folder}/tmp", HOME=f"{folder}/home", HF_HUB_OFFLINE="1")
+    hub = HubServer()
+    os.environ.update(TMPDIR=f"{folder}/tmp", HOME=f"{folder}/home", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN)
+    os.environ["HF_HUB_DISABLE_XET"] = "1"
     os.chdir(folder / "here")
     # Drawing takes seconds and reads nothing.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
@@ -222,17 +218,18 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
 
     bench = Bench(folder)
     bench.prepare()
-    for name in ("inspect", "deep", "evaluate", "dequantize", "verify", "report", "sweep", "explain"):
-        from click.testing import CliRunner
+    with hub:
+        for name in ("inspect", "deep", "evaluate", "dequantize", "verify", "report", "sweep", "explain", "publish"):
+            from click.testing import CliRunner
 
-        from jobs.command_line import cli
+            from jobs.command_line import cli
 
-        result = CliRunner().invoke(cli, bench.command(name, ()))
-        assert result.exit_code == 0, (name, result.output)
-    bench.watch()
-    started = time.process_time()
-    run(bench, seed, count, tell, only)
-    tell({"seconds": round(time.process_time() - started, 1), "cases": count})
+            result = CliRunner().invoke(cli, bench.command(name, ()))
+            assert result.exit_code == 0, (name, result.output)
+        bench.watch()
+        started = time.process_time()
+        run(bench, seed, count, tell, only)
+        tell({"seconds": round(time.process_time() - started, 1), "cases": count})
 
 
 def peak() -> int:

@@ -195,5 +195,6 @@ def rewrite(directory: Path, changes: Mapping[str, Tensor | None]) -> None:
     (directory / INDEX).write_text(json.dumps(index))
     manifest = json.loads((directory / MANIFEST).read_text())
     manifest["files"] = {name: (directory / name).stat().st_size for name in manifest["files"]}
-    manifest["sha256"] = {file: hashlib.sha256((directory / file).read_bytes()).hexdigest() for file in files}
+    digests = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in manifest["files"]}
+    manifest["sha256"] = digests
     (directory / MANIFEST).write_text(json.dumps(manifest))

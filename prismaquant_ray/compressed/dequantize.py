@@ -16,7 +16,7 @@ from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded
 from prismaquant_ray.compressed.quantized_modules import modules_of, unquantized_config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
-from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST, README, as_json, claim
+from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST, README, as_json, claim, sizes_and_digests
 from prismaquant_ray.repository.shards import write_shards
 from prismaquant_ray.repository.staging import check_output
 from prismaquant_ray.repository.writer import REWRITTEN
@@ -85,17 +85,15 @@ class QuantizedRepository:
         head = {"schema": SCHEMA, "kind": DEQUANTIZED}
         stale = claim(output, head)
         shards = write_shards(output, self.outputs, limit=max_shard_bytes)
-        files = dict(shards.files)
-        for file in self.source.other_files():
-            if file not in (*REWRITTEN, README):  # the card describes the quantized model
-                data = self.source.store.get(file)
-                output.put(file, data)
-                files[file] = len(data)
+        names = [file for file in self.source.other_files() if file not in (*REWRITTEN, README)]
+        small = {file: self.source.store.get(file) for file in names}  # the card describes the quantized model
+        for file, data in small.items():
+            output.put(file, data)
         index = as_json({"metadata": {"total_size": self.bytes_after}, "weight_map": shards.weight_map})
         config = as_json(unquantized_config(self.source.source_config))
-        files |= {INDEX: len(index), CONFIG: len(config)}
+        files, digests = sizes_and_digests(shards, small | {INDEX: index, CONFIG: config})
         formats = {str(name): count for name, count in self.formats.items()}
-        body = head | {"complete": True, "formats": formats, "sha256": shards.sha256, "files": files}
+        body = head | {"complete": True, "formats": formats, "sha256": digests, "files": files}
         output.put(MANIFEST, as_json(body))
         output.put(INDEX, index)
         output.put(CONFIG, config)

@@ -10,7 +10,15 @@ from typing import Protocol
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.parsing import MAX_BYTES, MalformedError
-from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST, MANIFEST_SCHEMA, Manifest, as_json, read_manifest
+from prismaquant_ray.repository.manifest import (
+    DEQUANTIZED,
+    MANIFEST,
+    MANIFEST_SCHEMA,
+    Manifest,
+    as_json,
+    is_shard,
+    read_manifest,
+)
 from prismaquant_ray.repository.staging import LAST
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.store import Store, existing
@@ -110,9 +118,9 @@ class FinishedRepository:
         """Read every file once.
 
         Raises:
-            InputError: weights do not have the digest in the manifest.
+            InputError: a file does not have the digest in the manifest.
         """
-        weights = self.manifest.sha256
+        digests_of = self.manifest.sha256
         listener.begin("checking", len(self.sizes), sum(self.sizes.values()))
         files = []
         for name, size in self.sizes.items():
@@ -121,10 +129,10 @@ class FinishedRepository:
                 digests.update(piece)
                 listener.advance(len(piece))
             file = digests.file(name)
-            if file.sha256 != weights.get(name, file.sha256):
+            if file.sha256 != digests_of.get(name, file.sha256):
                 raise InputError(
                     f"{self.store.uri}: {name} has other bytes than {MANIFEST} says (SHA-256 {file.sha256[:12]}…, not "
-                    f"{weights[name][:12]}…); it is damaged, make the repository again or copy it whole"
+                    f"{digests_of[name][:12]}…); it is damaged, make the repository again or copy it whole"
                 )
             files.append(file)
         return tuple(files)
@@ -156,7 +164,7 @@ class FinishedRepository:
 
     def is_weights(self, name: str) -> bool:
         """Whether a file is one of the shards."""
-        return name in self.manifest.sha256
+        return is_shard(name)
 
     def claim(self, stale: Iterable[str]) -> bytes:
         """A manifest that marks a place as ours and incomplete; it lists its files and the `stale` ones."""
@@ -223,8 +231,7 @@ def open_finished(uri: str) -> FinishedRepository:
                 f"{uri}: {name} has {found:,} bytes, but {MANIFEST} says {size:,}; the repository was changed or "
                 "copied in part, make it again"
             )
-    weights = manifest.sha256
-    names = [name for name in sorted(listed, key=lambda name: (name in weights, name)) if name not in LAST]
+    names = [name for name in sorted(listed, key=lambda name: (is_shard(name), name)) if name not in LAST]
     sizes = listed | {MANIFEST: store.size(MANIFEST) or 0}
     return FinishedRepository(
         uri=uri,
@@ -251,12 +258,12 @@ def _manifest(store: Store) -> Manifest:
     files, sha256 = found.files, found.sha256
     if found.schema != MANIFEST_SCHEMA:
         raise InputError(f"{store.uri}: {MANIFEST} is of another version of this project; make the repository again")
+    if odd := [name for name in files if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")}]:
+        raise InputError(f"{store.uri}: {MANIFEST} names a file {odd[0]!r}, which cannot be; make the repository again")
     absent = [name for name in (CONFIG, INDEX, *sha256) if name not in files]
-    absent += [name for name in files if name.endswith(".safetensors") and name not in sha256]
-    if absent or not sha256:
+    absent += [name for name in files if name not in sha256]
+    if absent or not any(map(is_shard, sha256)):
         raise InputError(
             f"{store.uri}: {MANIFEST} does not describe {min(absent, default='any weights')}; make the repository again"
         )
-    if odd := [name for name in files if not name or name.startswith("/") or {"", ".", ".."} & {*name.split("/")}]:
-        raise InputError(f"{store.uri}: {MANIFEST} names a file {odd[0]!r}, which cannot be; make the repository again")
     return found

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.parsing import MalformedError
 from prismaquant_ray.serialization import from_bytes
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.storage.prefix import Prefix
+
+if TYPE_CHECKING:
+    from prismaquant_ray.repository.shards import Shards
 
 README = "README.md"
 MANIFEST = "prismaquant.json"
@@ -26,7 +30,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 class Manifest:
     """`prismaquant.json` as programs read it: what it does not say is None or empty.
 
-    `files` are all files with their bytes, `sha256` the digests of the shards, `choice` is the format of every group.
+    `files` are all files with their bytes, `sha256` their digests, `choice` is the format of every group.
     """
 
     schema: int | None = None
@@ -40,6 +44,11 @@ class Manifest:
     def dequantized(self) -> bool:
         """Whether it describes a dequantized repository."""
         return self.kind == DEQUANTIZED
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of a repository is one of its shards."""
+    return _SHARD.fullmatch(name) is not None
 
 
 def read_manifest(data: bytes) -> Manifest:
@@ -64,7 +73,7 @@ def claim(output: Prefix, body: Mapping[str, Any]) -> list[str]:
     earlier = readable_manifest(manifest)
     if earlier.dequantized and body.get("kind") != DEQUANTIZED:
         raise InputError(f"{output.uri} holds a dequantized repository; choose another output")
-    stale = [key for key in keys if key in earlier.files or _SHARD.fullmatch(key)]
+    stale = [key for key in keys if key in earlier.files or is_shard(key)]
     output.delete([CONFIG, INDEX])
     # The manifest lists the old files until the new ones are there, so that another attempt finds them too.
     output.put(MANIFEST, as_json({**body, "complete": False, "files": dict.fromkeys(stale, 0)}))
@@ -83,6 +92,12 @@ def readable_manifest(data: bytes) -> Manifest:
         return read_manifest(data)
     except MalformedError:
         return Manifest()
+
+
+def sizes_and_digests(shards: Shards, small: Mapping[str, bytes]) -> tuple[dict[str, int], dict[str, str]]:
+    """`files` and `sha256` of a manifest: of shards that are written, and of the other files."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in small.items()}
+    return shards.files | {name: len(data) for name, data in small.items()}, shards.sha256 | digests
 
 
 def as_json(body: Mapping[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.forward.candidates import Candidates
 from prismaquant_ray.layout import Layout, LinearSpec
 from prismaquant_ray.parsing import parse_json
-from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, README, as_json, claim
+from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, README, as_json, claim, sizes_and_digests
 from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config
 from prismaquant_ray.repository.shards import Output, write_shards
 from prismaquant_ray.source.files import CONFIG, INDEX
@@ -80,14 +80,16 @@ def write_repository(
     shards = write_shards(output, copies, limit=max_shard_bytes)
     sizes = {copy.name: copy.nbytes for copy in copies}
     bpp, bits_all_parameters = bits(source, layout, sizes)
-    files = dict(shards.files)
-    weights = sum(files.values())
-    for file in source.other_files():
-        if file not in REWRITTEN and (card is None or file != README):
-            files[file] = _put(output, file, source.store.get(file))
+    small = {
+        file: source.store.get(file)
+        for file in source.other_files()
+        if file not in REWRITTEN and (card is None or file != README)
+    }
     if card is not None:
-        written = Written(weight_bytes=weights, bpp=bpp, bits_all_parameters=bits_all_parameters)
-        files[README] = _put(output, README, card(written))
+        weights = sum(shards.files.values())
+        small[README] = card(Written(weight_bytes=weights, bpp=bpp, bits_all_parameters=bits_all_parameters))
+    for file, data in small.items():
+        output.put(file, data)
 
     index = as_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.weight_map})
     config_json = source.store.get(CONFIG)
@@ -95,13 +97,14 @@ def write_repository(
         config_json = as_json({**source.config, "quantization_config": config})
     elif parse_json(config_json) != source.config:
         config_json = as_json(source.config)  # the source's own quantization is decoded
-    files |= {INDEX: len(index), CONFIG: len(config_json)}
+    files, digests = sizes_and_digests(shards, small | {INDEX: index, CONFIG: config_json})
     names = {group: str(name) for group, name in choice.items()}
     body = {"schema": MANIFEST_SCHEMA, "complete": True, "run": dict(manifest), "choice": names, "files": files}
-    body |= {"sha256": shards.sha256, "bpp": bpp, "bits_all_parameters": bits_all_parameters}
-    files = {**files, MANIFEST: _put(output, MANIFEST, as_json(body))}
-    _put(output, INDEX, index)
-    _put(output, CONFIG, config_json)
+    manifest_json = as_json(body | {"sha256": digests, "bpp": bpp, "bits_all_parameters": bits_all_parameters})
+    output.put(MANIFEST, manifest_json)
+    output.put(INDEX, index)
+    output.put(CONFIG, config_json)
+    files = {**files, MANIFEST: len(manifest_json)}
     output.delete(file for file in stale if file not in files)
     return WrittenRepository(
         files=files,
@@ -156,8 +159,3 @@ def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Ca
 def _places(linear: LinearSpec) -> tuple[str, ...]:
     """The source tensor that each module replaces: its own, or the packed one."""
     return linear.sources if len(linear.sources) == len(linear.names) else linear.sources * len(linear.names)
-
-
-def _put(output: Prefix, file: str, data: bytes) -> int:
-    output.put(file, data)
-    return len(data)

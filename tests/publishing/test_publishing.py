@@ -484,8 +484,9 @@ def test_a_bad_name_is_refused(name: str) -> None:
 def test_a_readme_that_the_hub_refuses_is_said_before_weights_are_sent(first: Path, hub: HubServer) -> None:
     text = "---\nlicense"
     (first / "README.md").write_text(text)
-    files = json.loads((first / MANIFEST).read_text())["files"]
-    change_manifest(first, files=files | {"README.md": len(text)})
+    manifest = json.loads((first / MANIFEST).read_text())
+    digests = manifest["sha256"] | {"README.md": hashlib.sha256(text.encode()).hexdigest()}
+    change_manifest(first, files=manifest["files"] | {"README.md": len(text)}, sha256=digests)
     refused(lambda: publish(first, hub), "front matter has no end")
     assert hub.blobs_received == []
 
@@ -512,6 +513,8 @@ def flip(path: Path) -> None:
         ("model-00002", drop, "is missing"),
         ("model-00002", cut, f"but {MANIFEST} says"),
         ("model-00002", flip, f"has other bytes than {MANIFEST} says"),
+        ("tokenizer.json", flip, f"has other bytes than {MANIFEST} says"),
+        ("config.json", flip, f"has other bytes than {MANIFEST} says"),
         ("tokenizer.json", cut, f"but {MANIFEST} says"),
     ],
 )
@@ -531,8 +534,9 @@ def test_a_damaged_repository_is_not_sent(
     [
         ({"complete": False}, "is not complete"),
         ({"schema": 99}, "of another version"),
-        ({"sha256": {}}, "does not describe model-00001"),
-        ({"files": {}}, "does not describe config.json"),
+        ({"sha256": {}}, "does not describe README.md"),
+        ({"files": {}}, "does not describe README.md"),
+        ({"files": {}, "sha256": {}}, "does not describe config.json"),
     ],
 )
 def test_a_manifest_that_does_not_describe_it_all_is_refused(
