@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from actors.deadlines import Deadlines
 from actors.protocol import Call, CallKind
 from actors.schedule.ring import Step
-from prismaquant_ray.events import Notice
+from prismaquant_ray.events import Waiting
 
 #: Seconds without a reply after which a run says what it waits for, and between two such lines.
 QUIET = 10.0
@@ -73,7 +73,7 @@ class Flights:
         starting = {CallKind.HELLO: 0.0, CallKind.SETUP: patience}
         return any(now - each.since < starting.get(each.call.kind, math.inf) for each in self)
 
-    def awaited(self, named: Callable[[str], str]) -> Notice | None:
+    def awaited(self, named: Callable[[str], str]) -> Waiting | None:
         """What to say when nothing has been said for a while; `named` is a worker as people know it."""
         now = self._clock()
         if now - self._told < QUIET:
@@ -83,4 +83,4 @@ class Flights:
         calls = [f"{named(worker)}: {flight.call}, {now - flight.since:.0f} s" for worker, flight in oldest[:_NAMED]]
         if len(oldest) > _NAMED:
             calls.append(f"{len(oldest) - _NAMED} more")
-        return Notice(message=f"nothing new for {now - self._heard:.0f} s; under way: {'; '.join(calls) or 'nothing'}")
+        return Waiting(message=f"nothing new for {now - self._heard:.0f} s; under way: {'; '.join(calls) or 'nothing'}")

@@ -21,6 +21,7 @@ from prismaquant_ray.events import (
     ShardSteps,
     ShardYielded,
     StepDone,
+    Waiting,
     WorkerLost,
     read_events,
 )
@@ -39,6 +40,7 @@ class EventLog:
         self._store = store
         self._text = bytearray()
         self._running = RunningSteps()
+        self._waiting: Waiting | None = None
         #: The most memory a worker has taken, over all attempts.
         self.peak_bytes: int = 0
         for event in read_events(store):
@@ -57,10 +59,14 @@ class EventLog:
 
     def flush(self) -> None:
         """Write the events that the store does not have yet."""
-        self._store.put(EVENTS, bytes(self._text) + _lines(self._running.steps))
+        waiting = [] if self._waiting is None else [self._waiting]
+        self._store.put(EVENTS, bytes(self._text) + _lines([*self._running.steps, *waiting]))
         self._written = time.monotonic()
 
     def _add(self, event: Event) -> None:
+        self._waiting = event if isinstance(event, Waiting) else None
+        if self._waiting is not None:
+            return
         self._write(self._running.take(event))
         if isinstance(event, StepDone | ShardSteps):
             self.peak_bytes = max(self.peak_bytes, event.peak_bytes)

@@ -252,6 +252,14 @@ class Notice(Event):
     message: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting(Event):
+    """Nothing has come for a while: what is waited for. Kept until the next event."""
+
+    event: Literal["waiting"] = "waiting"
+    message: str
+
+
 # What the log has.
 _LOGGED = (
     RunBegan
@@ -268,6 +276,7 @@ _LOGGED = (
     | ShardYielded
     | ObjectRepaired
     | RepositoryWritten
+    | Waiting
 )
 _READER: TypeAdapter[Event] = TypeAdapter(Annotated[_LOGGED, Field(discriminator="event")])
 

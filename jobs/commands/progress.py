@@ -18,6 +18,7 @@ from prismaquant_ray.events import (
     ShardDone,
     ShardsShrunk,
     StepDone,
+    Waiting,
     WorkerLost,
     WorkerReady,
 )
@@ -99,7 +100,7 @@ class RunProgress(_Display):
                 self.say(f"damaged: {event.key}; {', '.join(event.forgotten) or 'nothing'} is made again")
             case ShardsShrunk():
                 self.say(f"{event.message}; shards have at most {event.blocks} blocks from now on")
-            case Notice():
+            case Notice() | Waiting():
                 self.say(event.message)
 
     def _begin(self, event: PassBegan) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.pipeline.status import Status, status
+from prismaquant_ray.events import Waiting
 
 
 def run(uri: str) -> Status:
@@ -23,6 +24,8 @@ def render(result: Status, console: Console) -> None:
         console.print(f"  driver: process {result.driver.pid} on {result.driver.host}")
     if result.last_event:
         console.print(f"  last event: {result.last_event.event}, {result.silent:.0f} s ago")
+    if isinstance(result.last_event, Waiting):
+        console.print(f"  {result.last_event.message}", soft_wrap=True)
     for worker in result.workers:
         state = "lost" if worker.lost else "ready"
         console.print(f"  {worker.worker}: {worker.device} on {worker.host}, process {worker.pid}, {state}")

@@ -42,8 +42,8 @@ from prismaquant_ray.serialization import to_bytes
 
 #: Repairs in a row after which the store is considered unusable.
 REPAIRS = 10
-# Seconds the first worker may take to start on a cluster that has room for it.
-_FIRST = 60.0
+# Seconds the first worker may take to start on a cluster that has room for it: it imports torch, on a cold disk.
+_FIRST = 180.0
 
 
 class Passes(ABC):

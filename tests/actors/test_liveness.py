@@ -22,7 +22,7 @@ from actors.schedule.pass_graph import PassGraph
 from actors.schedule.recovery import Recovery
 from actors.schedule.units import PASSES, Shard, Stage
 from prismaquant_ray.errors import DamagedError, PrismaquantError, ResourceError, StoreError
-from prismaquant_ray.events import Event, Notice, WorkerLost
+from prismaquant_ray.events import Event, Notice, Waiting, WorkerLost
 from prismaquant_ray.settings.cluster import ClusterConfig
 from tests.actors.test_controller import (
     HERE,
@@ -105,7 +105,7 @@ def hanging(kind: CallKind, until: float) -> Scripted:
 
 
 def told(events: Sequence[Event]) -> list[str]:
-    return [event.message for event in events if isinstance(event, Notice) and event.message.startswith("nothing new")]
+    return [event.message for event in events if isinstance(event, Waiting)]
 
 
 def test_a_wait_is_told_every_ten_seconds_with_what_is_waited_for() -> None:

@@ -28,6 +28,7 @@ from prismaquant_ray.events import (
     RunEnded,
     ShardDone,
     StepDone,
+    Waiting,
     WorkerLost,
     read_events,
 )
@@ -88,6 +89,22 @@ def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["pass", "lost", "step", "step"]
     assert "loss" not in lines[3], "a figure that a step does not have is left out"
+
+
+def test_what_is_waited_for_is_in_the_log_until_something_comes(tmp_path: Path) -> None:
+    store, awaited = Store(tmp_path), [Waiting(message=f"nothing new for {seconds} s") for seconds in (10, 20)]
+    log = EventLog(store)
+    for event in (began(), *awaited):
+        log(event)
+        log.flush()
+    assert read_events(store) == [began(), awaited[1]]
+    # The next driver goes on from there.
+    log = EventLog(store)
+    log.flush()
+    assert read_events(store) == [began(), awaited[1]]
+    log(LOST)
+    log.flush()
+    assert read_events(store) == [began(), LOST]
 
 
 def test_busy_share_counts_between_fill_and_drain_only() -> None:
@@ -189,6 +206,12 @@ def test_status_tells_a_stopped_run_from_a_finished_one(tmp_path: Path) -> None:
         Run(config, open_workers=in_process(2, after(11))).measure()
     stopped = status.run(str(config.store.run))
     assert stopped.state == "stopped; the same command continues"
+    log = EventLog(Store(config.store.run))
+    log(Waiting(message="nothing new for 30 s; under way: worker-0 on here"))
+    log.flush()
+    waiting = io.StringIO()
+    status.render(status.run(str(config.store.run)), Console(file=waiting, width=160))
+    assert "nothing new for 30 s; under way: worker-0 on here" in waiting.getvalue()
     assert 0 < stopped.blocks.encoded < 3
     assert stopped.blocks.total == 3
     run = Run(config, open_workers=in_process(2))
