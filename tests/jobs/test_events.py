@@ -92,7 +92,10 @@ def test_every_event_comes_back_as_it_was_said(tmp_path: Path) -> None:
 
 
 def test_what_is_waited_for_is_in_the_log_until_something_comes(tmp_path: Path) -> None:
-    store, awaited = Store(tmp_path), [Waiting(message=f"nothing new for {seconds} s") for seconds in (10, 20)]
+    store, awaited = (
+        Store(tmp_path),
+        [Waiting(at=seconds, message=f"nothing new for {seconds} s") for seconds in (10.0, 20.0)],
+    )
     first = began()
     log = EventLog(store)
     for event in (first, *awaited):
