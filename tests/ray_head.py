@@ -34,14 +34,16 @@ class Head:
     dashboard: str
     metrics: int
 
-    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def ray(self, *arguments: str, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
         command = [str(self.python), "-m", "ray.scripts.scripts", *arguments]
         environment = {**self.environment, "RAY_API_SERVER_ADDRESS": self.dashboard}
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
 
-    def submit(self, *arguments: object, wait: bool = True) -> subprocess.CompletedProcess[str]:
+    def submit(self, *arguments: object, wait: bool = True, checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
         options = ["--working-dir", ".", *([] if wait else ["--no-wait"]), "--submission-id", f"job-{time.time_ns()}"]
-        return self.ray("job", "submit", *options, "--", "python", "-m", "jobs", *map(str, arguments))
+        return self.ray(
+            "job", "submit", *options, "--", "python", "-m", "jobs", *map(str, arguments), checkout=checkout
+        )
 
 
 def make_bare(directory: Path) -> Path:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,51 @@ def test_a_submitted_job_needs_no_project_on_the_nodes(
     assert re.search(r"worker-\d is ready: cpu", job.stdout)
     assert "bits per quantizable parameter" in job.stdout
     assert digests(tmp_path / "repository") == qwen3_digests
+
+
+def test_a_checkout_that_holds_results_is_submitted_without_them(
+    head: Head, tmp_path: Path, qwen3: Path, qwen3_digests: dict[str, str]
+) -> None:
+    checkout = tmp_path / "checkout"
+    for package in ("prismaquant_ray", "actors", "jobs", "configs"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (".gitignore", ".rayignore", "pyproject.toml"):
+        shutil.copy(ROOT / name, checkout / name)
+    # Ray refuses more than 512 MiB; nobody's .gitignore knows these names.
+    large = (
+        "models/qwen3/model-00001-of-00001.safetensors",
+        "mine/run/forward/0000/x/boundary-0.bin",
+        "env-2/lib/torch.so",
+    )
+    for name in (*large, "configs/qwen3/model.safetensors", "backup.tar"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        with (checkout / name).open("wb") as file:
+            file.truncate(600 * 2**20)
+    (checkout / "models/qwen3/config.json").write_text("{}")
+    # Settings and texts beside the code are what a job reads.
+    prepared(tmp_path / "job", qwen3)
+    settings = yaml.safe_load((tmp_path / "job/config.yaml").read_text())
+    settings["calibration"]["text"] = "text.txt"
+    shutil.copy(tmp_path / "job/text.txt", checkout / "text.txt")
+    (checkout / "mine.yaml").write_text(yaml.safe_dump(settings))
+    job = head.submit("quantize", "mine.yaml", checkout=checkout)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert digests(tmp_path / "job/repository") == qwen3_digests
+    sent = packaged(checkout)
+    assert {name.partition("/")[0] for name in sent} == {
+        "prismaquant_ray", "actors", "jobs", "configs", "mine.yaml", "text.txt"
+    }  # fmt: skip
+    assert sum(sent.values()) < 10 * 2**20
+
+
+def packaged(checkout: Path) -> dict[str, int]:
+    """What Ray packs of a checkout: files with their bytes."""
+    from ray._private.runtime_env.packaging import create_package
+
+    package = checkout.parent / "package.zip"
+    create_package(str(checkout), package, include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(package) as packed:
+        return {entry.filename: entry.file_size for entry in packed.infolist()}
 
 
 def test_exit_code_and_error_line_reach_the_job(head: Head, tmp_path: Path, qwen3: Path) -> None:
