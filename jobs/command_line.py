@@ -47,6 +47,8 @@ EVALUATION = (
     click.Option(
         ["--length"], type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a sequence."
     ),
+    click.Option(["--max-kl"], type=float, metavar="NATS", help="End with exit code 4 where KL is larger."),
+    click.Option(["--min-top1"], type=float, metavar="SHARE", help="… or where fewer tokens have the same top-1."),
     click.Option(["--store"], help="Where machines share what they need, and an interrupted evaluation continues."),
     click.Option(
         ["--set", "overrides"], multiple=True, metavar="KEY=VALUE", help="E.g. cluster.workers=8, model.dtype=…"
@@ -120,8 +122,8 @@ def cli() -> None:
     """Mixed-precision quantization of large language models as a Ray job.
 
     Every command but `status`, `dequantize`, `evaluate` and `publish` takes the same CONFIG and runs what it needs and
-    is missing. Exit codes: 0 done, 2 the input, 3 the environment, 1 a bug, 129, 130 or 143 stopped by SIGHUP, Ctrl-C
-    or SIGTERM.
+    is missing. Exit codes: 0 done, 2 the input, 3 the environment, 4 a limit of
+    `evaluate` missed, 1 a bug, 129, 130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM.
     """
 
 

@@ -22,6 +22,8 @@ def run(
     sequences: int,
     length: int,
     store: str | None,
+    max_kl: float | None,
+    min_top1: float | None,
     overrides: Sequence[str],
 ) -> EvaluatedRepository:
     """Measure the repository, with and without activation rounding."""
@@ -34,6 +36,8 @@ def run(
             sequences=sequences,
             length=length,
             store=store,
+            max_kl=max_kl,
+            min_top1=min_top1,
             overrides=overrides,
             on_event=progress,
         )
@@ -72,6 +76,8 @@ def render(result: EvaluatedRepository, console: Console) -> None:
     console.print(table)
     for note in result.notes:
         console.print(f"note: {note}", soft_wrap=True)
+    for limit in result.missed:
+        console.print(f"not good enough: {limit}", soft_wrap=True)
 
 
 def _agreement(row: Divergence | SourceFigures) -> str:

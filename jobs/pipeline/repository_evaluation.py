@@ -5,6 +5,7 @@ Both run side by side, block by block, on the workers of a cluster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Bits:
 class EvaluatedRepository:
     """Divergence of a repository from its source: with decoded weights, and with rounded activations too.
 
-    `formats` counts modules by format; `notes` are caveats of the figures.
+    `formats` counts modules by format; `notes` are caveats of the figures; `missed` says which limits were missed.
     """
 
     repository: str
@@ -68,6 +69,12 @@ class EvaluatedRepository:
     weights: Divergence
     activations: Divergence
     notes: list[str]
+    missed: list[str]
+
+    @property
+    def exit_code(self) -> int:
+        """4 where a limit was missed: the figures are there, and say that the repository is not good enough."""
+        return 4 if self.missed else 0
 
 
 def evaluate(
@@ -79,11 +86,16 @@ def evaluate(
     sequences: int = 24,
     length: int = 512,
     store: str | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
     overrides: Sequence[str] = (),
     on_event: Listener | None = None,
     open_workers: OpenWorkers = ray_workers,
 ) -> EvaluatedRepository:
     """KL, perplexity and top-1 agreement of any compressed-tensors repository against its source, on a text.
+
+    `max_kl` (nats per token) and `min_top1` (a share) are limits for the figures with rounded weights and activations,
+    which a server computes with; `missed` names those that do not hold.
 
     It measures `sequences` of `length` tokens, and `images`, a JSONL file with captions. `store` is shared by all
     machines, and an interrupted evaluation continues from it; the default is a temporary directory. `overrides` are
@@ -92,6 +104,7 @@ def evaluate(
     Raises:
         InputError: an input cannot be read, or the repository was made from another model.
     """
+    _check_limits(max_kl, min_top1)
     text = Path(text)
     with nullcontext(store) if store is not None else TemporaryDirectory(prefix="prismaquant-evaluate-") as place:
         config = _config(source, text, images, place, overrides)
@@ -121,7 +134,25 @@ def evaluate(
         weights=weights,
         activations=activations,
         notes=notes,
+        missed=_missed(activations, max_kl, min_top1),
     )
+
+
+def _check_limits(max_kl: float | None, min_top1: float | None) -> None:
+    if max_kl is not None and not 0.0 <= max_kl < math.inf:
+        raise InputError(f"a limit of {max_kl} on KL is none; give nats per token, e.g. 0.1")
+    if min_top1 is not None and not 0.0 <= min_top1 <= 1.0:
+        raise InputError(f"a limit of {min_top1} on the same top-1 is none; give a share of tokens, e.g. 0.9")
+
+
+def _missed(found: Divergence, max_kl: float | None, min_top1: float | None) -> list[str]:
+    missed = []
+    if max_kl is not None and not found.kl_mean <= max_kl:
+        figure = f"{found.kl_mean:.6f} ± {found.kl_standard_error:.6f}"
+        missed.append(f"KL is {figure} nats per token, at most {max_kl:g} wanted")
+    if min_top1 is not None and not found.top1_agreement >= min_top1:
+        missed.append(f"{found.top1_agreement:.2%} of tokens have the same top-1, at least {min_top1:.2%} wanted")
+    return missed
 
 
 @contextmanager

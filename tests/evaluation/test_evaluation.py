@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from actors.protocol import Call, CallKind
 from actors.schedule.recovery import Cause
 from actors.schedule.units import Stage
-from jobs.pipeline.repository_evaluation import evaluate
+from jobs.commands.evaluate import render
+from jobs.pipeline.repository_evaluation import EvaluatedRepository, evaluate
 from jobs.pipeline.workers import OpenWorkers
 from prismaquant_ray.calibration.images import load_images
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
@@ -48,10 +51,13 @@ class Quantized:
         self.text = make_text(directory, 8000, seed=5)
 
     def evaluate(self, open_workers: OpenWorkers | None = None, **options: Any) -> dict[str, Any]:
+        return to_json(self.evaluated(open_workers, **options))
+
+    def evaluated(self, open_workers: OpenWorkers | None = None, **options: Any) -> EvaluatedRepository:
         arguments = {"sequences": SEQUENCES, "length": LENGTH, "overrides": ["calibration.microbatch=2"], **options}
         repository = arguments.pop("repository", self.repository)
         workers = in_process(2) if open_workers is None else open_workers
-        return to_json(evaluate(str(repository), str(self.source), self.text, open_workers=workers, **arguments))
+        return evaluate(str(repository), str(self.source), self.text, open_workers=workers, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +220,27 @@ def test_a_model_against_itself_is_exactly_zero(quantized: Callable[[str], Quant
     assert found["formats"] == {}
     assert found["bits"]["quantized_linears"] is None
     assert found["bits"]["all_parameters"] == pytest.approx(16, rel=0.01)
+
+
+def test_a_limit_that_is_missed_is_said_and_ends_with_its_own_exit_code(quantized: Callable[[str], Quantized]) -> None:
+    case = quantized("llama_untied")
+    held = case.evaluate()["activations"]
+    for limits, missed in (
+        ({"max_kl": held["kl_mean"], "min_top1": held["top1_agreement"]}, 0),
+        ({"max_kl": held["kl_mean"] * 0.999}, 1),
+        ({"max_kl": 0.0, "min_top1": 1.0}, 2),
+    ):
+        found = case.evaluated(**limits)
+        assert (len(found.missed), found.exit_code) == (missed, 4 if missed else 0)
+        shown = io.StringIO()
+        render(found, Console(file=shown, width=160))
+        assert shown.getvalue().count("not good enough: ") == missed
+    for limits, message in (
+        ({"max_kl": -1.0}, "give nats per token"),
+        ({"max_kl": math.nan}, "give nats per token"),
+        ({"min_top1": 98.0}, "give a share of tokens"),
+    ):
+        assert message in refused(case, **limits)
 
 
 def test_bits_have_three_denominators(quantized: Callable[[str], Quantized]) -> None:
