@@ -55,8 +55,9 @@ _COLUMNS = {
     "@VERSION@'s class; `transformers' code`: of transformers' own class, which vLLM runs; `assumed`: those of the "
     "checkpoint",
     "shown in vLLM": "by `make vllm`: vLLM @LOADED@, the newest with a build for CPUs, has loaded a repository on a "
-    "CPU, with every parameter from the files and every layer in the format that was chosen; weights are those of the BF16 copy bit by bit, and logits to a KL "
-    "of at most 0.001 at every position, with activation rounding switched off; without images unless it says so. "
+    "CPU, with every parameter from the files and every layer in the format that was chosen; weights are those of the "
+    "BF16 copy bit by bit, and logits to a KL of at most 0.001 at every position, with activation rounding switched "
+    "off; without images unless it says so. "
     "Nothing is shown of GPU kernels",
 }
 _PROOFS = {
