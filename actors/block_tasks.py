@@ -114,7 +114,7 @@ class BackwardTask(RecordedBlocksTask[BlockBackward]):
 
     @override
     def record(self, unit: Unit, block: BlockBackward) -> Stored:
-        return made(Record(metrics=to_json(block.finish(self.context.calibration.positions))))
+        return made(Record(metrics=to_json(block.finish(self.context.split))))
 
 
 class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
@@ -139,7 +139,7 @@ class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
 
     @override
     def record(self, unit: Unit, block: HeadBackward) -> Stored:
-        return made(Record(metrics=to_json(block.finish(self.context.calibration.positions))))
+        return made(Record(metrics=to_json(block.finish(self.context.split))))
 
 
 class HeadTask(UnitTask):

@@ -12,6 +12,7 @@ from actors.schedule.run_store import RunStore
 from actors.schedule.units import Shard, Stage
 from actors.stored_blocks import StoredBlocks
 from prismaquant_ray.backward.loss import GPU_LOGIT_BYTES, LOGIT_BYTES, Loss
+from prismaquant_ray.backward.price import Split
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.config import Config
 from prismaquant_ray.evaluation.variants import Variants
@@ -64,6 +65,11 @@ class WorkerContext:
     def batches(self) -> tuple[Batch, ...]:
         """Every microbatch: texts, then images."""
         return self.calibration.batches(self.config.calibration.microbatch)
+
+    @cached_property
+    def split(self) -> Split:
+        """Which calibration tokens no candidate is fitted to."""
+        return Split.of(self.calibration)
 
     @cached_property
     def graph(self) -> PassGraph:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import demo, results
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Loss
+from prismaquant_ray.backward.price import Split
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.text import load_sequences
 from prismaquant_ray.formats import FormatName
@@ -43,6 +44,7 @@ class Probe:
     def __init__(self, tokens: Tensor, dtype: torch.dtype) -> None:
         self.runner = ModelRunner(Checkpoint(Store(demo.MODEL)), dtype=dtype, device=torch.device("cpu"))
         calibration = CalibrationSet(tokens=tokens, holdout=torch.zeros(len(tokens), dtype=torch.bool))
+        self.split = Split.of(calibration)
         self.batches = calibration.batches(MICROBATCH)
         self.blocks = range(len(self.runner.layout.blocks))
         self.loss = Loss(labels="sampled", seed=0, vocab_size=self.runner.layout.vocab_size)
@@ -79,7 +81,7 @@ class Probe:
             for place, (h, batch) in enumerate(zip(boundaries.pop(), self.batches, strict=True)):
                 backward.forward(h, batch)
                 gradients[place] = backward.backward(gradients[place], batch)
-            backward.finish(sum(batch.tokens.numel() for batch in self.batches))
+            backward.finish(self.split)
 
 
 def seconds(work: Callable[[], Any]) -> tuple[float, float]:

@@ -70,11 +70,11 @@ class ForwardRecord:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Price:
-    """The loss that one fused group costs in one format, in nats per token.
+class PriceOn:
+    """The loss that one fused group costs in one format on some sequences, in nats per token.
 
     `weight_cost` and `activation_cost` are those of rounded weights alone and of rounded activations alone;
-    `standard_error` is that of `cost`, by jackknife over sequences.
+    `standard_error` is that of `cost`, by jackknife over sequences, 0 for a single one.
     """
 
     cost: float
@@ -84,16 +84,25 @@ class Price:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Price(PriceOn):
+    """The loss on all calibration sequences, and on those that no candidate was fitted to."""
+
+    held_out: PriceOn
+    fitted: PriceOn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BackwardRecord:
     """The backward pass's record of a block: prices by fused group and format, Fisher traces by Linear.
 
-    `tokens` is the N of the prices. `agreement` is, for a draft head, how often its best guess is the model's, by the
-    format of the whole head.
+    `tokens` is the N of the prices, `held_out_tokens` that of `Price.held_out`. `agreement` is, for a draft head, how
+    often its best guess is the model's, by the format of the whole head.
     """
 
     groups: dict[str, dict[FormatName, Price]]
     fisher_trace: dict[str, float | list[float]]
     tokens: int
+    held_out_tokens: int
     agreement: dict[str, float] | None = None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from actors.schedule.units import PASSES, Stage
 from jobs.pipeline.run import Run
 from prismaquant_ray import records
-from prismaquant_ray.block_records import BackwardRecord, ForwardRecord, LinearRounding, Price
+from prismaquant_ray.block_records import BackwardRecord, ForwardRecord, LinearRounding, Price, PriceOn
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS, codecs_of
@@ -140,7 +140,15 @@ def _rounding(linear: LinearSpec, chance: random.Random) -> LinearRounding:
 def _backward(block: Block, config: Config, chance: random.Random) -> Record:
     def price(bits: float) -> Price:
         cost = chance.lognormvariate(0, 1) * 4.0**-bits
-        return Price(cost=cost, standard_error=0.1 * cost, weight_cost=0.4 * cost, activation_cost=0.5 * cost)
+        on = PriceOn(cost=cost, standard_error=0.1 * cost, weight_cost=0.4 * cost, activation_cost=0.5 * cost)
+        return Price(
+            cost=cost,
+            standard_error=0.1 * cost,
+            weight_cost=0.4 * cost,
+            activation_cost=0.5 * cost,
+            held_out=on,
+            fitted=on,
+        )
 
     quantized = [name for name in config.formats if FORMATS[name].codec is not None]
     made = BackwardRecord(
@@ -152,5 +160,6 @@ def _backward(block: Block, config: Config, chance: random.Random) -> Record:
             for linear in block.linears
         },
         tokens=256,
+        held_out_tokens=32,
     )
     return Record(metrics=to_json(made))

@@ -7,7 +7,7 @@ from rich.console import Console
 from jobs.commands.progress import run_progress
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import Config
-from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+from prismaquant_ray.report.summary import OPTIMISTIC, ProbeSummary, summarize_probe
 
 
 def run(config: Config, *, fresh: bool = False) -> ProbeSummary:
@@ -36,6 +36,13 @@ def render(result: ProbeSummary, console: Console) -> None:
     if result.without_gradient:
         more = f" and {len(result.without_gradient) - 1} more" if len(result.without_gradient) > 1 else ""
         console.print(f"  note: no gradient reaches {result.without_gradient[0]}{more}; every format of it is priced 0")
+    for name, found in result.optimism.items():
+        if not 1 / OPTIMISTIC <= found.ratio <= OPTIMISTIC:
+            console.print(
+                f"  note: rounded to {name}, weights cost {found.ratio:.2f} ± {found.standard_error:.2f} times as much "
+                f"on held-out sequences as on all; prices are multiplied by {found.factor:.2f}: calibrate on more",
+                soft_wrap=True,
+            )
     console.print("most sensitive:")
     for price in result.most_sensitive[:5]:
         console.print(f"  {price.cost:.5f} ± {price.standard_error:.5f}  {price.format:<8} {price.group}")

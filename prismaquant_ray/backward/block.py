@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.backward.loss import DRAFT, Loss
+from prismaquant_ray.backward.price import Split
 from prismaquant_ray.backward.pricing import Passed, Pricing
 from prismaquant_ray.block_records import BackwardRecord
 from prismaquant_ray.calibration.dataset import Batch
@@ -66,11 +67,11 @@ class BlockBackward:
         graph, self._graph = self._graph, None
         if self.block.kind is BlockKind.MERGER:
             grad_output = grad_output[batch.tokens.to(grad_output.device) == self.runner.layout.image_token]
-        return self.differentiate(graph, grad_output, len(batch.tokens))
+        return self.differentiate(graph, grad_output, batch.holdout)
 
-    def finish(self, tokens: int) -> BackwardRecord:
-        """Prices per token of `tokens`; InputError when no gradient reached the block."""
-        return self.pricing.finish(tokens)
+    def finish(self, split: Split) -> BackwardRecord:
+        """Prices per token; InputError when no gradient reached the block."""
+        return self.pricing.finish(split)
 
     def recompute(self, hidden: Tensor, batch: Batch) -> Recomputed:
         """Run the block with a graph for hidden (sequences, tokens, H)."""
@@ -79,8 +80,11 @@ class BlockBackward:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
         return Recomputed(hidden, output, captured)
 
-    def differentiate(self, graph: Recomputed, grad_output: Tensor, sequences: int) -> Tensor:
-        """∂L/∂hidden of a microbatch of `sequences`; the gradients inside the block price every candidate."""
+    def differentiate(self, graph: Recomputed, grad_output: Tensor, holdout: Tensor) -> Tensor:
+        """∂L/∂hidden of a microbatch; the gradients inside the block price every candidate.
+
+        `holdout` (sequences,) marks its sequences that are held out.
+        """
         captured = graph.captured
         parameters = list(captured.outputs)
         watched = [captured.entries[name] for name in parameters] + [captured.outputs[name] for name in parameters]
@@ -91,7 +95,7 @@ class BlockBackward:
             with torch.no_grad():
                 passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
                 # A NaN gradient yields a NaN price.
-                priced = self.pricing.add(captured, passed, sequences)
+                priced = self.pricing.add(captured, passed, holdout)
                 checked += [] if priced is None else [priced]
         name = self.block.prefix or self.block.groups[0].name
         self.runner.checks.add(f"{name} has NaN or infinite gradients; is the checkpoint intact?", *checked)
@@ -133,7 +137,7 @@ class HeadBackward:
         for row, where, loss in self.loss.pieces(hidden.shape[1], batch, device=hidden.device):
             graph = self.block_pass.recompute(hidden[row : row + 1, where], batch)
             at_logits, _ = loss.gradient(graph.output[0].detach())
-            self.block_pass.differentiate(graph, at_logits.unsqueeze(0), 1)
+            self.block_pass.differentiate(graph, at_logits.unsqueeze(0), batch.holdout[row : row + 1])
         self.tokens += hidden.shape[0] * hidden.shape[1]
 
     @torch.no_grad()
@@ -168,9 +172,12 @@ class HeadBackward:
     def _count(self, name: str, guessed: Tensor, spoken: Tensor) -> None:
         self.agreed[name] = self.agreed.get(name, 0) + int((guessed == spoken).sum())
 
-    def finish(self, tokens: int) -> BackwardRecord:
-        """Prices per token of `tokens`; of a draft head per token of its own loss."""
-        found = self.block_pass.finish(self.tokens if self.block.kind is BlockKind.DRAFT else tokens)
+    def finish(self, split: Split) -> BackwardRecord:
+        """Prices per token; of a draft head per token of its own loss."""
+        if self.block.kind is BlockKind.DRAFT:
+            held_out = round(self.tokens * split.held_out_tokens / split.tokens)
+            split = Split(tokens=self.tokens, held_out_tokens=held_out)
+        found = self.block_pass.finish(split)
         if not self.agreed:
             return found
         return replace(found, agreement={name: count / self.tokens for name, count in self.agreed.items()})

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from prismaquant_ray.backward.optimism import Optimism, optimism
 from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
@@ -22,7 +23,8 @@ class CostTable:
 
     Row i is groups[i], column j is formats[j]; NaN marks a format the group cannot take. `standard_error` belongs
     to `token_fisher`. BF16 is the source and costs nothing, but where factors were folded into it: it is rounded once
-    more, which `fisher_trace` prices as errors that are independent of everything.
+    more, which `fisher_trace` prices as errors that are independent of everything. `optimism` is what the prices of
+    rounded weights were multiplied by: they are taken on tokens that those were fitted to.
     """
 
     groups: tuple[str, ...]
@@ -30,6 +32,7 @@ class CostTable:
     token_fisher: NDArray[np.float64]
     fisher_trace: NDArray[np.float64]
     standard_error: NDArray[np.float64]
+    optimism: Mapping[FormatName, Optimism]
 
     def cost(self, objective: Objective) -> NDArray[np.float64]:
         """The table a plan minimises."""
@@ -50,6 +53,8 @@ def cost_table(
     """
     shape = (len(layout.groups), len(formats))
     token, trace, error = (np.full(shape, np.nan) for _ in range(3))
+    body = [block.index for block in layout.blocks if block.kind is not BlockKind.DRAFT]
+    optimistic = optimism(formats, [backward[index] for index in body])
     for row, group in enumerate(layout.groups):
         block = layout.block_of[group.name]
         linears, prices = forward[block.index].linears, backward[block.index]
@@ -63,7 +68,7 @@ def cost_table(
             price = prices.groups[group.name].get(name)
             if price is None:
                 continue
-            token[row, column] = weight * price.cost
+            token[row, column] = weight * (price.cost + (optimistic[name].factor - 1.0) * price.weight_cost)
             error[row, column] = weight * price.standard_error
             # Of experts both figures are lists, with an entry for each.
             trace[row, column] = (
@@ -80,6 +85,7 @@ def cost_table(
         token_fisher=token,
         fisher_trace=trace,
         standard_error=error,
+        optimism=optimistic,
     )
 
 

@@ -8,11 +8,14 @@ taken as independent. `fisher_trace` is ½ E_t[|g_t|²|x_t|²] · mean(ΔW²), t
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from operator import add as operator_add
 
 import torch
 from torch import Tensor
 
-from prismaquant_ray.block_records import Price
+from prismaquant_ray.block_records import Price, PriceOn
+from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.jackknife import standard_error
 from prismaquant_ray.kernels import operator
@@ -79,29 +82,59 @@ rounded_projections = operator(
 )
 
 
-def price(squares: Tensor, parts: Tensor, tokens: int) -> Price:
-    """½ Σ_t p_t² / N, from ½ Σ p² of each sequence (sequences,), p summed over the members of the fused group.
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Split:
+    """The N of prices: every calibration token, also where p is of few (routed) or of other things (patches).
 
-    `parts` (microbatches, 2) are ½ Σ p² of rounded weights and of rounded activations alone. `tokens` is N: every
-    token of the calibration set, also where p is of few (routed) or of other things (patches). The standard error is
-    by jackknife over sequences.
+    `held_out_tokens` are those of the sequences that no candidate was fitted to.
     """
-    squares = squares.to(torch.float64)
-    sequences = len(squares)
-    total, (weights, activations) = float(squares.sum()), _in_order(parts)
-    left_out = (total - squares) * sequences / ((sequences - 1) * tokens)
+
+    tokens: int
+    held_out_tokens: int
+
+    @classmethod
+    def of(cls, calibration: CalibrationSet) -> Split:
+        """The split of a calibration set."""
+        return cls(tokens=calibration.positions, held_out_tokens=calibration.held_out_positions)
+
+
+def price(squares: Tensor, holdout: Tensor, split: Split) -> Price:
+    """½ Σ_t p_t² / N on all sequences, on those held out and on the others.
+
+    `squares` (3, sequences) are ½ Σ p² of each sequence, for p summed over the members of the fused group: of both
+    roundings, and of rounded weights and rounded activations alone. `holdout` (sequences,) marks those that no
+    candidate was fitted to. Standard errors are by jackknife over sequences.
+    """
+    found = price_on(squares, split.tokens)
+    held_out = price_on(squares[:, holdout], split.held_out_tokens)
+    fitted = price_on(squares[:, ~holdout], split.tokens - split.held_out_tokens)
     return Price(
-        cost=total / tokens,
-        standard_error=standard_error(left_out),
-        weight_cost=weights / tokens,
-        activation_cost=activations / tokens,
+        cost=found.cost,
+        standard_error=found.standard_error,
+        weight_cost=found.weight_cost,
+        activation_cost=found.activation_cost,
+        held_out=held_out,
+        fitted=fitted,
     )
 
 
-def _in_order(parts: Tensor) -> list[float]:
-    """Sums over the first dimension, one after the other: the same whatever the number of threads."""
-    total: list[float] = functools.reduce(torch.add, parts, torch.zeros(2, dtype=parts.dtype)).tolist()
-    return total
+def price_on(squares: Tensor, tokens: int) -> PriceOn:
+    """½ Σ_t p_t² / N of some sequences (3, sequences) with N tokens, see `price`; 0 without any."""
+    squares = squares.to(torch.float64)
+    sequences, total = squares.shape[1], [_in_order(row) for row in squares]
+    n = max(tokens, 1)
+    left_out = (total[0] - squares[0]) * sequences / (max(sequences - 1, 1) * n)
+    return PriceOn(
+        cost=total[0] / n,
+        standard_error=standard_error(left_out),
+        weight_cost=total[1] / n,
+        activation_cost=total[2] / n,
+    )
+
+
+def _in_order(values: Tensor) -> float:
+    """The sum of values (n,), one after the other: the same whatever the number of threads."""
+    return functools.reduce(operator_add, values.tolist(), 0.0)
 
 
 def sums_of_squares(p: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prismaquant_ray.backward.price import (
+    Split,
     expert_traces,
     fisher_trace,
     input_error,
@@ -79,10 +80,10 @@ class Pricing:
             }
             for group in block.groups
         }
-        # By microbatch, of every (group, format): Σ p² of each sequence (formats, sequences), and Σ p² of rounded
-        # weights alone and of rounded activations alone (formats, 2).
+        # By microbatch, of every (group, format): Σ p² of each sequence (formats, 3, sequences), of both roundings, of
+        # rounded weights alone and of rounded activations alone.
         self._squares: list[Tensor] = []
-        self._parts: list[Tensor] = []
+        self._holdout: list[Tensor] = []
         #: Whether `decoded` has ΔW, formed once in the memory of Ŵ. A draft head needs Ŵ itself.
         self.changes = block.kind is not BlockKind.DRAFT and self._form_changes()
 
@@ -107,8 +108,8 @@ class Pricing:
         """What the runtime's weight is to the source: float32 where it was folded."""
         return self.factors[parameter].undo(candidate) if parameter in self.factors else candidate
 
-    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], sequences: int) -> Tensor | None:
-        """Add a microbatch of `sequences`, with the gradients at every parameter.
+    def add(self, captured: CapturedActivations, passed: Mapping[str, Passed], holdout: Tensor) -> Tensor | None:
+        """Add a microbatch, with the gradients at every parameter; `holdout` (sequences,) marks those held out.
 
         Returns p (formats, tokens) of everything that was priced, to be checked; None where nothing was.
         """
@@ -118,8 +119,9 @@ class Pricing:
             return None
         parts = torch.stack([*found.values()])
         p = parts[:, 0] + parts[:, 1]
-        self._squares.append(sums_of_squares(p.view(len(p), sequences, -1)))
-        self._parts.append(sums_of_squares(parts))
+        both = torch.cat([p.unsqueeze(1), parts], dim=1)
+        self._squares.append(sums_of_squares(both.unflatten(-1, (len(holdout), -1))))
+        self._holdout.append(holdout)
         return p
 
     def projections(
@@ -205,26 +207,28 @@ class Pricing:
         trace = fisher_trace(gradient, x) if routing is None else expert_traces(gradient, x, routing.own)
         self.traces[parameter] += trace
 
-    def finish(self, tokens: int) -> BackwardRecord:
-        """Prices per token of `tokens`, and traces; InputError when no gradient reached the block."""
+    def finish(self, split: Split) -> BackwardRecord:
+        """Prices per token, and traces; InputError when no gradient reached the block."""
         groups: dict[str, dict[FormatName, Price]] = {group.name: {} for group in self.block.groups}
         if self._squares:
-            squares, parts = torch.cat(self._squares, dim=1).cpu() / 2, torch.stack(self._parts, dim=1).cpu() / 2
+            squares, holdout = torch.cat(self._squares, dim=-1).cpu() / 2, torch.cat(self._holdout)
             keys = [(group, name) for group, formats in self.decoded.items() for name in formats]
-            for (group, name), of_sequences, of_causes in zip(keys, squares, parts, strict=True):
-                groups[group][name] = price(of_sequences, of_causes, tokens)
+            for (group, name), each in zip(keys, squares, strict=True):
+                groups[group][name] = price(each, holdout, split)
         traces: dict[str, float | list[float]] = {}
         reached = False
         for linear, trace in self._traces_by_linear():
             # A Linear alone may have no effect, as beside an output projection of zeros: then every format is free.
             reached = reached or bool(trace.any())
-            traces[linear.name] = (trace.sum(-1) / tokens).tolist()
+            traces[linear.name] = (trace.sum(-1) / split.tokens).tolist()
         if not reached:
             raise InputError(
                 f"{self.block.prefix or self.block.groups[0].name}: no gradient reaches it for any calibration token; "
                 "it cannot be priced"
             )
-        return BackwardRecord(groups=groups, fisher_trace=traces, tokens=tokens)
+        return BackwardRecord(
+            groups=groups, fisher_trace=traces, tokens=split.tokens, held_out_tokens=split.held_out_tokens
+        )
 
     def _traces_by_linear(self) -> Iterator[tuple[LinearSpec, Tensor]]:
         """Each Linear's trace by output channel (O,), or (E, O), on the CPU."""

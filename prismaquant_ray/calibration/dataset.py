@@ -56,6 +56,13 @@ class CalibrationSet:
         return self.tokens.numel() + sum(inputs[TOKENS].numel() for inputs in self.images)
 
     @property
+    def held_out_positions(self) -> int:
+        """Tokens of the sequences that are held out."""
+        images = [inputs[TOKENS].numel() for inputs in self.images]
+        sizes = torch.tensor([self.tokens.shape[1]] * self.texts + images, dtype=torch.int64)
+        return int(sizes[self.holdout].sum())
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of every tensor with its name, type and shape."""
         digest = hashlib.sha256()

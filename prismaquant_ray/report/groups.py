@@ -78,8 +78,8 @@ def group_columns(data: RunData, objective: Objective) -> GroupColumns:
         bytes=_bytes(sizes),
         cost=by_format(cost),
         standard_error=by_format(error),
-        weight_cost=_parts(data, lambda price: price.weight_cost if known else None),
-        activation_cost=_parts(data, lambda price: price.activation_cost if known else None),
+        weight_cost=_parts(data, (lambda price, factor: factor * price.weight_cost) if known else _unknown),
+        activation_cost=_parts(data, (lambda price, _: price.activation_cost) if known else _unknown),
     )
 
 
@@ -101,12 +101,16 @@ def _parts(data: RunData, part: Any) -> dict[str, list[float | None]]:
     }
 
 
+def _unknown(price: Price, factor: float) -> None:
+    """The trace does not know parts."""
+
+
 def _part_of(data: RunData, group: str, name: FormatName, part: Any) -> float | None:
     if FORMATS[name].codec is None:
         return 0.0
     block = data.layout.block_of[group]
     price: Price | None = data.backward[block.index].groups[group].get(name)
-    value: float | None = None if price is None else part(price)
+    value: float | None = None if price is None else part(price, data.table.optimism[name].factor)
     weight = data.config.allocation.mtp_weight if block.kind is BlockKind.DRAFT else 1.0
     return None if value is None else weight * value
 

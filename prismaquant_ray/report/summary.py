@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prismaquant_ray.backward.optimism import Optimism
 from prismaquant_ray.report.gather import expert_findings
 from prismaquant_ray.report.group_findings import GroupColumns
 from prismaquant_ray.report.groups import agreement, group_columns, total
@@ -11,6 +12,8 @@ from prismaquant_ray.report.rounding_gain import rounding
 from prismaquant_ray.report.run_data import RunData
 
 _MOST = 10
+#: How many times as much rounded weights may cost on held-out tokens before a summary says so.
+OPTIMISTIC = 1.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +41,8 @@ class ProbeSummary:
 
     `uniform_loss` is by format, None where some group cannot take it; `holdout_error_to_nearest` and `methods` are by
     codec; `experts` by layer; `draft_agreement` by format of the whole draft head, None without one. No gradient
-    reached the Linears in `without_gradient`: they are priced 0 in every format.
+    reached the Linears in `without_gradient`: they are priced 0 in every format. `optimism` is by format how much more
+    rounded weights cost on tokens that they were not fitted to, and what plans multiply their prices by.
     """
 
     run: str
@@ -52,6 +56,7 @@ class ProbeSummary:
     experts: dict[str, ExpertTokens]
     draft_agreement: dict[str, float] | None
     without_gradient: list[str]
+    optimism: dict[str, Optimism]
     peak_worker_bytes: int
 
 
@@ -79,6 +84,7 @@ def summarize_probe(data: RunData) -> ProbeSummary:
             for name, trace in record.fisher_trace.items()
             if not any(trace if isinstance(trace, list) else [trace])
         ],
+        optimism={str(name): found for name, found in data.table.optimism.items()},
         peak_worker_bytes=data.peak_bytes,
     )
 

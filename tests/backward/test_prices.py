@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
 from prismaquant_ray.backward.cost_table import cost_table
 from prismaquant_ray.backward.loss import IGNORED, Loss, sample
+from prismaquant_ray.backward.price import Split
 from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.calibration.images import load_images
@@ -126,7 +127,7 @@ class Probed:
             for m, x in entering[block.index].items():
                 block_pass.forward(x, self.batches[m])
                 gradient[m] = block_pass.backward(gradient[m], self.batches[m])
-            self.found[block.index] = block_pass.finish(self.calibration.positions)
+            self.found[block.index] = block_pass.finish(Split.of(self.calibration))
         for block in layout.of(*HEADS):
             with runner.beside(block.index):
                 made = self.tensors[block.index], loss, self.equalization[block.index]
@@ -134,7 +135,7 @@ class Probed:
                 self.projected[block.index] = Recorded(head.block_pass)
                 for m, x in entering[block.index].items():
                     head.run(x, self.batches[m])
-                self.found[block.index] = head.finish(self.calibration.positions)
+                self.found[block.index] = head.finish(Split.of(self.calibration))
 
     def loss(self) -> Loss:
         layout = self.runner.layout
@@ -441,7 +442,7 @@ def test_a_tower_without_a_gradient_is_an_error(probes: Mapping[str, Probed]) ->
     output = block_pass.forward(patches, batch)
     block_pass.backward(torch.zeros_like(output), batch)
     with pytest.raises(InputError, match=r"visual\.blocks\.0: no gradient reaches it"):
-        block_pass.finish(100)
+        block_pass.finish(Split(tokens=100, held_out_tokens=0))
 
 
 def test_experts_are_counted_and_a_cold_one_is_sound(probes: Mapping[str, Probed]) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from prismaquant_ray.backward.block import BlockBackward
 from prismaquant_ray.backward.loss import Labels, Loss, sample
-from prismaquant_ray.backward.price import price, sums_of_squares
+from prismaquant_ray.backward.price import Split, price, price_on, sums_of_squares
 from prismaquant_ray.block_records import BackwardRecord
 from prismaquant_ray.calibration.dataset import Batch, CalibrationSet
 from prismaquant_ray.errors import InputError
@@ -48,7 +48,8 @@ class Probed:
         self.tokens = random_tokens(SEQUENCES, LENGTH, seed=3)
         self.runner = ModelRunner(Checkpoint(Store(directory)), dtype=torch.float32, device=torch.device("cpu"))
         held = torch.tensor([False, False, False, True])
-        batches = CalibrationSet(tokens=self.tokens, holdout=held).batches(2)
+        calibration = CalibrationSet(tokens=self.tokens, holdout=held)
+        batches = calibration.batches(2)
         with self.runner.entry(), torch.no_grad():
             hidden = [self.runner.embed(batch.inputs) for batch in batches]
         entering, self.candidates = [], []
@@ -73,7 +74,7 @@ class Probed:
                 backward(block_pass, each, gradient, batch)
                 for each, gradient, batch in zip(entering[index], gradients, batches, strict=True)
             ]
-            self.sensitivity[index] = block_pass.finish(self.tokens.numel())
+            self.sensitivity[index] = block_pass.finish(Split.of(calibration))
 
 
 @pytest.fixture(scope="module")
@@ -231,11 +232,37 @@ def test_samples_follow_the_distribution() -> None:
     assert 0 <= ends.tolist()[1] < 4
 
 
+def of_causes(p: Tensor) -> Tensor:
+    """Sums of squares of p (sequences, tokens), and of no other cause."""
+    squares = sums_of_squares(p) / 2
+    return torch.stack([squares, torch.zeros_like(squares), squares])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
+def test_prices_are_of_fitted_and_of_held_out_sequences_apart(
+    fitted: int, held_out: int, length: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.randn(fitted + held_out, length, generator=generator)
+    holdout = torch.arange(len(p)) < held_out
+    holdout = holdout[torch.randperm(len(p), generator=generator)]
+    split = Split(tokens=p.numel(), held_out_tokens=held_out * length)
+    found = price(of_causes(p), holdout, split)
+    for part, rows in ((found, p), (found.held_out, p[holdout]), (found.fitted, p[~holdout])):
+        alone = price_on(of_causes(rows), rows.numel())
+        assert (part.cost, part.standard_error, part.weight_cost, part.activation_cost) == (
+            alone.cost, alone.standard_error, 0.0, alone.cost
+        )  # fmt: skip
+    share = held_out / len(p)
+    assert found.cost == pytest.approx(share * found.held_out.cost + (1 - share) * found.fitted.cost)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 9), st.integers(0, 2**31))
 def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: int) -> None:
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found = price(sums_of_squares(p) / 2, torch.zeros(2), p.numel())
+    found = price_on(of_causes(p), p.numel())
     assert found.cost == pytest.approx(0.5 * float(p.double().square().mean()))
     leave_one_out = [0.5 * float(torch.cat([p[:s], p[s + 1 :]]).double().square().mean()) for s in range(sequences)]
     centre = sum(leave_one_out) / sequences
@@ -248,7 +275,7 @@ def test_price_is_the_mean_and_its_jackknife(sequences: int, length: int, seed: 
 def test_tokens_that_are_not_in_p_count_as_zero(sequences: int, length: int, more: int, seed: int) -> None:
     """Routed tokens and patches are fewer, or others, than the tokens a price is given for."""
     p = torch.randn(sequences, length, generator=torch.Generator().manual_seed(seed))
-    found, own = (price(sums_of_squares(p) / 2, torch.zeros(2), tokens) for tokens in (p.numel() + more, p.numel()))
+    found, own = (price_on(of_causes(p), tokens) for tokens in (p.numel() + more, p.numel()))
     share = p.numel() / (p.numel() + more)
     for figure in ("cost", "standard_error"):
         assert getattr(found, figure) == pytest.approx(share * getattr(own, figure), rel=1e-6, abs=1e-12)
@@ -302,7 +329,8 @@ def test_no_loss_is_taken_where_an_image_would_have_to_be_predicted(labels: Labe
 def test_a_gradient_that_does_not_arrive_is_an_error(directory: Path, probed: Probed) -> None:
     block_pass = BlockBackward(probed.runner, 1, FORMATS_USED, probed.candidates[1].tensors)
     hidden = torch.randn(1, 8, probed.runner.layout.hidden_size)
-    (batch,) = CalibrationSet(tokens=random_tokens(1, 8), holdout=torch.zeros(1, dtype=torch.bool)).batches(1)
+    calibration = CalibrationSet(tokens=random_tokens(1, 8), holdout=torch.zeros(1, dtype=torch.bool))
+    (batch,) = calibration.batches(1)
     backward(block_pass, hidden, torch.zeros_like(hidden), batch)
     with pytest.raises(InputError, match="no gradient reaches it"):
-        block_pass.finish(8)
+        block_pass.finish(Split.of(calibration))
