@@ -612,10 +612,13 @@ def test_the_configuration_on_the_card_is_the_run_s(dense: Config, tmp_path: Pat
     again = load_config(path)
     for section in ("formats", "budget", "rounding", "allocation"):
         assert getattr(again, section) == getattr(dense, section)
-    assert again.calibration == dense.calibration.model_copy(update={"text": Path(dense.calibration.text.name)})
+    (text_source,) = dense.calibration.text
+    assert "  text: text.txt\n" in block[1]
+    named = text_source.model_copy(update={"path": text_source.name})
+    assert again.calibration == dense.calibration.model_copy(update={"text": (named,)})
     assert view.shipped.calibration.fingerprint == known.calibration.fingerprint
     assert view.shipped.calibration.tokens == known.calibration.positions == 8 * 32
-    assert str(dense.store.run) not in text and str(dense.calibration.text.parent) not in text
+    assert str(dense.store.run) not in text and str(Path(text_source.path).parent) not in text
 
 
 def test_a_repository_with_its_card_is_verified_and_counted(dense: Config, tmp_path: Path) -> None:
