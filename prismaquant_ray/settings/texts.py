@@ -44,6 +44,11 @@ class TextSource(Section):
         description="Share of the sequences. What is left is divided evenly among the others.",
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _as_text(cls, path: Any) -> Any:
+        return str(path) if isinstance(path, Path) else path
+
     @field_validator("path")
     @classmethod
     def _known(cls, path: str) -> str:
