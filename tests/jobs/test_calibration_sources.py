@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.commands.progress import told as shown_line
 from jobs.pipeline.library import OpenRun
 from jobs.pipeline.run import Run
 from jobs.pipeline.stages import quantize
@@ -59,6 +60,10 @@ def test_a_run_on_chats_and_prose_says_what_it_took(source: Path, tmp_path: Path
     assert record.sources == told[0].sources and record.fingerprint == told[0].fingerprint
     taken = [(each.name, each.sequences, each.tokens, each.rows, each.dropped) for each in record.sources]
     assert taken == [("chats.jsonl", 6, 6 * 32, 22, 1), ("text.txt", 2, 2 * 32, None, None)]
+    assert shown_line(told[0]) == (
+        "text of the calibration: chats.jsonl 6 × 32 from 22 rows, 1 without text dropped; text.txt 2 × 32; fingerprint "
+        + record.fingerprint[:12]
+    )
     tokens = read_calibration(run.store, run=run.run_store.run).tokens
     shown = tokenizer().decode(tokens.flatten())
     assert "</s>\n<s>assistant\nThe old one" in shown and "<s><s>" not in shown
@@ -67,6 +72,9 @@ def test_a_run_on_chats_and_prose_says_what_it_took(source: Path, tmp_path: Path
     card = (tmp_path / "repository" / "README.md").read_text()
     assert "- `chats.jsonl`: 6 sequences, 192 tokens of 22 rows, 1 without text dropped; sha256" in card
     assert "share: 0.75" in card and str(tmp_path) not in card
+    OpenRun(config, open_workers=in_process()).report(str(tmp_path / "report"))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "Of these: chats.jsonl 6 (22 rows, 1 without text dropped), text.txt 2." in page
 
 
 def test_rows_of_a_program_make_the_run_of_the_file_that_holds_them(source: Path, tmp_path: Path) -> None:
