@@ -61,8 +61,8 @@ def test_a_run_on_chats_and_prose_says_what_it_took(source: Path, tmp_path: Path
     taken = [(each.name, each.sequences, each.tokens, each.rows, each.dropped) for each in record.sources]
     assert taken == [("chats.jsonl", 6, 6 * 32, 22, 1), ("text.txt", 2, 2 * 32, None, None)]
     assert shown_line(told[0]) == (
-        "text of the calibration: chats.jsonl 6 × 32 from 22 rows, 1 without text dropped; text.txt 2 × 32; fingerprint "
-        + record.fingerprint[:12]
+        "text of the calibration: chats.jsonl 6 × 32 from 22 rows, 1 without text dropped; text.txt 2 × 32; "
+        f"fingerprint {record.fingerprint[:12]}"
     )
     tokens = read_calibration(run.store, run=run.run_store.run).tokens
     shown = tokenizer().decode(tokens.flatten())
