@@ -122,7 +122,7 @@ def exported(place: Path) -> Path:
     """The demo's calibration tokens, (sequences, length) int64, as a file."""
     calibration = load_config(demo.CONFIG).calibration
     found = load_sequences(
-        Path(calibration.text),
+        Path(calibration.text[0].path),
         AutoTokenizer.from_pretrained(demo.MODEL),
         sequences=calibration.sequences,
         length=calibration.length,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from prismaquant_ray import config
-from prismaquant_ray.settings import values
+from prismaquant_ray.settings import texts, values
 
 _INTRODUCTION = """\
 # Configuration
@@ -35,6 +35,7 @@ _PARSED = {
     values.parse_bytes: "bytes, as a number, `19GB` or `17.7GiB`",
     values.parse_margin: "share, as `15%` or `0.15`, or bytes, as `4GB`",
     values.parse_location: "directory, `s3://…` or `gs://…`",
+    texts.parse_texts: "text, or list of sources, see below",
 }
 _PLAIN: Mapping[Any, str] = {
     str: "text", int: "whole number", float: "number", bool: "`true` or `false`", Path: "path", NoneType: "`null`"

@@ -40,7 +40,11 @@ ON_EVERY_COMMAND = (
 EVALUATION = (
     click.Option(["--source"], required=True, metavar="MODEL", help="The unquantized model: directory, URI or hub id."),
     click.Option(
-        ["--text"], required=True, type=click.Path(path_type=Path), help="Plain text that calibration has not seen."
+        ["--text"],
+        default="mix:all",
+        show_default=True,
+        metavar="SOURCE",
+        help="Text that calibration has not seen: .txt, .jsonl, .parquet, hf://datasets/…, - or mix:KIND.",
     ),
     click.Option(["--images"], type=click.Path(path_type=Path), help="A JSONL file of images with captions."),
     click.Option(["--sequences"], type=click.IntRange(min=1), default=24, show_default=True),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from prismaquant_ray.errors import ConfigError
@@ -19,6 +19,7 @@ from prismaquant_ray.settings.data import CalibrationConfig, EvaluationConfig
 from prismaquant_ray.settings.model import ModelConfig
 from prismaquant_ray.settings.rounding import RoundingConfig
 from prismaquant_ray.settings.store import StoreConfig
+from prismaquant_ray.settings.texts import STDIN
 from prismaquant_ray.settings.values import Section, nearest_known
 
 
@@ -26,7 +27,7 @@ class Config(Section):
     """A whole run."""
 
     model: ModelConfig = Field(description="The model.")
-    calibration: CalibrationConfig = Field(description="Calibration data.")
+    calibration: CalibrationConfig = Field(default_factory=CalibrationConfig, description="Calibration data.")
     formats: tuple[FormatName, ...] = Field(
         default=(FormatName.NVFP4, FormatName.FP8, FormatName.MXFP8, FormatName.BF16),
         description="Formats that every Linear is encoded in and the plan chooses from.",
@@ -55,6 +56,14 @@ class Config(Section):
         if not formats or len(set(formats)) != len(formats):
             raise ValueError("name at least one format, each once")
         return formats
+
+    @model_validator(mode="after")
+    def _one_reader(self) -> Self:
+        """Standard input can be read once."""
+        evaluated = () if self.evaluation is None else self.evaluation.text
+        if all(any(text.path == STDIN for text in texts) for texts in (self.calibration.text, evaluated)):
+            raise ValueError("calibration.text and evaluation.text both read standard input; put one of them in a file")
+        return self
 
     @property
     def paired_formats(self) -> tuple[FormatName, ...]:

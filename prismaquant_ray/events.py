@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from prismaquant_ray.parsing import parse_json
-from prismaquant_ray.records import EVENTS
+from prismaquant_ray.records import EVENTS, TakenText
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.storage.store import Store
 
@@ -90,6 +90,17 @@ class RunEnded(Event):
 
     event: Literal["end"] = "end"
     how: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextsRead(Event):
+    """What a set of sequences was made from, for calibration or evaluation, and the fingerprint of its tokens."""
+
+    event: Literal["texts"] = "texts"
+    purpose: str
+    length: int
+    sources: Sequence[TakenText]
+    fingerprint: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,6 +275,7 @@ class Waiting(Event):
 _LOGGED = (
     RunBegan
     | RunEnded
+    | TextsRead
     | WorkerReady
     | ShardsSized
     | Preflighted

@@ -82,10 +82,26 @@ def evaluation_key(digest: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TakenText:
+    """What was taken of a source of text, whose content has that sha256.
+
+    `rows` were read, `dropped` of them had no text; both are None for plain text.
+    """
+
+    name: str
+    sha256: str
+    sequences: int
+    tokens: int
+    rows: int | None = None
+    dropped: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationRecord:
-    """Which calibration set is stored."""
+    """Which calibration set is stored, and what it was made from."""
 
     fingerprint: str
+    sources: tuple[TakenText, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,13 +248,14 @@ class SweepRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationText:
-    """The evaluation data that plans were measured on."""
+    """The evaluation data that plans were measured on: what its sources are called, and what was taken of each."""
 
     file: str
     sha256: str
     sequences: int
     tokens: int
     images: int
+    sources: tuple[TakenText, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

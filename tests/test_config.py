@@ -95,6 +95,22 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("formats=[]", "at least one format"),
         ("formats=[BF16, BF16]", "each once"),
         ("calibraton.text=x", "unknown key calibraton; did you mean calibration?"),
+        ("calibration.text=[]", "calibration.text: name at least one source"),
+        ("calibration.text=3", "calibration.text: '3' is no source of text; give a path or a list of sources"),
+        ("calibration.text=[a.txt, a.txt]", "calibration.text: a.txt is named twice"),
+        ("calibration.text={path: a.txt, share: 1.5}", "calibration.text.0.share: "),
+        ("calibration.text={path: a.txt, share: half}", "calibration.text.0.share: "),
+        ("calibration.text={path: a.txt, share: 0.5}", "the shares are 0.5 in all; make them 1, or leave one out"),
+        ("calibration.text={path: a.txt, shar: 1}", "unknown key calibration.text.0.shar; did you mean share?"),
+        ("calibration.text={share: 1}", "calibration.text.0.path is missing"),
+        (
+            "calibration.text=[{path: a, share: 0.7}, {path: b, share: 0.7}]",
+            "the shares are 1.4 in all; they are parts",
+        ),
+        ("calibration.text=[{path: a, share: 1}, b]", "the shares are 1 already, which leaves nothing for b"),
+        ("calibration.text=mix:chats", "unknown kind 'mix:chats'; did you mean mix:chat?"),
+        ("calibration.text=hf://ORG/NAME", "'hf://ORG/NAME' names no dataset; write hf://datasets/ORG/NAME[@REVISION]"),
+        ("calibration.text=s3://bucket/a.txt", "s3://bucket/a.txt: text is read from files and from hf://datasets/"),
         ("calibration.lenght=3", "unknown key calibration.lenght; did you mean length?"),
         ("rounding.gptq.dampening=3", "unknown key rounding.gptq.dampening; did you mean damping?"),
         ("calibration.length=abc", "calibration.length: "),
@@ -142,6 +158,24 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, override: str, mess
         load_config(write(tmp_path, GOOD), [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_text_is_one_source_or_several_and_is_stored_as_it_was_written(tmp_path: Path) -> None:
+    several = "[{path: a.jsonl, share: 0.5}, 'hf://datasets/o/n@v1:c:s', '-']"
+    config = load_config(write(tmp_path, GOOD), [f"calibration.text={several}"])
+    assert [(text.path, text.share) for text in config.calibration.text] == [
+        ("a.jsonl", 0.5), ("hf://datasets/o/n@v1:c:s", None), ("-", None),
+    ]  # fmt: skip
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert load_config(write(tmp_path, GOOD)).model_dump(mode="json")["calibration"]["text"] == ["text.txt"]
+    default = load_config(write(tmp_path, GOOD.replace("calibration:", "evaluation: {} #")))
+    assert default.evaluation is not None
+    assert [text.path for text in (*default.calibration.text, *default.evaluation.text)] == ["mix:all", "mix:all"]
+
+
+def test_standard_input_cannot_be_both_texts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="both read standard input; put one of them in a file"):
+        load_config(write(tmp_path, GOOD), ['calibration.text="-"', 'evaluation.text="-"'])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

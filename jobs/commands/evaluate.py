@@ -17,7 +17,7 @@ def run(
     repo: str,
     *,
     source: str,
-    text: Path,
+    text: str,
     images: Path | None,
     sequences: int,
     length: int,

@@ -18,6 +18,7 @@ from prismaquant_ray.events import (
     ShardDone,
     ShardsShrunk,
     StepDone,
+    TextsRead,
     Waiting,
     WorkerLost,
     WorkerReady,
@@ -34,6 +35,16 @@ _QUIET = 10.0
 
 # Seconds without a line, whatever the reason, after which the last one is repeated. Events that say more come earlier.
 _SILENT = 15.0
+
+
+def told(event: TextsRead) -> str:
+    """What the sequences of calibration or evaluation were taken from."""
+    parts = [
+        f"{taken.name} {taken.sequences} × {event.length}"
+        + ("" if taken.rows is None else f" from {taken.rows:,} rows, {taken.dropped or 0:,} without text dropped")
+        for taken in event.sources
+    ]
+    return f"text of the {event.purpose}: {'; '.join(parts)}; fingerprint {event.fingerprint[:12]}"
 
 
 class _Display:
@@ -86,6 +97,8 @@ class RunProgress(_Display):
                 self._step(event)
             case ShardDone():
                 self._shard(event)
+            case TextsRead():
+                self.say(told(event))
             case WorkerLost():
                 self._lost(event)
             case WorkerReady():

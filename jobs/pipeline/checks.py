@@ -11,8 +11,9 @@ from pathlib import Path
 from actors.connect import OBJECT_STORE_BYTES, joins
 from actors.memory import free_memory, planned_of
 from actors.memory_plan import ADVICE, Free, MemoryPlan, ShardSize, shard_size
+from jobs.pipeline.sources import text_digest
 from prismaquant_ray import __version__, records
-from prismaquant_ray.calibration.files import check_file
+from prismaquant_ray.calibration.reading import TextReader
 from prismaquant_ray.config import Config
 from prismaquant_ray.copies import has_own_memory
 from prismaquant_ray.errors import InputError, StoreError
@@ -25,6 +26,8 @@ from prismaquant_ray.records import RunRecord, Settings
 from prismaquant_ray.repository.manifest import as_json
 from prismaquant_ray.repository.routing import unroutable_because
 from prismaquant_ray.serialization import from_bytes
+from prismaquant_ray.settings.data import EvaluationConfig
+from prismaquant_ray.settings.texts import PYTHON, TextSource
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import small_file
 from prismaquant_ray.storage.store import Store, check_directory
@@ -146,6 +149,17 @@ def with_dtype(config: Config, *, gpu: bool | None = None) -> Config:
     return config.model_copy(update={"model": decided})
 
 
+def with_rows(config: Config, text: object, evaluation_text: object) -> Config:
+    """The configuration with the rows of a program, where there are any, as its sources of text."""
+    rows = (TextSource(path=PYTHON),)
+    if text is not None:
+        config = config.model_copy(update={"calibration": config.calibration.model_copy(update={"text": rows})})
+    if evaluation_text is not None:
+        evaluation = config.evaluation or EvaluationConfig()
+        config = config.model_copy(update={"evaluation": evaluation.model_copy(update={"text": rows})})
+    return config
+
+
 def with_formats(config: Config, stored: Settings | None) -> tuple[Config, str | None]:
     """The configuration with the formats that limits on time add, and a word where the stored run lacks them.
 
@@ -185,15 +199,9 @@ def free_here(config: Config, workers: int) -> Free:
     return Free(memory=min(least, host), gpu=True)
 
 
-def fingerprint(config: Config, source: TensorSource) -> Settings:
+def fingerprint(config: Config, source: TensorSource, reader: TextReader) -> Settings:
     """Everything that measurements and candidates depend on, by the name shown on a mismatch."""
     calibration = config.calibration
-    text = calibration.text
-    check_file(text, "calibration.text")
-    try:
-        text_digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"calibration.text {text}: cannot be read ({error.strerror})") from error
     tokenizer = hashlib.sha256()
     for name in sorted(source.other_files()):
         if name.startswith(_PREPARING) or name in ("vocab.json", "merges.txt"):
@@ -208,7 +216,7 @@ def fingerprint(config: Config, source: TensorSource) -> Settings:
         "model": source.fingerprint(),
         "model.dtype": config.model.dtype,
         "model.quantize_lm_head": config.model.quantize_lm_head,
-        "calibration.text": text_digest,
+        "calibration.text": text_digest(calibration, reader),
         "calibration.images": images,
         "tokenizer": tokenizer.hexdigest(),
         **{f"calibration.{key}": value for key, value in calibration.model_dump(exclude={"text", "images"}).items()},

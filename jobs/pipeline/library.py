@@ -22,6 +22,7 @@ from jobs.pipeline.stages import MeasuredSweep, quantize
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.allocation.problem import AllocationProblem
 from prismaquant_ray.backward.cost_table import CostTable
+from prismaquant_ray.calibration.reading import GivenText
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import Listener
@@ -38,13 +39,23 @@ from prismaquant_ray.source.protocol import TensorSource
 __all__ = ["OpenRun", "dequantize", "evaluate", "inspect", "open_run", "quantize", "verify"]
 
 
-def open_run(config: Config, *, fresh: bool = False, on_event: Listener | None = None) -> OpenRun:
+def open_run(
+    config: Config,
+    *,
+    text: GivenText | None = None,
+    evaluation_text: GivenText | None = None,
+    fresh: bool = False,
+    on_event: Listener | None = None,
+) -> OpenRun:
     """The run of a configuration; it may be measured already.
+
+    `text` and `evaluation_text` are rows in place of the configured sources: texts, or mappings as the lines of a
+    `.jsonl`. The run is known by what they hold, so the same rows continue it.
 
     Raises:
         InputError: the model cannot be opened.
     """
-    return OpenRun(config, fresh=fresh, on_event=on_event)
+    return OpenRun(config, text=text, evaluation_text=evaluation_text, fresh=fresh, on_event=on_event)
 
 
 class OpenRun:
@@ -54,11 +65,20 @@ class OpenRun:
         self,
         config: Config,
         *,
+        text: GivenText | None = None,
+        evaluation_text: GivenText | None = None,
         fresh: bool = False,
         on_event: Listener | None = None,
         open_workers: OpenWorkers = ray_workers,
     ) -> None:
-        self._run = Run(config, fresh=fresh, on_event=on_event, open_workers=open_workers)
+        self._run = Run(
+            config,
+            text=text,
+            evaluation_text=evaluation_text,
+            fresh=fresh,
+            on_event=on_event,
+            open_workers=open_workers,
+        )
 
     @property
     def config(self) -> Config:

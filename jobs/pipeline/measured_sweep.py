@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.records import Divergence, EvaluationText, Excess, MeasuredPlan, MeasuredPlans, PlanRecord
 from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.settings.data import EvaluationConfig
+from prismaquant_ray.settings.texts import names_of
 from prismaquant_ray.storage.connection import absolute
 
 
@@ -56,16 +56,18 @@ def load_evaluation_text(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
     settings = run.config.evaluation
     if settings is None:
         raise InputError(
-            "nothing says what to measure on; give evaluation: {text: FILE}, a text calibration has not seen"
+            "nothing says what to measure on; give evaluation: {text: FILE}, a text calibration has not seen, or "
+            "evaluation: {}, the mix"
         )
     if settings.images is not None and run.config.calibration.images is None:
         raise InputError("evaluation.images needs calibration.images: without them the vision tower is not measured")
-    return settings, sources.load_tokens(run.source, run.layout, settings, seed=run.config.calibration.seed)
+    return settings, sources.load_tokens(run.source, run.layout, settings, run.reader, seed=run.config.calibration.seed)
 
 
 def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> MeasuredPlans:
     settings, text = load_evaluation_text(run)
     with run.claimed() as lease, run.logged() as (events, _):
+        events(sources.texts_read("evaluation", text))
         session = EvaluationSession(
             config=run.config,
             source=run.source,
@@ -90,11 +92,12 @@ def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> Mea
         code=__version__,
         run=measured.run_store.run,
         text=EvaluationText(
-            file=settings.text.name,
-            sha256=hashlib.sha256(settings.text.read_bytes()).hexdigest(),
+            file=names_of(settings.text),
+            sha256=sources.text_digest(settings, run.reader),
             sequences=text.texts,
             tokens=source.tokens,
             images=len(text.images),
+            sources=text.sources,
         ),
         calibration_tokens=measured.calibration.positions,
         source=source_figures(source),

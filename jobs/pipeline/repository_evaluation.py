@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pydantic import ValidationError
+
 from jobs.pipeline import checks, sources
 from jobs.pipeline.evaluation import EvaluationSession, source_figures
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.calibration.dataset import CalibrationSet
-from prismaquant_ray.calibration.files import read_text
+from prismaquant_ray.calibration.reading import GivenText, TextReader
 from prismaquant_ray.calibration.text import token_ids
 from prismaquant_ray.compressed.view import RepositoryView
 from prismaquant_ray.config import Config, checked
@@ -26,8 +28,9 @@ from prismaquant_ray.event_log import EventLog
 from prismaquant_ray.events import Events, Listener
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of
-from prismaquant_ray.records import Divergence, SourceFigures
+from prismaquant_ray.records import Divergence, SourceFigures, TakenText
 from prismaquant_ray.settings.data import EvaluationConfig
+from prismaquant_ray.settings.texts import MIX_ALL, PYTHON, TextSource
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import local_files
 from prismaquant_ray.storage.lease import held
@@ -36,12 +39,13 @@ from prismaquant_ray.storage.store import Store, existing
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextFigures:
-    """The text: `sequences` of `length` tokens, and the number of images."""
+    """The text: `sequences` of `length` tokens, what was taken of each source, and the number of images."""
 
     file: str
     sequences: int
     length: int
     images: int
+    sources: tuple[TakenText, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +84,7 @@ class EvaluatedRepository:
 def evaluate(
     repository: str,
     source: str,
-    text: Path | str,
+    text: Path | str | GivenText = MIX_ALL,
     *,
     images: Path | None = None,
     sequences: int = 24,
@@ -94,30 +98,31 @@ def evaluate(
 ) -> EvaluatedRepository:
     """KL, perplexity and top-1 agreement of any compressed-tensors repository against its source, on a text.
 
-    `max_kl` (nats per token) and `min_top1` (a share) are limits for the figures with rounded weights and activations,
-    which a server computes with; `missed` names those that do not hold.
-
-    It measures `sequences` of `length` tokens, and `images`, a JSONL file with captions. `store` is shared by all
-    machines, and an interrupted evaluation continues from it; the default is a temporary directory. `overrides` are
-    settings of model, cluster and calibration, e.g. `cluster.workers=8`.
+    `text` is a source as in `evaluation.text`, or rows: texts, or mappings as the lines of a `.jsonl`. It measures
+    `sequences` of `length` tokens, and `images`, a JSONL file with captions. `store` is shared by all machines, and an
+    interrupted evaluation continues from it; the default is a temporary directory. `max_kl` (nats per token) and
+    `min_top1` (a share) are limits for the figures with rounded weights and activations, which a server computes with;
+    `missed` names those that do not hold. `overrides` are settings of model, cluster and calibration, e.g.
+    `cluster.workers=8`.
 
     Raises:
         InputError: an input cannot be read, or the repository was made from another model.
     """
     _check_limits(max_kl, min_top1)
-    text = Path(text)
+    chosen = _source_of(text)
+    reader = TextReader(evaluation=None if isinstance(text, str | Path) else text)
     with nullcontext(store) if store is not None else TemporaryDirectory(prefix="prismaquant-evaluate-") as place:
-        config = _config(source, text, images, place, overrides)
+        config = _config(source, images, place, overrides)
         original = sources.open_source(config.model)
         view = RepositoryView(existing(repository))
         _, layout = build_layout(original, scope_of(config))
         kinds = _check_same_model(original, layout, view)
         if images is not None and layout.image_token is None:
             raise InputError(f"--images is given, but {layout.architecture} has no vision tower that is known here")
-        data = EvaluationConfig(text=text, images=images, sequences=sequences, length=length)
-        tokens = sources.load_tokens(original, layout, data, seed=config.calibration.seed)
+        data = EvaluationConfig(text=(chosen,), images=images, sequences=sequences, length=length)
+        tokens = sources.load_tokens(original, layout, data, reader, seed=config.calibration.seed)
         drafts = BlockKind.DRAFT in kinds
-        notes = [*view.caveats, *_check_tokenizer(original, view, text)]
+        notes = [*view.caveats, *_check_tokenizer(original, view, chosen, sources.read_evaluation(data, reader))]
         if layout.of(BlockKind.DRAFT) and not drafts:
             notes.append("the repository has no draft head; the source's was not measured")
         with _session(config, original, layout, tokens, view, drafts, on_event, open_workers) as session:
@@ -127,7 +132,13 @@ def evaluate(
     return EvaluatedRepository(
         repository=repository,
         source=source,
-        text=TextFigures(file=str(text), sequences=tokens.texts, length=length, images=len(tokens.images)),
+        text=TextFigures(
+            file=chosen.path if chosen.is_file else chosen.name,
+            sequences=tokens.texts,
+            length=length,
+            images=len(tokens.images),
+            sources=tokens.sources,
+        ),
         formats=dict(view.formats),
         bits=_bits(view),
         source_figures=source_figures(reference),
@@ -170,6 +181,8 @@ def _session(
     store = Store(config.store.run)
     with held(store) as lease:
         log = EventLog(store)
+        events = Events(log) if on_event is None else Events(log, on_event)
+        events(sources.texts_read("evaluation", text))
         try:
             yield EvaluationSession(
                 config=config,
@@ -177,7 +190,7 @@ def _session(
                 layout=layout,
                 text=text,
                 store=store,
-                events=Events(log) if on_event is None else Events(log, on_event),
+                events=events,
                 check=lease.check,
                 open_workers=open_workers,
                 repository=repository,
@@ -187,11 +200,20 @@ def _session(
             log.flush()
 
 
-def _config(source: str, text: Path, images: Path | None, place: str, overrides: Sequence[str]) -> Config:
+def _source_of(text: Path | str | GivenText) -> TextSource:
+    """The source that an argument names; InputError for a name that is none."""
+    path = str(text) if isinstance(text, str | Path) else PYTHON
+    try:
+        return TextSource(path=path)
+    except ValidationError as error:
+        raise InputError(f"the text {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+
+
+def _config(source: str, images: Path | None, place: str, overrides: Sequence[str]) -> Config:
     """A configuration; an evaluation uses its model, cluster and microbatch."""
     body = {
         "model": {"source": source},
-        "calibration": {"text": str(text), "images": None if images is None else str(images)},
+        "calibration": {"images": None if images is None else str(images)},
         "budget": {"bpp": 16.0},
         "store": {"run": place, "output": f"{place.rstrip('/')}-output"},
     }
@@ -223,11 +245,10 @@ def _check_same_model(source: TensorSource, layout: Layout, view: RepositoryView
     return found
 
 
-def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> list[str]:
+def _check_tokenizer(source: TensorSource, view: RepositoryView, text: TextSource, sample: str) -> list[str]:
     """Raise InputError unless both tokenizers give the same tokens; a note if the repository has none."""
     if not any(name.startswith(("tokenizer", "vocab")) for name in view.other_files()):
         return ["the repository has no tokenizer of its own; the source's was used"]
-    sample = read_text(text, "The evaluation text")
     ids = []
     for checkpoint in (source, view):
         with local_files(checkpoint) as directory:
@@ -236,8 +257,9 @@ def _check_tokenizer(source: TensorSource, view: RepositoryView, text: Path) -> 
     if ids[0] != ids[1]:
         position = next((i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1]), min(map(len, ids)))
         raise InputError(
-            f"{view.store.uri} and {source.store.uri} have different tokenizers: they read {text} as {len(ids[1]):,} "
-            f"and {len(ids[0]):,} tokens, different from token {position} on; evaluate with the source it was made from"
+            f"{view.store.uri} and {source.store.uri} have different tokenizers: they read {text.name} as "
+            f"{len(ids[1]):,} and {len(ids[0]):,} tokens, different from token {position} on; evaluate with the source "
+            "it was made from"
         )
     return []
 

@@ -24,6 +24,7 @@ from prismaquant_ray.allocation.constraints import check_limits, constrained
 from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
 from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.calibration.dataset import CalibrationSet
+from prismaquant_ray.calibration.reading import GivenText, TextReader
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import DamagedError, InputError
@@ -54,15 +55,19 @@ class Run:
         open_workers: OpenWorkers = ray_workers,
         fresh: bool = False,
         weights: bool = True,
+        text: GivenText | None = None,
+        evaluation_text: GivenText | None = None,
     ) -> None:
         """`open_workers` opens the workers; `fresh` empties the run store before measuring.
 
-        Without `weights` the model may be a configuration only; then only layout and memory plan are available.
+        `text` and `evaluation_text` are rows in place of the configured sources. Without `weights` the model may be a
+        configuration only; then only layout and memory plan are available.
         """
         self.listeners = () if on_event is None else (on_event,)
         self.open_workers = open_workers
         self.fresh = fresh
-        self.config = self._decided(config)
+        self.reader = TextReader(calibration=text, evaluation=evaluation_text)
+        self.config = self._decided(checks.with_rows(config, text, evaluation_text))
         self.lease: Lease | None = None
         self.source: TensorSource = sources.open_source(config.model, weights=weights)
         self._measured: Measured | None = None
@@ -84,7 +89,7 @@ class Run:
     @cached_property
     def store(self) -> Store:
         """The run store, created on first use; raises InputError if it holds another run."""
-        fingerprint = checks.fingerprint(self.config, self.source)
+        fingerprint = checks.fingerprint(self.config, self.source, self.reader)
         store = Store(self.config.store.run)
         record = RunRecord(fingerprint=fingerprint, config=self.config.model_dump(mode="json"))
         if not store.create(records.RUN, to_bytes(record)):
@@ -173,7 +178,7 @@ class Run:
                 "here; remove it"
             )
         return sources.load_tokens(
-            self.source, self.layout, calibration, seed=calibration.seed, holdout=calibration.holdout
+            self.source, self.layout, calibration, self.reader, seed=calibration.seed, holdout=calibration.holdout
         )
 
     @cached_property
@@ -239,6 +244,7 @@ class Run:
         self.check()
         with self.claimed() as lease, self.logged() as (events, log):
             store_calibration(self.store, self.calibration, run=self.run_store.run)
+            events(sources.texts_read("calibration", self.calibration))
             spec = WorkerSpec(
                 name="",
                 config=self._as_stored(),

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
-from prismaquant_ray.calibration.text import load_sequences
+from prismaquant_ray.calibration.packing import Drawing, load_texts
+from prismaquant_ray.calibration.reading import Part, ReadText, TextReader, with_kinds
 from prismaquant_ray.errors import InputError
+from prismaquant_ray.events import TextsRead
 from prismaquant_ray.layout import Layout
 from prismaquant_ray.model.config_only import ConfigOnlyCheckpoint
 from prismaquant_ray.settings.data import CalibrationConfig, EvaluationConfig
 from prismaquant_ray.settings.model import ModelConfig
+from prismaquant_ray.settings.texts import shares_of
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.resolve import local_files, resolve
@@ -47,10 +52,50 @@ def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def part_of(data: CalibrationConfig | EvaluationConfig) -> Part:
+    """Which part of the mix a section reads."""
+    return "calibration" if isinstance(data, CalibrationConfig) else "evaluation"
+
+
+def read_evaluation(data: EvaluationConfig, reader: TextReader) -> str:
+    """Everything that its sources hold, as one text."""
+    return "\n".join(read.sample for read, _ in _read(data, reader))
+
+
+def _read(data: CalibrationConfig | EvaluationConfig, reader: TextReader) -> list[tuple[ReadText, float]]:
+    """What every source of a section holds, and its share."""
+    characters = Drawing(sequences=data.sequences, length=data.length, seed=0).characters
+    return [
+        (reader.read(text, part_of(data), characters=characters), share)
+        for text, share, _ in with_kinds(data.text, shares_of(data.text))
+    ]
+
+
+def text_digest(data: CalibrationConfig | EvaluationConfig, reader: TextReader) -> str:
+    """sha256 of the content of a section's sources: of one plain text that of its bytes, whatever its path.
+
+    Raises:
+        InputError: a source cannot be read.
+    """
+    (first, _), *others = found = _read(data, reader)
+    if first.plain is not None and not others:
+        return first.digest
+    known = [["plain" if read.plain is not None else "rows", share, read.digest] for read, share in found]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def texts_read(purpose: str, found: CalibrationSet) -> TextsRead:
+    """What listeners and the log are told of a set."""
+    return TextsRead(
+        purpose=purpose, length=found.tokens.shape[1], sources=found.sources, fingerprint=found.fingerprint
+    )
+
+
 def load_tokens(
     source: TensorSource,
     layout: Layout,
     data: CalibrationConfig | EvaluationConfig,
+    reader: TextReader,
     *,
     seed: int,
     holdout: float = 0.0,
@@ -62,9 +107,8 @@ def load_tokens(
     """
     with local_files(source) as directory:
         tokenizer = load_tokenizer(source, directory)
-        texts = load_sequences(
-            data.text, tokenizer, sequences=data.sequences, length=data.length, seed=seed, holdout=holdout
-        )
+        drawing = Drawing(sequences=data.sequences, length=data.length, seed=seed)
+        texts = load_texts(data.text, part_of(data), reader, tokenizer, drawing, holdout=holdout)
         largest = int(texts.tokens.max())
         if largest >= layout.vocab_size:
             raise InputError(

@@ -10,6 +10,7 @@ from jobs.pipeline.measured import Measured
 from jobs.pipeline.measured_sweep import load_evaluation_text, measure_plan, measure_sweep
 from jobs.pipeline.run import Run
 from jobs.pipeline.workers import OpenWorkers, ray_workers
+from prismaquant_ray.calibration.reading import GivenText
 from prismaquant_ray.config import Config
 from prismaquant_ray.events import Listener
 from prismaquant_ray.records import MeasuredPlans, SweepRecord
@@ -47,13 +48,17 @@ class MeasuredSweep(SweepRecord):
 def quantize(
     config: Config,
     *,
+    text: GivenText | None = None,
+    evaluation_text: GivenText | None = None,
     fresh: bool = False,
     on_event: Listener | None = None,
     open_workers: OpenWorkers = ray_workers,
 ) -> Quantized:
     """Every stage, from the source to a verified repository; run again, it continues.
 
-    `fresh` deletes the contents of `store.run` and starts over. `on_event` is called with every event.
+    `text` and `evaluation_text` are rows in place of the configured sources of text: texts, or mappings as the lines of
+    a `.jsonl` (docs/calibration.md). `fresh` deletes the contents of `store.run` and starts over. `on_event` is called
+    with every event.
 
     Raises:
         InputError: the configuration, the model or the calibration data cannot be used.
@@ -61,7 +66,15 @@ def quantize(
         StoreError: the run store cannot be reached or trusted.
     """
     started = time.monotonic()
-    run = Run(config, fresh=fresh, on_event=on_event, open_workers=open_workers)
+    run = Run(
+        config,
+        text=text,
+        evaluation_text=evaluation_text,
+        fresh=fresh,
+        on_event=on_event,
+        open_workers=open_workers,
+    )
+    config = run.config
     run.check()
     if config.evaluation is not None:
         load_evaluation_text(run)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from prismaquant_ray.records import TakenText
 
 #: The argument of the model's forward that holds token ids.
 TOKENS = "input_ids"
@@ -33,17 +35,21 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibrationSet:
-    """Token sequences of equal length, and images each with a sequence of its own; some of both are held out."""
+    """Token sequences of equal length, and images each with a sequence of its own; some of both are held out.
+
+    `sources` says what the texts were taken from; they are no part of the fingerprint, nor of the tensors.
+    """
 
     tokens: Tensor  # int64 (sequences of text, length)
     holdout: Tensor  # bool (sequences of text, then images)
     images: tuple[Mapping[str, Tensor], ...] = ()  # the model's inputs, one sequence each
+    sources: tuple[TakenText, ...] = ()
 
     def with_images(self, images: Iterable[Mapping[str, Tensor]], holdout: float) -> CalibrationSet:
         """The same texts, and images; a share of these is held out, too."""
         images = tuple(images)
         held_out = torch.cat([self.holdout, spread_evenly(len(images), holdout)])
-        return CalibrationSet(tokens=self.tokens, holdout=held_out, images=images)
+        return replace(self, holdout=held_out, images=images)
 
     @property
     def texts(self) -> int:

@@ -1,7 +1,7 @@
 """Calibration sequences cut from one plain text.
 
-The text is taken as it is: no chat template is applied. A model whose tokenizer begins every text with a BOS token
-(Gemma, Llama 3) gets one at the start of every sequence, because it was never trained without.
+The text is taken as it is: no chat template is applied (`rows` does that). A model whose tokenizer begins every text
+with a BOS token (Gemma, Llama 3) gets one at the start of every sequence, because it was never trained without.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prismaquant_ray.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_sequences", "token_ids"]
+__all__ = ["first_tokens", "load_sequences", "token_ids"]
 
 
 def load_sequences(
@@ -30,11 +30,13 @@ def load_sequences(
     length: int,
     seed: int,
     holdout: float,
+    name: str = "The text",
 ) -> CalibrationSet:
     """Draw `sequences` non-overlapping windows of `length` tokens, BOS included.
 
-    A `Path` is read, a `str` is the text itself. The windows keep the order in which they are drawn, so with one seed a
-    smaller set is the start of a larger one. `holdout` is the share held out: at least one sequence when above zero.
+    A `Path` is read, a `str` is the text itself, which messages call `name`. The windows keep the order in which they
+    are drawn, so with one seed a smaller set is the start of a larger one. `holdout` is the share held out: at least
+    one sequence when above zero.
 
     Raises:
         InputError: the text cannot be read, is not UTF-8, or is too short.
@@ -42,10 +44,9 @@ def load_sequences(
     if isinstance(path_or_text, Path):
         name, text = str(path_or_text), read_text(path_or_text, "The text")
     else:
-        name, text = "The text", path_or_text
+        text = path_or_text
     ids = token_ids(tokenizer, text, add_special_tokens=False)
-    special = token_ids(tokenizer, "")
-    start = special[:1] if special and special[0] == tokenizer.bos_token_id else []
+    start = first_tokens(tokenizer)
     width = length - len(start)
     windows = len(ids) // width
     if windows < sequences:
@@ -57,6 +58,12 @@ def load_sequences(
     text_tokens = torch.tensor(ids[: windows * width], dtype=torch.long).view(windows, width)[torch.from_numpy(chosen)]
     tokens = torch.cat([torch.tensor(start, dtype=torch.long).expand(sequences, -1), text_tokens], dim=1)
     return CalibrationSet(tokens=tokens, holdout=spread_evenly(sequences, holdout))
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS where the tokenizer begins every text with it, else nothing."""
+    special = token_ids(tokenizer, "")
+    return special[:1] if special and special[0] == tokenizer.bos_token_id else []
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:

@@ -18,6 +18,7 @@ from prismaquant_ray.records import (
     ServerMemory,
     Settings,
     SourceFigures,
+    TakenText,
 )
 from prismaquant_ray.report.group_findings import (
     BlockFindings,
@@ -169,6 +170,7 @@ class CalibrationFindings:
     images: str | None
     digest: str | None
     fingerprint: Settings
+    sources: tuple[TakenText, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

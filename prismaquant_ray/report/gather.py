@@ -39,6 +39,7 @@ from prismaquant_ray.report.rounding_gain import rounding
 from prismaquant_ray.report.run_data import RunData
 from prismaquant_ray.report.timings import machines, timings, versions
 from prismaquant_ray.settings.model import ModelConfig
+from prismaquant_ray.settings.texts import names_of
 
 #: An expert is cold when it saw less than this share of the mean of its layer.
 COLD = 0.1
@@ -256,12 +257,13 @@ def _repository(data: RunData, plan: PlanRecord) -> RepositoryFindings:
 def _calibration(data: RunData) -> CalibrationFindings:
     calibration = data.config.calibration
     return CalibrationFindings(
-        text=calibration.text.name,
+        text=names_of(calibration.text),
         sequences=calibration.sequences,
         length=calibration.length,
         tokens=calibration.sequences * calibration.length,
         priced_tokens=max(found.tokens for found in data.backward.values()),
         images=None if calibration.images is None else calibration.images.name,
         digest=data.calibration.fingerprint,
+        sources=data.calibration.sources,
         fingerprint=data.fingerprint,
     )

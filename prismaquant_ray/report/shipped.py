@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,7 +17,7 @@ from prismaquant_ray.allocation.plans import Choice
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.records import MeasuredPlans, PlanRecord
+from prismaquant_ray.records import MeasuredPlans, PlanRecord, TakenText
 from prismaquant_ray.report.findings import MeasuredLosses
 from prismaquant_ray.report.group_findings import Gain, GroupColumns
 from prismaquant_ray.report.groups import group_columns, inside
@@ -28,6 +29,7 @@ from prismaquant_ray.repository.manifest import README
 from prismaquant_ray.repository.quantization_config import linears_by_format
 from prismaquant_ray.repository.writer import Written
 from prismaquant_ray.settings.budget import BudgetConfig
+from prismaquant_ray.settings.texts import TextSource
 
 _LONGEST_NAME = 120
 _PARTS = {
@@ -101,6 +103,7 @@ class CalibrationProvenance:
     fingerprint: str
     tokens: int
     images: int
+    sources: tuple[TakenText, ...]
     seed: int
     labels: str
 
@@ -239,14 +242,26 @@ def _rounding(data: RunData, choice: Choice) -> Iterator[ShippedRounding]:
 def _calibration(data: RunData) -> CalibrationProvenance:
     calibration = data.config.calibration
     return CalibrationProvenance(
-        text=named(calibration.text),
+        text=", ".join(_placed(text) for text in calibration.text),
         text_sha256=str(data.fingerprint["calibration.text"]),
         fingerprint=data.calibration.fingerprint,
         tokens=data.calibration.positions,
         images=len(data.calibration.images),
+        sources=data.calibration.sources,
         seed=calibration.seed,
         labels=calibration.labels,
     )
+
+
+def _placed(text: TextSource) -> str:
+    return named(text.path) if text.is_file else text.name
+
+
+def _texts(texts: tuple[TextSource, ...]) -> Any:
+    """Sources as YAML has them, a single one in short; files by name."""
+    placed = [text.model_copy(update={"path": named(text.path)}) if text.is_file else text for text in texts]
+    found: list[Any] = [text.model_dump() for text in placed]
+    return found[0] if found == [placed[0].path] else found
 
 
 def _config(config: Config) -> str:
@@ -255,10 +270,10 @@ def _config(config: Config) -> str:
     body["model"]["source"] = named(config.model.source)
     body["formats"] = [str(name) for name in config.formats]
     for name, section in (("calibration", config.calibration), ("evaluation", config.evaluation)):
-        for key in ("text", "images"):
-            location = getattr(section, key, None)
-            if location is not None:
-                body[name][key] = named(location)
+        if section is not None and "text" in body.get(name, {}):
+            body[name]["text"] = _texts(section.text)
+        if section is not None and section.images is not None:
+            body[name]["images"] = named(section.images)
     if config.cluster.threads != 1:
         body["cluster"] = {"threads": config.cluster.threads}
     body["store"] = {"run": "run", "output": "repository"}

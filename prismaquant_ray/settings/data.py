@@ -7,13 +7,19 @@ from typing import Literal
 
 from pydantic import Field
 
+from prismaquant_ray.settings.texts import MIX_ALL, Texts, TextSource
 from prismaquant_ray.settings.values import Section
+
+_MIX = (TextSource(path=MIX_ALL),)
 
 
 class CalibrationConfig(Section):
     """The text that is run through the model to measure it."""
 
-    text: Path = Field(description="Plain text file, like what the model will read.")
+    text: Texts = Field(
+        default=_MIX,
+        description="Text like what the model will read and write: one source or several, see docs/calibration.md.",
+    )
     images: Path | None = Field(
         default=None, description="JSONL file of images with captions. Without it a vision tower stays in BF16."
     )
@@ -36,7 +42,9 @@ class CalibrationConfig(Section):
 class EvaluationConfig(Section):
     """The text, unseen by the calibration, on which `quantize` and `sweep --measure` measure the quantized model."""
 
-    text: Path = Field(description="Plain text file.")
+    text: Texts = Field(
+        default=_MIX, description="One source or several; by default the part of the mix that no calibration reads."
+    )
     images: Path | None = Field(default=None, description="JSONL file of images with captions.")
     sequences: int = Field(default=24, ge=1, description="Number of sequences.")
     length: int = Field(default=512, ge=2, description="Tokens per sequence.")

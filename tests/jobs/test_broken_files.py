@@ -269,7 +269,7 @@ def test_what_is_no_file_is_not_waited_for(mine: Path, tmp_path: Path) -> None:
         ("calibration.images=/dev/zero", "/dev/zero cannot be read: it is not a file"),
         (f"store.output={'x' * 300}", "store: output is no name: a part of it has more than 255 bytes"),
         (f"model.source={'a/' * 3000}", "model: source is no name: it has a NUL, or more than 4000 characters"),
-        ('calibration.text="a\\0b"', "calibration: text is no name"),
+        ('calibration.text="a\\0b"', "calibration.text.0: path is no name"),
         ("formats=" + "[" * 2000, "is nested deeper than 64 levels"),
         ("cluster.labels=&a [*a]", "is nested deeper than 64 levels"),
         ("model.source=!!python/name:os.system", "is not YAML"),

@@ -84,6 +84,9 @@ def test_formats_counts_the_fused_groups_that_can_take_each(finished: Path, tmp_
         (("--set", "formats=[NVFP9]"), "unknown format 'NVFP9'; did you mean NVFP4?"),
         (("--set", "model.source=/nowhere"), "neither a directory nor in the hub's cache"),
         (("--set", "calibration.text=/nowhere.txt"), "/nowhere.txt"),
+        (("--set", "calibration.text=/nowhere.json"), "/nowhere.json: .json is not read; write one object a line"),
+        (("--set", "calibration.text=mix:chats"), "unknown kind 'mix:chats'; did you mean mix:chat?"),
+        (("--set", "calibration.text=[a.txt, a.txt]"), "a.txt is named twice"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(finished: Path, arguments: tuple[str, ...], message: str) -> None:

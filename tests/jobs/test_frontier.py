@@ -82,7 +82,7 @@ def test_the_figures_of_a_plan_are_those_of_the_repository_that_it_becomes(measu
     found = evaluate(
         str(tmp_path / "repository"),
         measured.config.model.source,
-        settings.text,
+        settings.text[0].path,
         sequences=settings.sequences,
         length=settings.length,
         overrides=["calibration.microbatch=3"],
@@ -109,7 +109,7 @@ def test_a_quantized_output_head_is_measured_from_candidates_as_from_the_reposit
     found = evaluate(
         str(config.store.output),
         str(source),
-        settings.text,
+        settings.text[0].path,
         sequences=settings.sequences,
         length=settings.length,
         overrides=["calibration.microbatch=3"],

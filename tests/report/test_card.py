@@ -26,7 +26,7 @@ from prismaquant_ray.errors import StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.gpus import GpuName
 from prismaquant_ray.layout import BlockKind
-from prismaquant_ray.records import Divergence, EvaluationText, Knee, PlanRecord, PlanTimes, SourceFigures
+from prismaquant_ray.records import Divergence, EvaluationText, Knee, PlanRecord, PlanTimes, SourceFigures, TakenText
 from prismaquant_ray.report.card import card
 from prismaquant_ray.report.card_view import CardView, ExpertCoverage
 from prismaquant_ray.report.findings import (
@@ -122,7 +122,14 @@ def made_up(
         rounding=tuple(ShippedRounding(format=str(format_), matrices=100, gain=gain) for format_ in formats),
         equalized=120,
         calibration=CalibrationProvenance(
-            text=name, text_sha256="1" * 64, fingerprint="2" * 64, tokens=16384, images=16, seed=0, labels="sampled"
+            text=name,
+            text_sha256="1" * 64,
+            fingerprint="2" * 64,
+            tokens=16384,
+            images=16,
+            seed=0,
+            labels="sampled",
+            sources=(TakenText(name=name, sha256="3" * 64, sequences=32, tokens=16384, rows=9, dropped=2),),
         ),
         config=yaml.safe_dump({"model": {"source": name}}, allow_unicode=True),
         dtype="float32",
@@ -612,10 +619,13 @@ def test_the_configuration_on_the_card_is_the_run_s(dense: Config, tmp_path: Pat
     again = load_config(path)
     for section in ("formats", "budget", "rounding", "allocation"):
         assert getattr(again, section) == getattr(dense, section)
-    assert again.calibration == dense.calibration.model_copy(update={"text": Path(dense.calibration.text.name)})
+    (text_source,) = dense.calibration.text
+    assert "  text: text.txt\n" in block[1]
+    named = text_source.model_copy(update={"path": text_source.name})
+    assert again.calibration == dense.calibration.model_copy(update={"text": (named,)})
     assert view.shipped.calibration.fingerprint == known.calibration.fingerprint
     assert view.shipped.calibration.tokens == known.calibration.positions == 8 * 32
-    assert str(dense.store.run) not in text and str(dense.calibration.text.parent) not in text
+    assert str(dense.store.run) not in text and str(Path(text_source.path).parent) not in text
 
 
 def test_a_repository_with_its_card_is_verified_and_counted(dense: Config, tmp_path: Path) -> None:
