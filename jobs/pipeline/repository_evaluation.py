@@ -132,13 +132,7 @@ def evaluate(
     return EvaluatedRepository(
         repository=repository,
         source=source,
-        text=TextFigures(
-            file=chosen.path if chosen.is_file else chosen.name,
-            sequences=tokens.texts,
-            length=length,
-            images=len(tokens.images),
-            sources=tokens.sources,
-        ),
+        text=_text_figures(chosen, tokens),
         formats=dict(view.formats),
         bits=_bits(view),
         source_figures=source_figures(reference),
@@ -146,6 +140,16 @@ def evaluate(
         activations=activations,
         notes=notes,
         missed=_missed(activations, max_kl, min_top1),
+    )
+
+
+def _text_figures(chosen: TextSource, tokens: CalibrationSet) -> TextFigures:
+    return TextFigures(
+        file=chosen.path if chosen.is_file else chosen.name,
+        sequences=tokens.texts,
+        length=tokens.tokens.shape[1],
+        images=len(tokens.images),
+        sources=tokens.sources,
     )
 
 
