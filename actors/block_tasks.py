@@ -13,7 +13,9 @@ from typing_extensions import override
 from actors.schedule.units import Stage, Unit
 from actors.shard_task import Attempt, Stored, UnitTask, made
 from prismaquant_ray.backward.block import BlockBackward, HeadBackward
+from prismaquant_ray.block_records import CacheScales
 from prismaquant_ray.evaluation.variants import LoadedBlock
+from prismaquant_ray.factors import Equalization
 from prismaquant_ray.forward.block import BlockForward
 from prismaquant_ray.forward.decoded_candidates import CandidateTensors
 from prismaquant_ray.records import FACTORS
@@ -99,9 +101,9 @@ class BackwardTask(RecordedBlocksTask[BlockBackward]):
 
     @override
     def open(self, unit: Unit) -> BlockBackward:
-        candidates = candidates_of(self.attempt, unit)
-        equalization = self.context.stored.equalization(index_of(unit))
-        return BlockBackward(self.context.runner, index_of(unit), self.attempt.formats(unit), candidates, equalization)
+        formats, candidates = self.attempt.formats(unit), candidates_of(self.attempt, unit)
+        equalization, cache = folded_and_cached(self.attempt, unit)
+        return BlockBackward(self.context.runner, index_of(unit), formats, candidates, equalization, cache)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -128,8 +130,9 @@ class HeadBackwardTask(RecordedBlocksTask[HeadBackward]):
     @override
     def open(self, unit: Unit) -> HeadBackward:
         formats, candidates = self.attempt.formats(unit), candidates_of(self.attempt, unit)
-        equalization = self.context.stored.equalization(index_of(unit))
-        return HeadBackward(self.context.runner, index_of(unit), formats, candidates, self.context.loss, equalization)
+        equalization, cache = folded_and_cached(self.attempt, unit)
+        runner, loss = self.context.runner, self.context.loss
+        return HeadBackward(runner, index_of(unit), formats, candidates, loss, equalization, cache)
 
     @override
     def step(self, microbatch: int, arriving: Tensor) -> Tensor:
@@ -178,6 +181,12 @@ def candidates_of(attempt: Attempt, unit: Unit) -> CandidateTensors:
     tensors, size = attempt.context.candidates.get(index_of(unit))
     attempt.read_bytes += size
     return tensors
+
+
+def folded_and_cached(attempt: Attempt, unit: Unit) -> tuple[Equalization, dict[str, CacheScales]]:
+    """The folds of a block, and the scales of its cache where it is priced."""
+    stored, index = attempt.context.stored, index_of(unit)
+    return stored.equalization(index), stored.cache(index) if attempt.formats(unit) else {}
 
 
 def index_of(unit: Unit) -> int:

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from actors.schedule.run_store import RunStore
 from actors.schedule.units import Stage
-from prismaquant_ray.block_records import ForwardRecord
+from prismaquant_ray.block_records import CacheScales, ForwardRecord
 from prismaquant_ray.factors import Equalization
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.records import FACTORS
-from prismaquant_ray.storage.record import read_tensors
+from prismaquant_ray.storage.record import Record, read_tensors
 
 
 class StoredBlocks:
@@ -28,6 +28,13 @@ class StoredBlocks:
         record = self.run_store.record(Stage.FORWARD, block)
         if FACTORS not in record.artifacts:
             return ()
-        folds = self.run_store.typed(ForwardRecord, Stage.FORWARD, {block: record})[block].folds
+        folds = self._typed(block, record).folds
         factors = read_tensors(self.run_store.store, record.artifacts[FACTORS])
         return tuple((fold, factors[str(index)]) for index, fold in enumerate(folds))
+
+    def cache(self, block: int) -> dict[str, CacheScales]:
+        """The scales of an FP8 cache of a block, by attention."""
+        return self._typed(block, self.run_store.record(Stage.FORWARD, block)).cache
+
+    def _typed(self, block: int, record: Record) -> ForwardRecord:
+        return self.run_store.typed(ForwardRecord, Stage.FORWARD, {block: record})[block]

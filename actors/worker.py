@@ -267,7 +267,9 @@ class ShardWorker:
         repository = None
         if evaluation.repository is not None:
             view = RepositoryView(Store(evaluation.repository, create=False))
-            repository = QuantizedModel(runner=self._runner(view, spec.config), roundings=view.roundings())
+            runner = self._runner(view, spec.config)
+            attention = source.layout.attention
+            repository = QuantizedModel(runner=runner, roundings=view.roundings(), cache=view.cache_scales(attention))
         return Variants(source, evaluation.variants, stored=measured, repository=repository)
 
     def _close(self) -> None:

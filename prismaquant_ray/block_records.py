@@ -56,17 +56,46 @@ def _chained(parts: Iterable[T | list[T]]) -> list[T]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CacheScales:
+    """What an attention divides keys and values by in an FP8 cache, and the largest |k| and |v| in calibration.
+
+    `folded_value` is that of values where a plan has the fold that equalizes them, None without such a fold.
+    """
+
+    key: float
+    value: float
+    folded_value: float | None
+    key_amax: float
+    value_amax: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachePrice:
+    """The loss that an attention's rounded cache costs, in nats per token.
+
+    `key_cost` and `value_cost` are those of rounded keys alone and of rounded values alone; `standard_error` is that of
+    `cost`, by jackknife over sequences.
+    """
+
+    cost: float
+    standard_error: float
+    key_cost: float
+    value_cost: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ForwardRecord:
     """The forward pass's record of a block: rounding by Linear and codec, calibration tokens per expert by group.
 
     `folds` took factors that equalize inputs; `storing` is, by Linear, the mean ΔW² of storing what they made of its
-    weight in 16 bits, of experts with an entry per expert.
+    weight in 16 bits, of experts with an entry per expert. `cache` has the scales of an FP8 cache by attention.
     """
 
     linears: dict[str, dict[str, LinearRounding]]
     experts: dict[str, list[int]]
     folds: list[Fold] = field(default_factory=list)
     storing: dict[str, list[float]] = field(default_factory=dict)
+    cache: dict[str, CacheScales] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +125,8 @@ class BackwardRecord:
     """The backward pass's record of a block: prices by fused group and format, Fisher traces by Linear.
 
     `tokens` is the N of the prices, `held_out_tokens` that of `Price.held_out`. `agreement` is, for a draft head, how
-    often its best guess is the model's, by the format of the whole head.
+    often its best guess is the model's, by the format of the whole head. `cache` has what an FP8 cache costs, by
+    attention.
     """
 
     groups: dict[str, dict[FormatName, Price]]
@@ -104,6 +134,7 @@ class BackwardRecord:
     tokens: int
     held_out_tokens: int
     agreement: dict[str, float] | None = None
+    cache: dict[str, CachePrice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

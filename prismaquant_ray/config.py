@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -22,6 +22,9 @@ from prismaquant_ray.settings.store import StoreConfig
 from prismaquant_ray.settings.texts import STDIN
 from prismaquant_ray.settings.values import Section, nearest_known
 
+#: Type of the KV cache, as it is set.
+KvCacheSetting = Literal["bf16", "fp8", "auto"]
+
 
 class Config(Section):
     """A whole run."""
@@ -33,6 +36,11 @@ class Config(Section):
         description="Formats that every Linear is encoded in and the plan chooses from.",
     )
     budget: BudgetConfig = Field(description="Size of the result.")
+    kv_cache: KvCacheSetting = Field(
+        default="bf16",
+        description="Type of the KV cache: the model's own 16 bits; FP8, with scales in the repository; or, within a "
+        "`vram` budget, whichever loses less with the weights that then fit.",
+    )
     sweep: tuple[Annotated[float, Field(gt=0.0)], ...] = Field(
         default=(4.5, 4.75, 5.0, 5.25, 5.5, 6.0, 7.0, 8.25),
         description="Budgets of `sweep`, in bits per quantizable parameter.",
@@ -63,6 +71,14 @@ class Config(Section):
         evaluated = () if self.evaluation is None else self.evaluation.text
         if all(any(text.path == STDIN for text in texts) for texts in (self.calibration.text, evaluated)):
             raise ValueError("calibration.text and evaluation.text both read standard input; put one of them in a file")
+        return self
+
+    @model_validator(mode="after")
+    def _decidable(self) -> Self:
+        if self.kv_cache == "auto" and self.budget.vram is None:
+            raise ValueError(
+                "kv_cache: auto needs budget.vram: elsewhere a smaller cache buys nothing; write bf16 or fp8"
+            )
         return self
 
     @property

@@ -132,7 +132,7 @@ def verified(*, named_by: str | None) -> str:
 
 def target(name: str) -> str:
     """A plan's target: 5.5 bpp, 19.0 GB, 24.0 GB of VRAM (1 x 32768 tokens)."""
-    found = re.fullmatch(r"([0-9.]+)bpp|(\d+)B(?:-vram-(\d+)x(\d+)-.*)?", name)
+    found = re.fullmatch(r"([0-9.]+)bpp|(\d+)B(?:-vram-(\d+)x(\d+))?", name)
     if found is None:
         return name
     if found[1]:

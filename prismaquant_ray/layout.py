@@ -142,9 +142,20 @@ class Parameter:
     transposed: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedAttention:
+    """An attention whose keys and values a server caches: its module path in the repository, and in its block."""
+
+    name: str
+    path: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """The smallest unit that is loaded and run, e.g. one decoder layer. `prefix` is its module path."""
+    """The smallest unit that is loaded and run, e.g. one decoder layer. `prefix` is its module path.
+
+    `attention` are those of its modules whose cache can be rounded.
+    """
 
     index: int
     kind: BlockKind
@@ -152,6 +163,7 @@ class Block:
     parameters: tuple[Parameter, ...]
     groups: tuple[FusedGroup, ...]
     source_bytes: int
+    attention: tuple[CachedAttention, ...] = ()
 
     @property
     def key(self) -> str:
@@ -203,7 +215,8 @@ class Layout:
     own names and fused Linears are known, None where they are assumed. `image_token` is the id that stands for a piece
     of an image, `top_k` how many experts a token meets, `row_width` how many values a token has between decoder blocks:
     more than `hidden_size` where they hand on more than a hidden state. `tied` names embedding and output head where
-    the configuration ties them and the checkpoint stores both.
+    the configuration ties them and the checkpoint stores both. `kept_cache` says why the KV cache cannot be rounded,
+    None where it can.
     """
 
     architecture: str
@@ -223,6 +236,7 @@ class Layout:
     top_k: int
     row_width: int
     tied: tuple[str, str] | None = None
+    kept_cache: str | None = None
 
     @cached_property
     def groups(self) -> tuple[FusedGroup, ...]:
@@ -238,6 +252,11 @@ class Layout:
     def parameters(self) -> int:
         """Weights of all quantizable Linears: the denominator of bits per parameter."""
         return sum(group.parameters for group in self.groups)
+
+    @cached_property
+    def attention(self) -> tuple[CachedAttention, ...]:
+        """Every attention whose cache can be rounded, in order."""
+        return tuple(each for block in self.blocks for each in block.attention)
 
     @cached_property
     def structures(self) -> tuple[Block, ...]:

@@ -160,6 +160,10 @@ class DeviceRecord:
     device: str
 
 
+#: Type of a KV cache: the model's own 16 bits, or FP8 with stored scales.
+CacheType = Literal["bf16", "fp8"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerMemory:
     """Bytes that a server takes for `sequences` sequences of `context` tokens; `kv_cache_of` is by kind of layer."""
@@ -197,7 +201,8 @@ class PlanSummary:
     `predicted_loss` is nats per token under `objective`, `bound` no plan's is below, `gap` their relative distance.
     `weight_bytes` are codes and group scales; `bpp` is bits of those per quantizable parameter;
     `repository_bytes_at_most` bounds the whole repository, `loaded_bytes` are all tensors as a server loads them.
-    `groups` counts groups by format.
+    `groups` counts groups by format. `kv_cache` is the type of the KV cache that it is served with; `kv_cache_loss` is
+    what that costs, always under `token_fisher`, with its standard error, and part of `predicted_loss`.
     """
 
     target: str
@@ -213,6 +218,9 @@ class PlanSummary:
     vram: ServerMemory | None
     times: PlanTimes
     groups: dict[FormatName, int]
+    kv_cache: CacheType = "bf16"
+    kv_cache_loss: float = 0.0
+    kv_cache_error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -284,6 +292,7 @@ class MeasuredPlan:
     """A plan or control with predicted and measured loss; `target` is None for one format throughout.
 
     `kind` is plan, uniform, mixture, by_hand or fisher_trace. Predictions are of the body: a draft head is not in them.
+    An FP8 `kv_cache` is in both, and in the measurement with rounded activations.
     """
 
     target: str | None
@@ -299,6 +308,7 @@ class MeasuredPlan:
     weights: Divergence | None
     activations: Divergence
     behind_plan: Excess | None
+    kv_cache: CacheType = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

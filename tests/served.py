@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from jobs.pipeline.run import Run
+from prismaquant_ray.cache_rounding import CacheScale, scale_tensors
 from prismaquant_ray.compressed.dequantize import QuantizedRepository
 from prismaquant_ray.formats import FormatName
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.repository.quantization_config import build_quantization_config
 from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.repository.writer import write_repository
 from prismaquant_ray.storage.store import Store
 from tests.architectures import WORKING, YARN, make_architecture
 from tests.inprocess import in_process
-from tests.repositories import mixed
+from tests.repositories import mixed, rewrite
 from tests.runs import family_configuration as configuration
 from tests.tiny import MODELS, make_checkpoint
 from tests.tiny_families import FAMILIES as TINY
@@ -40,12 +45,29 @@ FAMILIES = (
 )
 #: Models of architectures without a family, all but those that vLLM does not have or does not run on a CPU.
 ARCHITECTURES = tuple(name for name, architecture in WORKING.items() if architecture.unserved is None)
+#: Models that are also served with an FP8 KV cache: full and sliding attention, hybrid with a draft head, with sinks.
+CACHED = ("llama", "gemma3_text", "qwen3_5", "gpt_oss")
 # vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only.
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rope_parameters": YARN}
 
 
-def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str, str]]:
-    """A repository, its BF16 copy by `dequantize`, and the format of every module that could be quantized."""
+def everywhere(layout: Layout) -> dict[str, FormatName]:
+    """Every group in BF16."""
+    return {group.name: FormatName.BF16 for group in layout.groups}
+
+
+def _cache_in_fp8(directory: Path, scheme: dict[str, Any] | None, scales: dict[str, CacheScale]) -> None:
+    """Give a model in BF16 an FP8 KV cache."""
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": scheme}))
+    rewrite(directory, scale_tensors(scales))
+
+
+def make_repository(directory: Path, family: str, *, cached: bool = False) -> tuple[Path, Path, dict[str, str]]:
+    """A repository, its BF16 copy by `dequantize`, and the format of every module that could be quantized.
+
+    Where they are `cached`, both have an FP8 KV cache with the same scales.
+    """
     if family in WORKING:
         source = make_architecture(directory / "source", WORKING[family])
     elif family in TINY:
@@ -70,6 +92,14 @@ def make_repository(directory: Path, family: str) -> tuple[Path, Path, dict[str,
     report = verify_repository(Store(repository), shipped, run.layout, choice, known.candidates)
     assert report.ok, report.problems
     QuantizedRepository(Store(repository)).write(Store(copy))
+    if cached:
+        scales = known.cache_scales(choice)
+        write_repository(
+            shipped, run.layout, choice, known.candidates, Store(repository), cache=scales, manifest={"target": "mixed"}
+        )
+        report = verify_repository(Store(repository), shipped, run.layout, choice, known.candidates, cache=scales)
+        assert report.ok, report.problems
+        _cache_in_fp8(copy, build_quantization_config(run.layout, everywhere(run.layout), cache=True), scales)
     expected = {
         name: str(choice[group.name])
         for group in run.layout.groups

@@ -37,7 +37,7 @@ def test_defaults_are_those_of_the_documentation(tmp_path: Path) -> None:
     limits = config.allocation.limits
     assert (limits.prefill, limits.decode, str(limits.gpu), limits.given) == (None, None, "b200", False)
     assert [str(name) for name in config.paired_formats] == ["NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16"]
-    assert (config.budget.sequences, config.budget.kv_cache, config.budget.margin) == (1, "auto", 0.15)
+    assert (config.budget.sequences, config.kv_cache, config.budget.margin) == (1, "bf16", 0.15)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_margin_is_a_share_or_bytes(margin: str | float, read: float) -> None:
     assert (budget.margin, type(budget.margin)) == (pytest.approx(read), type(read))
 
 
-@pytest.mark.parametrize("budget", [{"bpp": 5.5}, {"vram": "24GB", "context": 9, "margin": "5%", "kv_cache": "fp8"}])
+@pytest.mark.parametrize("budget", [{"bpp": 5.5}, {"vram": "24GB", "context": 9, "margin": "5%"}])
 def test_a_budget_can_be_stored_and_read_again(budget: dict[str, object]) -> None:
     found = BudgetConfig.model_validate(budget)
     assert BudgetConfig.model_validate(found.model_dump(mode="json")) == found
@@ -60,7 +60,6 @@ def test_budgets_have_a_name_each() -> None:
         BudgetConfig(bytes=19),
         BudgetConfig(vram=19, context=8),
         BudgetConfig(vram=19, context=8, sequences=2),
-        BudgetConfig(vram=19, context=8, kv_cache="fp8"),
     )
     assert len({budget.target for budget in budgets}) == len(budgets)
 
@@ -122,7 +121,9 @@ def test_overrides_are_yaml_and_one_budget_replaces_the_other(tmp_path: Path) ->
         ("budget.vram=24GB", "context is missing: the KV cache is computed"),
         ("budget.sequences=8", "context is missing: the KV cache is computed"),
         ("budget={vram: 24GB, context: 0}", "budget.context: "),
-        ("budget={vram: 24GB, context: 1, kv_cache: int4}", "budget.kv_cache: "),
+        ("kv_cache=int4", "kv_cache: Input should be 'bf16', 'fp8' or 'auto'"),
+        ("kv_cache=auto", "kv_cache: auto needs budget.vram"),
+        ("budget.kv_cache=fp8", "budget: kv_cache is a setting of its own now; write kv_cache: fp8 beside budget"),
         ("budget={vram: 24GB, context: 1, margin: 100%}", "'100%' is not a share; write 15%, or bytes as 4GB"),
         ("budget={vram: 24GB, context: 1, margin: -1}", "-1 is not a margin"),
         ("budget={vram: 24GB, contxt: 1}", "unknown key budget.contxt; did you mean context?"),

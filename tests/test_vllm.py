@@ -16,12 +16,15 @@ from typing import Any, NamedTuple
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.repositories import rewrite
-from tests.served import ARCHITECTURES, FAMILIES, VISION_FAMILIES, make_repository
+from tests.served import ARCHITECTURES, CACHED, FAMILIES, VISION_FAMILIES, make_repository
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
+#: Behind a family's name: with an FP8 KV cache.
+WITH_CACHE = " with an FP8 cache"
 
 
 class Served(NamedTuple):
@@ -50,10 +53,11 @@ def served(
     directory = tmp_path_factory.mktemp("served")
     jobs, expected = [], {}
     for name in names:
-        repository, copy, expected[name] = make_repository(directory / name, name.partition(" ")[0])
+        family, cached = name.partition(" ")[0], name.endswith(WITH_CACHE)
+        repository, copy, expected[name] = make_repository(directory / name, family, cached=cached)
         if name in FAULTS:
             FAULTS[name](repository, copy, expected[name])
-        sees = name in VISION_FAMILIES
+        sees = family in VISION_FAMILIES
         images = (
             [draw(directory / name / "tall.png", 64, 96), draw(directory / name / "wide.png", 128, 64)] if sees else []
         )
@@ -100,6 +104,31 @@ def test_vllm_serves_what_was_chosen(
 
 def _divergences(report: dict[str, Any]) -> str:
     return ", ".join(f"KL {kind} {values['mean']:.6f}" for kind, values in report["divergence"].items())
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=pytest.mark.serves(name + WITH_CACHE)) for name in CACHED])
+def test_vllm_caches_in_fp8_under_the_scales_of_the_repository(
+    family: str, served: Callable[[str], Served], record_property: Callable[[str, object], None]
+) -> None:
+    report, _ = served(family + WITH_CACHE)
+    # The copy has the same cache: vLLM's CPU build rounds towards zero, but in both alike.
+    assert not report["problems"], "\n".join([*report["problems"], *report.get("failed", [])])
+    caches = report["caches"] + report.get("draft_caches", [])
+    assert caches
+    assert {cache["type"] for cache in caches} == {"fp8"}
+    found = sorted(tuple(cache["scales"]) for cache in caches)
+    assert found == sorted(stored_scales(Path(report["repository"])))
+    assert all(scale not in (0.0, 1.0) for pair in found for scale in pair)
+    record_property("vLLM", f"{family}: {len(caches)} caches in FP8, {_divergences(report)}")
+
+
+def stored_scales(repository: Path) -> list[tuple[float, float]]:
+    """Scales of keys and of values by attention."""
+    tensors: dict[str, Tensor] = {}
+    for path in repository.glob("*.safetensors"):
+        tensors |= load_file(path)
+    keys = [name for name in tensors if name.endswith(".k_scale")]
+    return [(float(tensors[name]), float(tensors[name.removesuffix("k_scale") + "v_scale"])) for name in keys]
 
 
 # The check itself ---------------------------------------------------------------------------------------------

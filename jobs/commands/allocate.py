@@ -28,6 +28,10 @@ def render(plan: PlanRecord, console: Console) -> None:
         f"  groups: {formats}; repository at most {plan.repository_bytes_at_most / 1e6:,.1f} MB, "
         f"{plan.loaded_bytes / 1e6:,.1f} MB as loaded"
     )
+    if plan.kv_cache == "fp8":
+        console.print(
+            f"  KV cache in FP8: {plan.kv_cache_loss:.5f} ± {plan.kv_cache_error:.5f} nats/token of the predicted loss"
+        )
     console.print(f"  {plan_times(plan.times)}")
     if plan.vram is not None:
         console.print(f"  vram: {server_memory(plan.vram)}")

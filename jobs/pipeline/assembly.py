@@ -22,7 +22,7 @@ from prismaquant_ray.repository.manifest import MANIFEST, read_manifest
 from prismaquant_ray.repository.quantization_config import check_choice
 from prismaquant_ray.repository.staging import check_output, staged_output
 from prismaquant_ray.repository.verify import verify_repository
-from prismaquant_ray.repository.writer import Written, WrittenRepository, write_repository
+from prismaquant_ray.repository.writer import NO_CACHE, Written, WrittenRepository, write_repository
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.prefix import Prefix, get_json
@@ -83,11 +83,14 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
         return card(findings, gather_shipped(measured.data, plan, written, known)).encode()
 
     source = measured.shipped(plan.choice)
+    cache = measured.cache_scales(plan.choice) if plan.kv_cache == "fp8" else NO_CACHE
     run.say(f"writing the repository to {output}")
     with staged_output(output) as store:
-        repository = write_repository(source, layout, plan.choice, candidates, store, manifest=manifest, card=readme)
+        repository = write_repository(
+            source, layout, plan.choice, candidates, store, cache=cache, manifest=manifest, card=readme
+        )
         run.say(f"verifying {output}")
-        verification = verify_repository(store, source, layout, plan.choice, candidates)
+        verification = verify_repository(store, source, layout, plan.choice, candidates, cache=cache)
         if not verification.ok:
             raise PrismaquantError(
                 f"the repository is wrong ({verification.problems[0]}); this is a bug, nothing was published"
@@ -116,7 +119,7 @@ def assemble(run: Run, measured: Measured, plan: PlanRecord, output: Path | str 
 
 def _check_budget(measured: Measured, plan: PlanRecord, store: Prefix, repository: WrittenRepository) -> None:
     """Check the budget against the written bytes, those of weights, or the tensors as a server loads them."""
-    budget, serving = measured.config.budget, measured.sizes.serving
+    budget, serving = measured.config.budget, measured.planner.sizes_with(plan.kv_cache).serving
     if plan.target != budget.target:
         return  # made for another budget, checked when it was planned
     exceeded = budget.bytes is not None and repository.total_bytes > budget.bytes
@@ -163,7 +166,9 @@ def verify(config: Config, *, on_event: Listener | None = None) -> VerifiedRepos
         check_choice(measured.layout, choice)
     except InputError as error:
         raise InputError(f"store.output {output}: {MANIFEST}: {error}") from error
-    found = verify_repository(store, measured.shipped(choice), measured.layout, choice, measured.candidates)
+    cache = NO_CACHE if manifest.kv_cache is None else measured.cache_scales(choice)
+    source, layout = measured.shipped(choice), measured.layout
+    found = verify_repository(store, source, layout, choice, measured.candidates, cache=cache)
     return VerifiedRepository(
         repository=str(output),
         ok=found.ok,

@@ -219,4 +219,5 @@ class EvaluationSession:
         if variant is not None:
             body["activations"] = variant.activations
             body["choice"] = variant.choice
+            body["cache"] = variant.cache
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:24]

@@ -112,7 +112,7 @@ def inspect(config: Config, *, machines: Sequence[str] = (), deep: bool = False)
     if others:
         config = checks.with_dtype(config, gpu=True)
     run = Run(config, weights=False)
-    layout, sizes = run.layout, run.sizes
+    layout, sizes = run.layout, run.roomiest
     limit = run.check_budget()
     plan = run.memory_plan
     workers = checks.expected_workers(config)

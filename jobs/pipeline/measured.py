@@ -16,6 +16,7 @@ from prismaquant_ray.allocation.budget import Sizes
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.backward.cost_table import cost_table
 from prismaquant_ray.block_records import BackwardRecord, ForwardRecord
+from prismaquant_ray.cache_rounding import CacheScale, scales_of
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import read_calibration
 from prismaquant_ray.config import Config
@@ -103,6 +104,19 @@ class Measured:
                 if self.forward[block.index].folds
             ],
         )
+
+    def cache_scales(self, choice: Mapping[str, FormatName]) -> dict[str, CacheScale]:
+        """The scales of an FP8 KV cache in the repository of a choice, by attention.
+
+        Raises:
+            InputError: the cache of the model stays in 16 bits, or the run has no price of it.
+        """
+        self.planner.cache_cost("fp8")
+        found: dict[str, CacheScale] = {}
+        for block in self.layout.blocks:
+            record = self.forward[block.index]
+            found |= scales_of(block, record.cache, record.folds, choice)
+        return found
 
     @cached_property
     def calibration(self) -> CalibrationSet:

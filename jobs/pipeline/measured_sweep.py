@@ -13,7 +13,7 @@ from jobs.pipeline.measured import Measured
 from jobs.pipeline.run import Run
 from prismaquant_ray import __version__, records
 from prismaquant_ray.allocation.baselines import LabelledPlan, baselines
-from prismaquant_ray.allocation.plans import Choice, columns_of, count_groups
+from prismaquant_ray.allocation.plans import columns_of, count_groups
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.comparison import measured_knee
@@ -80,7 +80,7 @@ def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> Mea
             candidates=absolute(run.config.store.run),
         )
         wanted = [(place, activations) for place, plan in enumerate(plans) for activations in _ways(plan)]
-        source, *found = session.measure([_variant(plans[place].choice, activations) for place, activations in wanted])
+        source, *found = session.measure([_variant(plans[place], activations) for place, activations in wanted])
         figures = dict(zip(wanted, found, strict=True))
         behind = _behind(session, plans)
     entries = [
@@ -112,9 +112,7 @@ def _behind(session: EvaluationSession, plans: Sequence[LabelledPlan]) -> list[E
     found: list[Excess | None] = []
     for plan in plans:
         other = None if plan.kind == "plan" else plan_of.get(plan.target)
-        found.append(
-            None if other is None else session.excess(_variant(plan.choice, True), _variant(other.choice, True))
-        )
+        found.append(None if other is None else session.excess(_variant(plan, True), _variant(other, True)))
     return found
 
 
@@ -123,8 +121,9 @@ def _ways(plan: LabelledPlan) -> tuple[bool, ...]:
     return (False, True) if plan.kind in ("plan", "uniform") else (True,)
 
 
-def _variant(choice: Choice, activations: bool) -> Variant:
-    return Variant(choice=dict(choice), activations=activations)
+def _variant(plan: LabelledPlan, activations: bool) -> Variant:
+    """The KV cache is rounded with the activations."""
+    return Variant(choice=dict(plan.choice), activations=activations, cache=activations and plan.kv_cache == "fp8")
 
 
 def _entry(
@@ -138,6 +137,7 @@ def _entry(
     body = np.array([layout.block_of[group.name].kind is not BlockKind.DRAFT for group in layout.groups])
     costs = np.where(body, table.token_fisher[rows, columns], 0.0)
     errors = np.where(body, table.standard_error[rows, columns], 0.0)
+    cache = measured.planner.cache_cost(plan.kv_cache)
     return MeasuredPlan(
         target=plan.target,
         kind=plan.kind,
@@ -146,10 +146,11 @@ def _entry(
         bpp=sizes.bpp(size),
         weight_bytes=size,
         groups=count_groups(plan.choice, sizes.formats),
-        predicted_loss=float(costs.sum()),
-        standard_error=float(np.sqrt(np.square(errors).sum())),
+        predicted_loss=float(costs.sum()) + cache.body,
+        standard_error=float(np.sqrt(np.square(errors).sum() + cache.body_standard_error**2)),
         choice=dict(plan.choice),
         weights=weights,
         activations=activations,
         behind_plan=behind,
+        kv_cache=plan.kv_cache,
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
@@ -21,7 +21,7 @@ from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray import records
 from prismaquant_ray.allocation.budget import Sizes, entry_bytes, measure
 from prismaquant_ray.allocation.constraints import check_limits, constrained
-from prismaquant_ray.allocation.kv_cache import Serving, draft_layers, kv_cache
+from prismaquant_ray.allocation.kv_cache import Serving, check_rounded, draft_layers, kv_cache
 from prismaquant_ray.allocation.speed import Times
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.reading import GivenText, TextReader
@@ -118,7 +118,7 @@ class Run:
 
     @cached_property
     def sizes(self) -> Sizes:
-        """Bytes of every candidate and of everything else, with the configured constraints."""
+        """Bytes of every candidate and of everything else, with the configured constraints and a cache in 16 bits."""
         quantizable = {source for linear in self.layout.linears() for source in linear.sources}
         ignored = [info for name, info in self.source.tensors.items() if name not in quantizable]
         files = sum(self.source.store.size(name) or 0 for name in self.source.other_files())
@@ -138,19 +138,37 @@ class Run:
 
     def check_budget(self) -> int:
         """Bytes of candidates that the budget allows; raises InputError where no plan keeps it, or the limits in it."""
-        limit = self.sizes.limit(self.config.budget)
-        check_limits(self.sizes, self.times, self.config.budget, self.config.allocation.limits)
+        sizes = self.roomiest
+        limit = sizes.limit(self.config.budget)
+        check_limits(sizes, self.times, self.config.budget, self.config.allocation.limits)
         return limit
+
+    @property
+    def _text(self) -> tuple[Any, int]:
+        """The text part of the model's configuration, and how many draft layers there are."""
+        text = transformers_config(self.source).get_text_config()
+        return text, draft_layers(text, self.source.tensors)
+
+    @cached_property
+    def roomiest(self) -> Sizes:
+        """Sizes with the KV cache that leaves most room for weights, of those that may be chosen.
+
+        Raises:
+            InputError: the model's cache cannot be rounded.
+        """
+        if self.config.kv_cache == "bf16":
+            return self.sizes
+        check_rounded(self.layout, *self._text)
+        return self.sizes.in_fp8()
 
     def _serving(self) -> Serving | None:
         """A server's memory beside the weights, if the budget has a context."""
         budget = self.config.budget
         if budget.context is None:
             return None
-        text = transformers_config(self.source).get_text_config()
-        drafts = draft_layers(text, self.source.tensors)
+        text, drafts = self._text
         return Serving(
-            cache=kv_cache(text, kv_cache=budget.kv_cache, draft_layers=drafts),
+            cache=kv_cache(text, kv_cache="bf16", draft_layers=drafts),
             context=budget.context,
             sequences=budget.sequences,
             margin=budget.margin,
@@ -159,7 +177,7 @@ class Run:
     @cached_property
     def memory_plan(self) -> MemoryPlan:
         """Memory and disk that the run needs."""
-        sizes = self.sizes
+        sizes = self.roomiest
         largest = int(sizes.of(self.config.budget).max(axis=1).sum())
         budget = min(sizes.limit(self.config.budget), largest)
         return memory_plan(self.layout, self.config, repository_bytes=budget + sizes.fixed)

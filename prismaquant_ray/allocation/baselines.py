@@ -8,7 +8,7 @@ even mixture of two formats, at least as large as the plan that it is compared w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from prismaquant_ray.allocation.frontier import sweep
 from prismaquant_ray.allocation.plans import Choice, Planner
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.layout import Block, BlockKind, FusedGroup, Layout
-from prismaquant_ray.records import PlanKind, PlanRecord
+from prismaquant_ray.records import CacheType, PlanKind, PlanRecord
 from prismaquant_ray.settings.budget import BudgetConfig
 
 # Multiples of the golden ratio, modulo 1, are spread evenly over depth for any number of steps.
@@ -28,22 +28,38 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledPlan:
-    """A plan or baseline to be measured; `target` is the budget it belongs to, None for one format throughout."""
+    """A plan or baseline to be measured; `target` is the budget it belongs to, None for one format throughout.
+
+    `kv_cache` is the type of its KV cache: a baseline's is the plans' own.
+    """
 
     kind: PlanKind
     label: str
     target: str | None
     objective: Literal["token_fisher", "fisher_trace"] | None
     choice: Choice
+    kv_cache: CacheType = "bf16"
 
     @classmethod
     def of(cls, plan: PlanRecord) -> LabelledPlan:
         """The plan of a record, labelled with its target."""
-        return cls(kind="plan", label=plan.target, target=plan.target, objective=plan.objective, choice=plan.choice)
+        return cls(
+            kind="plan",
+            label=plan.target,
+            target=plan.target,
+            objective=plan.objective,
+            choice=plan.choice,
+            kv_cache=plan.kv_cache,
+        )
 
 
 def baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[LabelledPlan]:
-    """Every baseline of the plans of a sweep."""
+    """Every baseline of the plans of a sweep, with their type of KV cache."""
+    for baseline in _baselines(planner, targets):
+        yield replace(baseline, kv_cache=planner.fixed_cache)
+
+
+def _baselines(planner: Planner, targets: Sequence[PlanRecord]) -> Iterator[LabelledPlan]:
     sizes, layout = planner.sizes, planner.layout
     for name in sizes.formats:
         if FORMATS[name].codec is not None:

@@ -9,17 +9,19 @@ allowance for the model card; `vram` counts every tensor as it is loaded, plus a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prismaquant_ray.allocation.kv_cache import Serving
+from prismaquant_ray.cache_rounding import CACHE_SCALE_BYTES, cache_scale_names
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import refusal
 from prismaquant_ray.formatting import memory
 from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import CacheType
 from prismaquant_ray.settings.budget import BudgetConfig
 
 # Tensors of one Linear in the format that has most of them.
@@ -36,7 +38,8 @@ class Sizes:
 
     `allowed` is False where a group cannot take a format or a rule forbids it. `ignored` is the size of unquantized
     tensors; `fixed` is the size of everything except candidates, including `ignored`. `serving` is a server's memory
-    beside the tensors, for a `vram` budget.
+    beside the tensors, for a `vram` budget, and `kv_cache` the type of cache that these are of. `cache_scales` names
+    the tensors that an FP8 one adds.
     """
 
     formats: tuple[FormatName, ...]
@@ -47,6 +50,19 @@ class Sizes:
     fixed: int
     parameters: int
     serving: Serving | None = None
+    kv_cache: CacheType = "bf16"
+    cache_scales: tuple[str, ...] = ()
+
+    def in_fp8(self) -> Sizes:
+        """The same with an FP8 KV cache: its scales in the repository, half the bytes of keys and values in serving."""
+        added = CACHE_SCALE_BYTES * len(self.cache_scales)
+        return replace(
+            self,
+            ignored=self.ignored + added,
+            fixed=self.fixed + added + sum(map(entry_bytes, self.cache_scales)),
+            serving=None if self.serving is None else replace(self.serving, cache=self.serving.cache.in_fp8()),
+            kv_cache="fp8",
+        )
 
     def of(self, budget: BudgetConfig) -> NDArray[np.int64]:
         """(groups, formats) bytes as this kind of budget counts them."""
@@ -62,7 +78,7 @@ class Sizes:
         smallest = int(np.where(self.allowed, table, np.iinfo(np.int64).max).min(axis=1).sum())
         largest = int(np.where(self.allowed, table, 0).max(axis=1).sum())
         if budget.vram is not None:
-            return self._vram_limit(budget, budget.vram, smallest, largest)
+            return self._vram_limit(budget.vram, smallest, largest)
         if budget.bpp is not None:
             limit = int(budget.bpp * self.parameters / 8)
             low, high = 8 * smallest / self.parameters, 8 * largest / self.parameters
@@ -77,14 +93,14 @@ class Sizes:
             raise InputError(f"budget {shown} is above the largest plan; give one between {bounds}")
         return limit
 
-    def _vram_limit(self, budget: BudgetConfig, vram: int, smallest: int, largest: int) -> int:
+    def _vram_limit(self, vram: int, smallest: int, largest: int) -> int:
         assert self.serving is not None
         room = self.serving.room(vram) - self.ignored
         if room >= smallest:
             return min(room, largest)
         cache, tokens = self.serving.cache_bytes, f"{self.serving.sequences} × {self.serving.context} tokens"
         needed = self.serving.needed(self.loaded(smallest))
-        remedy = "" if budget.kv_cache == "fp8" else ", or set kv_cache: fp8"
+        remedy = "" if self.kv_cache == "fp8" else ", or set kv_cache: fp8"
         beside = "not even the KV cache fits" if self.serving.room(vram) < 0 else "the smallest plan does not fit"
         raise InputError(
             f"budget.vram {memory(vram)}: {beside}; the smallest plan needs {memory(needed)} (weights "
@@ -109,7 +125,9 @@ def measure(
     other_bytes: int,
     serving: Serving | None = None,
 ) -> Sizes:
-    """Sizes of every candidate. `ignored_bytes` counts unquantized tensors, `other_bytes` their entries and files.
+    """Sizes of every candidate, with a KV cache in 16 bits.
+
+    `ignored_bytes` counts unquantized tensors, `other_bytes` their entries and files.
 
     Raises:
         InputError: a group can take none of the formats, or a format fits no group.
@@ -145,6 +163,7 @@ def measure(
         fixed=ignored_bytes + other_bytes + names + _FIXED_BYTES + CARD_BYTES,
         parameters=layout.parameters,
         serving=serving,
+        cache_scales=cache_scale_names(layout.attention),
     )
 
 

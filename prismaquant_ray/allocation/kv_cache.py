@@ -11,14 +11,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prismaquant_ray.errors import InputError
-from prismaquant_ray.records import ServerMemory
+from prismaquant_ray.layout import Layout
+from prismaquant_ray.records import CacheType, ServerMemory
 
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
-_BYTES = {"auto": 2, "bf16": 2, "fp8": 1}
+_BYTES: dict[CacheType, int] = {"bf16": 2, "fp8": 1}
 # vLLM's prefix cache, on by default, keeps the state before the current step beside the current one.
 _STATES = 2
 # A draft head speculates one token: one more state, and one more column of the convolution state.
@@ -52,13 +53,22 @@ class KvCache:
             "draft": per_token * context * self.draft_layers,
         }
 
+    @property
+    def attention_layers(self) -> int:
+        """Layers with a cache that grows."""
+        return self.full_layers + self.sliding_layers + self.draft_layers
+
+    def in_fp8(self) -> KvCache:
+        """The same in one byte an element instead of two; states of linear attention stay as they are."""
+        return replace(self, token_bytes=self.token_bytes // 2)
+
     def total(self, context: int, sequences: int) -> int:
         """Bytes of all layers."""
         return sum(self.parts(context, sequences).values())
 
 
-def kv_cache(text: Any, *, kv_cache: str, draft_layers: int = 0) -> KvCache:
-    """The cache from the text part of a transformers configuration; `kv_cache` is auto, bf16 or fp8.
+def kv_cache(text: Any, *, kv_cache: CacheType, draft_layers: int = 0) -> KvCache:
+    """The cache from the text part of a transformers configuration.
 
     Raises:
         InputError: the model's cache is not understood; a budget in `bytes` or `bpp` still works.
@@ -77,6 +87,22 @@ def kv_cache(text: Any, *, kv_cache: str, draft_layers: int = 0) -> KvCache:
         state_bytes=_state_bytes(text, _SPECULATIVE if draft_layers else 0) if _LINEAR in kinds else 0,
         window=_positive(text, "sliding_window") if _SLIDING in kinds else 0,
     )
+
+
+def cache_stays(layout: Layout, reason: str) -> InputError:
+    """The error of a model whose KV cache cannot be rounded."""
+    return InputError(f"the KV cache of {layout.architecture} stays in 16 bits: {reason}; write kv_cache: bf16")
+
+
+def check_rounded(layout: Layout, text: Any, drafts: int) -> None:
+    """Raise InputError unless the keys and values of every layer that caches them can be rounded and scaled."""
+    if layout.kept_cache is not None:
+        raise cache_stays(layout, layout.kept_cache)
+    layers = kv_cache(text, kv_cache="fp8", draft_layers=drafts).attention_layers
+    if layers != len(layout.attention):
+        raise cache_stays(
+            layout, f"{layers} layers cache keys and values, and those of {len(layout.attention)} are seen when it runs"
+        )
 
 
 def draft_layers(text: Any, tensors: Iterable[str]) -> int:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prismaquant_ray.backward.cache_pricing import NO_SCALES, CachePricing
 from prismaquant_ray.backward.loss import DRAFT, Loss
 from prismaquant_ray.backward.price import Split
 from prismaquant_ray.backward.pricing import Passed, Pricing
-from prismaquant_ray.block_records import BackwardRecord
+from prismaquant_ray.block_records import BackwardRecord, CacheScales
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.factors import Equalization, factors_of
 from prismaquant_ray.formats import FormatName
@@ -45,6 +46,7 @@ class BlockBackward:
         formats: Sequence[FormatName],
         candidates: CandidateTensors,
         equalization: Equalization = (),
+        cache: Mapping[str, CacheScales] = NO_SCALES,
     ) -> None:
         self.runner = runner
         self.block: Block = runner.layout.blocks[index]
@@ -52,6 +54,7 @@ class BlockBackward:
         self.formats = tuple(formats)
         self._graph: Recomputed | None = None
         self.pricing = Pricing(self.block, self.module, formats, candidates, runner.copies, factors_of(equalization))
+        self.cache_pricing = CachePricing(self.block, cache, equalization, runner.device)
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The block's output for hidden (sequences, tokens, H); its graph is held until `backward`."""
@@ -71,7 +74,7 @@ class BlockBackward:
 
     def finish(self, split: Split) -> BackwardRecord:
         """Prices per token; InputError when no gradient reached the block."""
-        return self.pricing.finish(split)
+        return replace(self.pricing.finish(split), cache=self.cache_pricing.finish(split.tokens))
 
     def recompute(self, hidden: Tensor, batch: Batch) -> Recomputed:
         """Run the block with a graph for hidden (sequences, tokens, H)."""
@@ -88,15 +91,18 @@ class BlockBackward:
         captured = graph.captured
         parameters = list(captured.outputs)
         watched = [captured.entries[name] for name in parameters] + [captured.outputs[name] for name in parameters]
+        watched += [each for name in self.cache_pricing.scales for each in captured.cached[name]]
         gradient, *inside = torch.autograd.grad(graph.output, [graph.hidden, *watched], grad_output)
         checked = [gradient]
         if self.formats:
-            at_inputs, at_outputs = inside[: len(parameters)], inside[len(parameters) :]
+            count = len(parameters)
+            at_inputs, at_outputs = inside[:count], inside[count : 2 * count]
             with torch.no_grad():
                 passed = dict(zip(parameters, map(Passed, at_inputs, at_outputs), strict=True))
                 # A NaN gradient yields a NaN price.
                 priced = self.pricing.add(captured, passed, holdout)
                 checked += [] if priced is None else [priced]
+                checked += self.cache_pricing.add(captured.cached, inside[2 * count :], len(holdout))
         name = self.block.prefix or self.block.groups[0].name
         self.runner.checks.add(f"{name} has NaN or infinite gradients; is the checkpoint intact?", *checked)
         return gradient
@@ -116,9 +122,10 @@ class HeadBackward:
         candidates: CandidateTensors,
         loss: Loss,
         equalization: Equalization = (),
+        cache: Mapping[str, CacheScales] = NO_SCALES,
     ) -> None:
         self.runner = runner
-        self.block_pass = BlockBackward(runner, index, formats, candidates, equalization)
+        self.block_pass = BlockBackward(runner, index, formats, candidates, equalization, cache)
         self.block = self.block_pass.block
         self.loss = loss
         self.tokens = 0

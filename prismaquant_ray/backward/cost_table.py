@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,16 @@ from prismaquant_ray.layout import BlockKind, FusedGroup, Layout
 Objective = Literal["token_fisher", "fisher_trace"]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheCost:
+    """Predicted loss increase of an FP8 KV cache in all layers, nats per token; `body` is that without a draft head."""
+
+    cost: float
+    standard_error: float
+    body: float
+    body_standard_error: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CostTable:
     """Predicted loss increase of every fused group in every format, nats per token.
@@ -24,7 +35,8 @@ class CostTable:
     Row i is groups[i], column j is formats[j]; NaN marks a format the group cannot take. `standard_error` belongs
     to `token_fisher`. BF16 is the source and costs nothing, but where factors were folded into it: it is rounded once
     more, which `fisher_trace` prices as errors that are independent of everything. `optimism` is what the prices of
-    rounded weights were multiplied by: they are taken on tokens that those were fitted to.
+    rounded weights were multiplied by: they are taken on tokens that those were fitted to. `cache` is what an FP8 KV
+    cache costs, None where a layer's cannot be rounded.
     """
 
     groups: tuple[str, ...]
@@ -33,6 +45,7 @@ class CostTable:
     fisher_trace: NDArray[np.float64]
     standard_error: NDArray[np.float64]
     optimism: Mapping[FormatName, Optimism]
+    cache: CacheCost | None = None
 
     def cost(self, objective: Objective) -> NDArray[np.float64]:
         """The table a plan minimises."""
@@ -86,6 +99,30 @@ def cost_table(
         fisher_trace=trace,
         standard_error=error,
         optimism=optimistic,
+        cache=_cache_cost(layout, backward, draft_weight),
+    )
+
+
+def _cache_cost(layout: Layout, backward: Mapping[int, BackwardRecord], draft_weight: float) -> CacheCost | None:
+    """One item of the whole model: a server has one type of cache for all layers."""
+    if layout.kept_cache is not None:
+        return None
+    priced = [
+        (block.kind is BlockKind.DRAFT, backward[block.index].cache.get(attention.name))
+        for block in layout.blocks
+        for attention in block.attention
+    ]
+    found = [(drafts, price) for drafts, price in priced if price is not None]
+    if len(found) < len(priced):
+        return None
+    weights = np.array([draft_weight if drafts else 1.0 for drafts, _ in found])
+    body = np.array([not drafts for drafts, _ in found])
+    costs, errors = (np.array([getattr(price, name) for _, price in found]) for name in ("cost", "standard_error"))
+    return CacheCost(
+        cost=math.fsum(weights * costs),
+        standard_error=float(np.linalg.norm(weights * errors)),
+        body=math.fsum(costs[body]),
+        body_standard_error=float(np.linalg.norm(errors[body])),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
 
+from prismaquant_ray.compressed.cache_scales import rounds_cache
 from prismaquant_ray.compressed.decoded_repository import divisor_caveats, fused_apart
 from prismaquant_ray.compressed.quantized_modules import QuantizedModule
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, INPUT_SCALE, WEIGHT_GLOBAL_SCALE
@@ -26,7 +27,7 @@ _CACHE = tuple(f"{part}_{what}" for part in ("q", "k", "v", "output") for what i
 
 def scheme_caveats(scheme: Mapping[str, Any], schemes: Mapping[str, QuantizationScheme]) -> Iterator[str]:
     """One line for each part of a quantization_config that is not simulated."""
-    if scheme.get("kv_cache_scheme"):
+    if scheme.get("kv_cache_scheme") and not rounds_cache(scheme):
         yield "the keys and values of the cache are not rounded (kv_cache_scheme)"
     for route, group in schemes.items():
         if group.weights is None:

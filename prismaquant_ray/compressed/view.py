@@ -18,6 +18,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
+from prismaquant_ray.cache_rounding import CacheScale
 from prismaquant_ray.compressed.activations import (
     InputRounding,
     StoredRoundings,
@@ -25,6 +26,7 @@ from prismaquant_ray.compressed.activations import (
     format_of_weights,
     unroundable_because,
 )
+from prismaquant_ray.compressed.cache_scales import read_cache_scales, rounds_cache
 from prismaquant_ray.compressed.caveats import cache_tensors, fused_caveats, scheme_caveats
 from prismaquant_ray.compressed.decoded_repository import ModuleDecoder, decoded_outputs
 from prismaquant_ray.compressed.foreign_modules import foreign_module, needs_shape, scheme_with_format
@@ -42,7 +44,7 @@ from prismaquant_ray.compressed.quantized_modules import (
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
-from prismaquant_ray.layout import LinearSpec
+from prismaquant_ray.layout import CachedAttention, LinearSpec
 from prismaquant_ray.repository.shards import Output
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.files import INDEX
@@ -95,6 +97,7 @@ class RepositoryView:
         self._schemes: dict[str, QuantizationScheme] = {}
         self._caveats: tuple[str, ...] = ()
         self._outputs: dict[str, Output] | None = None
+        self._rounds_cache = False
         self.tensors = source.tensors
         self.config = source.config
         if not is_quantized(source):
@@ -103,6 +106,7 @@ class RepositoryView:
             return
         scheme = read_quantization_config(source, beyond_weights=("transform_config", "sparsity_config"))
         schemes = {route: scheme_with_format(group) for route, group in scheme["config_groups"].items()}
+        self._rounds_cache = rounds_cache(scheme)
         self._caveats = tuple(scheme_caveats(scheme, schemes))
         cache = cache_tensors(source, scheme, schemes)
         coded = list(coded_modules(source, scheme, cache))
@@ -167,6 +171,14 @@ class RepositoryView:
         A static scale is read on access of its module; InputError if it is not a positive number.
         """
         return StoredRoundings(self._source, self.modules, self._schemes)
+
+    def cache_scales(self, attention: Sequence[CachedAttention]) -> dict[str, CacheScale]:
+        """The scales of an FP8 KV cache for these attentions; none where the cache is not rounded, or not as here.
+
+        Raises:
+            InputError: a scale is not a positive number, or has a shape that vLLM does not take.
+        """
+        return read_cache_scales(self._source, attention) if self._rounds_cache else {}
 
     # Figures ----------------------------------------------------------------------------------------------------
 

@@ -14,12 +14,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prismaquant_ray.block_records import CacheScales
+from prismaquant_ray.cache_rounding import CacheScale, scales_of
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.compressed.activations import InputRounding
 from prismaquant_ray.factors import Equalization, factors_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder
 from prismaquant_ray.layout import Block, BlockKind
+from prismaquant_ray.model.attention_cache import watching
 from prismaquant_ray.model.runner import ModelRunner
 
 
@@ -32,16 +35,21 @@ class EncodedBlocks(Protocol):
     def equalization(self, block: int) -> Equalization:
         """The folds of a block with their factors."""
 
+    def cache(self, block: int) -> Mapping[str, CacheScales]:
+        """The scales of an FP8 cache of a block, by attention."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
     """A model to measure: a `choice` of stored candidates by fused group, or None for the repository.
 
-    Without `activations` only its weights are rounded.
+    Without `activations` only its weights are rounded. With `cache` keys and values are rounded, too, as an FP8 cache
+    does; a repository says itself whether it has one.
     """
 
     choice: Mapping[str, FormatName] | None
     activations: bool
+    cache: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -57,10 +65,11 @@ Replacements = Mapping[str, Replacement]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class QuantizedModel:
-    """A repository as it runs: a runner of its decoded weights, and input roundings by module name."""
+    """A repository as it runs: a runner of its decoded weights, input roundings by module name, scales of its cache."""
 
     runner: ModelRunner
     roundings: Mapping[str, InputRounding]
+    cache: Mapping[str, CacheScale]
 
 
 class Variants:
@@ -93,7 +102,21 @@ class Variants:
         """A block of every row, with its weights."""
         block = self.source.layout.blocks[index]
         modules = {runner: runner.load_block(index) for runner in dict.fromkeys(self.runners)}
-        return LoadedBlock(self.runners, block, modules, self._replacements(block, modules[self.source]))
+        caches = [{}, *(self._cache(block, variant) for variant in self.variants)]
+        return LoadedBlock(self.runners, block, modules, self._replacements(block, modules[self.source]), caches)
+
+    def _cache(self, block: Block, variant: Variant) -> Mapping[str, CacheScale]:
+        """The scales that a block's cache is rounded with, by attention; none where it stays as it is."""
+        if not variant.activations:
+            return {}
+        if variant.choice is None:
+            assert self.repository is not None
+            return {each.name: self.repository.cache[each.name] for each in block.attention if self.repository.cache}
+        if not variant.cache or not block.attention:
+            return {}
+        assert self.stored is not None
+        folds = [fold for fold, _ in self.stored.equalization(block.index)]
+        return scales_of(block, self.stored.cache(block.index), folds, variant.choice)
 
     @contextmanager
     def resident(self, part: Callable[[ModelRunner], Any]) -> Iterator[None]:
@@ -201,7 +224,7 @@ class Variants:
 
 
 class LoadedBlock:
-    """A block of every row. `modules` are by runner, `replacements` by row."""
+    """A block of every row. `modules` are by runner, `replacements` and scales of rounded `caches` by row."""
 
     def __init__(
         self,
@@ -209,11 +232,13 @@ class LoadedBlock:
         block: Block,
         modules: Mapping[ModelRunner, nn.Module],
         replacements: Sequence[Replacements],
+        caches: Sequence[Mapping[str, CacheScale]],
     ) -> None:
         self.runners = tuple(runners)
         self.block = block
         self.modules = modules
         self.replacements = tuple(replacements)
+        self.caches = tuple(caches)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -223,8 +248,11 @@ class LoadedBlock:
     def row(self, row: int, hidden: Tensor, batch: Batch) -> Tensor:
         """Output of the block of one row."""
         runner = self.runners[row]
-        module = self.modules[runner]
-        with replaced(module, self.replacements[row], runner.dtype):
+        module, scales = self.modules[runner], self.caches[row]
+        with ExitStack() as stack:
+            stack.enter_context(replaced(module, self.replacements[row], runner.dtype))
+            if scales:
+                stack.enter_context(watching(module, self.block, lambda name, *pair: scales[name].rounded(*pair)))
             return runner.run_block(self.block.index, module, hidden, batch.inputs)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.block_records import ForwardRecord, LinearRounding
+from prismaquant_ray.cache_rounding import cache_scales
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.copies import HostCopies
 from prismaquant_ray.fold import Fold
@@ -25,7 +26,7 @@ from prismaquant_ray.forward.gptq import HessianFactor
 from prismaquant_ray.forward.kept_rows import KeptRows
 from prismaquant_ray.forward.routed_inputs import RoutedInputs
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums, divided
-from prismaquant_ray.layout import Block, BlockKind, FusedGroup, InputGroup, LinearSpec, Matrix
+from prismaquant_ray.layout import Block, BlockKind, CachedAttention, FusedGroup, InputGroup, LinearSpec, Matrix
 from prismaquant_ray.model.capture import CapturedActivations, capture_activations
 from prismaquant_ray.model.runner import ModelRunner
 
@@ -66,6 +67,8 @@ class BlockForward:
         self.rounding = rounding
         self.dense: dict[str, InputSums] = {}
         self.routed: dict[str, RoutedInputs] = {}
+        # By attention: max |k| (), and |v| of every channel (heads · size,).
+        self.cached: dict[str, tuple[Tensor, Tensor]] = {}
         for group in self.block.inputs if formats else ():
             if group.experts is None:
                 self.dense[group.name] = InputSums(group.in_features, runner.device)
@@ -100,6 +103,10 @@ class BlockForward:
         return output
 
     def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
+        for name, (key, value) in captured.cached.items():
+            found = key.abs().amax().float(), value.abs().amax((0, 2)).flatten().float()
+            before = self.cached.get(name, found)
+            self.cached[name] = torch.maximum(before[0], found[0]), torch.maximum(before[1], found[1])
         for name, sums in self.dense.items():
             # Rows are tokens of a sequence or patches of an image; `held_out` holds for all rows of one.
             x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
@@ -135,9 +142,14 @@ class BlockForward:
             experts=experts,
             folds=[fold for fold, _ in folds.chosen],
             storing=folds.storing(),
+            cache={each.name: cache_scales(each, *self.cached[each.name], folds.chosen) for each in self._seen()},
         )
         factors = {str(index): s.cpu().contiguous() for index, (_, s) in enumerate(folds.chosen)}
         return BlockCandidates(tensors=found.tensors, factors=factors, record=record)
+
+    def _seen(self) -> list[CachedAttention]:
+        """The attentions that ran."""
+        return [each for each in self.block.attention if each.name in self.cached]
 
     def _folds(self, statistics: Mapping[str, InputStatistics]) -> BlockFolds:
         """The folds of the block, with the factors of all that are not those of experts."""

@@ -11,7 +11,8 @@ from torch import nn
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.families import Family
 from prismaquant_ray.families.base import NOT_A_LINEAR
-from prismaquant_ray.layout import Block, BlockKind, FusedGroup, LinearSpec, Matrix, Parameter
+from prismaquant_ray.layout import Block, BlockKind, CachedAttention, FusedGroup, LinearSpec, Matrix, Parameter
+from prismaquant_ray.model.attention_cache import cached_paths
 from prismaquant_ray.model.experts import is_packed, unquantizable
 from prismaquant_ray.model.naming import Naming
 from prismaquant_ray.model.rehearsal import NOTHING, Found
@@ -32,15 +33,22 @@ class BlockLayouts:
         self.reasons = dict(family.ignored)
         self.rule_of = {member: rule for rule in family.fused for member in rule.members}
         self.siblings = {name: names[0] for names in family.siblings for name in names}
+        #: Why the KV cache cannot be rounded, if something was found.
+        self.kept_cache: str | None = None
 
     def block(self, index: int, kind: BlockKind, prefix: str, module: nn.Module, found: Found = NOTHING) -> Block:
         """Block `index` of a module at the path `prefix`; InputError for a tensor that is missing or misshapen."""
-        return self.block_of(
-            index, kind, prefix, self.parameters(prefix, module), self.matrices(prefix, module, found=found)
-        )
+        parameters, matrices = self.parameters(prefix, module), self.matrices(prefix, module, found=found)
+        return self.block_of(index, kind, prefix, parameters, matrices, self._attention(kind, prefix, module))
 
     def block_of(
-        self, index: int, kind: BlockKind, prefix: str, parameters: tuple[Parameter, ...], matrices: Sequence[Matrix]
+        self,
+        index: int,
+        kind: BlockKind,
+        prefix: str,
+        parameters: tuple[Parameter, ...],
+        matrices: Sequence[Matrix],
+        attention: tuple[CachedAttention, ...] = (),
     ) -> Block:
         """Block `index` of these parameters and matrices."""
         by_item: dict[str, list[Matrix]] = {}
@@ -57,7 +65,21 @@ class BlockLayouts:
             source_bytes=sum(
                 self.checkpoint.tensors[tensor].nbytes for parameter in parameters for tensor in parameter.tensors
             ),
+            attention=attention,
         )
+
+    def _attention(self, kind: BlockKind, prefix: str, module: nn.Module) -> tuple[CachedAttention, ...]:
+        """The attentions of a block whose cache is seen; none in a vision tower, which has none."""
+        if kind not in (BlockKind.DECODER, BlockKind.DRAFT):
+            return ()
+        paths, unseen = cached_paths(module)
+        found = [(self.names.module(".".join(part for part in (prefix, path) if part)), path) for path in paths]
+        lost = next((name for name, _ in found if name.rpartition(".")[2] == "attn"), None)
+        if unseen is not None:
+            self.kept_cache = f"{unseen} does more with its cache than to add keys and values to it"
+        elif lost is not None:
+            self.kept_cache = f"vLLM does not find scales of a module that is called {lost}"
+        return tuple(CachedAttention(name=name, path=path) for name, path in found)
 
     def parameters(self, prefix: str, module: nn.Module) -> tuple[Parameter, ...]:
         """Every parameter and persistent buffer of a module at `prefix`."""

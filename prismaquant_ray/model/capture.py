@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.layout import Block, InputGroup, Matrix
+from prismaquant_ray.model.attention_cache import Watch, watching
 from prismaquant_ray.model.experts import Routing
 
 
@@ -19,6 +20,7 @@ class CapturedActivations:
     `inputs` by input group: (sequences, tokens, I), or for experts rows (R, I) sorted by expert, with their `routing`.
     `outputs` by parameter: (sequences, tokens, O) of a Linear, or rows (R, O) of a packed matrix. `entries` by
     parameter: a view of its input that nothing else reads, so that its gradient is that through this parameter alone.
+    `cached` by attention: the keys and values that it caches (sequences, heads, tokens, size).
     """
 
     def __init__(self) -> None:
@@ -26,11 +28,12 @@ class CapturedActivations:
         self.entries: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.routing: dict[str, Routing] = {}
+        self.cached: dict[str, tuple[Tensor, Tensor]] = {}
 
 
 @contextmanager
 def capture_activations(module: nn.Module, block: Block) -> Iterator[CapturedActivations]:
-    """Record every input group and the output of every parameter of its matrices.
+    """Record every input group, the output of every parameter of its matrices, and what is cached.
 
     Raises:
         InputError: Linears that should share an input do not. Then the family's fused rules are wrong, and every
@@ -51,7 +54,8 @@ def capture_activations(module: nn.Module, block: Block) -> Iterator[CapturedAct
                 handles.append(submodule.register_forward_pre_hook(_entering(captured, group.name, parameter)))
                 handles.append(submodule.register_forward_hook(_leaving(captured, parameter)))
     try:
-        yield captured
+        with watching(module, block, _caching(captured)):
+            yield captured
     finally:
         for handle in handles:
             handle.remove()
@@ -76,6 +80,15 @@ def _entering(captured: CapturedActivations, group: str, parameter: str) -> Any:
 def _leaving(captured: CapturedActivations, parameter: str) -> Any:
     def record(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         captured.outputs[parameter] = output
+
+    return record
+
+
+def _caching(captured: CapturedActivations) -> Watch:
+    def record(name: str, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        # Views, which nothing else reads: some attentions use what they cached in other ways, too.
+        found = captured.cached[name] = key.view_as(key), value.view_as(value)
+        return found
 
     return record
 

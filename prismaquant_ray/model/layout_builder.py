@@ -153,6 +153,7 @@ class _Builder:
             top_k=getattr(config.get_text_config(), "num_experts_per_tok", 0),
             row_width=embedding_module.weight.shape[1] if carried is None else carried.width,
             tied=self._tied(),
+            kept_cache=self._kept_cache(),
         )
         if not layout.groups:
             within = f"{self.names.module(self.meta_model.blocks_path)}."
@@ -271,6 +272,14 @@ class _Builder:
         names = {id(module): self.names.tensor(f"{path}{WEIGHT}") for path, module in model.named_modules()}
         pair = names[id(embedding)], names[id(output)]
         return pair if self.checkpoint.tensors.keys() >= {*pair} else None
+
+    def _kept_cache(self) -> str | None:
+        """Why the KV cache cannot be rounded."""
+        if getattr(self.meta_model.config.get_text_config(), "kv_lora_rank", None):
+            return "vLLM does not find scales in the attention of a model that caches latent vectors"
+        if self.block_layouts.kept_cache is None and not any(block.attention for block in self.blocks):
+            return "no layer has keys and values to cache"
+        return self.block_layouts.kept_cache
 
     def _add_head(self, path: str, module: nn.Linear) -> None:
         name = self.names.module(path)

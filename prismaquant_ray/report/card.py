@@ -6,6 +6,7 @@ files and modules are untrusted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
@@ -90,15 +91,22 @@ class _Tables:
             f"whole model (budget: {shipped.budget})",
         )
         yield "Formats", ", ".join(f"{share.groups} groups {share.format}" for _, share, _ in self.view.formats)
-        yield (
-            "Predicted loss",
-            f"{predicted.cost:.5f} ± {predicted.standard_error:.5f} nats per token above the source's",
-        )
+        plan = self.view.plan
+        assert predicted.cost is not None
+        assert predicted.standard_error is not None
+        cost, error = predicted.cost + plan.kv_cache_loss, math.hypot(predicted.standard_error, plan.kv_cache_error)
+        yield "Predicted loss", f"{cost:.5f} ± {error:.5f} nats per token above the source's"
         yield (
             "",
             f"rounded weights alone {predicted.weight_cost:.5f}, activations {predicted.activation_cost:.5f}; the rest "
             "is of both together",
         )
+        if plan.kv_cache == "fp8":
+            yield (
+                "KV cache",
+                f"FP8, with a scale for the keys and one for the values of each layer; {plan.kv_cache_loss:.5f} of the "
+                "predicted loss",
+            )
         yield "Speed", f"{plan_times(self.view.plan.times)}; computed from its data sheet, for the Linears alone"
         measured = self.view.measured
         if measured is None:

@@ -57,7 +57,7 @@ class CardView:
 
     @cached_property
     def predicted(self) -> Share:
-        """Its predicted loss, with the parts of rounded weights and of rounded activations by themselves."""
+        """The predicted loss of its formats, with the parts of rounded weights and of activations by themselves."""
         return share(self.shipped.prices, range(len(self.chosen)), self.chosen)
 
     @property
@@ -139,9 +139,10 @@ class CardView:
         return plans[start : start + _BUDGETS]
 
     def predicted_loss(self, plan: PlanFindings) -> float | None:
-        """Predicted loss of a plan."""
-        return predicted_loss(self.shipped.prices, decoded(plan.choice, self.findings.formats))
+        """Predicted loss of a plan, its KV cache included."""
+        found = predicted_loss(self.shipped.prices, decoded(plan.choice, self.findings.formats))
+        return None if found is None else found + plan.kv_cache_loss
 
     def measured_of(self, plan: PlanFindings) -> MeasuredLosses | None:
         """Measured losses of a plan's choice."""
-        return self.shipped.measured.get(plan.choice)
+        return self.shipped.measured.get((plan.choice, plan.kv_cache))

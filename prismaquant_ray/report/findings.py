@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prismaquant_ray.events import PlacedRepository
 from prismaquant_ray.records import (
+    CacheType,
     Divergence,
     EvaluationText,
     Knee,
@@ -72,7 +73,10 @@ class MeasuredLosses:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanFindings:
-    """A plan; `choice` has one letter per group, in the groups' order, `groups` counts them by format."""
+    """A plan; `choice` has one letter per group, in the groups' order, `groups` counts them by format.
+
+    `kv_cache_loss` is the part of `predicted_loss` that a rounded KV cache costs, with its standard error.
+    """
 
     target: str
     bpp: float
@@ -87,6 +91,9 @@ class PlanFindings:
     standard_error: float | None
     choice: str
     measured: MeasuredLosses | None
+    kv_cache: CacheType = "bf16"
+    kv_cache_loss: float = 0.0
+    kv_cache_error: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,7 +80,7 @@ def gather(
             SurfaceCurve(
                 prefill=curve.prefill,
                 bpp=[planner.sizes.bpp(int(size)) for size in curve.bytes],
-                predicted_loss=curve.cost.tolist(),
+                predicted_loss=(curve.cost + planner.cache_cost(planner.fixed_cache).cost).tolist(),
             )
             for curve in surface(planner)
         ],
@@ -197,13 +197,17 @@ def _plan(plan: PlanRecord, layout: Layout, measured: MeasuredPlans | None) -> P
         standard_error=plan.standard_error if plan.objective == "token_fisher" else None,
         choice=groups.encoded(plan.choice, layout),
         measured=measured_of(measured, plan),
+        kv_cache=plan.kv_cache,
+        kv_cache_loss=plan.kv_cache_loss,
+        kv_cache_error=plan.kv_cache_error,
     )
 
 
 def uniform(
     columns: GroupColumns, formats: Sequence[FormatFindings], planner: Planner, measured: MeasuredPlans | None
 ) -> list[UniformFindings]:
-    """Every group in one format."""
+    """Every group in one format, with the KV cache of the sweep's plans."""
+    cache = planner.cache_cost(planner.fixed_cache)
     sizes, times, limits = planner.sizes, planner.times, planner.config.allocation.limits
     parameters = sum(columns.parameters)
     stored = {str(name): int(sizes.stored[:, i].sum()) + sizes.fixed for i, name in enumerate(sizes.formats)}
@@ -219,9 +223,11 @@ def uniform(
                 weight_bytes=size,
                 repository_bytes_at_most=None if size is None else stored[name],
                 times=None if size is None else times.of_plan(uniform_columns(sizes, FormatName(name)), limits),
-                predicted_loss=cost,
-                standard_error=None if cost is None else groups.root_sum_square(columns.standard_error[name]),
-                measured=measured_uniform(measured, name),
+                predicted_loss=None if cost is None else cost + cache.cost,
+                standard_error=None
+                if cost is None
+                else groups.root_sum_square([*columns.standard_error[name], cache.standard_error]),
+                measured=measured_uniform(measured, name, planner.fixed_cache),
             )
         )
     return found

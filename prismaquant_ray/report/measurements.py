@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.layout import Layout
-from prismaquant_ray.records import MeasuredPlan, MeasuredPlans, PlanRecord
+from prismaquant_ray.records import CacheType, MeasuredPlan, MeasuredPlans, PlanRecord
 from prismaquant_ray.report.findings import MeasuredFindings, MeasuredLosses, OtherMeasured
 from prismaquant_ray.report.groups import encoded
 
@@ -14,22 +14,24 @@ from prismaquant_ray.report.groups import encoded
 def measured_of(measured: MeasuredPlans | None, plan: PlanRecord) -> MeasuredLosses | None:
     """Measured losses of a plan, matched by target and choice; None if there are none."""
     plans = [entry for entry in measured.plans if entry.kind == "plan"] if measured else []
-    same = [entry for entry in plans if entry.target == plan.target and entry.choice == plan.choice]
+    wanted = plan.target, plan.choice, plan.kv_cache
+    same = [entry for entry in plans if (entry.target, entry.choice, entry.kv_cache) == wanted]
     return _losses(same[-1]) if same else None
 
 
-def measured_choices(measured: MeasuredPlans | None, layout: Layout) -> dict[str, MeasuredLosses]:
-    """Measured losses by choice (one letter per group), for any target."""
-    found: dict[str, MeasuredLosses] = {}
+def measured_choices(measured: MeasuredPlans | None, layout: Layout) -> dict[tuple[str, CacheType], MeasuredLosses]:
+    """Measured losses by choice (one letter per group) and type of KV cache, for any target."""
+    found: dict[tuple[str, CacheType], MeasuredLosses] = {}
     for entry in measured.plans if measured else ():
         if entry.choice.keys() == layout.block_of.keys():
-            found.setdefault(encoded(entry.choice, layout), _losses(entry))
+            found.setdefault((encoded(entry.choice, layout), entry.kv_cache), _losses(entry))
     return found
 
 
-def measured_uniform(measured: MeasuredPlans | None, name: str) -> MeasuredLosses | None:
-    """Measured losses with one format everywhere."""
-    entries = [entry for entry in measured.plans if _uniform(entry) == name] if measured else []
+def measured_uniform(measured: MeasuredPlans | None, name: str, cache: CacheType) -> MeasuredLosses | None:
+    """Measured losses with one format everywhere, and this type of KV cache."""
+    plans = measured.plans if measured else []
+    entries = [entry for entry in plans if _uniform(entry) == name and entry.kv_cache == cache]
     return _losses(entries[-1]) if entries else None
 
 

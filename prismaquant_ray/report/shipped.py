@@ -17,7 +17,7 @@ from prismaquant_ray.allocation.plans import Choice
 from prismaquant_ray.config import Config
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.layout import BlockKind, Layout
-from prismaquant_ray.records import MeasuredPlans, PlanRecord, TakenText
+from prismaquant_ray.records import CacheType, MeasuredPlans, PlanRecord, TakenText
 from prismaquant_ray.report.findings import MeasuredLosses
 from prismaquant_ray.report.group_findings import Gain, GroupColumns
 from prismaquant_ray.report.groups import group_columns, inside
@@ -115,7 +115,7 @@ class Shipped:
     `equalized` counts the inputs whose channels are scaled in what ships, `ruled` says whether settings other than the
     budget limited the choice. `prices` are under `token_fisher`, in nats per token, for any objective. `config` is
     YAML. Sizes are bytes, `bpp` is bits per quantizable parameter. `measured` has measured losses by choice (one letter
-    per group), for any target.
+    per group) and type of KV cache, for any target.
     """
 
     source: Source
@@ -125,7 +125,7 @@ class Shipped:
     bits_all_parameters: float
     weight_bytes: int
     prices: GroupColumns
-    measured: Mapping[str, MeasuredLosses]
+    measured: Mapping[tuple[str, CacheType], MeasuredLosses]
     formats: tuple[ShippedFormat, ...]
     modules: tuple[ModuleRow, ...]
     ignored: tuple[Ignored, ...]

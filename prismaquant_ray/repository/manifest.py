@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.parsing import MalformedError
@@ -30,13 +30,15 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 class Manifest:
     """`prismaquant.json` as programs read it: what it does not say is None or empty.
 
-    `files` are all files with their bytes, `sha256` their digests, `choice` is the format of every group.
+    `files` are all files with their bytes, `sha256` their digests, `choice` is the format of every group. `kv_cache` is
+    set where the KV cache is in FP8.
     """
 
     schema: int | None = None
     kind: str | None = None
     complete: bool = False
     choice: dict[str, str] | None = None
+    kv_cache: Literal["fp8"] | None = None
     files: dict[str, int] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -21,8 +21,12 @@ from prismaquant_ray.spelling import EXPERT
 Choice = Mapping[str, FormatName]
 
 
-def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] | None:
-    """The configuration for a choice, or None when nothing is quantized.
+#: vLLM takes 8-bit floats under one scale for all keys and one for all values, and then caches in FP8 by itself.
+KV_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+def build_quantization_config(layout: Layout, choice: Choice, *, cache: bool = False) -> dict[str, Any] | None:
+    """The configuration for a choice, with an FP8 KV cache if `cache`, or None when nothing is quantized.
 
     Raises:
         InputError: the choice does not fit the layout.
@@ -41,23 +45,28 @@ def build_quantization_config(layout: Layout, choice: Choice) -> dict[str, Any] 
             key = json.dumps(scheme)
             schemes[key] = scheme
             members.setdefault(key, []).append(linear.name)
-    if not members:
+    if not members and not cache:
         return None
     compressions = {scheme["format"] for scheme in schemes.values()}
     return {
         "quant_method": "compressed-tensors",
         # Without it transformers treats the weights as uncompressed and computes NaN.
         "quantization_status": "compressed",
-        "format": compressions.pop() if len(compressions) == 1 else "mixed-precision",
+        "format": common_format(compressions),
         "config_groups": {
             f"group_{index}": {"targets": targets(layout, names), **schemes[key]}
             for index, (key, names) in enumerate(members.items())
         },
         "ignore": targets(layout, ignored),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": dict(KV_CACHE_SCHEME) if cache else None,
         "global_compression_ratio": None,
         "version": version("compressed-tensors"),
     }
+
+
+def common_format(formats: Collection[str]) -> str:
+    """The format of a whole configuration, from those of its groups; without any only the cache is quantized."""
+    return next(iter(formats)) if len(formats) == 1 else "mixed-precision" if formats else "dense"
 
 
 def check_choice(layout: Layout, choice: Choice) -> None:

@@ -21,7 +21,13 @@ from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fitting import formats_of
 from prismaquant_ray.layout import FusedGroup, Layout
-from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config, config_group
+from prismaquant_ray.repository.quantization_config import (
+    KV_CACHE_SCHEME,
+    Choice,
+    build_quantization_config,
+    common_format,
+    config_group,
+)
 
 #: last part of a fused module's name → last parts of its members' names
 FusedMapping = Mapping[str, Sequence[str]]
@@ -113,8 +119,8 @@ def unreadable_because(config: Any) -> str | None:
     return None
 
 
-def config_problems(config: Any) -> Iterator[str]:
-    """Problems of a configuration that do not depend on the model."""
+def config_problems(config: Any, *, cache: bool = False) -> Iterator[str]:
+    """Problems of a configuration that do not depend on the model; `cache` says whether it has an FP8 KV cache."""
     unreadable = unreadable_because(config)
     if unreadable is None and not isinstance(config.get("ignore"), list):
         unreadable = "it has no list to ignore"
@@ -126,12 +132,15 @@ def config_problems(config: Any) -> Iterator[str]:
         yield "quantization_config: quant_method is not compressed-tensors"
     if config.get("quantization_status") != "compressed":
         yield "quantization_config: quantization_status is not compressed; transformers would compute NaN"
-    if config.get("kv_cache_scheme") is not None:
+    scheme = config.get("kv_cache_scheme")
+    if cache and scheme != KV_CACHE_SCHEME:
+        yield "quantization_config: kv_cache_scheme is not that of an FP8 cache; its scales would not be used"
+    if not cache and scheme is not None:
         yield "quantization_config: kv_cache_scheme asks for scales that the repository does not hold"
     formats = {entry.get("format") for entry in groups.values()}
     if None in formats:
         yield "quantization_config: a config group has no format of its own; vLLM would not know FP8"
-    elif config.get("format") != (formats.pop() if len(formats) == 1 else "mixed-precision"):
+    elif config.get("format") != common_format(formats):
         yield f"quantization_config: format {config.get('format')} is not that of its groups"
 
 

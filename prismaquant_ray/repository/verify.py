@@ -11,8 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from prismaquant_ray.cache_rounding import CacheScale, scale_tensors
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
@@ -29,11 +31,11 @@ from prismaquant_ray.repository.tensor_checks import (
     shared_scale_problems,
     weight_problems,
 )
-from prismaquant_ray.repository.writer import REWRITTEN, bits
+from prismaquant_ray.repository.writer import NO_CACHE, REWRITTEN, bits
 from prismaquant_ray.source.checkpoint import as_tensor, read_header
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.source.folded import FoldedSource
-from prismaquant_ray.source.header import TensorInfo
+from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo
 from prismaquant_ray.source.protocol import Piece, TensorSource
 from prismaquant_ray.source.ranges import parts, read_pieces, threads
 from prismaquant_ray.storage.prefix import Prefix, get_json
@@ -65,23 +67,30 @@ class VerifyReport:
 
 
 def verify_repository(
-    repository: Prefix, source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates | None
+    repository: Prefix,
+    source: TensorSource,
+    layout: Layout,
+    choice: Choice,
+    candidates: Candidates | None,
+    *,
+    cache: Mapping[str, CacheScale] = NO_CACHE,
 ) -> VerifyReport:
     """Re-read a repository with threads; each holds a batch of modules or tensors in memory at a time.
 
-    Without candidates, weights are not compared with the stored ones; everything else is checked.
+    Without candidates, weights are not compared with the stored ones; everything else is checked. `cache` has the
+    scales of an FP8 KV cache, by attention.
 
     Raises:
         InputError: the choice does not fit the layout.
     """
     check_choice(layout, choice)
-    check = _Check(repository, source, layout, choice)
+    check = _Check(repository, source, layout, choice, scale_tensors(cache))
     with ThreadPoolExecutor(threads(), thread_name_prefix="verify") as pool:
         # Digests first: one task per shard, the longest tasks.
         digests = {file: pool.submit(stored_digest, repository, file, check.sizes[file]) for file in check.shards}
         weights = [pool.submit(check.weights, block, candidates) for block in layout.blocks]
         passed = [pool.submit(check.passthrough, names) for names in check.kept()]
-        problems = [*check.index(), *check.names(), *check.config()]
+        problems = [*check.index(), *check.names(), *check.config(), *check.cache()]
         problems += [problem for found in (*weights, *passed) for problem in found.result()]
         problems += check.files()
         problems += check.manifest({file: digest.result() for file, digest in digests.items()})
@@ -100,7 +109,10 @@ def verify_repository(
 class _Check:
     """One repository under verification; each method yields the problems it finds."""
 
-    def __init__(self, repository: Prefix, source: TensorSource, layout: Layout, choice: Choice) -> None:
+    def __init__(
+        self, repository: Prefix, source: TensorSource, layout: Layout, choice: Choice, scales: Mapping[str, Tensor]
+    ) -> None:
+        self.scales = scales
         self.repository = repository
         self.source = source
         self.layout = layout
@@ -133,6 +145,8 @@ class _Check:
         for name, linear in quantized:
             entries = shipped(name, linear)
             self.expected |= {f"{module}.{suffix}": e for module in linear.names for suffix, e in entries.items()}
+
+        self.expected |= {name: (DTYPE_NAMES[scale.dtype], tuple(scale.shape)) for name, scale in scales.items()}
 
     def bits(self) -> tuple[float, float]:
         return bits(self.source, self.layout, {name: info.nbytes for name, info in self.tensors.items()})
@@ -201,6 +215,8 @@ class _Check:
             return
         if body.get("complete") is not True:
             yield f"{MANIFEST} says that writing did not end"
+        if body.get("kv_cache") != ("fp8" if self.scales else None):
+            yield f"{MANIFEST} has another type of KV cache"
         if body.get("choice") != {group: str(name) for group, name in self.choice.items()}:
             yield f"{MANIFEST} has another choice of formats"
         for file, size in _mapping(body, "files").items():
@@ -224,14 +240,22 @@ class _Check:
         if problems:
             return
         if config is None:
-            if any(FORMATS[name].codec for name in self.choice.values()):
+            if self.scales or any(FORMATS[name].codec for name in self.choice.values()):
                 yield f"{CONFIG} has no quantization_config"
             return
-        found = list(routing.config_problems(config))
+        found = list(routing.config_problems(config, cache=bool(self.scales)))
         yield from found
         if not found:
             modules = dict.fromkeys(name.rpartition(".")[0] for name in self.source.tensors)
             yield from routing.route_problems(config, self.layout, self.choice, modules)
+
+    def cache(self) -> Iterator[str]:
+        """The scales of the KV cache are those that were measured."""
+        there = [name for name in self.scales if not self._differs(name)]
+        for info, data in read_pieces((self.repository, self.tensors[name]) for name in there):
+            found, scale = as_tensor(data, info.dtype, info.shape), self.scales[info.name]
+            if not torch.equal(found, scale):
+                yield f"{info.name} is {found.item()}, {scale.item()} was measured"
 
     # Contents -------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
+from prismaquant_ray.cache_rounding import CacheScale, scale_tensors
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.forward.candidates import Candidates
@@ -20,9 +24,12 @@ from prismaquant_ray.repository.manifest import MANIFEST, MANIFEST_SCHEMA, READM
 from prismaquant_ray.repository.quantization_config import Choice, build_quantization_config
 from prismaquant_ray.repository.shards import Output, write_shards
 from prismaquant_ray.source.files import CONFIG, INDEX
+from prismaquant_ray.source.in_memory import InMemory
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.storage.prefix import Prefix
 
+#: Of a repository whose KV cache stays in 16 bits.
+NO_CACHE: Mapping[str, CacheScale] = MappingProxyType({})
 #: Files of the source that are rewritten.
 REWRITTEN = (CONFIG, MANIFEST)
 # Tensors counted in bits per parameter; the few scalars per matrix are not.
@@ -60,22 +67,24 @@ def write_repository(
     candidates: Candidates,
     output: Prefix,
     *,
+    cache: Mapping[str, CacheScale] = NO_CACHE,
     max_shard_bytes: int = 5_000_000_000,
     manifest: Mapping[str, Any],
     card: Callable[[Written], bytes] | None = None,
 ) -> WrittenRepository:
     """Write the repository for a choice; `manifest` goes into prismaquant.json under `run`.
 
-    `card` makes README.md; without it the source's is copied. Shards hold the tensors in the source's order and are
-    streamed tensor by tensor. A quantized repository of ours at `output` is replaced, not atomically.
+    `cache` has the scales of an FP8 KV cache by attention; without any the cache stays in 16 bits. `card` makes
+    README.md; without it the source's is copied. Shards hold the tensors in the source's order, scales of the cache
+    last, and are streamed tensor by tensor. A quantized repository of ours at `output` is replaced, not atomically.
 
     Raises:
         InputError: the source is quantized or incomplete, or `output` holds anything else.
     """
     if any("quantization_config" in part for part in (source.config, source.config.get("text_config") or {})):
         raise InputError(f"{source.store.uri} is already quantized (config.json); start from the BF16 model")
-    config = build_quantization_config(layout, choice)
-    copies = _copies(source, layout, choice, candidates)
+    config = build_quantization_config(layout, choice, cache=bool(cache))
+    copies = _copies(source, layout, choice, candidates, scale_tensors(cache))
     stale = claim(output, {"schema": MANIFEST_SCHEMA})
     shards = write_shards(output, copies, limit=max_shard_bytes)
     sizes = {copy.name: copy.nbytes for copy in copies}
@@ -100,6 +109,7 @@ def write_repository(
     files, digests = sizes_and_digests(shards, small | {INDEX: index, CONFIG: config_json})
     names = {group: str(name) for group, name in choice.items()}
     body = {"schema": MANIFEST_SCHEMA, "complete": True, "run": dict(manifest), "choice": names, "files": files}
+    body |= {"kv_cache": "fp8"} if cache else {}
     manifest_json = as_json(body | {"sha256": digests, "bpp": bpp, "bits_all_parameters": bits_all_parameters})
     output.put(MANIFEST, manifest_json)
     output.put(INDEX, index)
@@ -128,8 +138,10 @@ def _counted(layout: Layout) -> set[str]:
     return shipped | {source for linear in layout.linears() for source in linear.sources}
 
 
-def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates) -> list[Output]:
-    """All tensors of the output: the source's, with quantized weights replaced by their candidates' tensors."""
+def _copies(
+    source: TensorSource, layout: Layout, choice: Choice, candidates: Candidates, scales: Mapping[str, Tensor]
+) -> list[Output]:
+    """All tensors of the output: the source's, with quantized weights replaced by their candidates' tensors; scales."""
     replaced: dict[str, list[Output]] = {}
     for block in layout.blocks:
         for group in block.groups:
@@ -146,6 +158,7 @@ def _copies(source: TensorSource, layout: Layout, choice: Choice, candidates: Ca
             copies += replaced.pop(tensor)
         else:
             copies.append(Output.copy(source.piece(tensor)))
+    copies += [Output.copy(piece) for piece in InMemory(scales).pieces]
     if replaced:
         raise InputError(f"{source.store.uri}: tensor {min(replaced)} is missing; the checkpoint is incomplete")
     seen: set[str] = set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -27,19 +27,23 @@ class BudgetConfig(Section):
         "its GPU memory.",
     )
     sequences: int = Field(default=1, ge=1, description="Sequences in the KV cache.")
-    kv_cache: Literal["auto", "bf16", "fp8"] = Field(
-        default="auto", description="Type of the KV cache; `auto` is the model's own 16 bits."
-    )
     margin: Margin = Field(
         default=0.15, description="Memory kept free for everything else: a share of the GPU memory, or bytes."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _moved(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "kv_cache" in body:
+            raise ValueError("kv_cache is a setting of its own now; write kv_cache: fp8 beside budget, not in it")
+        return body
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
         if sum(getattr(self, kind) is not None for kind in BUDGETS) != 1:
             raise ValueError("give exactly one of bpp, bytes and vram")
         fields = type(self).model_fields
-        given = (name for name in ("sequences", "kv_cache", "margin") if getattr(self, name) != fields[name].default)
+        given = (name for name in ("sequences", "margin") if getattr(self, name) != fields[name].default)
         if self.context is None and (self.vram is not None or any(given)):
             raise ValueError("context is missing: the KV cache is computed for so many tokens of every sequence")
         return self
@@ -48,5 +52,5 @@ class BudgetConfig(Section):
     def target(self) -> str:
         """Its name in the run store, e.g. 5.5bpp."""
         if self.vram is not None:
-            return f"{self.vram}B-vram-{self.sequences}x{self.context}-{self.kv_cache}"
+            return f"{self.vram}B-vram-{self.sequences}x{self.context}"
         return f"{self.bpp:g}bpp" if self.bpp is not None else f"{self.bytes}B"

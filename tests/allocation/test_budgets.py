@@ -67,7 +67,7 @@ def test_kv_cache_of_qwen36_27b() -> None:
 
 def test_kv_cache_of_qwen36_35b_a3b() -> None:
     """10 of 40 layers attend, with 2 heads of 256; no draft: two states, and three columns of 8,192 channels."""
-    cache = kv_cache(shipped("qwen3.6-35b-a3b"), kv_cache="auto")
+    cache = kv_cache(shipped("qwen3.6-35b-a3b"), kv_cache="bf16")
     assert (cache.full_layers, cache.linear_layers) == (10, 30)
     assert cache.token_bytes == 2 * 2 * 256 * 2 == 2048
     assert cache.state_bytes == 2 * (3 * (2 * 16 * 128 + 32 * 128) * 2 + 32 * 128 * 128 * 4) == 4_292_608
@@ -79,7 +79,7 @@ def test_kv_cache_of_smollm2() -> None:
         text_of(
             model_type="llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
         ),
-        kv_cache="auto",
+        kv_cache="bf16",
     )
     assert cache.token_bytes == 2 * 3 * 64 * 2 == 768
     assert cache.total(2048, 4) == 4 * 2048 * 30 * 768 == 188_743_680
@@ -111,9 +111,9 @@ def test_kv_cache_of_gemma_3_27b_keeps_a_window_in_five_of_six_layers() -> None:
 
 def test_a_window_counts_where_the_model_uses_it() -> None:
     mistral = text_of(model_type="mistral", sliding_window=4096)
-    assert kv_cache(mistral, kv_cache="auto").sliding_layers == 32
-    assert kv_cache(text_of(model_type="mistral", sliding_window=None), kv_cache="auto").full_layers == 32
-    assert kv_cache(text_of(model_type="qwen2", sliding_window=4096), kv_cache="auto").sliding_layers == 0
+    assert kv_cache(mistral, kv_cache="bf16").sliding_layers == 32
+    assert kv_cache(text_of(model_type="mistral", sliding_window=None), kv_cache="bf16").full_layers == 32
+    assert kv_cache(text_of(model_type="qwen2", sliding_window=4096), kv_cache="bf16").sliding_layers == 0
 
 
 def test_a_draft_head_counts_when_its_tensors_are_there() -> None:
@@ -135,7 +135,7 @@ def test_a_cache_that_is_not_understood_is_refused(change: dict[str, Any], messa
     for name, value in change.items():
         setattr(text, name, value)
     with pytest.raises(InputError, match=message) as caught:
-        kv_cache(text, kv_cache="auto")
+        kv_cache(text, kv_cache="bf16")
     assert "give budget.bytes or budget.bpp" in str(caught.value)
 
 
@@ -332,7 +332,7 @@ def test_memory_below_the_cache_alone_is_one_clear_refusal() -> None:
     assert "kv_cache: fp8" in message
     assert "\n" not in message
     with pytest.raises(InputError, match=r"sequences or margin$"):
-        sizes.limit(BudgetConfig(vram=200_000, context=100, kv_cache="fp8"))
+        sizes.in_fp8().limit(BudgetConfig(vram=100_000, context=100))
     needed = 300_000 + 1000 + smallest_stored(sizes)
     assert sizes.limit(BudgetConfig(vram=needed, context=100)) == smallest_stored(sizes)
     with pytest.raises(InputError, match="the smallest plan does not fit"):
@@ -341,7 +341,8 @@ def test_memory_below_the_cache_alone_is_one_clear_refusal() -> None:
 
 def test_inspect_says_what_memory_is_made_of(tmp_path: Path) -> None:
     overrides = [f"store.run={tmp_path / 'run'}", f"store.output={tmp_path / 'out'}"]
-    budget = "budget={vram: 32GB, context: 32768, sequences: 4, kv_cache: fp8, margin: 4GB}"
+    overrides.append("kv_cache=fp8")
+    budget = "budget={vram: 32GB, context: 32768, sequences: 4, margin: 4GB}"
     result = inspect(
         load_config(ROOT / "configs/models/qwen3.6-27b/inspect.yaml", [*overrides, budget]), machines=["1x80GB"]
     )
@@ -350,7 +351,7 @@ def test_inspect_says_what_memory_is_made_of(tmp_path: Path) -> None:
     assert vram.total == 32 * GB
     assert vram.margin == 4 * GB
     assert vram.kv_cache == 4 * (32_768 * 17 * 2048 + 48 * 9_682_944)
-    assert vram.weights == 32 * GB - 4 * GB - vram.kv_cache == result.budget_bytes + kept_bytes(result)
+    assert vram.weights == 32 * GB - 4 * GB - vram.kv_cache == result.budget_bytes + kept_bytes(result) + 17 * 2 * 4
     assert memory(vram).startswith("32.00 GB = weights 21.5")
     with pytest.raises(InputError, match="not even the KV cache fits"):
         inspect(
@@ -440,7 +441,7 @@ def test_a_repository_with_the_largest_card_is_within_its_bytes(tmp_path: Path, 
 
 def test_memory_of_a_plan_is_every_tensor_the_repository_holds_and_the_rest(tmp_path: Path, measured: Config) -> None:
     text = text_of(**json.loads((Path(measured.model.source) / "config.json").read_text()))
-    cache = kv_cache(text, kv_cache="auto").total(64, 3)
+    cache = kv_cache(text, kv_cache="bf16").total(64, 3)
     assert cache == 3 * 64 * 3 * (2 * 2 * 16 * 2)
     fits = Run(measured).sizes.loaded(smallest_stored(Run(measured).sizes))
     vram = fits + 4000 + cache + 10_000

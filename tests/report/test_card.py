@@ -115,7 +115,7 @@ def made_up(
         bits_all_parameters=6.5,
         weight_bytes=10**11,
         prices=findings.groups,
-        measured={plan.choice: plan.measured for plan in findings.plans if plan.measured},
+        measured={(plan.choice, plan.kv_cache): plan.measured for plan in findings.plans if plan.measured},
         formats=tuple(map(share, formats)),
         modules=(ModuleRow(kind="decoder layers", name=name, counts=counts),),
         ignored=(Ignored(reason=name, names={name: 94}),),

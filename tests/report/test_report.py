@@ -586,7 +586,7 @@ def test_an_error_says_how_many_digits_count(value: float, error: float) -> None
         (formatting.seconds(0.065), "65 ms"),
         (formatting.target("5.5bpp"), "5.5\u00a0bpp"),
         (formatting.target("19000000000B"), "19.0\u00a0GB"),
-        (formatting.target("24000000000B-vram-2x32768-auto"), "24.0\u00a0GB of VRAM (2 x 32768 tokens)"),
+        (formatting.target("24000000000B-vram-2x32768"), "24.0\u00a0GB of VRAM (2 x 32768 tokens)"),
         (formatting.change(-0.5), "−50.0\u00a0%"),
     ],
 )

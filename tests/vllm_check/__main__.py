@@ -50,6 +50,7 @@ def main() -> None:
                 report["problems"] = ["vLLM does not serve the repository"]
             else:
                 report |= _verdict(report, _report(copy, log), Path(served), Path(copy))
+            report["repository"] = job.repository
             Path(job.report).write_text(json.dumps(report, indent=1))
             sys.stdout.write("".join(f"{line}\n" for line in [job.repository, *_summary(report)]))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
@@ -61,6 +62,15 @@ def describe(model: nn.Module, repository: Path, reference: Path | None) -> list
             elif isinstance(module, LinearBase | ParallelLMHead):
                 reports.append(_linear(module, path, names, copy if reference else None))
     return reports
+
+
+def caches(model: nn.Module) -> list[Report]:
+    """One entry an attention with a KV cache: its type, and what keys and values are divided by before it."""
+    return [
+        {"name": path, "type": module.kv_cache_dtype, "scales": [module._k_scale_float, module._v_scale_float]}
+        for path, module in model.named_modules()
+        if isinstance(module, Attention)
+    ]
 
 
 def is_quantized(repository: Path) -> bool:

@@ -119,13 +119,17 @@ def _options(task: Task) -> dict[str, Any]:
 
 
 def _layers(engine: Any, task: Task) -> dict[str, Any]:
-    from tests.vllm_check.layers import describe
+    from tests.vllm_check.layers import caches, describe
 
     directory, reference = Path(task.directory), None if task.reference is None else Path(task.reference)
-    report = {"layers": describe(_runner(engine).model, directory, reference)}
+    report = {
+        "layers": describe(_runner(engine).model, directory, reference),
+        "caches": caches(_runner(engine).model),
+    }
     if task.draft:
         # The draft layer borrows the output head.
         known = {layer["name"] for layer in report["layers"]}
+        report["draft_caches"] = caches(_runner(engine).drafter.model)
         found = describe(_runner(engine).drafter.model, directory, reference)
         report["draft_layers"] = [layer for layer in found if layer["name"] not in known]
     return report
