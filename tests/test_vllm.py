@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.repositories import rewrite
-from tests.served import ARCHITECTURES, FAMILIES, VISION_FAMILIES, make_repository
+from tests.served import ARCHITECTURES, FAMILIES, OTHERS, VISION_FAMILIES, make_repository
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def served(
     directory = tmp_path_factory.mktemp("served")
     jobs, expected = [], {}
     for name in names:
-        repository, copy, expected[name] = make_repository(directory / name, name.partition(" ")[0])
+        repository, copy, expected[name] = make_repository(directory / name, name)
         if name in FAULTS:
             FAULTS[name](repository, copy, expected[name])
         sees = name in VISION_FAMILIES
@@ -79,7 +79,7 @@ def served_formats(report: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.serves(name)) for name in (*FAMILIES, *ARCHITECTURES)]
+    "name", [pytest.param(name, marks=pytest.mark.serves(name)) for name in (*FAMILIES, *OTHERS, *ARCHITECTURES)]
 )
 def test_vllm_serves_what_was_chosen(
     name: str, served: Callable[[str], Served], record_property: Callable[[str, object], None]

@@ -47,7 +47,7 @@ class Fp8BlockCodec(E4m3Codec):
         return scale.to(torch.float32)
 
 
-def round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001 - scales are dynamic
+def round_of_groups(x: Tensor, input_scale: Tensor | None) -> Tensor:  # noqa: ARG001 - scales are dynamic
     """Round x (T, I) under scales amax / 448 of 128 columns."""
     values = grouped(x, x.shape[-1] // SIZE)
     scale = divided_by(values.abs().amax(-1, keepdim=True), E4M3_MAX)
@@ -83,7 +83,7 @@ CODEC = Fp8BlockCodec()
 FORMAT = Format(
     name=FormatName.FP8_BLOCK,
     codec=CODEC,
-    round_activation=round_activation,
+    round_activation=round_of_groups,
     activation_scaling=Scaling.GROUP,
     compression="float-quantized",
     scheme=_scheme,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import Format, Served
-from prismaquant_ray.formats.packed_int import PackedIntCodec, scheme
+from prismaquant_ray.formats.packed_int import PackedIntCodec, weight_scheme
 
 CODEC = PackedIntCodec(3)
 FORMAT = Format(
     name=FormatName.INT3A16,
     codec=CODEC,
     compression="pack-quantized",
-    scheme=scheme(CODEC),
+    scheme=weight_scheme(CODEC),
     summary="3-bit integer weights, BF16 scales per 128; 16-bit activations",
     letter="T",
     colours=("#b9cf5e", "#1f2a00"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import Format, Served, in_float32
 from prismaquant_ray.formats.grids import pack_nibbles, unpack_nibbles
-from prismaquant_ray.formats.packed_int import PackedIntCodec, scheme
+from prismaquant_ray.formats.packed_int import PackedIntCodec, weight_scheme
 
 
 class Int4Codec(PackedIntCodec):
@@ -28,7 +28,7 @@ FORMAT = Format(
     name=FormatName.INT4,
     codec=CODEC,
     compression="pack-quantized",
-    scheme=scheme(CODEC),
+    scheme=weight_scheme(CODEC),
     summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",
     letter="I",
     colours=("#cfe08a", "#1f2a00"),

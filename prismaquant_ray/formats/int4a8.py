@@ -16,7 +16,7 @@ from prismaquant_ray.formats.base import VLLM, Format, Scaling, Served
 from prismaquant_ray.formats.fp8 import FORMAT as FP8
 from prismaquant_ray.formats.grids import E4M3_MAX, divided_by, round_e4m3
 from prismaquant_ray.formats.int4 import Int4Codec
-from prismaquant_ray.formats.packed_int import scheme
+from prismaquant_ray.formats.packed_int import weight_scheme
 
 WIDTH = 128
 #: The smallest scale of a row that vLLM makes, 1 / (448 · 512); scales below 448 of it are kept to 2⁻⁹.
@@ -63,7 +63,7 @@ CODEC = TwoLevelInt4Codec()
 
 def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:
     activations = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
-    return scheme(CODEC)(in_features)[0], activations
+    return weight_scheme(CODEC)(in_features)[0], activations
 
 
 FORMAT = Format(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import Format, Served
-from prismaquant_ray.formats.packed_int import PackedIntCodec, scheme
+from prismaquant_ray.formats.packed_int import PackedIntCodec, weight_scheme
 
 CODEC = PackedIntCodec(6)
 FORMAT = Format(
     name=FormatName.INT6A16,
     codec=CODEC,
     compression="pack-quantized",
-    scheme=scheme(CODEC),
+    scheme=weight_scheme(CODEC),
     summary="6-bit integer weights, BF16 scales per 128; 16-bit activations",
     letter="S",
     colours=("#e0a15c", "#2b1300"),

@@ -37,6 +37,10 @@ class Int8ChannelCodec(Bf16ScaleCodec):
         """The whole row."""
         return in_features
 
+    def scale_candidates(self, amax: Tensor, global_scale: Tensor | None, multipliers: Tensor) -> Tensor:  # noqa: ARG002
+        """The nearest scale alone."""
+        return self.nearest_scale(amax, global_scale).unsqueeze(0)
+
     def round(self, x: Tensor) -> Tensor:
         """Nearest integer in −128…127, ties to even: the grid's values, by fewer operations."""
         return x.round().clamp_(-128, 127)

@@ -7,7 +7,7 @@ from typing import Any
 from prismaquant_ray.formats import FormatName, mx
 from prismaquant_ray.formats.base import VLLM, Format, Scaling, Served
 from prismaquant_ray.formats.fp8_block import CODEC as FP8_BLOCK
-from prismaquant_ray.formats.fp8_block import SIZE, activation_args, round_activation
+from prismaquant_ray.formats.fp8_block import SIZE, activation_args, round_of_groups
 from prismaquant_ray.formats.mxfp4 import CODEC
 
 
@@ -18,7 +18,7 @@ def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:
 FORMAT = Format(
     name=FormatName.MXFP4A8,
     codec=CODEC,
-    round_activation=round_activation,
+    round_activation=round_of_groups,
     activation_codec=FP8_BLOCK,
     activation_scaling=Scaling.GROUP,
     compression="mxfp4-pack-quantized",

@@ -75,7 +75,7 @@ class PackedIntCodec(Bf16ScaleCodec):
         return torch.arange(0, count * step, step, dtype=torch.int32, device=device)
 
 
-def scheme(codec: PackedIntCodec) -> Callable[[int], tuple[dict[str, Any], None]]:
+def weight_scheme(codec: PackedIntCodec) -> Callable[[int], tuple[dict[str, Any], None]]:
     """`Format.scheme` of weights alone, by the width that a row has."""
 
     def found(in_features: int) -> tuple[dict[str, Any], None]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fp8_block import CODEC, SIZE
 from prismaquant_ray.layout import Block, Matrix
 from prismaquant_ray.source.checkpoint import as_tensor
@@ -50,7 +50,7 @@ def stored_scales(source: TensorSource, names: Sequence[str]) -> dict[str, Tenso
 
 def kept_parameters(source: TensorSource, block: Block, formats: Sequence[FormatName]) -> set[str]:
     """Parameters of a block that no factors may change, because their weights can pass through."""
-    if FormatName.FP8_BLOCK not in formats:
+    if not any(FORMATS[name].codec is CODEC for name in formats):
         return set()
     passed = {name for group in block.groups for matrix in group.matrices for name in _names(matrix)}
     passed = {name for name in passed if _has_blocks(source, name)}

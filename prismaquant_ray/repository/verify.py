@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fp8_block import CODEC as FP8_BLOCK
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
 from prismaquant_ray.forward.passed_blocks import passed_scales, stored_scales
@@ -279,7 +280,7 @@ class _Check:
                 yield from weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
         for matrix in group.matrices:
             yield from shared_scale_problems(matrix, shared)
-            if name is FormatName.FP8_BLOCK and passed_scales(self.source, matrix) is not None:
+            if codec is FP8_BLOCK and passed_scales(self.source, matrix) is not None:
                 yield from self._passed(matrix)
 
     def _passed(self, matrix: Matrix) -> Iterator[str]:

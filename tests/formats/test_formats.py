@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import pytest
@@ -19,6 +20,7 @@ from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Format, Rounded, Tensors, experts_of, grouped, stack
 from prismaquant_ray.formats.grids import e8m0_value, snap
 from prismaquant_ray.formats.nvfp4 import divisor
+from prismaquant_ray.forward.scale_search import ScaleSearch, searched
 from tests.reference.codecs import nearest_rounding, with_scale
 
 CODED = [f for f in FORMATS.values() if f.codec is not None]
@@ -336,6 +338,41 @@ def test_mxfp8_never_clips(weight: Tensor) -> None:
     assert (amax <= 448 * codec.scale_value(codec.nearest_scale(amax, None), None)).all()
 
 
+def test_blocks_have_one_power_of_two_that_requantizing_leaves() -> None:
+    codec = FORMATS[FormatName.FP8_BLOCK].codec
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    weight *= torch.logspace(-3, 3, 300).unsqueeze(1)
+    tensors = codec.pack(nearest_rounding(codec, weight))
+    assert tensors["weight_scale"].shape == (3, 2)
+    decoded = codec.decode(tensors).float()
+    for row, column in product(range(3), range(2)):
+        place = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+        scale = float(tensors["weight_scale"][row, column])
+        amax = float(weight[place].abs().max())
+        assert scale == 2.0 ** math.ceil(math.log2(amax / 448))
+        # vLLM, for DeepGEMM: the block's largest weight over 448, raised to a power of two, and codes under that.
+        again = 2.0 ** math.ceil(math.log2(float(decoded[place].abs().max()) / 448))
+        assert torch.equal((decoded[place] / again).to(torch.float8_e4m3fn).float() * again, decoded[place])
+
+
+def test_scales_under_8_bit_activations_survive_what_the_kernel_makes_of_them() -> None:
+    codec = FORMATS[FormatName.INT4A8].codec
+    weight = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-5, 2, 64).unsqueeze(1)
+    weight *= torch.logspace(-2, 0, 8).repeat_interleave(128)
+    importance = torch.ones(1024)
+    for rounded in (nearest_rounding(codec, weight), searched(weight, codec, None, importance, ScaleSearch())):
+        scale = rounded.scale.float()
+        of_row = (scale.amax(-1, keepdim=True) / 448).clamp(min=1 / (448 * 512))
+        e = ((scale / of_row).to(torch.float8_e4m3fn).float() / 8).to(torch.float8_e4m3fn).float()
+        served = e * (8 * of_row)
+        small = (of_row <= 1 / (448 * 512)).flatten()
+        assert small.any() and not small.all()
+        assert torch.equal(served[~small], scale[~small])
+        assert ((served - scale).abs() <= 2.0**-8 * scale).all()
+    # The search has something to choose from all the same.
+    assert (rounded.scale != nearest_rounding(codec, weight).scale).any()
+
+
 @pytest.mark.parametrize("k", [-100, -9, 0, 1, 100])
 def test_mxfp8_keeps_a_group_that_ends_exactly_at_the_end_of_the_grid(k: int) -> None:
     codec = FORMATS[FormatName.MXFP8].codec
@@ -440,7 +477,7 @@ def test_activation_rounding_is_that_of_compressed_tensors(format_: Format, dtyp
     assert torch.equal(x, before)
 
 
-def test_integer_activations_are_rounded_as_vllm_rounds_them_under_a_scale_that_compressed_tensors_has_nearly() -> None:
+def test_integer_activations_are_rounded_as_vllm_rounds_them() -> None:
     format_ = FORMATS[FormatName.INT8]
     x = activations()[::4, :96]
     rounded = format_.round_activation(x, None)

@@ -15,6 +15,7 @@ from jobs.pipeline.diagnosis import doctor
 from jobs.pipeline.repository_evaluation import evaluate
 from jobs.pipeline.stages import quantize
 from prismaquant_ray.config import Config
+from prismaquant_ray.formats import FormatName
 from prismaquant_ray.serialization import to_json
 from tests import inprocess
 from tests.architectures import WORKING, make_architecture
@@ -23,7 +24,7 @@ from tests.runs import configuration, digests, full_configuration
 from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
 from tests.tiny_families import VISION_FAMILIES, make_family
 
-FORMATS = "formats=[INT4, MXFP4, NVFP4, NVFP4A16, FP8, MXFP8, BF16]"
+FORMATS = f"formats=[{', '.join(FormatName)}]"
 
 
 class DeviceWorker(ShardWorker):
