@@ -14,6 +14,8 @@ def refusal(name: FormatName, group: FusedGroup) -> str | None:
     spec = FORMATS[name]
     if group.experts is not None and spec.experts_refused is not None:
         return spec.experts_refused
+    if group.head and spec.head_refused is not None:
+        return spec.head_refused
     if group.experts is not None and spec.scheme is not None:
         # vLLM takes one scheme for all projections of a layer's experts.
         fitting = (linear for linear in group.linears if spec.refusal(*_shape(linear)) is None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.formats import FormatName
-from prismaquant_ray.formats.base import Format, Scaling, Served, grouped
+from prismaquant_ray.formats.base import VLLM, Format, Scaling, Served, grouped
 from prismaquant_ray.formats.e4m3 import E4m3Codec
 from prismaquant_ray.formats.grids import E4M3_MAX, divided_by, e8m0_at_least, e8m0_value, round_e4m3
 
@@ -101,4 +101,5 @@ FORMAT = Format(
             "(VLLM_USE_DEEP_GEMM_E8M0=0 keeps both). Each rank of tensor parallelism needs whole blocks"
         ),
     ),
+    head_refused=f"vLLM {VLLM} cannot load an output head with scales of blocks",
 )

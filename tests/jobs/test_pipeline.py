@@ -37,7 +37,8 @@ from tests.tiny_families import make_family
 
 pytestmark = pytest.mark.slow
 
-ALL_FORMATS = [str(name) for name in FormatName]
+# All that the tiny model's shapes can take; tests/jobs/test_other_formats.py has the others.
+ALL_FORMATS = [str(name) for name in FormatName if name not in ("FP8_BLOCK", "INT4A8", "MXFP4A8")]
 
 
 @pytest.fixture(scope="module")
@@ -572,7 +573,7 @@ def test_formats_that_fit_nowhere_are_refused(tmp_path: Path) -> None:
     refused(configuration(tmp_path, checkpoint, "formats=[NVFP4]"), "can take none of NVFP4")
     for name in ("INT3A16", "INT4", "INT4A8", "MXFP4A8", "INT6A16", "INT8A16", "FP8_BLOCK"):
         config = configuration(tmp_path, checkpoint, f"formats=[{name}, FP8]")
-        refused(config, f"no Linear can take {name}")
+        refused(config, rf"no Linear can take {name} \(in_features 72 is not a multiple of")
         assert not config.store.run.exists()
 
 

@@ -77,7 +77,7 @@ def register() -> None:
     utils.check_cpu_sgl_kernel = lambda *_: False
     kernels._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [_StoredKernel]
     kernels._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU] = [_StoredKernel]
-    kernels._POSSIBLE_KERNELS[PlatformEnum.CPU].append(_StoredKernel)
+    kernels._POSSIBLE_KERNELS[PlatformEnum.CPU].insert(0, _StoredKernel)
     CompressedTensorsConfig._is_fp8_w4a8_sm90 = staticmethod(CompressedTensorsConfig._is_fp8_w4a8)
     registry._run_in_subprocess = lambda inspect: inspect()
     _allow_weight_only_nvfp4()
@@ -125,6 +125,9 @@ _FORMATS = {
 class _Mxfp4Kernel(EmulationMxfp4LinearKernel):
     """vLLM's, which rounds with a package for other hardware: here its weights are right and nothing is rounded."""
 
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
     @classmethod
     def can_implement(cls, config: Any) -> tuple[bool, str | None]:  # noqa: ARG003
         return True, None
@@ -137,7 +140,7 @@ class _Mxfp4Kernel(EmulationMxfp4LinearKernel):
 
 
 class _StoredKernel:
-    """In place of kernels that a CPU does not have: whatever they ask for, the weight that was loaded is multiplied."""
+    """In place of kernels that a CPU does not have: the weight that was loaded is multiplied. INT4 has its own."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -150,9 +153,12 @@ class _StoredKernel:
     def get_min_capability(cls) -> int:
         return -1
 
+    def input_quant_key(self) -> None:
+        return None
+
     @classmethod
-    def can_implement(cls, config: Any) -> tuple[bool, str | None]:  # noqa: ARG003
-        return True, None
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        return getattr(config, "weight_type", None) != scalar_types.uint4b8, "it is INT4"
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         pass
