@@ -47,7 +47,7 @@ OTHERS = ("llama in other formats", "qwen3_moe in other formats", "deepseek_v3_f
 ARCHITECTURES = tuple(name for name, architecture in WORKING.items() if architecture.unserved is None)
 # Whole blocks of 128 × 128, and kernels that take no fewer.
 _BLOCKS = {
-    "qwen3_moe": {"moe_intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 6},
+    "qwen3_moe": {"moe_intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 7},
     "deepseek_v3_fp8": {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128},
 }
 # vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only.

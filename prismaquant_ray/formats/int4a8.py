@@ -20,7 +20,7 @@ from prismaquant_ray.formats.packed_int import weight_scheme
 
 WIDTH = 128
 #: The smallest scale of a row that vLLM makes, 1 / (448 · 512); scales below 448 of it are kept to 2⁻⁹.
-LEAST = 1 / (E4M3_MAX * 512)
+LEAST_OF_ROW = 1 / (E4M3_MAX * 512)
 # The kernel has an eighth of each E4M3 scale, which from here on is exact.
 _LEAST_SCALE = 2.0**-3
 
@@ -52,9 +52,9 @@ class TwoLevelInt4Codec(Int4Codec):
         of_row = divided_by(divided_by(largest, self.grid_max), E4M3_MAX)
         # A mantissa of four bits, so that its products with E4M3 have eight, as BF16 has.
         rounded = ((of_row.view(torch.int32) + (1 << 19)) & -(1 << 20)).view(torch.float32)
-        of_row = torch.where(largest == 0, 1.0, rounded.clamp(min=LEAST))
+        of_row = torch.where(largest == 0, 1.0, rounded.clamp(min=LEAST_OF_ROW))
         e = round_e4m3(divided_by(wanted, self.grid_max) / of_row).clamp_(min=_LEAST_SCALE)
-        e = torch.where((amax == largest) & (rounded >= LEAST), E4M3_MAX, e)
+        e = torch.where((amax == largest) & (rounded >= LEAST_OF_ROW), E4M3_MAX, e)
         return (e * of_row).to(torch.bfloat16)
 
 

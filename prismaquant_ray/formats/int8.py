@@ -15,8 +15,8 @@ from prismaquant_ray.formats.base import Format, Scaling, Served, in_float32
 from prismaquant_ray.formats.channel import Bf16ScaleCodec
 from prismaquant_ray.formats.grids import Grid
 
-#: What the largest activation of a token becomes.
-LARGEST = 127.0
+#: What the largest activation of a token becomes, and the smallest that it becomes of.
+LARGEST, LEAST_TOKEN = 127.0, 2.0**-120
 
 
 class Int8ChannelCodec(Bf16ScaleCodec):
@@ -60,8 +60,8 @@ def _round_activation(x: Tensor, input_scale: Tensor | None) -> Tensor:  # noqa:
     compressed-tensors' scale is amax / 127.5, with which the largest of a token loses half a step.
     """
     amax = x.abs().amax(-1, keepdim=True)
-    # Where amax is zero or nearly, the quotient is infinite, and times zero it is no number.
-    factor = torch.clamp(torch.full_like(amax, LARGEST) / amax, max=torch.finfo(torch.float32).max)
+    # Below, the quotient would be infinite, and times zero no number.
+    factor = torch.full_like(amax, LARGEST) / amax.clamp(min=LEAST_TOKEN)
     return (x * factor).round_().clamp_(-LARGEST, LARGEST).mul_(amax / torch.full_like(amax, LARGEST))
 
 

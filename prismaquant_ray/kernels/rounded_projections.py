@@ -12,7 +12,7 @@ from torch import Tensor
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Scaling
 from prismaquant_ray.formats.grids import E4M3, E4M3_MAX
-from prismaquant_ray.formats.int8 import LARGEST
+from prismaquant_ray.formats.int8 import LARGEST, LEAST_TOKEN
 from prismaquant_ray.formats.nvfp4 import ZERO_SCALE
 from prismaquant_ray.kernels.grid import constants, on_grid
 
@@ -24,7 +24,7 @@ _STATIC = tl.constexpr(int(Scaling.STATIC))
 _POWER_OF_TWO = tl.constexpr(int(Scaling.POWER_OF_TWO))
 _INTEGER = tl.constexpr(int(Scaling.INTEGER))
 _LARGEST = tl.constexpr(LARGEST)
-_FLOAT_MAX = tl.constexpr(torch.finfo(torch.float32).max)
+_LEAST = tl.constexpr(LEAST_TOKEN)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _E4M3_NORMAL = tl.constexpr(E4M3.smallest_normal)
 _E4M3_STEP = tl.constexpr(E4M3.step)
@@ -109,7 +109,7 @@ def projections_kernel(
             of_group = amax[:, None] if BY_TOKEN else tl.max(tl.abs(groups), 2)
             scale = _activation_scale(of_group, input_scale, SCALING, GRID_MAX, EXPONENT)[:, :, None]
             if SCALING == _INTEGER:
-                factor = tl.minimum(tl.div_rn(tl.zeros_like(of_group) + _LARGEST, of_group), _FLOAT_MAX)
+                factor = tl.div_rn(tl.zeros_like(of_group) + _LARGEST, tl.maximum(of_group, _LEAST))
                 scaled = groups * factor[:, :, None]
             else:
                 scaled = tl.div_rn(groups, scale + tl.zeros_like(groups))
