@@ -33,7 +33,7 @@ def test_a_whole_job_in_every_format_prices_writes_and_verifies_it(tmp_path: Pat
     assert max(total[name] for name in (F.FP8_BLOCK, F.FP8, F.INT8)) < total[F.INT4]
     kept = (F.NVFP4A16, F.INT3A16, F.INT4, F.INT6A16, F.INT8A16)
     assert all((group[name].activation_cost == 0) == (name in kept) for group in groups for name in total)
-    choice = mixed(run.layout)
+    choice = mixed(run.layout, tuple(F))
     assert len(set(choice.values())) >= 10
     shipped = known.shipped(choice)
     output = Store(tmp_path / "mixed")
