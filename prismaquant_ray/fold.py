@@ -40,11 +40,15 @@ class Fold:
     multiplied: tuple[FoldMember, ...]
     experts: int | None = None
 
+    @property
+    def parameters(self) -> set[str]:
+        """Everything that it touches."""
+        return {member.parameter for member in (*self.divided, *self.multiplied)}
+
     def is_used(self, block: Block, choice: Mapping[str, FormatName]) -> bool:
         """Whether a plan needs it: not where everything that it touches and that may be quantized stays as it is."""
-        touched = {member.parameter for member in (*self.divided, *self.multiplied)}
         return any(
-            FORMATS[choice[group.name]].codec is not None and not touched.isdisjoint(matrix.parameters)
+            FORMATS[choice[group.name]].codec is not None and not self.parameters.isdisjoint(matrix.parameters)
             for group in block.groups
             for matrix in group.matrices
         )

@@ -90,11 +90,12 @@ class Matrix:
 class FusedGroup:
     """Matrices that must have one format: one allocator item. More than one only for the experts of a layer.
 
-    `name` is the runtime's name for it, or the Linear's own when it is alone.
+    `name` is the runtime's name for it, or the Linear's own when it is alone; `head` says that it is the output head.
     """
 
     name: str
     matrices: tuple[Matrix, ...]
+    head: bool = False
 
     @property
     def linears(self) -> tuple[LinearSpec, ...]:

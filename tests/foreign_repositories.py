@@ -52,8 +52,8 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str]] = {
     "mxfp6a16": (scheme("MXFP6A16"), "W6A16 float group 32"),
     "fp8 dynamic": (scheme("FP8_DYNAMIC"), "FP8"),
     "fp8 static": (scheme("FP8"), "W8A8 float tensor with static tensor inputs"),
-    "fp8 block": (scheme("FP8_BLOCK"), "W8A8 float block 128×128 with dynamic group 128 inputs"),
-    "int8": (scheme("W8A8"), "W8A8 int channel with dynamic token inputs"),
+    "fp8 block": (scheme("FP8_BLOCK"), "FP8_BLOCK"),
+    "int8": (scheme("W8A8"), "INT8"),
     "int8 asymmetric": (
         QuantizationScheme(
             targets=["Linear"],
@@ -74,8 +74,8 @@ SCHEMES: dict[str, tuple[QuantizationScheme, str]] = {
     "int4 32": (scheme("W4A16", group_size=32), "INT4"),
     "int4 16": (scheme("W4A16", group_size=16), "W4A16 int group 16"),
     "int4 channel": (scheme("W4A16", group_size=None, strategy="channel"), "W4A16 int channel"),
-    "int3": (scheme("W3A16"), "W3A16 int group 128"),
-    "int8a16": (scheme("W8A16"), "W8A16 int group 128"),
+    "int3": (scheme("W3A16"), "INT3A16"),
+    "int8a16": (scheme("W8A16"), "INT8A16"),
     "int4 fp8": (scheme("W4AFP8"), "W4A8 int group 128 with dynamic float token inputs"),
 }
 

@@ -31,6 +31,8 @@ from tests.tiny import make_checkpoint
 from tests.tiny_families import FAMILIES, VISION_FAMILIES, make_family
 
 Choice = dict[str, FormatName]
+#: Formats that the shapes of tiny models take; tests/jobs/test_other_formats.py has all.
+SEVEN = tuple(map(FormatName, ("INT4", "MXFP4", "NVFP4", "NVFP4A16", "FP8", "MXFP8", "BF16")))
 #: The formats of the configurations of tests.
 DEFAULT_FORMATS = (FormatName.NVFP4, FormatName.MXFP8, FormatName.BF16)
 INPUT_DIVISOR = 96.0
@@ -153,7 +155,7 @@ def uniform(layout: Layout, name: FormatName) -> Choice:
     return dict.fromkeys((group.name for group in layout.groups), name)
 
 
-def mixed(layout: Layout, formats: Sequence[FormatName] = tuple(FormatName)) -> Choice:
+def mixed(layout: Layout, formats: Sequence[FormatName] = SEVEN) -> Choice:
     """Formats in turn, shifted from block to block, so that no place in a block has one format throughout.
 
     A group's turn is among the formats that it can take.

@@ -26,6 +26,9 @@ from tests.tiny_families import VISION_FAMILIES, make_family
 #: The default formats, and what limits on time add: all of them in one model.
 FORMATS = (FormatName.NVFP4, FormatName.FP8, FormatName.NVFP4A16, FormatName.MXFP8, FormatName.BF16)
 
+#: The formats that are off by default.
+OTHER_FORMATS = tuple(name for name in FormatName if name not in FORMATS)
+
 #: Models of each family.
 FAMILIES = (
     "llama",
@@ -43,10 +46,17 @@ FAMILIES = (
     "qwen3_5_moe_text",
     "gpt_oss",
 )
+#: Models in formats that are off by default; one of experts, and one whose source has FP8 blocks.
+OTHERS = ("llama in other formats", "qwen3_moe in other formats", "deepseek_v3_fp8 in other formats")
 #: Models of architectures without a family, all but those that vLLM does not have or does not run on a CPU.
 ARCHITECTURES = tuple(name for name, architecture in WORKING.items() if architecture.unserved is None)
 #: Models that are also served with an FP8 KV cache: full and sliding attention, hybrid with a draft head, with sinks.
 CACHED = ("llama", "gemma3_text", "qwen3_5", "gpt_oss")
+# Whole blocks of 128 × 128, and kernels that take no fewer.
+_BLOCKS = {
+    "qwen3_moe": {"moe_intermediate_size": 128, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 7},
+    "deepseek_v3_fp8": {"hidden_size": 256, "intermediate_size": 384, "moe_intermediate_size": 128},
+}
 # vLLM's CPU build knows latent attention of DeepSeek-V3's own widths only.
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "rope_parameters": YARN}
 
@@ -63,15 +73,17 @@ def _cache_in_fp8(directory: Path, scheme: dict[str, Any] | None, scales: dict[s
     rewrite(directory, scale_tensors(scales))
 
 
-def make_repository(directory: Path, family: str, *, cached: bool = False) -> tuple[Path, Path, dict[str, str]]:
+def make_repository(directory: Path, name: str, *, cached: bool = False) -> tuple[Path, Path, dict[str, str]]:
     """A repository, its BF16 copy by `dequantize`, and the format of every module that could be quantized.
 
-    Where they are `cached`, both have an FP8 KV cache with the same scales.
+    The family is the name's first word. Where they are `cached`, both have an FP8 KV cache with the same scales.
     """
+    family, formats = name.partition(" ")[0], OTHER_FORMATS if name in OTHERS else FORMATS
     if family in WORKING:
         source = make_architecture(directory / "source", WORKING[family])
     elif family in TINY:
-        source = make_family(directory / "source", family, **(_LATENT if family.startswith("deepseek") else {}))
+        latent = _LATENT if family.startswith("deepseek") else {}
+        source = make_family(directory / "source", family, **latent, **(_BLOCKS[family] if name in OTHERS else {}))
     else:
         # vLLM's Qwen2 knows no head_dim of its own.
         heads = {"heads": 2, "kv_heads": 1} if family == "qwen2" else {}
@@ -80,11 +92,11 @@ def make_repository(directory: Path, family: str, *, cached: bool = False) -> tu
     tied = family in MODELS and MODELS[family][2]
     kept = tied or family == "gpt_oss" or family in WORKING
     head = f"model.quantize_lm_head={'false' if kept else 'true'}"
-    formats = f"formats=[{', '.join(FORMATS)}]"
-    config = configuration(directory / "run", source, head, formats, images=2 if family in VISION_FAMILIES else 0)
+    listed = f"formats=[{', '.join(formats)}, BF16]" if name in OTHERS else f"formats=[{', '.join(formats)}]"
+    config = configuration(directory / "run", source, head, listed, images=2 if family in VISION_FAMILIES else 0)
     run = Run(config, open_workers=in_process())
     run.measure()
-    choice = mixed(run.layout, FORMATS)
+    choice = mixed(run.layout, formats)
     repository, copy = directory / "repository", directory / "copy"
     known = run.measured()
     shipped = known.shipped(choice)

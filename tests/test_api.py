@@ -144,10 +144,10 @@ def test_a_weight_is_stored_as_a_run_stores_it(name: FormatName, calibrated: boo
     from prismaquant_ray.forward.candidates import shipped
     from prismaquant_ray.layout import LinearSpec
 
-    weight, inputs = draw(48, 128, 0), draw(300, 128, 1)
+    weight, inputs = draw(128, 128, 0), draw(300, 128, 1)
     tensors = quantize_weight(weight, name, inputs if calibrated else None)
-    linear = LinearSpec(name="a", sources=("a.weight",), out_features=48, in_features=128)
-    expected = shipped(name, linear) or {"weight": ("BF16", (48, 128))}
+    linear = LinearSpec(name="a", sources=("a.weight",), out_features=128, in_features=128)
+    expected = shipped(name, linear) or {"weight": ("BF16", (128, 128))}
     if not calibrated:
         expected = {suffix: entry for suffix, entry in expected.items() if suffix != "input_global_scale"}
     assert {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()} == {
@@ -155,7 +155,7 @@ def test_a_weight_is_stored_as_a_run_stores_it(name: FormatName, calibrated: boo
     }
     decoded = dequantize_weight(tensors, name)
     assert decoded.dtype == torch.bfloat16
-    assert float((decoded.float() - weight).square().mean()) < 0.02
+    assert float((decoded.float() - weight).square().mean()) < (0.06 if name == "INT3A16" else 0.02)
 
 
 @settings(max_examples=20, deadline=None)
@@ -178,7 +178,7 @@ def test_calibrated_rounding_is_no_worse_than_nearest_on_the_tokens_that_judge_i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(4, 32), "NVFP5"), "there is no format NVFP5; there are INT4, "),
+        ((torch.zeros(4, 32), "NVFP5"), "there is no format NVFP5; there are INT3A16, "),
         ((torch.zeros(4, 20), "NVFP4"), r"a weight of 4 × 20 cannot be NVFP4 \("),
         ((torch.zeros(4, 4, 32), "NVFP4"), "a weight has two dimensions"),
         ((torch.zeros(4, 32), "NVFP4", torch.zeros(8, 16)), r"inputs must be \(tokens, 32\)"),

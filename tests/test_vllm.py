@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.repositories import rewrite
-from tests.served import ARCHITECTURES, CACHED, FAMILIES, VISION_FAMILIES, make_repository
+from tests.served import ARCHITECTURES, CACHED, FAMILIES, OTHERS, VISION_FAMILIES, make_repository
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,8 @@ def served(
     jobs, expected = [], {}
     for name in names:
         family, cached = name.partition(" ")[0], name.endswith(WITH_CACHE)
-        repository, copy, expected[name] = make_repository(directory / name, family, cached=cached)
+        made = family if cached else name
+        repository, copy, expected[name] = make_repository(directory / name, made, cached=cached)
         if name in FAULTS:
             FAULTS[name](repository, copy, expected[name])
         sees = family in VISION_FAMILIES
@@ -83,7 +84,7 @@ def served_formats(report: dict[str, Any]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.serves(name)) for name in (*FAMILIES, *ARCHITECTURES)]
+    "name", [pytest.param(name, marks=pytest.mark.serves(name)) for name in (*FAMILIES, *OTHERS, *ARCHITECTURES)]
 )
 def test_vllm_serves_what_was_chosen(
     name: str, served: Callable[[str], Served], record_property: Callable[[str, object], None]

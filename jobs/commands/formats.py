@@ -15,7 +15,7 @@ def run(config: Config | None) -> FormatTable:
 
 
 def render(result: FormatTable, console: Console) -> None:
-    """The table."""
+    """The table, and what serves each format."""
     table = Table(box=None, pad_edge=False)
     columns = ["format", "bits", "compressed-tensors format", "runtime needs", "what it is"]
     with_model = result.formats[0].groups is not None
@@ -25,3 +25,5 @@ def render(result: FormatTable, console: Console) -> None:
         row = [entry.format, f"{entry.bits:.3f}", entry.compression, entry.served_by.needs, entry.summary]
         table.add_row(*row, *([f"{entry.groups} of {entry.of}"] if with_model else []))
     console.print(table)
+    for entry in result.formats:
+        console.print(f"{entry.format}: {entry.served_by.conditions}.", highlight=False, soft_wrap=True)

@@ -63,9 +63,10 @@ def format_of_weights(module: QuantizedModule) -> FormatName | None:
 
 
 def format_of_inputs(args: QuantizationArgs, weights: FormatName | None) -> Format | None:
-    """Our format with this activation rounding, for weights of this format, or None."""
+    """Our format with this activation rounding, for weights of this format, or None; of several that of the weights."""
     key = _key(args, _MX.get(weights) == args.num_bits if weights is not None else False)
-    return next((FORMATS[name] for name, known in _OURS.items() if known == key), None)
+    same = [name for name, known in _OURS.items() if known == key]
+    return FORMATS[weights if weights in same else same[0]] if same else None
 
 
 def input_rounding(args: QuantizationArgs, weights: FormatName | None, static: Mapping[str, Tensor]) -> InputRounding:

@@ -161,11 +161,11 @@ def unquantized_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def format_of(group: Mapping[str, Any]) -> FormatName | None:
-    """The format of a group's weights. Activation rounding only distinguishes NVFP4 from NVFP4A16."""
+    """The format of a group's weights. Bits of activations only distinguish formats that store weights alike."""
     if "weights" not in group:
         return None
     weights = QuantizationArgs.model_validate(group["weights"])
-    found: dict[bool, FormatName] = {}
+    found: dict[int | None, FormatName] = {}
     for name, spec in FORMATS.items():
         if spec.codec is None or spec.scheme is None or spec.compression != group["format"]:
             continue
@@ -173,13 +173,14 @@ def format_of(group: Mapping[str, Any]) -> FormatName | None:
         if weights.group_size in spec.codec.widths:
             arguments["group_size"] = weights.group_size  # any of them is this format; we write one by shape
         if _stored_as(QuantizationArgs.model_validate(arguments)) == _stored_as(weights):
-            found.setdefault(activations is not None, name)
-    return found.get("input_activations" in group, next(iter(found.values()), None))
+            found.setdefault(activations["num_bits"] if activations else None, name)
+    return found.get((group.get("input_activations") or {}).get("num_bits"), next(iter(found.values()), None))
 
 
 def _stored_as(args: QuantizationArgs) -> tuple[Any, ...]:
     """The quantization arguments that determine how weights are stored."""
-    return args.num_bits, args.type, args.strategy, args.group_size, args.symmetric, args.dynamic
+    block = tuple(args.block_structure) if args.block_structure else None
+    return args.num_bits, args.type, args.strategy, args.group_size, block, args.symmetric, args.dynamic
 
 
 def describe_weights(group: Mapping[str, Any]) -> str:
@@ -290,14 +291,14 @@ def module_of(coded: Coded, format_name: FormatName) -> Module | None:
         return None
     linear = LinearSpec(name=coded.name, out_features=rows, in_features=columns, sources=())
     expected = dict(shipped(format_name, linear))
-    dtype, (_, groups) = expected["weight_scale"]
+    dtype, (scaled, groups) = expected["weight_scale"]
     if spec.codec.widths:
         width = coded.group["weights"]["group_size"]
         groups = columns // width if columns % width == 0 else 0
     scale = tensors.get("weight_scale")
     if scale is not None and scale.dtype in spec.codec.scales_read:
         dtype = scale.dtype
-    expected["weight_scale"] = (dtype, (rows, groups))
+    expected["weight_scale"] = (dtype, (scaled, groups))
     if {suffix: (info.dtype, info.shape) for suffix, info in tensors.items()} != expected:
         return None
     return Module(name=coded.name, group=coded.group, tensors=tensors, rows=rows, columns=columns, format=format_name)

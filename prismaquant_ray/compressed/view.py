@@ -46,6 +46,7 @@ from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.formats.tensor_names import OF_INPUTS, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import CachedAttention, LinearSpec
 from prismaquant_ray.repository.shards import Output
+from prismaquant_ray.source.block_fp8 import ScaledWeight
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.source.header import DTYPES, TensorInfo
@@ -117,6 +118,11 @@ class RepositoryView:
         self._outputs = {output.name: output for output in outputs}
         self.tensors = {name: _info(output) for name, output in self._outputs.items()}
         self.config = unquantized_config(source.config)
+
+    @property
+    def blocks(self) -> Mapping[str, ScaledWeight]:
+        """Weights that the files have as FP8 in blocks without compressed-tensors' scheme."""
+        return self._source.blocks
 
     def other_files(self) -> list[str]:
         """Top-level files that are not weights of any kind."""

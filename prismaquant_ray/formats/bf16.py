@@ -11,5 +11,5 @@ FORMAT = Format(
     summary="the source weight, unchanged",
     letter="B",
     colours=("#5b3a94", "#ffffff"),
-    served=Served(vllm_scheme="unquantized", loads_from=0, full_from=0, shape_rule="none"),
+    served=Served(vllm_scheme="unquantized", loads_from=0, full_from=0, shape_rule="none", conditions="every server"),
 )

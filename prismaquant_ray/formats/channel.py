@@ -1,4 +1,4 @@
-"""Shared by FP8 and INT4: BF16 scales per group of a row, searched by clipping."""
+"""Shared by FP8 and the integers: BF16 scales per group of a row, searched by clipping."""
 
 from __future__ import annotations
 

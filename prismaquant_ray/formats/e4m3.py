@@ -1,4 +1,4 @@
-"""Shared by FP8 and MXFP8: E4M3 codes, under scales that only have to avoid clipping."""
+"""Shared by FP8, FP8_BLOCK and MXFP8: E4M3 codes, under scales that only have to avoid clipping."""
 
 from __future__ import annotations
 

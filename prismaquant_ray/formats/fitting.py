@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.base import Format
 from prismaquant_ray.layout import FusedGroup, LinearSpec
 
 
@@ -13,6 +14,8 @@ def refusal(name: FormatName, group: FusedGroup) -> str | None:
     spec = FORMATS[name]
     if group.experts is not None and spec.experts_refused is not None:
         return spec.experts_refused
+    if group.head and spec.head_refused is not None:
+        return spec.head_refused
     if group.experts is not None and spec.scheme is not None:
         # vLLM takes one scheme for all projections of a layer's experts.
         fitting = (linear for linear in group.linears if spec.refusal(*_shape(linear)) is None)
@@ -20,7 +23,21 @@ def refusal(name: FormatName, group: FusedGroup) -> str | None:
         if len(schemes) > 1:
             return "the experts' projections would have different group sizes"
     reasons = (spec.refusal(*_shape(linear)) for linear in group.linears)
-    return next((reason for reason in reasons if reason), None)
+    return next((reason for reason in reasons if reason), None) or _misaligned(spec, group)
+
+
+def _misaligned(spec: Format, group: FusedGroup) -> str | None:
+    """Where a block of rows would reach from a member of a matrix into the next one, which vLLM refuses.
+
+    The last one may end within a block; of experts, whose gate and up a server splits, none may.
+    """
+    rows = 1 if spec.codec is None else spec.codec.rows
+    for matrix in group.matrices:
+        fused = len(matrix.linears) > 1
+        for linear in matrix.linears if group.experts is not None and fused else matrix.linears[:-1]:
+            if linear.out_features % rows:
+                return f"out_features {linear.out_features} of a fused matrix is not a multiple of {rows}"
+    return None
 
 
 def formats_of(group: FusedGroup, formats: Sequence[FormatName]) -> tuple[FormatName, ...]:

@@ -50,5 +50,11 @@ FORMAT = Format(
     summary="8-bit float weights per channel, dynamic 8-bit activations per token",
     letter="F",
     colours=("#f6c65b", "#332200"),
-    served=Served(vllm_scheme="W8A8Fp8", loads_from=75, full_from=89, shape_rule="none"),
+    served=Served(
+        vllm_scheme="W8A8Fp8",
+        loads_from=75,
+        full_from=89,
+        shape_rule="none",
+        conditions="CUTLASS or FlashInfer from SM89; below it Marlin, which silently keeps activations in 16 bits",
+    ),
 )

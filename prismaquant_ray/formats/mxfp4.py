@@ -26,9 +26,10 @@ class MxFp4Codec(E2m1Codec, mx.MxCodec):
         return (largest - steps).clamp_(min=1).to(torch.uint8)
 
 
+CODEC = MxFp4Codec()
 FORMAT = Format(
     name=FormatName.MXFP4,
-    codec=MxFp4Codec(),
+    codec=CODEC,
     round_activation=mx.round_activation(E2M1_MAX, round_e2m1),
     activation_scaling=Scaling.POWER_OF_TWO,
     compression="mxfp4-pack-quantized",
@@ -36,5 +37,13 @@ FORMAT = Format(
     summary="4-bit float weights and activations, power-of-two scales per 32",
     letter="X",
     colours=("#8fd6c0", "#04291f"),
-    served=Served(vllm_scheme="W4A4Mxfp4", loads_from=80, full_from=100, shape_rule="in % 32"),
+    served=Served(
+        vllm_scheme="W4A4Mxfp4",
+        loads_from=80,
+        full_from=100,
+        shape_rule="in % 32",
+        conditions=(
+            "FlashInfer from SM100; below it Marlin, which keeps activations in 16 bits, with one warning in the log"
+        ),
+    ),
 )

@@ -27,6 +27,12 @@ FORMAT = Format(
     summary="8-bit float weights and activations, power-of-two scales per 32",
     letter="M",
     colours=("#e8853d", "#2b1000"),
-    served=Served(vllm_scheme="W8A8Mxfp8", loads_from=75, full_from=100, shape_rule="in % 32"),
+    served=Served(
+        vllm_scheme="W8A8Mxfp8",
+        loads_from=75,
+        full_from=100,
+        shape_rule="in % 32",
+        conditions="FlashInfer from SM100; below it Marlin, which silently keeps activations in 16 bits",
+    ),
     in_transformers=False,
 )

@@ -133,6 +133,12 @@ FORMAT = Format(
     summary="4-bit float weights and activations, scales per 16",
     letter="N",
     colours=("#9ccbee", "#06263f"),
-    served=Served(vllm_scheme="W4A4Fp4", loads_from=75, full_from=100, shape_rule="in % 16"),
+    served=Served(
+        vllm_scheme="W4A4Fp4",
+        loads_from=75,
+        full_from=100,
+        shape_rule="in % 16",
+        conditions="FlashInfer or CUTLASS from SM100; below it Marlin, which silently keeps activations in 16 bits",
+    ),
     in_transformers=False,
 )

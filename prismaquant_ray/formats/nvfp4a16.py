@@ -14,6 +14,12 @@ FORMAT = Format(
     summary="4-bit float weights, scales per 16; 16-bit activations",
     letter="A",
     colours=("#5f9fd6", "#00182b"),
-    served=Served(vllm_scheme="W4A4Fp4(use_a16)", loads_from=75, full_from=75, shape_rule="in % 16"),
+    served=Served(
+        vllm_scheme="W4A4Fp4(use_a16)",
+        loads_from=75,
+        full_from=75,
+        shape_rule="in % 16",
+        conditions="Marlin; without it the server ends",
+    ),
     experts_refused=(f"vLLM {VLLM} waits for an input scale of every expert, which a weight-only format does not have"),
 )

@@ -17,6 +17,7 @@ from prismaquant_ray.fold import Fold
 from prismaquant_ray.formats import FORMATS, FormatName, codecs_of
 from prismaquant_ray.formats.base import Codec, Tensors, experts_of
 from prismaquant_ray.formats.fitting import formats_of
+from prismaquant_ray.formats.fp8_block import CODEC as FP8_BLOCK
 from prismaquant_ray.formats.nvfp4 import input_divisor
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
 from prismaquant_ray.forward.block_folds import BlockFolds
@@ -24,6 +25,7 @@ from prismaquant_ray.forward.encode import EncodedLinear, Rounding, encode_group
 from prismaquant_ray.forward.equalize import Reading, judged_by
 from prismaquant_ray.forward.gptq import HessianFactor
 from prismaquant_ray.forward.kept_rows import KeptRows
+from prismaquant_ray.forward.passed_blocks import kept_parameters, passed_scales
 from prismaquant_ray.forward.routed_inputs import RoutedInputs
 from prismaquant_ray.forward.statistics import InputStatistics, InputSums, divided
 from prismaquant_ray.layout import Block, BlockKind, CachedAttention, FusedGroup, InputGroup, LinearSpec, Matrix
@@ -80,6 +82,9 @@ class BlockForward:
         equalize = equalize and self.block.kind is not BlockKind.HEAD
         self.judge = judged_by(formats) if equalize else None
         self.kept = {name: KeptRows() for name in self.dense} if self.judge else {}
+        # Parameters that no factors may change, and the scales under which weights pass through.
+        self.unchanged = kept_parameters(runner.checkpoint, self.block, self.formats)
+        self._passed: dict[str, list[Tensor] | None] = {}
         #: The folds of the block; None before it ran.
         self.folds: tuple[Fold, ...] | None = None if self.judge else ()
 
@@ -93,7 +98,8 @@ class BlockForward:
             self._gather(read, batch.holdout)
             return hidden
         if self.folds is None:
-            self.folds = self.runner.folds(self.block.index, self.module, hidden, batch.inputs)
+            found = self.runner.folds(self.block.index, self.module, hidden, batch.inputs)
+            self.folds = tuple(fold for fold in found if self.unchanged.isdisjoint(fold.parameters))
         with capture_activations(self.module, self.block) if self.formats else nullcontext() as captured:
             output = self.runner.run_block(self.block.index, self.module, hidden, batch.inputs)
         if captured is not None:
@@ -227,9 +233,19 @@ class BlockForward:
     ) -> None:
         """Round a matrix, or that of the experts `at`, by every codec that its group can take."""
         for codec in codecs_of(formats_of(fused, self.formats)).values():
-            results = encode_group(weights, codec, statistics, factor, self.rounding)
+            given = self._scales(matrix, at) if codec is FP8_BLOCK else None
+            results = encode_group(weights, codec, statistics, factor, self.rounding, given)
             for linear, result in zip(matrix.linears, results, strict=True):
                 found.add(linear, codec, result, matrix.input, at)
+
+    def _scales(self, matrix: Matrix, at: slice) -> list[Tensor] | None:
+        """The source's scales under which a matrix, or that of the experts `at`, passes through; None without."""
+        if matrix.name not in self._passed:
+            self._passed[matrix.name] = passed_scales(self.runner.checkpoint, matrix)
+        found = self._passed[matrix.name]
+        if found is None:
+            return None
+        return [(scale if matrix.experts is None else scale[at]).to(self.runner.device) for scale in found]
 
 
 class _Encoded:

@@ -11,7 +11,7 @@ from torch import Tensor
 from prismaquant_ray.block_records import LinearRounding, Method
 from prismaquant_ray.formats.base import Codec, Rounded
 from prismaquant_ray.forward.gptq import Gptq, HessianFactor, factorize, gptq
-from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, searched
+from prismaquant_ray.forward.scale_search import ScaleSearch, nearest, round_with, searched
 from prismaquant_ray.forward.statistics import InputStatistics, output_error
 
 # Methods in order of simplicity, so that a tie goes to the first.
@@ -61,14 +61,16 @@ def encode_group(
     statistics: InputStatistics,
     factor: HessianFactor | None,
     rounding: Rounding,
+    scales: Sequence[Tensor] | None = None,
 ) -> list[EncodedLinear]:
     """Round the members of one fused group, each (O, I) or (E, O, I), under one global scale (per expert).
 
     They are stacked along their rows for one search and one GPTQ call; acceptance is decided per Linear (and expert).
-    At most `AT_ONCE` weights are in float32 at a time: a chunk of experts, or of rows.
+    At most `AT_ONCE` weights are in float32 at a time: a chunk of experts, or of rows. With stored `scales` of each
+    member, (O, G) or (E, O, G), every weight becomes the nearest value under these, and nothing is searched.
     """
     if weights[0].dim() == 2:
-        return _encode(weights, codec, statistics, factor, rounding)
+        return _encode(weights, codec, statistics, factor, rounding, scales)
     size = sum(weight[0].numel() for weight in weights)
     at_once = max(1, AT_ONCE // size)
     parts = [
@@ -78,6 +80,7 @@ def encode_group(
             statistics.experts(start, start + at_once),
             factor.experts(start, start + at_once) if factor else None,
             rounding,
+            None if scales is None else [scale[start : start + at_once] for scale in scales],
         )
         for start in range(0, len(weights[0]), at_once)
     ]
@@ -90,7 +93,9 @@ def _encode(
     statistics: InputStatistics,
     factor: HessianFactor | None,
     rounding: Rounding,
+    given: Sequence[Tensor] | None = None,
 ) -> list[EncodedLinear]:
+    given_scale = None if given is None else torch.cat(list(given), dim=-2)
     stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights), dim=-2)
     amax = torch.maximum(stacked.amax((-2, -1)), -stacked.amin((-2, -1)))
     global_scale = codec.global_scale(amax.view(1) if stacked.dim() == 2 else amax.view(-1, 1, 1))
@@ -100,10 +105,15 @@ def _encode(
     kept: list[Tensor] = []
     scales: list[list[Tensor]] = []
     judged: list[Tensor] = []
-    at_once = max(1, AT_ONCE * stacked.shape[-2] // stacked.numel())
+    # Whole blocks of rows that share scales.
+    at_once = codec.rows * max(1, AT_ONCE * stacked.shape[-2] // stacked.numel() // codec.rows)
     for rows, piece in _with_rows(stacked.split(at_once, dim=-2)):
-        found = _attempts(piece.to(torch.float32), codec, global_scale, statistics, factor, rounding)
-        kept = kept or [torch.empty_like(stacked, dtype=torch.float8_e4m3fn) for _ in found]
+        weight = piece.to(torch.float32)
+        if given_scale is None:
+            found = _attempts(weight, codec, global_scale, statistics, factor, rounding)
+        else:
+            found = [round_with(weight, given_scale[..., rows, :], codec, global_scale)]
+        kept = kept or [torch.empty_like(stacked, dtype=codec.kept) for _ in found]
         for values, rounded in zip(kept, found, strict=True):
             values[..., rows, :].copy_(rounded.values)
         scales.append([rounded.scale for rounded in found])

@@ -48,13 +48,12 @@ class Reading:
 
 
 def judged_by(formats: Sequence[FormatName]) -> Format | None:
-    """The format of a run that equalization is for: weights of four bits and rounded activations; None without one.
+    """The format of a run that equalization is for: activations of four bits; None without one.
 
     For rounded weights alone the search made GPTQ's result worse (docs/log.md).
     """
     ordered = [FORMATS[name] for name in FORMATS if name in formats]
-    rounded = (each for each in ordered if each.codec is not None and each.round_activation is not None)
-    return next((each for each in rounded if each.codec is not None and each.codec.code_bits == 4), None)
+    return next((each for each in ordered if each.activation_bits == 4), None)
 
 
 def chosen_factors(fold: Fold, reading: Reading, rounding: Format, *, powers_of_two: bool) -> Tensor | None:

@@ -24,9 +24,11 @@ class ScaleSearch:
     span: tuple[float, float] = (0.5, 1.5)
 
     def multipliers(self, codec: Codec) -> Tensor:
-        """Those that a codec tries, ascending, float64."""
+        """Those that a codec tries, ascending, float64; the largest that it allows is one of them."""
         every = torch.linspace(self.span[0], self.span[1], self.grid, dtype=torch.float64)
-        return every[every <= codec.largest_multiplier]
+        # Of many bits a scale that clips by little loses more than any other.
+        tried: Tensor = every.clamp(max=codec.largest_multiplier).unique()
+        return tried
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from torch import Tensor
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Scaling
 from prismaquant_ray.formats.grids import E4M3, E4M3_MAX
+from prismaquant_ray.formats.int8 import LARGEST, LEAST_TOKEN
 from prismaquant_ray.formats.nvfp4 import ZERO_SCALE
 from prismaquant_ray.kernels.grid import constants, on_grid
 
@@ -21,7 +22,9 @@ _COLUMNS = 256
 
 _STATIC = tl.constexpr(int(Scaling.STATIC))
 _POWER_OF_TWO = tl.constexpr(int(Scaling.POWER_OF_TWO))
-_TOKEN = tl.constexpr(int(Scaling.TOKEN))
+_INTEGER = tl.constexpr(int(Scaling.INTEGER))
+_LARGEST = tl.constexpr(LARGEST)
+_LEAST = tl.constexpr(LEAST_TOKEN)
 _E4M3_MAX = tl.constexpr(E4M3_MAX)
 _E4M3_NORMAL = tl.constexpr(E4M3.smallest_normal)
 _E4M3_STEP = tl.constexpr(E4M3.step)
@@ -33,10 +36,11 @@ def launch_rounded_projections(
 ) -> Tensor:
     """See `backward.price`."""
     spec = FORMATS[FormatName(name)]
-    assert spec.codec is not None
+    codec = spec.codec if spec.activation_codec is None else spec.activation_codec
+    assert codec is not None
     rows, columns = x.shape
     scaling = spec.activation_scaling
-    token = scaling in (None, Scaling.TOKEN)
+    token = scaling in (None, Scaling.TOKEN, Scaling.INTEGER)
     found = torch.empty(2, rows, device=x.device)
     projections_kernel[triton.cdiv(rows, _ROWS),](
         x.contiguous(),
@@ -48,12 +52,13 @@ def launch_rounded_projections(
         rows,
         columns,
         SCALING=-1 if scaling is None else int(scaling),
-        WIDTH=_COLUMNS if token else spec.codec.width(columns),
-        GRID_MAX=spec.codec.grid_max,
-        EXPONENT=int(math.log2(spec.codec.grid_max)),
+        BY_TOKEN=scaling in (Scaling.TOKEN, Scaling.INTEGER),
+        WIDTH=_COLUMNS if token else codec.width(columns),
+        GRID_MAX=codec.grid_max,
+        EXPONENT=int(math.log2(codec.grid_max)),
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
-        **constants(spec.codec),
+        **constants(codec),
         # The reference rounds products before it adds them.
         enable_fp_fusion=False,
     )
@@ -70,6 +75,7 @@ def projections_kernel(
     rows,
     columns,
     SCALING: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     WIDTH: tl.constexpr,
     GRID_MAX: tl.constexpr,
     EXPONENT: tl.constexpr,
@@ -85,7 +91,7 @@ def projections_kernel(
     there = (row < rows)[:, None]
     place = tl.arange(0, COLUMNS)[None, :]
     amax = tl.zeros((ROWS,), tl.float32)
-    if SCALING == _TOKEN:
+    if BY_TOKEN:
         for begin in range(0, columns, COLUMNS):
             at = row[:, None] * columns + begin + place
             part = tl.load(x + at, mask=there & (begin + place < columns), other=0.0)
@@ -100,9 +106,14 @@ def projections_kernel(
         weights += tl.sum(inputs * change, 1)
         if SCALING >= 0:
             groups = tl.reshape(inputs, (ROWS, COLUMNS // WIDTH, WIDTH))
-            of_group = amax[:, None] if SCALING == _TOKEN else tl.max(tl.abs(groups), 2)
+            of_group = amax[:, None] if BY_TOKEN else tl.max(tl.abs(groups), 2)
             scale = _activation_scale(of_group, input_scale, SCALING, GRID_MAX, EXPONENT)[:, :, None]
-            rounded = on_grid(tl.div_rn(groups, scale + tl.zeros_like(groups)), LOW, HIGH, SMALLEST, STEP) * scale
+            if SCALING == _INTEGER:
+                factor = tl.div_rn(tl.zeros_like(of_group) + _LARGEST, tl.maximum(of_group, _LEAST))
+                scaled = groups * factor[:, :, None]
+            else:
+                scaled = tl.div_rn(groups, scale + tl.zeros_like(groups))
+            rounded = on_grid(scaled, LOW, HIGH, SMALLEST, STEP) * scale
             away = tl.reshape(rounded, (ROWS, COLUMNS)) - inputs
             activations += tl.sum((change + tl.load(grad_input + at, mask=both, other=0.0)) * away, 1)
     tl.store(found + row, weights, mask=row < rows)
@@ -120,6 +131,8 @@ def _activation_scale(amax, input_scale, SCALING: tl.constexpr, GRID_MAX: tl.con
     elif SCALING == _POWER_OF_TWO:
         exponent = ((amax.to(tl.int32, bitcast=True) + (1 << 21)) >> 23) - EXPONENT
         scale = (tl.minimum(tl.maximum(exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+    elif SCALING == _INTEGER:
+        scale = tl.div_rn(amax, tl.zeros_like(amax) + _LARGEST)
     else:
         scale = tl.div_rn(amax, tl.zeros_like(amax) + GRID_MAX)
         scale = tl.where(scale == 0, 1.0, scale)

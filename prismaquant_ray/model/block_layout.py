@@ -61,7 +61,10 @@ class BlockLayouts:
             kind=kind,
             prefix=prefix,
             parameters=parameters,
-            groups=tuple(FusedGroup(name=name, matrices=tuple(members)) for name, members in by_item.items()),
+            groups=tuple(
+                FusedGroup(name=name, matrices=tuple(members), head=kind is BlockKind.HEAD)
+                for name, members in by_item.items()
+            ),
             source_bytes=sum(
                 self.checkpoint.tensors[tensor].nbytes for parameter in parameters for tensor in parameter.tensors
             ),

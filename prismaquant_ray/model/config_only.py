@@ -13,6 +13,7 @@ from prismaquant_ray.model.layout_builder import architecture_of, transformers_c
 from prismaquant_ray.model.meta_model import MetaModel
 from prismaquant_ray.model.mtp_head import DraftHead
 from prismaquant_ray.model.on_meta import build_on_meta
+from prismaquant_ray.source.block_fp8 import ScaledWeight
 from prismaquant_ray.source.checkpoint import read_config, read_json
 from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import TensorInfo
@@ -46,6 +47,11 @@ class ConfigOnlyCheckpoint:
     def stored(self) -> dict[str, TensorInfo]:
         """As the files would have them."""
         return self.tensors
+
+    @property
+    def blocks(self) -> dict[str, ScaledWeight]:
+        """None: only files say so."""
+        return {}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """InputError."""

@@ -57,7 +57,8 @@ class ShippedFormat:
     """A format in use.
 
     `width` columns of a matrix share a scale; None for one scale per row. vLLM loads the format from CUDA capability
-    `loads_from` (×10, 0 for any) and rounds activations from `full_from`, None if they are never rounded.
+    `loads_from` (×10, 0 for any) to `loads_to` (None for any) and rounds activations from `full_from`, None if they are
+    never rounded. `conditions` are its kernels, and what happens without them.
     """
 
     name: str
@@ -65,7 +66,9 @@ class ShippedFormat:
     matrices: int
     width: int | None
     loads_from: int
+    loads_to: int | None
     full_from: int | None
+    conditions: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,7 +209,9 @@ def _formats(layout: Layout, choice: Choice) -> Iterator[ShippedFormat]:
             # With one scale per row, a row may be split anywhere.
             width=max(widths) if codec and not widths & {linear.in_features for linear in linears} else None,
             loads_from=format_.served.loads_from,
+            loads_to=format_.served.loads_to,
             full_from=format_.served.full_from if format_.round_activation else None,
+            conditions=format_.served.conditions,
         )
 
 

@@ -79,8 +79,8 @@ def weight_problems(
     codec: Codec, linear: LinearSpec, module: str, tensors: Mapping[str, Tensor], ours: Stored, theirs: Stored
 ) -> Iterator[str]:
     """Weights that decode to no number, and tensors whose bytes are not the stored candidate's."""
-    step = max(1, _DECODED // linear.in_features)
-    rows = zip(tensors[codec.codes].split(step), tensors["weight_scale"].split(step), strict=True)
+    step = max(1, _DECODED // linear.in_features // codec.rows)
+    rows = zip(tensors[codec.codes].split(step * codec.rows), tensors["weight_scale"].split(step), strict=True)
     decoded = (codec.decode({**tensors, codec.codes: codes, "weight_scale": scale}) for codes, scale in rows)
     if not all(map(_is_finite, decoded)):
         yield f"{module} decodes to NaN or infinite weights"

@@ -17,9 +17,11 @@ from torch import Tensor
 from prismaquant_ray.cache_rounding import CacheScale, scale_tensors
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.formats import FORMATS, FormatName
+from prismaquant_ray.formats.fp8_block import CODEC as FP8_BLOCK
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.forward.candidates import CandidateFile, Candidates, shipped, stored_digest
-from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec
+from prismaquant_ray.forward.passed_blocks import passed_scales, stored_scales
+from prismaquant_ray.layout import Block, FusedGroup, Layout, LinearSpec, Matrix
 from prismaquant_ray.parsing import MalformedError, as_object
 from prismaquant_ray.repository import routing
 from prismaquant_ray.repository.manifest import MANIFEST, is_shard
@@ -302,6 +304,23 @@ class _Check:
                 yield from weight_problems(codec, linear, module, found, ours[module], theirs.get(module, {}))
         for matrix in group.matrices:
             yield from shared_scale_problems(matrix, shared)
+            if codec is FP8_BLOCK and passed_scales(self.source, matrix) is not None:
+                yield from self._passed(matrix)
+
+    def _passed(self, matrix: Matrix) -> Iterator[str]:
+        """Weights that pass through have the codes and the scales of the source's files."""
+        for linear in matrix.linears:
+            scales = stored_scales(self.source, linear.sources)
+            for module, name in zip(linear.names, linear.sources, strict=True):
+                codes, scale = f"{module}.weight", f"{module}.weight_scale"
+                if self._differs(codes) or self._differs(scale):
+                    continue
+                ours = ((self.repository, self.tensors[tensor]) for tensor in (codes, scale))
+                (_, found), (info, held) = read_pieces(ours)
+                ((_, theirs),) = read_pieces([(self.source.store, self.source.blocks[name].weight)])
+                same_scale = torch.equal(as_tensor(held, info.dtype, info.shape), scales[name])
+                if not same_bytes(found, theirs) or not same_scale:
+                    yield f"{module} does not have the codes and scales of {name} in the source's files"
 
     def _batches(self, group: FusedGroup) -> Iterator[list[tuple[str, LinearSpec, list[str]]]]:
         """Batches of modules with their tensors, without modules where a tensor is missing or has another shape."""

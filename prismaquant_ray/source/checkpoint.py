@@ -177,6 +177,11 @@ class Checkpoint:
             if name not in self.stored or self.stored[name].file != file:
                 raise InputError(f"{self.store.uri}: {INDEX} places {name} in {file}, which does not hold it")
 
+    @property
+    def blocks(self) -> Mapping[str, block_fp8.ScaledWeight]:
+        """Weights that the files have as FP8 in blocks."""
+        return self._scaled
+
     def piece(self, name: str) -> Piece:
         """A tensor's bytes, as read_pieces takes them."""
         info = tensor_info(self, name)

@@ -16,6 +16,7 @@ from prismaquant_ray.source.protocol import Piece, TensorSource
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from prismaquant_ray.source.block_fp8 import ScaledWeight
     from prismaquant_ray.storage.store import Store
 
 
@@ -60,6 +61,11 @@ class FoldedSource:
     def stored(self) -> Mapping[str, TensorInfo]:
         """The source's."""
         return self._source.stored
+
+    @property
+    def blocks(self) -> Mapping[str, ScaledWeight]:
+        """The source's, without those that take factors."""
+        return {name: scaled for name, scaled in self._source.blocks.items() if name not in self._factors}
 
     @property
     def folded(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from prismaquant_ray.source.header import TensorInfo
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from prismaquant_ray.source.block_fp8 import ScaledWeight
     from prismaquant_ray.storage.store import Store
 
 # A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
@@ -60,6 +61,10 @@ class TensorSource(Protocol):
     @property
     def stored(self) -> Mapping[str, TensorInfo]:
         """Every tensor as the files have it."""
+
+    @property
+    def blocks(self) -> Mapping[str, ScaledWeight]:
+        """Weights that the files have as FP8 in blocks, and that are read as these decode."""
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors in their own dtype."""

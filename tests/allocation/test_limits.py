@@ -213,10 +213,13 @@ def test_rates_follow_the_operands_and_what_a_card_has() -> None:
 
     b200 = {name: rate(name, GpuName.B200) for name in FormatName}
     assert b200 == {
-        "INT4": 2250, "MXFP4": 9000, "NVFP4": 9000, "NVFP4A16": 2250, "FP8": 4500, "MXFP8": 4500, "BF16": 2250,
+        "INT3A16": 2250, "INT4": 2250, "INT6A16": 2250, "INT8A16": 2250, "NVFP4A16": 2250, "BF16": 2250,
+        "MXFP4": 9000, "NVFP4": 9000, "MXFP4A8": 4500, "FP8": 4500, "FP8_BLOCK": 4500, "MXFP8": 4500,
+        "INT8": 2250, "INT4A8": 2250,  # which do not run there
     }  # fmt: skip
     h100 = {name: rate(name, GpuName.H100) for name in FormatName}
-    assert {name for name, value in h100.items() if value == 1979} == {"FP8"}, "the rest is decoded to 16 bits there"
+    eight_bits = {name for name, value in h100.items() if value == 1979}
+    assert eight_bits == {"FP8", "FP8_BLOCK", "INT8", "INT4A8", "MXFP4A8"}, "the rest is decoded to 16 bits there"
     assert {rate(name, GpuName.A100) for name in FormatName} == {312}
     for card in GPUS.values():
         assert {16} <= set(card.products) <= {4, 8, 16}

@@ -30,14 +30,14 @@ from prismaquant_ray.repository.staging import check_output, staged_output
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
-from tests.repositories import Choice, Model, make_model, mixed, rewrite, tensors_of
+from tests.repositories import SEVEN, Choice, Model, make_model, mixed, rewrite, tensors_of
 from tests.runs import configuration
 from tests.s3_server import S3Server
 from tests.tiny import random_tokens, read_config
 from tests.tiny_families import FAMILIES, VISION_FAMILIES
 
 Change = Callable[[dict[str, Any]], None]
-CODED = tuple(name for name in FormatName if name is not FormatName.BF16)
+CODED = tuple(name for name in SEVEN if name is not FormatName.BF16)
 # gpt_oss keeps its experts; what is said of the others holds of it, too.
 QUICK = tuple(name for name in FAMILIES if name not in ("deepseek_v3_fp8", "qwen3_5_text", "qwen3_5_moe_text"))
 
@@ -62,7 +62,7 @@ def directory(model: Model) -> Path:
     return model.source.store.path
 
 
-def taking_turns(model: Model, formats: tuple[FormatName, ...] = tuple(FormatName)) -> Choice:
+def taking_turns(model: Model, formats: tuple[FormatName, ...] = SEVEN) -> Choice:
     """Every fused group one of the formats that it can take, in turn."""
     choice = {}
     for index, group in enumerate(model.layout.groups):
@@ -576,8 +576,8 @@ def asymmetric(config: dict[str, Any]) -> None:
     next(group for group in groups(config) if group["format"] == "pack-quantized")["weights"]["symmetric"] = False
 
 
-def eight_bits(config: dict[str, Any]) -> None:
-    next(group for group in groups(config) if group["format"] == "pack-quantized")["weights"]["num_bits"] = 8
+def seven_bits(config: dict[str, Any]) -> None:
+    next(group for group in groups(config) if group["format"] == "pack-quantized")["weights"]["num_bits"] = 7
 
 
 @pytest.mark.parametrize(
@@ -592,8 +592,8 @@ def eight_bits(config: dict[str, Any]) -> None:
         (rotated, "has a transform_config"),
         (cached, "has a kv_cache_scheme"),
         (swapped, "which is not"),
-        (asymmetric, "(pack-quantized 4 int group 64), which is not decoded; known are INT4, MXFP4"),
-        (eight_bits, "(pack-quantized 8 int group 64), which is not decoded; known are INT4, MXFP4"),
+        (asymmetric, "int group 64), which is not decoded; known are INT3A16, INT4, INT4A8, MXFP4"),
+        (seven_bits, "(pack-quantized 7 int group 64), which is not decoded; known are INT3A16, INT4, INT4A8, MXFP4"),
     ],
 )
 def test_a_configuration_that_cannot_be_followed_is_refused(

@@ -43,10 +43,6 @@ def rounded(x: Tensor, scale: Tensor, zero: Tensor, grid: str) -> Tensor:
     return result
 
 
-def by_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.abs().amax(1, keepdim=True) / 127.5, torch.zeros(len(x), 1)
-
-
 def by_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
     scale = (high - low) / 255
@@ -61,7 +57,6 @@ def by_group(x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("arguments", "scales"),
     [
-        ({**INT8, "strategy": "token"}, by_token),
         ({**INT8, "strategy": "token", "symmetric": False}, by_token_asymmetric),
         ({"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}, by_group),
     ],

@@ -94,7 +94,12 @@ def test_it_is_the_model_that_compressed_tensors_loads(name: str, source: Path, 
     roundings = view.roundings()
     assert set(roundings) == (set(view.modules) if entry.input_activations is not None else set())
     theirs = nn.Module.float(model)(tokens).logits  # transformers forbids its own
-    assert torch.equal(logits(view, tokens, dict(roundings)), theirs)
+    ours = logits(view, tokens, dict(roundings))
+    if label == "INT8":
+        # vLLM, whose rounding is measured, has amax / 127 where compressed-tensors has amax / 127.5.
+        assert torch.nn.functional.mse_loss(ours, theirs) < 1e-2 * theirs.var()
+    else:
+        assert torch.equal(ours, theirs)
     if roundings:
         assert not torch.equal(logits(view, tokens, {}), theirs)
 
@@ -157,7 +162,7 @@ def test_several_groups_and_the_output_head(source: Path, tmp_path: Path) -> Non
     )
     repository = make_compressed(source, tmp_path / "repository", *entries, ignore=())
     view = view_of(repository)
-    assert view.formats == {"NVFP4": 8, "W8A8 int channel with dynamic token inputs": 2, "FP8": 1}
+    assert view.formats == {"NVFP4": 8, "INT8": 2, "FP8": 1}
     assert "lm_head" in view.roundings()
     model = load_decompressed(repository)
     for key, tensor in view.read(view.tensors).items():
@@ -376,7 +381,9 @@ def test_the_dialects_of_older_writers_are_read(source: Path, tmp_path: Path) ->
     for formats in ("int-quantized", "naive-quantized", "mixed-precision"):
         configure(repository, lambda own, formats=formats: own.update(format=formats))
         old = view_of(repository)
-        assert (old.formats, old.caveats) == (view.formats, view.caveats)
+        # Zero points, which are all zero, are not our format's.
+        assert (old.formats, view.formats) == ({"W8A8 int channel with dynamic token inputs": 14}, {"INT8": 14})
+        assert old.caveats == view.caveats
         assert all(raw(tensor) == raw(weights[name]) for name, tensor in old.read(old.tensors).items())
 
 

@@ -19,7 +19,12 @@ from prismaquant_ray.forward.statistics import PRIOR_SHARE, InputStatistics, Inp
 from tests.reference.gptq import textbook
 
 EVERY_CODEC = pytest.mark.parametrize("codec", codecs_of(FORMATS).values(), ids=lambda codec: codec.name)
-CODECS = [FORMATS[name].codec for name in (FormatName.NVFP4, FormatName.MXFP4, FormatName.INT4, FormatName.MXFP8)]
+CODECS = [FORMATS[FormatName(name)].codec for name in ("NVFP4", "MXFP4", "INT3A16", "INT4", "INT6A16", "INT8", "MXFP8")]
+
+
+def width_of(codec: Codec, least: int = 64) -> int:
+    """Columns that the codec takes."""
+    return max(least, codec.multiple)
 
 
 def correlated(tokens: int, features: int, seed: int = 0) -> Tensor:
@@ -77,6 +82,17 @@ def test_gptq_across_lazy_blocks_equals_the_textbook() -> None:
     fast = codec.dequantized(gptq(matrix, start, codec, factorize(x.T @ x, Gptq(damping=0.05)))).double()
     slow = textbook(matrix, start, codec, x.T @ x, 0.05).bfloat16().double()
     assert float((fast == slow).float().mean()) > 0.95
+
+
+@pytest.mark.parametrize("name", [FormatName.FP8_BLOCK, FormatName.INT4A8])
+def test_gptq_under_scales_of_several_rows_or_of_a_row_equals_the_textbook(name: FormatName) -> None:
+    codec = FORMATS[name].codec
+    assert codec is not None
+    matrix, x = weight(200, 256) * torch.logspace(-2, 0, 200).unsqueeze(1), correlated(2048, 256)
+    start = nearest(matrix, codec, None)
+    fast = codec.dequantized(gptq(matrix, start, codec, factorize(x.T @ x, Gptq(damping=0.05)))).double()
+    slow = textbook(matrix, start, codec, x.T @ x, 0.05).bfloat16().double()
+    assert float((fast == slow).float().mean()) > 0.9
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
@@ -240,9 +256,10 @@ def pooled(x: Tensor, held_out: Tensor) -> InputStatistics:
 
 @EVERY_CODEC
 def test_experts_are_encoded_together_as_each_alone(codec: Codec) -> None:
-    x, counts, held_out = routed_rows(COUNTS)
+    x, counts, held_out = routed_rows(COUNTS, width_of(codec))
     prior = Prior.of(pooled(x, held_out))
-    members = [expert_weights(len(COUNTS), rows, 64, seed) for rows, seed in ((16, 3), (48, 4))]
+    sizes = ((max(16, codec.rows), 3), (48, 4))
+    members = [expert_weights(len(COUNTS), rows, width_of(codec), seed) for rows, seed in sizes]
     rounding = Rounding()
     found = InputStatistics.routed(x, counts, held_out, prior)
     together = encode_group(members, codec, found, rounding.factor(found), rounding)
@@ -265,9 +282,9 @@ def test_experts_are_encoded_together_as_each_alone(codec: Codec) -> None:
 
 @EVERY_CODEC
 def test_an_expert_is_encoded_as_a_dense_matrix_of_its_statistics(codec: Codec) -> None:
-    x, counts, held_out = routed_rows((300, 129))
+    x, counts, held_out = routed_rows((300, 129), width_of(codec))
     found = InputStatistics.routed(x, counts, held_out)
-    matrices = expert_weights(2, 32, 64)
+    matrices = expert_weights(2, 32, width_of(codec))
     (stack,) = encode_group([matrices], codec, found, Rounding().factor(found), Rounding())
     for expert in range(2):
         dense = InputStatistics(
@@ -353,8 +370,8 @@ def test_statistics_of_experts_are_sums_over_their_rows_shrunk_towards_the_mean(
 @example(counts=[0, 1, 40], zeros={1})
 @settings(deadline=None, max_examples=15)
 def test_cold_experts_get_finite_weights_and_positive_scales(codec: Codec, counts: list[int], zeros: set[int]) -> None:
-    x, tokens, held_out = routed_rows(tuple(counts), 32)
-    matrices = expert_weights(len(counts), 8, 32)
+    x, tokens, held_out = routed_rows(tuple(counts), width_of(codec, 32))
+    matrices = expert_weights(len(counts), 8, width_of(codec, 32))
     for expert in zeros & set(range(len(counts))):
         matrices[expert] = 0
     found = InputStatistics.routed(x, tokens, held_out)
@@ -397,7 +414,7 @@ def test_damping_rises_only_for_the_expert_that_needs_it() -> None:
 
 @EVERY_CODEC
 def test_every_expert_has_its_own_divisor_and_ships_what_it_would_alone(codec: Codec) -> None:
-    matrices = expert_weights(3, 8, 64)
+    matrices = expert_weights(3, 8, width_of(codec))
     amax = matrices.abs().amax((1, 2), keepdim=True)
     stack = nearest(matrices, codec, codec.global_scale(amax))
     for expert, shipped in enumerate(experts_of(codec.pack(stack))):

@@ -16,6 +16,7 @@ from jobs.command_line import COMMANDS, CONFIG, cli
 from jobs.pipeline.run import Run
 from prismaquant_ray.allocation.plans import Planner
 from prismaquant_ray.errors import InputError, WorkerBugError
+from prismaquant_ray.formats import FormatName
 from tests.inprocess import in_process
 from tests.light import light
 from tests.runs import configuration, quantized
@@ -59,8 +60,12 @@ def test_every_command_prints_json_and_a_summary(finished: Path, name: str) -> N
 def test_formats_needs_no_configuration() -> None:
     result = call("formats", "--json")
     assert {entry["format"] for entry in json.loads(result.stdout)["formats"]} == {
-        "NVFP4", "NVFP4A16", "MXFP4", "MXFP8", "FP8", "INT4", "BF16",
+        "NVFP4", "NVFP4A16", "MXFP4", "MXFP4A8", "MXFP8", "FP8", "FP8_BLOCK", "INT3A16", "INT4", "INT4A8", "INT6A16",
+        "INT8", "INT8A16", "BF16",
     }  # fmt: skip
+    readable = call("formats").stdout
+    assert "INT8: CUTLASS up to SM90; from SM100 on vLLM chooses it, too, and ends at the first product." in readable
+    assert "SM90 only" in readable
 
 
 def test_formats_counts_the_fused_groups_that_can_take_each(finished: Path, tmp_path: Path) -> None:
@@ -69,11 +74,13 @@ def test_formats_counts_the_fused_groups_that_can_take_each(finished: Path, tmp_
         return {entry["format"]: (entry["groups"], entry["of"]) for entry in found}
 
     # Two layers with q/k/v, o, gate/up and down each; two with q/k/v, o and experts each.
-    assert set(counts(finished).values()) == {(8, 8)}
+    blocks = dict.fromkeys(["FP8_BLOCK", "INT4A8", "MXFP4A8"], (0, 8))
+    assert counts(finished) == dict.fromkeys(FormatName, (8, 8)) | blocks
     configuration(tmp_path, make_family(tmp_path / "source", "qwen3_moe", moe_intermediate_size=80))
-    others = {"FP8": (6, 6), "BF16": (6, 6), "NVFP4": (6, 6)}
-    experts_cannot = dict.fromkeys(["NVFP4A16", "MXFP4", "MXFP8", "INT4"], (4, 6))
-    assert counts(tmp_path / "config.yaml") == others | experts_cannot
+    others = {"FP8": (6, 6), "INT8": (6, 6), "BF16": (6, 6), "NVFP4": (6, 6)}
+    experts_cannot = dict.fromkeys(["NVFP4A16", "MXFP4", "MXFP8", "INT3A16", "INT4", "INT6A16", "INT8A16"], (4, 6))
+    blocks = dict.fromkeys(["FP8_BLOCK", "INT4A8", "MXFP4A8"], (4, 6))
+    assert counts(tmp_path / "config.yaml") == others | experts_cannot | blocks
     assert "4 of 6" in call("formats", tmp_path / "config.yaml").stdout
 
 
@@ -82,6 +89,7 @@ def test_formats_counts_the_fused_groups_that_can_take_each(finished: Path, tmp_
     [
         (("--set", "budget.bpp=3"), "error: budget 3 bits per parameter is below the smallest plan"),
         (("--set", "formats=[NVFP9]"), "unknown format 'NVFP9'; did you mean NVFP4?"),
+        (("--set", "formats=[FP8_BLOK]"), "unknown format 'FP8_BLOK'; did you mean FP8_BLOCK?"),
         (("--set", "model.source=/nowhere"), "neither a directory nor in the hub's cache"),
         (("--set", "calibration.text=/nowhere.txt"), "/nowhere.txt"),
         (("--set", "calibration.text=/nowhere.json"), "/nowhere.json: .json is not read; write one object a line"),

@@ -23,7 +23,8 @@ from tests.runs import configuration, digests, full_configuration
 from tests.tiny import ARCHITECTURES, make_checkpoint, make_text
 from tests.tiny_families import VISION_FAMILIES, make_family
 
-FORMATS = "formats=[INT4, MXFP4, NVFP4, NVFP4A16, FP8, MXFP8, BF16]"
+# All that the shapes of tiny models can take.
+FORMATS = "formats=[INT3A16, INT4, MXFP4, NVFP4, NVFP4A16, INT6A16, FP8, INT8, INT8A16, MXFP8, BF16]"
 
 
 class DeviceWorker(ShardWorker):

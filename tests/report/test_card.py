@@ -90,7 +90,9 @@ def share(name: FormatName) -> ShippedFormat:
         matrices=30,
         width=32 if format_.codec else None,
         loads_from=format_.served.loads_from,
+        loads_to=format_.served.loads_to,
         full_from=format_.served.full_from if format_.round_activation else None,
+        conditions=format_.served.conditions,
     )
 
 

@@ -228,7 +228,7 @@ def test_compressed_tensors_itself_attaches_the_chosen_schemes() -> None:
     assert not hasattr(model.get_submodule("model.embed_tokens"), "quantization_scheme")
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].codec is not None])
+@pytest.mark.parametrize("name", [name for name in formats_of(LAYOUT.groups[0], tuple(FORMATS)) if name != "BF16"])
 def test_every_scheme_survives_json_and_compressed_tensors(name: FormatName) -> None:
     config = built(LAYOUT, uniform(LAYOUT, name))
     assert config["format"] == FORMATS[name].compression

@@ -24,6 +24,7 @@ from prismaquant_ray.repository.verify import verify_repository
 from prismaquant_ray.source.files import INDEX
 from prismaquant_ray.storage.store import Store
 from tests.repositories import (
+    SEVEN,
     Choice,
     Model,
     make_model,
@@ -121,7 +122,7 @@ def test_a_mixed_plan_of_every_family_is_right(
 
 # Every format twice and every model, of those that differ in what a plan of one format has to say of them.
 UNIFORM = [
-    *zip(FormatName, itertools.cycle(("llama", "qwen2", "gemma2")), strict=False),
+    *zip(SEVEN, itertools.cycle(("llama", "qwen2", "gemma2")), strict=False),
     *zip(FormatName, itertools.cycle(("qwen3_moe", "deepseek_v3_fp8", "qwen3_5_moe", "gpt_oss")), strict=False),
 ]
 

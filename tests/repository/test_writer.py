@@ -402,6 +402,8 @@ def test_a_damaged_candidate_file_is_named(model: Model, tmp_path: Path) -> None
 def test_shipped_tensors_are_what_the_codec_packs(name: FormatName, shape: tuple[int, int], model: Model) -> None:
     codec = FORMATS[name].codec
     assert codec is not None
+    if codec.refusal(*shape) is not None:
+        shape = 200, 256
     packed = codec.pack(nearest(torch.randn(shape), codec, codec.global_scale(4.0)))
     expected = shipped(name, LinearSpec(name="a", out_features=shape[0], in_features=shape[1], sources=("a.weight",)))
     scalars = {"input_global_scale"} if FORMATS[name].static_input_scale else set()

@@ -1,0 +1,25 @@
+"""INT6A16 (W6A16): 6-bit integers with a BF16 scale per 128 columns, or per 64 or 32 where 128 does not divide."""
+
+from __future__ import annotations
+
+from prismaquant_ray.formats import FormatName
+from prismaquant_ray.formats.base import Format, Served
+from prismaquant_ray.formats.packed_int import PackedIntCodec, weight_scheme
+
+CODEC = PackedIntCodec(6)
+FORMAT = Format(
+    name=FormatName.INT6A16,
+    codec=CODEC,
+    compression="pack-quantized",
+    scheme=weight_scheme(CODEC),
+    summary="6-bit integer weights, BF16 scales per 128; 16-bit activations",
+    letter="S",
+    colours=("#e0a15c", "#2b1300"),
+    served=Served(
+        vllm_scheme="WNA16",
+        loads_from=75,
+        full_from=75,
+        shape_rule="in % 32",
+        conditions="Humming alone, which the wheel for CUDA needs; without it the server ends with an error",
+    ),
+)
