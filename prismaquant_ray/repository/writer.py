@@ -101,11 +101,7 @@ def write_repository(
         output.put(file, data)
 
     index = as_json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards.weight_map})
-    config_json = source.store.get(CONFIG)
-    if config is not None:
-        config_json = as_json({**source.config, "quantization_config": config})
-    elif parse_json(config_json) != source.config:
-        config_json = as_json(source.config)  # the source's own quantization is decoded
+    config_json = _config_json(source, config)
     files, digests = sizes_and_digests(shards, small | {INDEX: index, CONFIG: config_json})
     names = {group: str(name) for group, name in choice.items()}
     body = {"schema": MANIFEST_SCHEMA, "complete": True, "run": dict(manifest), "choice": names, "files": files}
@@ -123,6 +119,15 @@ def write_repository(
         bpp=bpp,
         bits_all_parameters=bits_all_parameters,
     )
+
+
+def _config_json(source: TensorSource, quantization: Mapping[str, Any] | None) -> bytes:
+    """config.json: the source's file as it is where nothing has changed."""
+    if quantization is not None:
+        return as_json({**source.config, "quantization_config": quantization})
+    given = source.store.get(CONFIG)
+    # The source's own quantization is decoded.
+    return given if parse_json(given) == source.config else as_json(source.config)
 
 
 def bits(source: TensorSource, layout: Layout, sizes: Mapping[str, int]) -> tuple[float, float]:
