@@ -66,6 +66,14 @@ class Config(Section):
         return formats
 
     @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        if self.allocation.refine and self.evaluation is None:
+            raise ValueError("allocation.refine needs evaluation: {text: FILE}, or evaluation: {}, the mix")
+        if self.allocation.refine and self.allocation.objective != "token_fisher":
+            raise ValueError("allocation.refine corrects prices of token_fisher; leave allocation.objective out")
+        return self
+
+    @model_validator(mode="after")
     def _one_reader(self) -> Self:
         """Standard input can be read once."""
         evaluated = () if self.evaluation is None else self.evaluation.text

@@ -53,6 +53,11 @@ RECORD = "record.json"
 BOUNDARY = "boundary.json"
 
 
+def refinement_key(target: str) -> str:
+    """What measuring changed in the plan for a target."""
+    return f"{PLANS}{target}.refinement.json"
+
+
 def plan_key(target: str) -> str:
     """The plan of a budget, by its target, e.g. 5.5bpp."""
     return f"{PLANS}{target}.json"
@@ -281,6 +286,25 @@ class Excess:
 
     kl: float
     standard_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refinement:
+    """What `allocation.refine` did: `gains` on prices by kind of group and format, learned from measured `plans`.
+
+    `before`, `after` and `change` are KL in nats per token on the sequences that taught nothing, with the standard
+    error of `change`; `kept` says whether the refined plan is used.
+    """
+
+    target: str
+    plans: int
+    gains: dict[str, float]
+    groups_changed: int
+    before: float
+    after: float
+    change: float
+    change_error: float
+    kept: bool
 
 
 #: Plans that are measured: a plan of ours, or a control, see `allocation.baselines`.

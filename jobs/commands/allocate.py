@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 
 from jobs.commands.progress import run_progress
+from jobs.pipeline.refinement import chosen_plan
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import Config
 from prismaquant_ray.formatting import plan_times, server_memory
@@ -14,7 +15,8 @@ from prismaquant_ray.records import PlanRecord
 def run(config: Config) -> PlanRecord:
     """Measure what is missing, then solve."""
     with run_progress() as progress:
-        return Run(config, on_event=progress).repairing(lambda known: known.plan)
+        current = Run(config, on_event=progress)
+        return current.repairing(lambda known: chosen_plan(current, known))
 
 
 def render(plan: PlanRecord, console: Console) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from jobs.commands.progress import run_progress
 from jobs.pipeline.assembly import AssembledRepository, assemble
+from jobs.pipeline.refinement import chosen_plan
 from jobs.pipeline.run import Run
 from prismaquant_ray.config import Config
 from prismaquant_ray.formatting import verified
@@ -17,7 +18,7 @@ def run(config: Config, *, fresh: bool = False) -> AssembledRepository:
         current = Run(config, fresh=fresh, on_event=progress)
         current.check()
         with current.claimed():
-            return current.repairing(lambda known: assemble(current, known, known.plan))
+            return current.repairing(lambda known: assemble(current, known, chosen_plan(current, known)))
 
 
 def render(result: AssembledRepository, console: Console) -> None:

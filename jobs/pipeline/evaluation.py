@@ -110,11 +110,11 @@ class EvaluationSession:
 
         Both use the same tokens, so variation between sequences cancels in the standard error.
         """
-        ours, theirs = self._tokens(variant), self._tokens(other)
+        ours, theirs = self.tokens_of(variant), self.tokens_of(other)
         found = mean_of(ours["kl"].double() - theirs["kl"].double(), ours["sequence"])
         return Excess(kl=found.mean, standard_error=found.standard_error)
 
-    def _tokens(self, variant: Variant) -> dict[str, Tensor]:
+    def tokens_of(self, variant: Variant) -> dict[str, Tensor]:
         """kl, agrees, loss and sequence per token (tokens,) of a measured variant."""
         record = self._read(self._key(variant))
         assert record is not None, "measure comes first"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -64,11 +65,12 @@ def load_evaluation_text(run: Run) -> tuple[EvaluationConfig, CalibrationSet]:
     return settings, sources.load_tokens(run.source, run.layout, settings, run.reader, seed=run.config.calibration.seed)
 
 
-def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> MeasuredPlans:
-    settings, text = load_evaluation_text(run)
+@contextmanager
+def evaluation_session(run: Run, measured: Measured, text: CalibrationSet) -> Iterator[EvaluationSession]:
+    """Inside the with-block, plans of a run can be measured on a text."""
     with run.claimed() as lease, run.logged() as (events, _):
         events(sources.texts_read("evaluation", text))
-        session = EvaluationSession(
+        yield EvaluationSession(
             config=run.config,
             source=run.source,
             layout=run.layout,
@@ -79,8 +81,15 @@ def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> Mea
             open_workers=run.open_workers,
             candidates=absolute(run.config.store.run),
         )
+
+
+def _measure(run: Run, measured: Measured, plans: Sequence[LabelledPlan]) -> MeasuredPlans:
+    settings, text = load_evaluation_text(run)
+    with evaluation_session(run, measured, text) as session:
         wanted = [(place, activations) for place, plan in enumerate(plans) for activations in _ways(plan)]
-        source, *found = session.measure([_variant(plans[place], activations) for place, activations in wanted])
+        source, *found = session.measure(
+            [variant_of(plans[place], activations=activations) for place, activations in wanted]
+        )
         figures = dict(zip(wanted, found, strict=True))
         behind = _behind(session, plans)
     entries = [
@@ -112,7 +121,11 @@ def _behind(session: EvaluationSession, plans: Sequence[LabelledPlan]) -> list[E
     found: list[Excess | None] = []
     for plan in plans:
         other = None if plan.kind == "plan" else plan_of.get(plan.target)
-        found.append(None if other is None else session.excess(_variant(plan, True), _variant(other, True)))
+        found.append(
+            None
+            if other is None
+            else session.excess(variant_of(plan, activations=True), variant_of(other, activations=True))
+        )
     return found
 
 
@@ -121,7 +134,8 @@ def _ways(plan: LabelledPlan) -> tuple[bool, ...]:
     return (False, True) if plan.kind in ("plan", "uniform") else (True,)
 
 
-def _variant(plan: LabelledPlan, activations: bool) -> Variant:
+def variant_of(plan: LabelledPlan, *, activations: bool) -> Variant:
+    """A plan to be measured, with or without rounded activations."""
     """The KV cache is rounded with the activations."""
     return Variant(choice=dict(plan.choice), activations=activations, cache=activations and plan.kv_cache == "fp8")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jobs.pipeline.assembly import AssembledRepository, assemble
 from jobs.pipeline.measured import Measured
 from jobs.pipeline.measured_sweep import load_evaluation_text, measure_plan, measure_sweep
+from jobs.pipeline.refinement import chosen_plan
 from jobs.pipeline.run import Run
 from jobs.pipeline.workers import OpenWorkers, ray_workers
 from prismaquant_ray.calibration.reading import GivenText
@@ -81,7 +82,7 @@ def quantize(
     with run.claimed():
         run.measure()
         measured = time.monotonic()
-        plan = run.repairing(lambda known: known.plan)
+        plan = run.repairing(lambda known: chosen_plan(run, known))
         # Before the repository, so that its card has the figures.
         evaluation = None if config.evaluation is None else run.repairing(lambda known: measure_plan(run, known, plan))
         evaluated = time.monotonic()

@@ -127,8 +127,10 @@ class Planner:
         limit = self.sizes_with(kind).limit(budget)
         return self._record(budget.target, self._solver(self.problem(budget)).plan(limit), kind)
 
-    def plan_of(self, choice: Choice, target: str) -> PlanRecord:
+    def plan_of(self, choice: Choice, target: str, *, kv_cache: CacheType | None = None) -> PlanRecord:
         """The plan that is a choice of one's own; `bound` is that of all plans of at most as many bytes.
+
+        `kv_cache` is the type of its KV cache, by default the configured one.
 
         Raises:
             InputError: a group has no format, or one that it cannot take.
@@ -142,7 +144,7 @@ class Planner:
         rows = np.arange(len(columns))
         size, cost = int(problem.size[rows, columns].sum()), math.fsum(problem.cost[rows, columns].tolist())
         plan = problem.plan(columns, size, slack=cost - solve(problem, size).bound)
-        return self._record(target, plan, self.fixed_cache)
+        return self._record(target, plan, self.fixed_cache if kv_cache is None else kv_cache)
 
     @cached_property
     def sweep(self) -> SweepRecord:

@@ -66,6 +66,13 @@ class AllocationConfig(Section):
         default=(), description="These formats, or others with at least as many bits."
     )
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on time, beside the budget.")
+    refine: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Measure so many plans around the optimum on one half of `evaluation`, correct prices by what they "
+        "show, solve again, and keep the result if it is better on the other half. 0: the plan by prices alone.",
+    )
 
     @model_validator(mode="before")
     @classmethod
