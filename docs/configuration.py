@@ -63,17 +63,21 @@ class SectionReference:
     keys: tuple[Key, ...]
 
 
-def sections(model: type[BaseModel] = config.Config, path: str = "") -> Iterator[SectionReference]:
+def sections(
+    model: type[BaseModel] = config.Config, path: str = "", known: dict[type[BaseModel], str] | None = None
+) -> Iterator[SectionReference]:
     """A model's own keys, then every section below it, in the schema's order."""
-    paths: dict[type[BaseModel], str] = {}  # a section that several keys hold is described below the first of them
+    # A section that several keys hold is described below the first of them.
+    paths = {} if known is None else known
+    before = {*paths}
     for name, field in model.model_fields.items():
         for held in (field.annotation, *get_args(field.annotation)):
             if isinstance(held, type) and issubclass(held, BaseModel):
                 paths.setdefault(held, f"{path}.{name}".lstrip(".") + "[]" * (get_origin(field.annotation) is tuple))
     keys = tuple(_key(name, field, paths) for name, field in model.model_fields.items())
     yield SectionReference(path=path, meaning=inspect.cleandoc(model.__doc__ or ""), keys=keys)
-    for section, place in paths.items():
-        yield from sections(section, place)
+    for section, place in [entry for entry in paths.items() if entry[0] not in before]:
+        yield from sections(section, place, paths)
 
 
 def _key(name: str, field: FieldInfo, paths: Mapping[type[BaseModel], str]) -> Key:

@@ -54,8 +54,11 @@ def with_value(path: str, key: Key, value: Any) -> dict[str, Any]:
     node = body
     for part in path.split(".") if path else ():
         if part.endswith("[]"):
-            node[part.removesuffix("[]")] = [{"match": "*", "format": "BF16"}]
-            node = node[part.removesuffix("[]")][0]
+            name = part.removesuffix("[]")
+            # What is left of a share needs another source to go to.
+            others = [{"path": "t"}] if key.name == "share" and value != 1.0 else []
+            node[name] = [{"path": "s"}, *others] if name == "text" else [{"match": "*", "format": "BF16"}]
+            node = node[name][0]
         else:
             node = node.setdefault(part, {})
     if path == "budget" and key.name in ("bytes", "vram"):
@@ -106,7 +109,8 @@ def test_a_default_may_be_written_and_changes_nothing(tmp_path: Path, path: str,
     body = with_value(path, key, None)
     node: Any = body
     for part in path.split(".") if path else ():
-        node = node[part]
+        node = node[part.removesuffix("[]")]
+        node = node[0] if part.endswith("[]") else node
     written = tmp_path / "written.yaml"
     node[key.name] = yaml.safe_load(key.default.strip("`"))
     if path == "budget" and not any(node.get(kind) for kind in ("bpp", "bytes", "vram")):
