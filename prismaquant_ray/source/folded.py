@@ -16,7 +16,7 @@ from prismaquant_ray.source.protocol import Piece, TensorSource
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from prismaquant_ray.storage.store import Store
+    from prismaquant_ray.storage.prefix import Files
 
 
 class FoldedSource:
@@ -37,7 +37,7 @@ class FoldedSource:
             self._transposed |= {name for each in block.parameters if each.transposed for name in each.tensors}
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Files:
         """Where the source's files are."""
         return self._source.store
 

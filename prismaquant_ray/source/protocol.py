@@ -13,7 +13,7 @@ from prismaquant_ray.source.header import TensorInfo
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-    from prismaquant_ray.storage.store import Store
+    from prismaquant_ray.storage.prefix import Files
 
 # A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -46,7 +46,7 @@ class TensorSource(Protocol):
     """
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Files:
         """Where its files are."""
 
     @property
@@ -96,7 +96,7 @@ def tensor_of_shape(source: TensorSource, name: str, shape: tuple[int, ...]) -> 
 _FOLDERS = ("additional_chat_templates/",)
 
 
-def files_beside_weights(store: Store) -> list[str]:
+def files_beside_weights(store: Files) -> list[str]:
     """Files that are not weights of any kind: tokenizer, configuration, chat templates, licence, …"""
     return [
         key
