@@ -41,6 +41,8 @@ _AT_ONCE = 8
 _REDIRECTS = 5
 # Seconds without a byte.
 _SILENCE = 30.0
+# Seconds that one answer may take; a server that sends a byte at a time would never be silent.
+_LONGEST = 1800.0
 _MOVED = (301, 302, 303, 307, 308)
 # A signed link that is too old, or whose file is elsewhere by now.
 _EXPIRED = (401, 403, 404, 410)
@@ -225,8 +227,10 @@ def _requests(ranges: Sequence[tuple[int, int]], buffers: Sequence[bytearray]) -
 
 def _fill(chunks: Iterator[bytes], start: int, stop: int, parts: Sequence[_Part]) -> None:
     """Copy the bytes of an answer to where they belong; nothing beyond what was asked for is taken."""
-    position, first = start, 0
+    position, first, begun = start, 0, time.monotonic()
     for chunk in chunks:
+        if time.monotonic() > begun + _LONGEST:
+            raise _InterruptedError(f"it took longer than {_LONGEST:.0f} s")
         end = min(position + len(chunk), stop)
         # Parts are in the order of their beginnings, and may overlap.
         while first < len(parts) and parts[first].stop <= position:

@@ -272,6 +272,12 @@ def test_an_answer_cut_short_is_asked_for_again(model: Path, hub: HubServer, cdn
     assert len(pauses) == 2
 
 
+def test_an_answer_that_never_ends_is_given_up(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_ranges, "_LONGEST", -1.0)
+    with pytest.raises(StoreError, match="it took longer than"):
+        whole(opened(seconds=0.1))
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
 def test_what_may_pass_is_tried_again(status: int, model: Path, hub: HubServer, cdn: Cdn, pauses: list[float]) -> None:
     cdn.fault = answering(status, times=2)
