@@ -34,6 +34,7 @@ class Evaluation:
 class WorkerSpec:
     """Everything a worker needs to set itself up. `source` and `run` are resolved for any working directory.
 
+    `revision` is the commit of a hub id that the driver has opened, so that all read the same.
     With an `evaluation` it runs that instead of a measurement, and `run` is the evaluation's own store. `gpu`: the
     cluster gave it a GPU.
     """
@@ -41,6 +42,7 @@ class WorkerSpec:
     name: str
     config: Config
     source: str
+    revision: str
     run: str
     evaluation: Evaluation | None = None
     gpu: bool = False

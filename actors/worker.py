@@ -237,7 +237,7 @@ class ShardWorker:
                 "a directory that they share, or an s3:// or gs:// URI"
             )
         run_store = RunStore(store)
-        checkpoint = Checkpoint(resolve(spec.source, config.model.revision))
+        checkpoint = Checkpoint(resolve(spec.source, spec.revision))
         gptq, search = config.rounding.gptq, config.rounding.scale_search
         runner = self._runner(checkpoint, config)
         self.context = WorkerContext(

@@ -3,7 +3,7 @@
 Bytes really are stored, by digest, and a commit that names a blob which never arrived is refused. Transfers are
 `basic`, or `multipart` above `part_bytes`, for clients that have xet off (HF_HUB_DISABLE_XET). Of xet there is only
 what lets a client store chunks in a directory of its own machine, `chunks`; the server cannot put them together again.
-One branch, models only, listings in one page.
+One branch, models only, listings in one page. Files are read by ranges, from here or from a `cdn` (tests/hub_cdn.py).
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+from tests.hub_cdn import Cdn, Sent
 
 #: Tokens that may write to their user and organization, plain and fine-grained; one for reading; a stranger's.
 TOKEN, FINE, READER, STRANGER = "hf_writerwriter", "hf_finegrained", "hf_readerreader", "hf_strangerstranger"
@@ -39,9 +44,12 @@ CUT, LOST = 0, -1
 class RefusedError(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, said: str, code: str = "", **facts: str) -> None:
+    def __init__(
+        self, status: int, said: str, code: str = "", headers: Mapping[str, str] | None = None, **facts: str
+    ) -> None:
         super().__init__(said)
         self.status = status
+        self.headers = headers or {}
         self.code = code
         self.facts = facts
 
@@ -81,7 +89,8 @@ class HubServer:
     """`with HubServer() as hub:` then HfApi(endpoint=hub.endpoint).
 
     `fault(method, path)` may return a status to answer a request with instead, or CUT or LOST. `flip` damages that many
-    blobs on their way in. `requests` and `blobs_received` tell what came.
+    blobs on their way in. `requests` and `blobs_received` tell what came, `ranges` which bytes of which blob left.
+    Without `answers_ranges` every answer has the whole file. With a `cdn` readers of LFS files are sent there.
     """
 
     def __init__(self, *, part_bytes: int | None = None, chunks: Path | None = None) -> None:
@@ -91,6 +100,10 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.blobs_received: list[str] = []
+        self.ranges: list[Sent] = []
+        self.answers_ranges = True
+        self.answer_with: dict[str, str] = {}
+        self.cdn: Cdn | None = None
         self.fault: Callable[[str, str], int | None] = _nothing
         self.after_commit: Callable[[Repository], object] = _nothing
         self.flip = 0
@@ -351,7 +364,24 @@ class HubServer:
         if entry is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound")
         etag = entry.sha256 if entry.lfs else entry.blob_id
-        return self.blobs[entry.sha256], {"ETag": f'"{etag}"', "X-Repo-Commit": commit.id}
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit.id}
+        if self.cdn is None or not entry.lfs:
+            return self.blobs[entry.sha256], headers
+        linked = {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(entry.size)}
+        link = self.cdn.link(path, self.blobs[entry.sha256])
+        raise RefusedError(302, "elsewhere", headers=headers | linked | {"Location": link})
+
+
+def reach(hub: HubServer, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Make it the hub of `huggingface_hub` in this process, with an empty cache in `directory` and no token."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(directory / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(directory / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    files = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "".join((hub.endpoint, *files[1:])))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
 def _nothing(*_: object) -> None:
@@ -419,6 +449,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                     said = {"errors": [{"message": str(refused)}]}
                 answer, headers = _json(said)
                 headers |= {"X-Error-Message": str(refused)} | ({"X-Error-Code": refused.code} if refused.code else {})
+                headers |= refused.headers
+            headers |= hub.answer_with
+            wanted = self.headers.get("Range") if self.command == "GET" and "/resolve/" in path else None
+            if status == 200 and wanted is not None:
+                hub.ranges.append(Sent.of(path.rpartition("/")[2], wanted, len(answer)))
+                if hub.answers_ranges:
+                    status, headers, answer = hub.ranges[-1].answer(headers, answer)
             if fault == LOST:
                 self.close_connection = True
                 return

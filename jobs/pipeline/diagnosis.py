@@ -11,7 +11,6 @@ from pathlib import Path
 
 from actors.diagnosis import PLACE, WorkerDiagnosis
 from actors.memory_plan import ADVICE, Free, MemoryPlan, shard_size
-from actors.messages import WorkerSpec
 from actors.protocol import Call, CallKind, Reply
 from jobs.pipeline import checks, sources
 from jobs.pipeline.estimate import StageTime, estimate
@@ -22,7 +21,6 @@ from prismaquant_ray.config import Config
 from prismaquant_ray.device_checks import Check
 from prismaquant_ray.errors import ResourceError
 from prismaquant_ray.formatting import gigabytes
-from prismaquant_ray.storage.connection import absolute
 
 # Seconds that a diagnosis may take, when workers are there.
 _PATIENCE = 120.0
@@ -73,9 +71,7 @@ def doctor(config: Config, *, open_workers: OpenWorkers = ray_workers) -> Diagno
     checks.check_stores(config)
     run = Run(config, weights=False)
     config, plan = run.config, run.memory_plan
-    spec = WorkerSpec(
-        name="", config=config, source=sources.absolute_source(config.model), run=absolute(config.store.run)
-    )
+    spec = sources.worker_spec(config, run.source, config.store.run)
     with _leaving_nothing(config.store.run), open_workers(spec, len(run.layout.blocks) + 1) as pool:
         found = _examine(pool, wait=max(config.cluster.wait, _START))
         sharing = pool.sharing()

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from actors.memory_plan import evaluation_memory_plan
-from actors.messages import Evaluation, WorkerSpec
+from actors.messages import Evaluation
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import RunStore
 from actors.schedule.shards import droppable_evaluation_boundaries, pending_evaluation_shards
@@ -134,12 +134,11 @@ class EvaluationSession:
         store_calibration(running, self.text, run=run_store.run)
         graph = self._graph
         evaluation = EvaluationPass(
-            spec=WorkerSpec(
-                name="",
-                config=self.config,
-                source=sources.absolute_source(self.config.model),
-                run=absolute(place),
-                evaluation=Evaluation(
+            spec=sources.worker_spec(
+                self.config,
+                self.source,
+                place,
+                Evaluation(
                     variants=variants,
                     candidates=self.candidates,
                     repository=None if self.repository is None else absolute(self.repository.store.uri),

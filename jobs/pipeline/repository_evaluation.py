@@ -25,7 +25,7 @@ from prismaquant_ray.config import Config, checked
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.evaluation.variants import Variant
 from prismaquant_ray.event_log import EventLog
-from prismaquant_ray.events import Events, Listener
+from prismaquant_ray.events import Events, Listener, Notice
 from prismaquant_ray.layout import BlockKind, Layout
 from prismaquant_ray.model.layout_builder import build_layout, scope_of
 from prismaquant_ray.records import Divergence, SourceFigures, TakenText
@@ -113,7 +113,8 @@ def evaluate(
     reader = TextReader(evaluation=None if isinstance(text, str | Path) else text)
     with nullcontext(store) if store is not None else TemporaryDirectory(prefix="prismaquant-evaluate-") as place:
         config = _config(source, images, place, overrides)
-        original = sources.open_source(config.model)
+        say = None if on_event is None else lambda message: Events(on_event)(Notice(message=message))
+        original = sources.open_source(config.model, say=say)
         view = RepositoryView(existing(repository))
         _, layout = build_layout(original, scope_of(config))
         kinds = _check_same_model(original, layout, view)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter
 
 from actors.memory_plan import MemoryPlan, memory_plan
-from actors.messages import WorkerSpec
 from actors.schedule.pass_graph import PassGraph
 from actors.schedule.run_store import RunStore
 from jobs.pipeline import checks, sources
@@ -37,7 +36,6 @@ from prismaquant_ray.records import MeasuredRecord, RunRecord
 from prismaquant_ray.repository.staging import check_output
 from prismaquant_ray.serialization import to_bytes
 from prismaquant_ray.source.protocol import TensorSource
-from prismaquant_ray.storage.connection import absolute
 from prismaquant_ray.storage.lease import LEASES, TTL, Holder, Lease, held
 from prismaquant_ray.storage.store import Store
 
@@ -69,7 +67,8 @@ class Run:
         self.reader = TextReader(calibration=text, evaluation=evaluation_text)
         self.config = self._decided(checks.with_rows(config, text, evaluation_text))
         self.lease: Lease | None = None
-        self.source: TensorSource = sources.open_source(config.model, weights=weights)
+        say = self.say if self.listeners else None
+        self.source: TensorSource = sources.open_source(config.model, weights=weights, say=say)
         self._measured: Measured | None = None
 
     def _decided(self, config: Config) -> Config:
@@ -263,12 +262,7 @@ class Run:
         with self.claimed() as lease, self.logged() as (events, log):
             store_calibration(self.store, self.calibration, run=self.run_store.run)
             events(sources.texts_read("calibration", self.calibration))
-            spec = WorkerSpec(
-                name="",
-                config=self._as_stored(),
-                source=sources.absolute_source(self.config.model),
-                run=absolute(self.config.store.run),
-            )
+            spec = sources.worker_spec(self._as_stored(), self.source, self.config.store.run)
             passes = Measurement(
                 spec=spec,
                 memory_plan=self.memory_plan,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from actors.messages import Evaluation, WorkerSpec
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.files import loading
 from prismaquant_ray.calibration.packing import Drawing, load_texts
 from prismaquant_ray.calibration.reading import Part, ReadText, TextReader, with_kinds
+from prismaquant_ray.config import Config
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.events import TextsRead
 from prismaquant_ray.layout import Layout
@@ -20,23 +24,39 @@ from prismaquant_ray.settings.model import ModelConfig
 from prismaquant_ray.settings.texts import shares_of
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.protocol import TensorSource
-from prismaquant_ray.source.resolve import local_files, resolve
+from prismaquant_ray.source.resolve import local_files, on_hub, pinned, resolve
 from prismaquant_ray.storage.connection import absolute
+from prismaquant_ray.storage.store import Store
+
+_LOG = logging.getLogger(__name__)
 
 
-def open_source(model: ModelConfig, *, weights: bool = True) -> TensorSource:
-    """The checkpoint, as given or from the hub. Without `weights` a directory with only a configuration is accepted."""
-    store = resolve(model.source, model.revision)
-    if store.path is None:
+def open_source(model: ModelConfig, *, weights: bool = True, say: Callable[[str], None] | None = None) -> TensorSource:
+    """The checkpoint, as given or from the hub. Without `weights` a directory with only a configuration is accepted.
+
+    `say` hears how a model of the hub is read, where that is not by byte ranges; without it that is logged.
+    """
+    store = resolve(model.source, model.revision, say or _LOG.warning)
+    if isinstance(store, Store) and store.path is None:
         store.check_readable()
     if not weights and ConfigOnlyCheckpoint.fits(store):
         return ConfigOnlyCheckpoint(store)
     return Checkpoint(store)
 
 
-def absolute_source(model: ModelConfig) -> str:
-    """`model.source` as an absolute place; a hub id is unchanged, because each node has its own cache."""
-    return absolute(model.source) if "://" in model.source or Path(model.source).is_dir() else model.source
+def worker_spec(
+    config: Config, source: TensorSource, run: str | Path, evaluation: Evaluation | None = None
+) -> WorkerSpec:
+    """What workers are told: places for any working directory, and of a hub id the commit that was opened here."""
+    model = config.model
+    return WorkerSpec(
+        name="",
+        config=config,
+        source=model.source if on_hub(model.source) else absolute(model.source),
+        revision=pinned(model.source, model.revision, source.store),
+        run=absolute(run),
+        evaluation=evaluation,
+    )
 
 
 def load_tokenizer(source: TensorSource, directory: str | Path) -> Any:

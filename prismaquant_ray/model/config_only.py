@@ -18,7 +18,7 @@ from prismaquant_ray.source.checkpoint import read_config, read_json
 from prismaquant_ray.source.files import INDEX, SINGLE
 from prismaquant_ray.source.header import TensorInfo
 from prismaquant_ray.source.protocol import Piece, files_beside_weights
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Files
 
 
 class ConfigOnlyCheckpoint:
@@ -27,7 +27,7 @@ class ConfigOnlyCheckpoint:
     It answers questions about tensors and cannot read any: that is InputError. Experts are taken to be packed.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Files) -> None:
         self.store = store
         self.config = read_config(store)
         self.tensors: dict[str, TensorInfo] = {}
@@ -37,7 +37,7 @@ class ConfigOnlyCheckpoint:
             )
 
     @classmethod
-    def fits(cls, store: Store) -> bool:
+    def fits(cls, store: Files) -> bool:
         """Whether a place holds a configuration and no weights."""
         if store.size("config.json") is None or store.size(SINGLE) is not None:
             return False

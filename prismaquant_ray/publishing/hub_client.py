@@ -23,7 +23,7 @@ from huggingface_hub.utils.logging import get_verbosity, set_verbosity
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.publishing.finished import File
-from prismaquant_ray.publishing.hub_failures import HUB_FAILURES, diagnose_hub, tidy
+from prismaquant_ray.storage.hub_failures import HUB_FAILURES, diagnose_hub, tidy
 from prismaquant_ray.storage.retry import retried
 from prismaquant_ray.storage.store import CHECK_SECONDS, RETRY_SECONDS
 

@@ -30,6 +30,7 @@ from prismaquant_ray.repository.quantization_config import linears_by_format
 from prismaquant_ray.repository.writer import Written
 from prismaquant_ray.settings.budget import BudgetConfig
 from prismaquant_ray.settings.texts import TextSource
+from prismaquant_ray.source.resolve import on_hub
 
 _LONGEST_NAME = 120
 _PARTS = {
@@ -176,13 +177,13 @@ def named(location: Path | str) -> str:
 
 def _source(data: RunData) -> Source:
     model, source = data.config.model, data.source
-    on_hub = "://" not in model.source and not Path(model.source).is_dir()
+    hub_id = model.source if on_hub(model.source) else None
     readme = source.store.get(README).decode("utf-8", "replace") if README in source.other_files() else None
     return Source(
         title=model.source.rstrip("/").rpartition("/")[2],
         name=named(model.source),
-        hub_id=model.source if on_hub else None,
-        revision=model.revision if on_hub else None,
+        hub_id=hub_id,
+        revision=None if hub_id is None else model.revision,
         stated=stated(readme),
     )
 

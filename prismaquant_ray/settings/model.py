@@ -14,9 +14,13 @@ class ModelConfig(Section):
 
     source: str = Field(
         min_length=1,
-        description="Checkpoint: a local directory, an `s3://` or `gs://` URI, or a hub id, which every node fetches.",
+        description="Checkpoint: a local directory, an `s3://` or `gs://` URI, or a hub id. The last three are read by "
+        "byte ranges.",
     )
-    revision: str = Field(default="main", description="Branch, tag or commit of a hub id.")
+    revision: str = Field(
+        default="main",
+        description="Branch, tag or commit of a hub id; workers read the commit that the driver has opened.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="Blocks compute in this dtype. `auto` is bfloat16 with `cluster.device: gpu`, or with `auto` where "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.source.header import DTYPES, TensorInfo
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Files
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -191,7 +191,7 @@ class BlockFp8Decoder:
 
     divisible = False
 
-    def __init__(self, store: Store, weights: Mapping[str, ScaledWeight]) -> None:
+    def __init__(self, store: Files, weights: Mapping[str, ScaledWeight]) -> None:
         self._store = store
         self._weights = dict(weights)
 

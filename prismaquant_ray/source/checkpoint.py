@@ -6,7 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,12 +23,12 @@ from prismaquant_ray.source.files import CONFIG, INDEX, SINGLE
 from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.source.wide import Bf16Decoder, as_bf16, narrowed, wide_matrices, with_bf16
-from prismaquant_ray.storage.prefix import Prefix, get_json
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Files, Objects, get_json
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+_HEADERS_AT_ONCE = 8
 _SAMPLE = 4096
 # Tensors: eight megabytes of samples.
 _SAMPLED_AT_ONCE = 1000
@@ -35,7 +37,7 @@ _PREFIX, _EMBEDDING = "model.", "embed_tokens.weight"
 _SHARD = re.compile(r"([^/]+)-(\d+)-of-(\d+)\.safetensors")
 
 
-def read_header(store: Prefix, file: str) -> list[TensorInfo]:
+def read_header(store: Objects, file: str) -> list[TensorInfo]:
     """Every tensor of a safetensors file, in data order; KeyError when it is absent, InputError when it is damaged."""
     size = store.size(file)
     if size is None:
@@ -47,7 +49,7 @@ def read_header(store: Prefix, file: str) -> list[TensorInfo]:
     return [replace(info, file=file) for info in infos]
 
 
-def read_json(store: Store, name: str) -> dict[str, Any]:
+def read_json(store: Files, name: str) -> dict[str, Any]:
     """A JSON object of a model's directory; InputError when it is absent or is something else."""
     try:
         return as_object(get_json(store, name))
@@ -65,7 +67,7 @@ class _Named:
     text_config: dict[str, Any] | None = None
 
 
-def read_config(store: Store) -> dict[str, Any]:
+def read_config(store: Files) -> dict[str, Any]:
     """The config.json of a model, as every reader takes it; InputError when it is absent or is something else."""
     body = portable(read_json(store, CONFIG))
     try:
@@ -90,15 +92,17 @@ class Checkpoint:
             cannot be decoded.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Files) -> None:
         self.store = store
         self.source_config = read_config(store)
         self.files = self._files()
         self.stored: dict[str, TensorInfo] = {}
-        for file in self.files:
-            for info in self._header(file):
+        # At once: a header of a remote file takes as long as its way there and back, twice.
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE, thread_name_prefix="headers") as pool:
+            for info in chain.from_iterable(pool.map(self._header, self.files)):
                 if info.name in self.stored:
-                    raise InputError(f"{store.uri}: {info.name} is in both {self.stored[info.name].file} and {file}")
+                    both = f"{self.stored[info.name].file} and {info.file}"
+                    raise InputError(f"{store.uri}: {info.name} is in both {both}")
                 self.stored[info.name] = info
         self._check_index()
         if _lacks_prefix(self.stored):

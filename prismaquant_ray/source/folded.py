@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from prismaquant_ray.source.block_fp8 import ScaledWeight
-    from prismaquant_ray.storage.store import Store
+    from prismaquant_ray.storage.prefix import Files
 
 
 class FoldedSource:
@@ -38,7 +38,7 @@ class FoldedSource:
             self._transposed |= {name for each in block.parameters if each.transposed for name in each.tensors}
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Files:
         """Where the source's files are."""
         return self._source.store
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from prismaquant_ray.source.block_fp8 import ScaledWeight
-    from prismaquant_ray.storage.store import Store
+    from prismaquant_ray.storage.prefix import Files
 
 # A repository may hold its weights more than once (pytorch_model.bin, consolidated.safetensors, a GGUF, …).
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -47,7 +47,7 @@ class TensorSource(Protocol):
     """
 
     @property
-    def store(self) -> Store:
+    def store(self) -> Files:
         """Where its files are."""
 
     @property
@@ -101,7 +101,7 @@ def tensor_of_shape(source: TensorSource, name: str, shape: tuple[int, ...]) -> 
 _FOLDERS = ("additional_chat_templates/",)
 
 
-def files_beside_weights(store: Store) -> list[str]:
+def files_beside_weights(store: Files) -> list[str]:
     """Files that are not weights of any kind: tokenizer, configuration, chat templates, licence, …"""
     return [
         key

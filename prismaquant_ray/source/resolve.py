@@ -1,20 +1,22 @@
-"""Where a model is: a directory, an object store, or the hub's cache on this machine."""
+"""Where a model is: a directory, an object store, the hub, or the hub's cache on this machine."""
 
 from __future__ import annotations
 
+import logging
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prismaquant_ray.errors import InputError
+from prismaquant_ray.errors import InputError, StoreError
+from prismaquant_ray.formatting import gigabytes
 from prismaquant_ray.parsing import MAX_BYTES, MalformedError, check_volume
 from prismaquant_ray.source.protocol import TensorSource
+from prismaquant_ray.storage.prefix import Files
 from prismaquant_ray.storage.store import Store
 
-# Files of a hub repository that are fetched: weights in safetensors, and the small files beside them.
-_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py", "LICENSE*")
+_LOG = logging.getLogger(__name__)
 # Beginnings of the names of the files that libraries read for a tokenizer or a processor.
 _OF_LIBRARIES = (
     *("config", "tokenizer", "processor", "preprocessor", "chat_template", "special_tokens", "added_tokens"),
@@ -22,28 +24,86 @@ _OF_LIBRARIES = (
 )
 
 
-def resolve(source: str, revision: str) -> Store:
-    """The store that holds a model; a hub id is fetched into this machine's cache unless it is there.
+def on_hub(source: str) -> bool:
+    """Whether a source is a name on the hub: neither a URI nor a directory here."""
+    return "://" not in source and not Path(source).is_dir()
 
-    Nothing is fetched when HF_HUB_OFFLINE is set.
+
+def resolve(source: str, revision: str, say: Callable[[str], None] = _LOG.warning) -> Files:
+    """The files of a model: a directory, an object store, or a commit on the hub.
+
+    Of a hub id weights are read by byte ranges, unless this machine's cache has all of them. The whole snapshot is
+    fetched into the cache, and `say` told so, where a server answers no ranges. Nothing is fetched when HF_HUB_OFFLINE
+    is set; the cache is also used, and `say` told so, while the hub does not answer.
 
     Raises:
-        InputError: the model is neither a directory nor cached, and cannot be fetched.
+        InputError: the model is neither a directory nor on the hub for this account, nor in its cache.
+        StoreError: the hub does not answer, and its cache does not have the model.
     """
     if "://" in source:
         return Store(source, create=False)
-    directory = Path(source)
-    if directory.is_dir():
-        return Store(directory.absolute(), create=False)
+    if not on_hub(source):
+        return Store(Path(source).absolute(), create=False)
+    from huggingface_hub import constants
+
+    from prismaquant_ray.source.hub import HubFiles, commit_of
+    from prismaquant_ray.source.hub_ranges import NoRangesError
+
+    if constants.is_offline_mode():
+        return _snapshot(source, revision)
+    try:
+        commit = commit_of(source, revision, place=_place(source))
+    except StoreError as error:
+        try:
+            found = _snapshot(source, revision, cached=True)
+        except InputError:
+            raise error from None
+        say(f"{error}; what the hub's cache on this machine has is read instead")
+        return found
+    if commit.weights.keys() <= commit.cached.keys():
+        return _snapshot(source, commit.id)
+    files = HubFiles(commit)
+    try:
+        files.probe()
+    except NoRangesError:
+        size = sum(file.size for file in commit.files.values())
+        say(
+            f"{source}: the server of its weights does not answer byte ranges, so every machine that reads them "
+            f"fetches all {gigabytes(size)} into its cache first"
+        )
+        return _snapshot(source, commit.id)
+    return files
+
+
+def pinned(source: str, revision: str, files: Files) -> str:
+    """The commit that a hub id was resolved to, which others are to read, too; else the revision as it is."""
+    if not on_hub(source):
+        return revision
+    from prismaquant_ray.source.hub import HubFiles
+
+    if isinstance(files, HubFiles):
+        return files.commit.id
+    assert files.path is not None
+    return files.path.name
+
+
+def _place(source: str) -> str:
+    return f"model.source {source} on {socket.gethostname()}"
+
+
+def _snapshot(source: str, revision: str, *, cached: bool = False) -> Store:
+    """A directory of the hub's cache with the whole model; only one that is there already where `cached`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    from prismaquant_ray.source.hub import MODEL_FILES
+
     try:
-        found = snapshot_download(source, revision=revision, allow_patterns=list(_PATTERNS))
+        found = snapshot_download(source, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=cached)
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise InputError(
-            f"model.source {source} on {socket.gethostname()}: neither a directory nor in the hub's cache (revision "
-            f"{revision}), nor can it be fetched; give a directory or a URI, or fetch it first: hf download {source}"
+            f"{_place(source)}: neither a directory nor in the hub's cache (revision {revision}), nor can it be "
+            f"fetched; give a directory or a URI, or fetch it first: hf download {source}"
         ) from error
     return Store(Path(found), create=False)
 
@@ -67,7 +127,7 @@ def local_files(checkpoint: TensorSource) -> Iterator[Path]:
         yield Path(directory)
 
 
-def small_file(store: Store, name: str) -> bytes:
+def small_file(store: Files, name: str) -> bytes:
     """A file of a model that is no weights; KeyError when there is none, InputError when it is too large.
 
     Libraries read it by themselves, and have no bounds.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismaquant_ray.source.header import TensorInfo
-from prismaquant_ray.storage.store import Store
+from prismaquant_ray.storage.prefix import Files
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -58,7 +58,7 @@ class Bf16Decoder:
 
     divisible = False
 
-    def __init__(self, store: Store, stored: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, store: Files, stored: Mapping[str, TensorInfo]) -> None:
         self._store = store
         self._stored = dict(stored)
 

@@ -50,12 +50,16 @@ _METADATA_SERVERS = ("169.254.169.254", "169.254.170.2", "metadata.google.intern
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The meaning of a backend's error: `input` if the user's input is at fault, `passing` if waiting may help."""
+    """The meaning of a backend's error: `input` if the user's input is at fault, `passing` if waiting may help.
+
+    `wait`: seconds after which the server wants to be asked again.
+    """
 
     reason: str
     remedy: str = ""
     input: bool = False
     passing: bool = False
+    wait: float = 0.0
 
 
 class UploadInterruptedError(StoreError):

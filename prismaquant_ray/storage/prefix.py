@@ -1,4 +1,4 @@
-"""The interface of a store that repositories are written to and read from."""
+"""The interfaces of stores: of one that is only read, of a model's files, of one that repositories are written to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from prismaquant_ray.parsing import MAX_BYTES, parse_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Buffer
 
 _T = TypeVar("_T")
@@ -22,8 +24,8 @@ class ByteWriter(Protocol):
         ...
 
 
-class Prefix(Protocol):
-    """A `Store`, or a wrapper that defers some of its writes. Errors are those of `Store`."""
+class Objects(Protocol):
+    """What can be read below a prefix. Errors are those of `Store`."""
 
     #: Part of an object can be read alone.
     divisible: bool
@@ -44,6 +46,18 @@ class Prefix(Protocol):
     def list(self) -> builtins.list[str]:
         """Every key, sorted."""
 
+
+class Files(Objects, Protocol):
+    """The files of a model: a `Store`, or a commit on the hub."""
+
+    @property
+    def path(self) -> Path | None:
+        """The directory that holds all of them, where there is one."""
+
+
+class Prefix(Objects, Protocol):
+    """A `Store`, or a wrapper that defers some of its writes."""
+
     def put(self, key: str, data: Buffer, /) -> None:
         """Write or replace an object."""
 
@@ -54,6 +68,6 @@ class Prefix(Protocol):
         """Delete objects; absent ones are fine."""
 
 
-def get_json(store: Prefix, key: str, *, finite: bool = False) -> Any:
+def get_json(store: Objects, key: str, *, finite: bool = False) -> Any:
     """The values of a JSON object of a store, as `parse_json` has them; KeyError when there is none."""
     return parse_json(store.get(key, MAX_BYTES), finite=finite)

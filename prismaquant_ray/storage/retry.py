@@ -28,16 +28,19 @@ def retried(
 ) -> _T:
     """The result of `action`, which is repeated for at most `seconds` while it raises one of `failures`.
 
+    A server that says when to come back is not asked before.
+
     Raises:
         InputError, StoreError: about `what` at `uri`, for a failure that `diagnose` does not call passing, and for the
             last one. Other exceptions pass through.
     """
     began = told = time.monotonic()
-    for pause in pauses(longest_pause):
+    for least in pauses(longest_pause):
         try:
             return action()
         except failures as error:
             problem, now = diagnose(error), time.monotonic()
+            pause = max(least, problem.wait)
             if not problem.passing or now + pause > began + seconds:
                 # Not chained: the client's text may repeat an access key, a signed address or what was signed.
                 raise to_error(uri, what, problem) from None

@@ -62,7 +62,8 @@ def workers(asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ca
         room = Capacity(nodes=2, workers=4, sharing=2, gpu=gpus > 0, gpus=gpus, cpus=8)
         monkeypatch.setattr("actors.pool.capacity", lambda _: room)
         config = configuration(tmp_path, make_checkpoint(tmp_path / "source", "llama"), *overrides)
-        return RayWorkers(WorkerSpec(name="", config=config, source=config.model.source, run=str(config.store.run)))
+        source, run = config.model.source, str(config.store.run)
+        return RayWorkers(WorkerSpec(name="", config=config, source=source, revision="main", run=run))
 
     return make
 

@@ -243,7 +243,7 @@ def test_a_worker_reports_a_failure_as_a_record(tmp_path: Path) -> None:
     from actors.worker import ShardWorker
 
     config = configuration(tmp_path, make_checkpoint(tmp_path / "source", "llama"))
-    spec = WorkerSpec(name="w", config=config, source=str(tmp_path / "source"), run=str(tmp_path))
+    spec = WorkerSpec(name="w", config=config, source=str(tmp_path / "source"), revision="main", run=str(tmp_path))
     receipt = ShardWorker().setup(spec)
     assert receipt.failure is not None
     assert receipt.failure.kind == "ResourceError"

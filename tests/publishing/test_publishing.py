@@ -28,9 +28,9 @@ from prismaquant_ray.publishing.bucket import check_bucket, publish_to_bucket
 from prismaquant_ray.publishing.finished import Published, open_finished
 from prismaquant_ray.publishing.hub import check_hub, publish_to_hub
 from prismaquant_ray.publishing.hub_client import HubRepository
-from prismaquant_ray.publishing.hub_failures import tidy
 from prismaquant_ray.repository.manifest import DEQUANTIZED, MANIFEST
 from prismaquant_ray.source.files import CONFIG, INDEX
+from prismaquant_ray.storage.hub_failures import tidy
 from prismaquant_ray.storage.store import Store
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import CUT, FINE, LOST, ORGANIZATION, READER, STRANGER, TOKEN, USER, HubServer

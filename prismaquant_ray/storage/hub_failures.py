@@ -23,13 +23,13 @@ _LIMIT = 120
 
 def diagnose_hub(error: BaseException) -> Problem:
     """The cause of an error, a remedy, and whether it is transient."""
-    cause = _cause(error)
+    cause = request_error(error)
     if isinstance(cause, OfflineModeIsEnabled):
         return Problem("HF_HUB_OFFLINE is set", "unset it to publish", input=True)
     if isinstance(cause, HfHubHTTPError):
         return _answered(cause)
     if isinstance(cause, HTTPError):
-        return Problem(_silence(cause), f"check the network and HF_ENDPOINT, then {_AGAIN}", passing=True)
+        return Problem(silence(cause), f"check the network and HF_ENDPOINT, then {_AGAIN}", passing=True)
     return _elsewhere(error.__cause__ or error)
 
 
@@ -44,7 +44,7 @@ def _elsewhere(error: BaseException) -> Problem:
     return Problem(f"{type(error).__name__}: {short(text, _LIMIT)}", _AGAIN, passing=passing)
 
 
-def _cause(error: BaseException) -> BaseException:
+def request_error(error: BaseException) -> BaseException:
     """The request error behind an error, or the error itself."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HTTPError | OfflineModeIsEnabled):
@@ -72,7 +72,8 @@ def _answered(error: HfHubHTTPError) -> Problem:
     return Problem(f"the hub answers {shown}", _AGAIN, passing=passing)
 
 
-def _silence(error: BaseException) -> str:
+def silence(error: BaseException) -> str:
+    """Why a request had no answer."""
     text = str(error)
     if re.search(r"Name or service not known|nodename|getaddrinfo|name resolution", text):
         return "the hub has no address (host name not found)"
