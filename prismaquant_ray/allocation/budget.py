@@ -29,7 +29,7 @@ _TENSORS = 4
 # Fixed parts of config.json, the manifest, the index and shard headers.
 _FIXED_BYTES = 1 << 16
 #: Bytes of a repository that are kept free for its README.md.
-CARD_BYTES = 1 << 15
+CARD_BYTES = 36 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
