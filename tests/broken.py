@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
+
 from tests.hub_server import ORGANIZATION, TOKEN, HubServer
 from tests.mutations import EVENTS, JSON, OVERRIDES, TENSORS, YAML, Mutation
 
@@ -181,7 +183,8 @@ def run(bench: Bench, seed: int, count: int, tell: Callable[[dict[str, Any]], No
 def names_of(bench: Bench, target: Path | None, overrides: tuple[str, ...]) -> list[str]:
     """What an error may name: the file, its place, or a setting."""
     keys = [override.partition("=")[0].rpartition(".")[2] for override in overrides]
-    return [str(bench.work), *([target.name] if target else []), "--set", *(key for key in keys if key)]
+    sections = ["calibration.", "evaluation.", "model.", "store."] if target and target.name == "config.yaml" else []
+    return [str(bench.work), *([target.name] if target else []), *sections, "--set", *(key for key in keys if key)]
 
 
 def outside(bench: Bench) -> set[str]:
@@ -200,7 +203,8 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
         (folder / name).mkdir(parents=True)
     hub = HubServer()
     os.environ.update(TMPDIR=f"{folder}/tmp", HOME=f"{folder}/home", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN)
-    os.environ["HF_HUB_DISABLE_XET"] = "1"
+    # The library is imported already.
+    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = hub.endpoint, True, False
     os.chdir(folder / "here")
     # Drawing takes seconds and reads nothing.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]

@@ -48,7 +48,7 @@ def test_what_is_fused_comes_from_the_table_too() -> None:
     lfm2 = server_names("Lfm2ForCausalLM")
     assert lfm2 is not None
     assert lfm2.fused["w13"] == ("w1", "w3")
-    assert lfm2.runtime == "vLLM 0.32.0"
+    assert lfm2.runtime == "vLLM 0.33.0"
     assert server_names("MptForCausalLM") is None
     olmo2 = server_names("Olmo2ForCausalLM")
     assert olmo2 is not None

@@ -6,7 +6,7 @@ Both run side by side, block by block, on the workers of a cluster.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,7 @@ def evaluate(
     reader = TextReader(evaluation=None if isinstance(text, str | Path) else text)
     with nullcontext(store) if store is not None else TemporaryDirectory(prefix="prismaquant-evaluate-") as place:
         config = _config(source, images, place, overrides)
-        say = None if on_event is None else lambda message: Events(on_event)(Notice(message=message))
-        original = sources.open_source(config.model, say=say)
+        original = sources.open_source(config.model, say=_noticed(on_event))
         view = RepositoryView(existing(repository))
         _, layout = build_layout(original, scope_of(config))
         kinds = _check_same_model(original, layout, view)
@@ -142,6 +141,11 @@ def evaluate(
         notes=notes,
         missed=_missed(activations, max_kl, min_top1),
     )
+
+
+def _noticed(on_event: Listener | None) -> Callable[[str], None] | None:
+    """What tells a listener a sentence."""
+    return None if on_event is None else lambda message: on_event(Notice(message=message))
 
 
 def _text_figures(chosen: TextSource, tokens: CalibrationSet) -> TextFigures:

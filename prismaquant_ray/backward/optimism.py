@@ -84,12 +84,16 @@ def _optimism(rows: NDArray[np.float64]) -> Optimism:
 
     measured = float(ratio(total))
     variance = 0.0
-    if len(rows) > 1:
-        left_out = ratio(total - rows)
-        variance = float((len(rows) - 1) / len(rows) * np.square(left_out - left_out.mean()).sum())
+    # Blocks without an effect say nothing, and one that has all of it cannot be left out.
+    rest = (total - rows)[(rows[:, 0] > 0) & (rows[:, 2] > 0)]
+    rest = rest[(rest[:, 0] > 0) & (rest[:, 2] > 0) & ((rest[:, 3] > 0) | (not controlled))]
+    if len(rest) > 1:
+        left_out = ratio(rest)
+        variance = float((len(rest) - 1) / len(rest) * np.square(left_out - left_out.mean()).sum())
     if not controlled:
         # Which tokens are held out is chance for all blocks alike.
         variance += float(measured * total[4] / total[2]) ** 2
     excess = measured - 1.0
-    kept = max(0.0, 1.0 - variance / excess**2) if excess else 0.0
+    # A single block says nothing about chance.
+    kept = max(0.0, 1.0 - variance / excess**2) if excess and len(rest) > 1 else 0.0
     return Optimism(ratio=measured, standard_error=float(np.sqrt(variance)), factor=1.0 + excess * kept)

@@ -397,7 +397,7 @@ def test_nothing_about_budgets_and_rules_changes_what_was_measured(tmp_path: Pat
         limits={"prefill": 1.5, "gpu": "h100"},
     )
     run = Run(measured)
-    assert fingerprint(config, run.source) == fingerprint(measured, run.source)
+    assert fingerprint(config, run.source, run.reader) == fingerprint(measured, run.source, run.reader)
     assert Run(config, open_workers=unopened).is_measured
 
 

@@ -90,7 +90,9 @@ def test_errors_reach_every_later_column_once_whatever_the_number_of_columns(col
 def test_rows_are_rounded_alike_alone_stacked_and_in_pieces(
     codec: Codec, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members = [weights(size, 128, seed=size) for size in (48, 16, 33)]
+    # Rows that share a scale stay together.
+    sizes = (48, 16, 33) if codec.rows == 1 else (3 * codec.rows, codec.rows, 2 * codec.rows)
+    members = [weights(size, 128, seed=size) for size in sizes]
     stack = torch.cat(members)
     factor = factorize(moments(128), Gptq())
     divisor = scale_of(codec, stack)
@@ -117,7 +119,8 @@ def test_arguments_are_not_modified_however_they_lie_in_memory() -> None:
 # --- search and rounding ----------------------------------------------------------------------------------------
 
 
-@EACH_CODEC
+# Blocks of rows have one scale each: tests/formats/test_formats.py.
+@pytest.mark.parametrize("codec", [each for each in CODECS if each.rows == 1], ids=lambda codec: codec.name)
 @given(seed=st.integers(0, 1000), spread=st.floats(0.0, 3.0), piece=st.sampled_from([100, 256, 1 << 16]))
 @settings(deadline=None, max_examples=15)
 def test_search_finds_the_scales_of_a_plain_loop_bit_for_bit(

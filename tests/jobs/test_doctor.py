@@ -19,10 +19,10 @@ from jobs.pipeline.diagnosis import Diagnosis, doctor
 from prismaquant_ray import device_checks
 from prismaquant_ray.config import Config
 from prismaquant_ray.errors import StoreError
-from prismaquant_ray.formats import FORMATS
 from prismaquant_ray.serialization import to_json
 from tests import inprocess
 from tests.inprocess import in_process, unopened
+from tests.repositories import SEVEN
 from tests.runs import configuration
 from tests.tiny import make_checkpoint
 
@@ -36,7 +36,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    formats = f"formats=[{', '.join(FORMATS)}]"
+    formats = f"formats=[{', '.join(SEVEN)}]"
     return configuration(tmp_path, make_checkpoint(tmp_path / "source", "llama"), formats, "cluster.workers=2")
 
 

@@ -21,6 +21,7 @@ from prismaquant_ray.events import read_events
 from prismaquant_ray.layout import BlockKind
 from prismaquant_ray.serialization import to_json
 from prismaquant_ray.settings.budget import BudgetConfig
+from prismaquant_ray.settings.data import EvaluationConfig
 from tests.inprocess import in_process, unopened
 from tests.runs import assembled, family_configuration
 from tests.tiny import make_checkpoint
@@ -202,7 +203,7 @@ def test_it_must_be_said_what_to_measure_on(measured: Measured) -> None:
     for update, message in (
         ({"sequences": 100_000}, "100,000 sequences"),
         ({"images": Path("captions.jsonl")}, "calibration.images"),
-        ({"text": Path("nowhere.txt")}, "nowhere.txt"),
+        ({"text": EvaluationConfig.model_validate({"text": "nowhere.txt"}).text}, "nowhere.txt"),
     ):
         wrong = measured.config.model_copy(update={"evaluation": settings.model_copy(update=update)})
         with pytest.raises(InputError, match=message):

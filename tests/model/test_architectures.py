@@ -55,7 +55,7 @@ def test_the_whole_job_writes_a_repository_that_verifies(checkpoint: Path, tmp_p
     assert found.bpp <= 7.0
     assert divergence_of_the_copy(config, checkpoint, tmp_path / "copy") < 0.1
     known = checkpoint.name not in UNKNOWN_TO_VLLM
-    assert found.named_by == ("vLLM 0.32.0" if known else None)
+    assert found.named_by == ("vLLM 0.33.0" if known else None)
     card = (Path(config.store.output) / "README.md").read_text()
     assert ("modules in a server are assumed to be those of the checkpoint" in " ".join(card.split())) is not known
     console = Console(record=True, width=200)

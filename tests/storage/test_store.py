@@ -723,7 +723,7 @@ def test_a_repository_is_replaced_and_leaves_nothing(model: Model, place: str) -
         write(model, store, uniform(model.layout, FormatName.BF16), shard=20_000)
     # As if the model before had a file that this one has not; it would change how the tokenizer reads.
     old = Store(place)
-    manifest = old.get(MANIFEST).replace(b'"config.json":', b'"added_tokens.json": 2,\n"config.json":')
+    manifest = old.get(MANIFEST).replace(b'"config.json":', b'"added_tokens.json": 2,\n"config.json":', 1)
     old.put(MANIFEST, manifest)
     old.put("added_tokens.json", b"{}")
     choice = uniform(model.layout, FormatName.NVFP4)
