@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
-from tests.hub_server import ORGANIZATION, TOKEN, HubServer
 from tests.mutations import EVENTS, JSON, OVERRIDES, TENSORS, YAML, Mutation
+from tests.ports import free_ports
 
 #: Seconds of a processor that a command may take.
 LONGEST = 20.0
@@ -90,7 +88,7 @@ class Bench:
         if name == "dequantize":
             return ["dequantize", f"{work}/repository", f"{work}/decoded"]
         if name == "publish":
-            return ["publish", f"{work}/repository", f"hf://{ORGANIZATION}/broken"]
+            return ["publish", f"{work}/repository", "hf://lab/broken"]
         if name == "evaluate":
             places = f"--source {work}/source --text {work}/evaluation/text.txt --store {work}/evaluated"
             return ["evaluate", f"{work}/repository", *places.split(), "--sequences", "1", "--length", "8"]
@@ -181,8 +179,9 @@ def run(bench: Bench, seed: int, count: int, tell: Callable[[dict[str, Any]], No
 
 
 def names_of(bench: Bench, target: Path | None, overrides: tuple[str, ...]) -> list[str]:
-    """What an error may name: the file, its place, or a setting."""
-    keys = [override.partition("=")[0].rpartition(".")[2] for override in overrides]
+    """What an error may name: the file, its place, a setting, or its value."""
+    parts = [override.partition("=") for override in overrides]
+    keys = [word for key, _, value in parts for word in (key.rpartition(".")[2], value)]
     sections = ["calibration.", "evaluation.", "model.", "store."] if target and target.name == "config.yaml" else []
     return [str(bench.work), *([target.name] if target else []), *sections, "--set", *(key for key in keys if key)]
 
@@ -201,10 +200,14 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
     """Make the run, break it, tell."""
     for name in ("tmp", "home", "here"):
         (folder / name).mkdir(parents=True)
-    hub = HubServer()
-    os.environ.update(TMPDIR=f"{folder}/tmp", HOME=f"{folder}/home", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN)
-    # The library is imported already.
-    constants.ENDPOINT, constants.HF_HUB_DISABLE_XET, constants.HF_HUB_OFFLINE = hub.endpoint, True, False
+    (port,) = free_ports(1)
+    os.environ.update(TMPDIR=f"{folder}/tmp", HOME=f"{folder}/home", HF_HUB_DISABLE_XET="1")
+    # The hub's client reads this once, when it is imported.
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{port}"
+    from tests.hub_server import TOKEN, HubServer
+
+    os.environ["HF_TOKEN"] = TOKEN
+    hub = HubServer(port=port)
     os.chdir(folder / "here")
     # Drawing takes seconds and reads nothing.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]

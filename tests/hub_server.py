@@ -93,7 +93,7 @@ class HubServer:
     Without `answers_ranges` every answer has the whole file. With a `cdn` readers of LFS files are sent there.
     """
 
-    def __init__(self, *, part_bytes: int | None = None, chunks: Path | None = None) -> None:
+    def __init__(self, *, port: int = 0, part_bytes: int | None = None, chunks: Path | None = None) -> None:
         self.part_bytes = part_bytes
         self.chunks = chunks
         self.repositories: dict[str, Repository] = {}
@@ -109,7 +109,7 @@ class HubServer:
         self.flip = 0
         self._arriving: dict[str, bytes] = {}
         self._lock = threading.RLock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
 
