@@ -69,11 +69,17 @@ def _scheme(in_features: int) -> tuple[dict[str, Any], None]:
     return weights, None
 
 
+def _modelopt(in_features: int) -> tuple[dict[str, Any], None]:
+    """ModelOpt 0.47's `int4_per_block`."""
+    return {"num_bits": 4, "block_sizes": {-1: CODEC.width(in_features), "type": "static"}}, None
+
+
 FORMAT = Format(
     name=FormatName.INT4,
     codec=CODEC,
     compression="pack-quantized",
     scheme=_scheme,
+    modelopt=_modelopt,
     summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",
     letter="I",
     colours=("#cfe08a", "#1f2a00"),
