@@ -6,7 +6,7 @@ SET ?=
 PYTEST := $(BIN)/python -m pytest
 GROUPED := --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-fast device faults vllm serving-names browser lint install clean
+.PHONY: demo test test-fast device faults vllm recipes serving-names browser lint install clean
 
 install: .venv/installed
 
@@ -26,11 +26,11 @@ demo: install
 
 # Two processes: what starts Ray or measures memory runs in one of them, in the order that tests/conftest.py gives.
 test: install
-	$(PYTEST) -n 2 $(GROUPED) -m 'not faults and not vllm and not browser and not device' --durations=15
+	$(PYTEST) -n 2 $(GROUPED) -m 'not faults and not vllm and not browser and not device and not peers' --durations=15
 
 # The inner loop: nothing that starts Ray or a server or takes long.
 test-fast: install
-	$(PYTEST) -n 2 $(GROUPED) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device)'
+	$(PYTEST) -n 2 $(GROUPED) -m 'not (ray or s3 or memory or slow or faults or vllm or browser or device or peers)'
 
 # Triton lies beside the environment: torch would import it into every process, which on a CPU nothing needs.
 .triton/installed: constraints.txt
@@ -64,6 +64,12 @@ serving-names: .venv-vllm/installed
 
 vllm: install .venv-vllm/installed
 	$(PYTEST) -m vllm --durations=10
+
+# Exported recipes in llm-compressor and ModelOpt, whose environments are the benchmarks'. Not part of .ci/run, whose time
+# is limited: two more downloads of torch.
+recipes: install
+	$(BIN)/python -c 'from benchmarks.whole_job import interpreter; print(*map(interpreter, ("llm-compressor", "modelopt")))'
+	$(PYTEST) -m peers --durations=5
 
 # The report in a real browser: Debian's, which is installed where it is missing and this may be done.
 browser: install

@@ -94,6 +94,20 @@ COMMANDS = {
         "What was found: one HTML page, its JSON and PNGs, in the run store or in --out.",
         (CONFIG, SET, click.Option(["--out"], metavar="DIR", help="Write it there instead.")),
     ),
+    "export-recipe": Command(
+        "The budget's plan as an llm-compressor recipe and a ModelOpt configuration, in OUT.",
+        (
+            CONFIG,
+            click.Argument(["out"]),
+            SET,
+            click.Option(
+                ["--for", "tools"],
+                multiple=True,
+                type=click.Choice(["llm-compressor", "modelopt"]),
+                help="One of them only.",
+            ),
+        ),
+    ),
     "explain": Command(
         "Why a module has its format: its price per byte in each, or why it cannot be quantized.",
         (CONFIG, click.Argument(["name"]), SET),
@@ -164,7 +178,7 @@ def _run(name: str, values: dict[str, Any], *, as_json: bool) -> int:
     if "config" in values:
         path, overrides = values["config"], values.pop("overrides")
         values["config"] = None if path is None else _imported("prismaquant_ray.config").load_config(path, overrides)
-    module = _imported(f"jobs.commands.{name}")
+    module = _imported(f"jobs.commands.{name.replace('-', '_')}")
     return SIGNALS.run(lambda: _call(module, values, as_json=as_json))
 
 

@@ -31,7 +31,7 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 #: `file.py::name`, as pytest writes it; also `Class.method` and constants of a module.
 REFERENCE = re.compile(r"`([\w./]+\.py)::([\w.]+)`")
 SPAN = re.compile(r"`([^`]+)`")
-COMMAND = re.compile(r"(?:\bpq|prismaquant-ray|python -m jobs) ([a-z]+)\b([^\n|]*)")
+COMMAND = re.compile(r"(?:\bpq|prismaquant-ray|python -m jobs) ([a-z-]+)\b([^\n|]*)")
 PATH = re.compile(r"`((?:prismaquant_ray|actors|jobs|benchmarks|tests|docs|configs|k8s)/[\w./-]*[\w/])`")
 PLACEHOLDER = re.compile(r"@@[A-Z][^@]*@@")
 #: Sections of docs/models.md.

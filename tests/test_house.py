@@ -23,6 +23,7 @@ OPEN_MAPPINGS = ("dict[str, Any]", "Mapping[str, Any]")
 THIRD_PARTY_JSON = {
     "prismaquant_ray.compressed.quantized_modules.Coded.group": "a config group as compressed-tensors defines it",
     "prismaquant_ray.compressed.quantized_modules.QuantizedModule.group": "a config group",
+    "prismaquant_ray.formats.base.Format.modelopt": "attributes of quantizers as ModelOpt defines them",
     "prismaquant_ray.formats.base.Format.scheme": "QuantizationArgs as compressed-tensors defines them",
     "prismaquant_ray.model.expert_stacks.expert_stacks": "config.json",
     "prismaquant_ray.source.folded.FoldedSource.config": "config.json",

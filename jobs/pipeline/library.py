@@ -5,16 +5,17 @@ Nothing is printed. `on_event` is called with every `prismaquant_ray.Event`, on 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from jobs.pipeline import assembly, stages
+from jobs.pipeline import assembly, recipes, stages
 from jobs.pipeline.assembly import AssembledRepository, verify
 from jobs.pipeline.dequantizing import dequantize
 from jobs.pipeline.inspection import inspect
 from jobs.pipeline.measured import Measured
+from jobs.pipeline.recipes import ExportedRecipe
 from jobs.pipeline.reporting import WrittenReport, report
 from jobs.pipeline.repository_evaluation import evaluate
 from jobs.pipeline.run import Run
@@ -33,6 +34,7 @@ from prismaquant_ray.records import PlanRecord, SweepRecord
 from prismaquant_ray.report.explanation import Explanation, explain
 from prismaquant_ray.report.findings import Findings
 from prismaquant_ray.report.summary import ProbeSummary, summarize_probe
+from prismaquant_ray.repository.recipes import Tool
 from prismaquant_ray.settings.budget import BudgetConfig
 from prismaquant_ray.source.protocol import TensorSource
 
@@ -147,6 +149,20 @@ class OpenRun:
             return self._run.repairing(
                 lambda known: assembly.assemble(self._run, known, known.plan if plan is None else plan, output)
             )
+
+    def export_recipe(
+        self, out: Path | str, plan: PlanRecord | None = None, tools: Sequence[Tool] = tuple(Tool)
+    ) -> ExportedRecipe:
+        """A plan, by default the configured one, as files for other quantizers in `out`, a directory or URI.
+
+        `recipe.yaml` is for llm-compressor, `modelopt.yaml` for ModelOpt. Only the choice of formats travels.
+
+        Raises:
+            InputError: a tool does not have a format, or cannot name a part of the model.
+        """
+        return self._run.repairing(
+            lambda known: recipes.export_recipe(known, known.plan if plan is None else plan, str(out), tools)
+        )
 
     def findings(self, plan: PlanRecord | None = None) -> Findings:
         """The findings that report and card are made from."""

@@ -272,6 +272,8 @@ class Format:
     compression: str
     #: in_features → (weights, input_activations) as compressed-tensors writes them; None for BF16
     scheme: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None = None
+    #: in_features → attributes of ModelOpt's (weight, input) quantizers; None where it has no such format, and for BF16
+    modelopt: Callable[[int], tuple[dict[str, Any], dict[str, Any] | None]] | None = None
     summary: str
     letter: str
     colours: tuple[str, str]

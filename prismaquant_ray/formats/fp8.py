@@ -40,6 +40,11 @@ def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa:
     return {**common, "strategy": "channel", "dynamic": False}, {**common, "strategy": "token", "dynamic": True}
 
 
+def _modelopt(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001 - one for all shapes
+    """ModelOpt 0.47's `fp8_per_channel_per_token`."""
+    return {"num_bits": [4, 3], "axis": 0}, {"num_bits": [4, 3], "type": "dynamic", "block_sizes": {-1: None}}
+
+
 FORMAT = Format(
     name=FormatName.FP8,
     codec=Fp8Codec(),
@@ -47,6 +52,7 @@ FORMAT = Format(
     activation_scaling=Scaling.TOKEN,
     compression="float-quantized",
     scheme=_scheme,
+    modelopt=_modelopt,
     summary="8-bit float weights per channel, dynamic 8-bit activations per token",
     letter="F",
     colours=("#f6c65b", "#332200"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,11 +26,19 @@ class Int4Codec(PackedIntCodec):
 
 
 CODEC = Int4Codec(4)
+
+
+def _modelopt(in_features: int) -> tuple[dict[str, Any], None]:
+    """ModelOpt 0.47's `int4_per_block`."""
+    return {"num_bits": 4, "block_sizes": {-1: CODEC.width(in_features), "type": "static"}}, None
+
+
 FORMAT = Format(
     name=FormatName.INT4,
     codec=CODEC,
     compression="pack-quantized",
     scheme=weight_scheme(CODEC),
+    modelopt=_modelopt,
     summary="4-bit integer weights, BF16 scales per 128; 16-bit activations",
     letter="I",
     colours=("#cfe08a", "#1f2a00"),

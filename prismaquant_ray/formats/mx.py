@@ -77,3 +77,13 @@ def scheme(num_bits: int) -> Callable[[int], tuple[dict[str, Any], dict[str, Any
         "zp_dtype": "torch.uint8",
     }
     return lambda _: ({**weights}, {**weights, "dynamic": True})
+
+
+def modelopt(elements: tuple[int, int]) -> Callable[[int], tuple[dict[str, Any], dict[str, Any]]]:
+    """`Format.modelopt` of MXFP4 or MXFP8, as in ModelOpt 0.47; `elements` are exponent and mantissa bits."""
+
+    def attributes() -> dict[str, Any]:
+        blocks = {-1: WIDTH, "type": "dynamic", "scale_bits": [8, 0]}
+        return {"num_bits": [*elements], "block_sizes": blocks}
+
+    return lambda _: (attributes(), attributes())

@@ -34,6 +34,7 @@ FORMAT = Format(
     activation_scaling=Scaling.POWER_OF_TWO,
     compression="mxfp4-pack-quantized",
     scheme=mx.scheme(4),
+    modelopt=mx.modelopt((2, 1)),
     summary="4-bit float weights and activations, power-of-two scales per 32",
     letter="X",
     colours=("#8fd6c0", "#04291f"),

@@ -24,6 +24,7 @@ FORMAT = Format(
     activation_scaling=Scaling.POWER_OF_TWO,
     compression="mxfp8-quantized",
     scheme=mx.scheme(8),
+    modelopt=mx.modelopt((4, 3)),
     summary="8-bit float weights and activations, power-of-two scales per 32",
     letter="M",
     colours=("#e8853d", "#2b1000"),

@@ -121,6 +121,21 @@ def _scheme(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa:
     return _args(dynamic=False), _args(dynamic="local")
 
 
+def _attributes() -> dict[str, Any]:
+    """ModelOpt 0.47's `nvfp4`."""
+    blocks = {-1: WIDTH, "type": "dynamic", "scale_bits": [4, 3]}
+    return {"num_bits": [2, 1], "block_sizes": blocks}
+
+
+def modelopt_a16(in_features: int) -> tuple[dict[str, Any], None]:  # noqa: ARG001 - one for all shapes
+    """Weights only."""
+    return _attributes(), None
+
+
+def _modelopt(in_features: int) -> tuple[dict[str, Any], dict[str, Any]]:  # noqa: ARG001
+    return _attributes(), _attributes()
+
+
 CODEC = NvFp4Codec()
 FORMAT = Format(
     name=FormatName.NVFP4,
@@ -130,6 +145,7 @@ FORMAT = Format(
     static_input_scale=True,
     compression="nvfp4-pack-quantized",
     scheme=_scheme,
+    modelopt=_modelopt,
     summary="4-bit float weights and activations, scales per 16",
     letter="N",
     colours=("#9ccbee", "#06263f"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from prismaquant_ray.formats import FormatName
 from prismaquant_ray.formats.base import VLLM, Format, Served
-from prismaquant_ray.formats.nvfp4 import CODEC, scheme_a16
+from prismaquant_ray.formats.nvfp4 import CODEC, modelopt_a16, scheme_a16
 
 FORMAT = Format(
     name=FormatName.NVFP4A16,
     codec=CODEC,
     compression="nvfp4-pack-quantized",
     scheme=scheme_a16,
+    modelopt=modelopt_a16,
     summary="4-bit float weights, scales per 16; 16-bit activations",
     letter="A",
     colours=("#5f9fd6", "#00182b"),

@@ -41,7 +41,7 @@ def call(*arguments: object) -> Result:
 CONFIGURED = [
     pytest.param(name, marks=pytest.mark.faults) if name == "doctor" else name
     for name, command in sorted(COMMANDS.items())
-    if CONFIG in command.parameters and name != "explain"
+    if CONFIG in command.parameters and name not in ("explain", "export-recipe")
 ]
 
 
@@ -55,6 +55,23 @@ def test_every_command_prints_json_and_a_summary(finished: Path, name: str) -> N
     assert readable.exit_code == 0
     assert readable.stdout.strip()
     assert "Traceback" not in readable.output
+
+
+def test_a_recipe_is_exported_for_each_tool_or_for_none(finished: Path, tmp_path: Path) -> None:
+    exported = call("export-recipe", finished, tmp_path / "both", "--json")
+    assert exported.exit_code == 0, exported.output
+    body = json.loads(exported.stdout)
+    assert body["files"] == [str(tmp_path / "both" / name) for name in ("recipe.yaml", "modelopt.yaml")]
+    # Seven Linears in each of two layers, and the head.
+    assert sum(body["linears"].values()) == 15
+    assert body["linears"]["NVFP4"] > 0
+    assert all(Path(path).read_text().startswith("# The plan 6bpp of") for path in body["files"])
+    one = call("export-recipe", finished, tmp_path / "one", "--for", "modelopt")
+    assert (one.exit_code, [path.name for path in (tmp_path / "one").iterdir()]) == (0, ["modelopt.yaml"])
+    assert "do not travel" in one.stdout
+    (tmp_path / "file").touch()
+    refused = call("export-recipe", finished, tmp_path / "file")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (3, 1)
 
 
 def test_formats_needs_no_configuration() -> None:
