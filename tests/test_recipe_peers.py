@@ -78,7 +78,7 @@ def made(
 
 @pytest.mark.parametrize("modifier", ["QuantizationModifier", "GPTQModifier"])
 def test_llm_compressor_gives_every_linear_the_scheme_of_the_plan(modifier: str, tmp_path: Path) -> None:
-    plan, report, output = made(tmp_path, Tool.LLM_COMPRESSOR, tuple(FormatName), modifier=modifier)
+    plan, report, output = made(tmp_path, Tool.LLM_COMPRESSOR, SEVEN, modifier=modifier)
     assert report["linears"].keys() == {*plan.quantized, *plan.linears}
     for name, found in report["linears"].items():
         if name in plan.linears:
@@ -96,7 +96,7 @@ def test_llm_compressor_gives_every_linear_the_scheme_of_the_plan(modifier: str,
 
 
 def test_modelopt_gives_every_linear_the_quantizers_of_the_plan(tmp_path: Path) -> None:
-    found = made(tmp_path, Tool.MODELOPT, tuple(FormatName), still=True)
+    found = made(tmp_path, Tool.MODELOPT, SEVEN, still=True)
     have_the_quantizers_of_the_plan(found.plan, found.report)
 
 
