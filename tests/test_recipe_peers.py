@@ -22,6 +22,7 @@ from prismaquant_ray.model.layout_builder import build_layout
 from prismaquant_ray.repository.recipes import FILES, Tool, TransformersPlan, recipe_text, transformers_plan
 from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.storage.store import Store
+from tests.repositories import SEVEN
 from tests.tiny import make_checkpoint, random_tokens
 
 pytestmark = pytest.mark.peers
