@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from prismaquant_ray.block_records import ForwardRecord, LinearRounding
+from prismaquant_ray.block_records import CacheScales, ForwardRecord, LinearRounding
 from prismaquant_ray.cache_rounding import cache_scales
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.copies import HostCopies
@@ -69,8 +70,8 @@ class BlockForward:
         self.rounding = rounding
         self.dense: dict[str, InputSums] = {}
         self.routed: dict[str, RoutedInputs] = {}
-        # By attention: max |k| (), and |v| of every channel (heads · size,).
-        self.cached: dict[str, tuple[Tensor, Tensor]] = {}
+        # By attention and microbatch: max |k| (), and |v| of every channel (heads · size,).
+        self.cached: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for group in self.block.inputs if formats else ():
             if group.experts is None:
                 self.dense[group.name] = InputSums(group.in_features, runner.device)
@@ -110,9 +111,9 @@ class BlockForward:
 
     def _gather(self, captured: CapturedActivations, held_out: Tensor) -> None:
         for name, (key, value) in captured.cached.items():
-            found = key.abs().amax().float(), value.abs().amax((0, 2)).flatten().float()
-            before = self.cached.get(name, found)
-            self.cached[name] = torch.maximum(before[0], found[0]), torch.maximum(before[1], found[1])
+            # Largest absolute values, by one kernel each.
+            largest = vector_norm(key, torch.inf), vector_norm(value, torch.inf, (0, 2)).flatten()
+            self.cached.setdefault(name, []).append(largest)
         for name, sums in self.dense.items():
             # Rows are tokens of a sequence or patches of an image; `held_out` holds for all rows of one.
             x = captured.inputs[name].flatten(0, -2).unflatten(0, (len(held_out), -1))
@@ -148,10 +149,14 @@ class BlockForward:
             experts=experts,
             folds=[fold for fold, _ in folds.chosen],
             storing=folds.storing(),
-            cache={each.name: cache_scales(each, *self.cached[each.name], folds.chosen) for each in self._seen()},
+            cache={each.name: self._cache_scales(each, folds) for each in self._seen()},
         )
         factors = {str(index): s.cpu().contiguous() for index, (_, s) in enumerate(folds.chosen)}
         return BlockCandidates(tensors=found.tensors, factors=factors, record=record)
+
+    def _cache_scales(self, attention: CachedAttention, folds: BlockFolds) -> CacheScales:
+        key, value = (torch.stack(each).amax(0).float() for each in zip(*self.cached[attention.name], strict=True))
+        return cache_scales(attention, key, value, folds.chosen)
 
     def _seen(self) -> list[CachedAttention]:
         """The attentions that ran."""

@@ -10,29 +10,32 @@ from pathlib import Path
 
 import pytest
 
+from prismaquant_ray.formats import FORMATS, codecs_of
 from tests.device.test_pretended_cuda import child
+from tests.repositories import SEVEN
 
 pytestmark = pytest.mark.device
 
-#: By call: the most launches and waits of one. Of a finish, 650 launches and 13 waits choose and apply factors.
+#: By call: the most launches and waits of one. Of a finish, 650 launches and 13 waits choose and apply factors. Two launches
+#: a microbatch and 12 to 14 of a finish are for the scales of an FP8 KV cache.
 BUDGETS = {
     ("llama", "float32"): {
-        "forward block microbatch": (112, 2),
-        "forward block finish": (1_585, 32),
+        "forward block microbatch": (114, 2),
+        "forward block finish": (1_597, 32),
         "backward block microbatch": (278, 2),
         "backward block finish": (3, 3),
     },
     ("llama", "bfloat16"): {
-        "forward block microbatch": (131, 2),
-        "forward block finish": (1_618, 32),
+        "forward block microbatch": (133, 2),
+        "forward block finish": (1_632, 32),
         "backward block microbatch": (276, 2),
         # Two pieces; two of the waits load the head.
         "backward exit microbatch": (144, 6),
         "backward block finish": (3, 3),
     },
     ("qwen3_moe", "bfloat16"): {
-        "forward block microbatch": (177, 2),
-        "forward block finish": (1_781, 35),
+        "forward block microbatch": (179, 2),
+        "forward block finish": (1_795, 35),
         "backward block microbatch": (363, 2),
         "experts priced microbatch": (59, 0),
         "backward block finish": (3, 3),
@@ -53,11 +56,16 @@ def test_a_call_launches_and_waits_no_more_than_before(tmp_path: Path, name: str
 
 
 def test_rounding_a_wide_matrix_takes_few_launches() -> None:
+    kernels = {codec.name for codec in codecs_of(SEVEN).values()}
     found = child("from tests.pretended.costs import rounding_costs\nresult = rounding_costs(4096)")
     factor, waits = found.pop("factor")
     # Whether a factorization failed must be known before it is used.
     assert waits == 1
-    assert len(found) == 10
+    assert len(found) == 2 * len(codecs_of(FORMATS))
     for call, (launches, waits) in found.items():
         assert waits == 0, call
-        assert (launches if call.endswith("search") else factor + launches) <= (20 if call.endswith("search") else 40)
+        # Formats without a kernel of their own search by torch.
+        search = 20 if call.removesuffix(" search") in kernels else 40
+        assert (launches if call.endswith("search") else factor + launches) <= (
+            search if call.endswith("search") else 40
+        )

@@ -54,17 +54,17 @@ def costs_of(name: str, directory: Path, *settings: str) -> Costs:
             _note(found, f"{shard.stage} {_kind(shard)} finish")
             return answer
 
-    def counted_add(pricing: Pricing, captured: Any, passed: Any, sequences: int) -> Any:
+    def counted_add(pricing: Pricing, captured: Any, passed: Any, holdout: Any) -> Any:
         """As it is; before, the experts alone, counted by themselves."""
         before = dict(LEDGER.launches), dict(LEDGER.waits)
         experts = _of_experts(pricing)
         LEDGER.clear()
-        add(experts, captured, passed, sequences)
+        add(experts, captured, passed, holdout)
         _note(found, "experts priced microbatch")
         LEDGER.clear()
         LEDGER.launches.update(before[0])
         LEDGER.waits.update(before[1])
-        return add(pricing, captured, passed, sequences)
+        return add(pricing, captured, passed, holdout)
 
     add = Pricing.add
     workers = patch.object(inprocess, "ShardWorker", Counted), patch.object(Pricing, "add", counted_add)
@@ -79,7 +79,7 @@ def _of_experts(pricing: Pricing) -> Pricing:
     experts = tuple(group for group in pricing.block.groups if group.experts is not None)
     found.block = replace(pricing.block, groups=experts)
     found.traces = {name: trace.clone() for name, trace in pricing.traces.items()}
-    found._squares, found._parts = [], []
+    found._squares, found._holdout = [], []
     return found
 
 
