@@ -16,18 +16,18 @@ from tests.repositories import SEVEN
 
 pytestmark = pytest.mark.device
 
-#: By call: the most launches and waits of one. Of a finish, 650 launches and 13 waits choose and apply factors. Two launches
-#: a microbatch and 12 to 14 of a finish are for the scales of an FP8 KV cache.
+#: By call: the most launches and waits of one. Of a finish, 650 launches and 13 waits choose and apply factors. The
+#: scales of an FP8 KV cache take two launches a microbatch, and 12 to 14 with three waits of a finish.
 BUDGETS = {
     ("llama", "float32"): {
         "forward block microbatch": (114, 2),
-        "forward block finish": (1_597, 32),
+        "forward block finish": (1_597, 35),
         "backward block microbatch": (278, 2),
         "backward block finish": (3, 3),
     },
     ("llama", "bfloat16"): {
         "forward block microbatch": (133, 2),
-        "forward block finish": (1_632, 32),
+        "forward block finish": (1_632, 35),
         "backward block microbatch": (276, 2),
         # Two pieces; two of the waits load the head.
         "backward exit microbatch": (144, 6),
@@ -35,7 +35,7 @@ BUDGETS = {
     },
     ("qwen3_moe", "bfloat16"): {
         "forward block microbatch": (179, 2),
-        "forward block finish": (1_795, 35),
+        "forward block finish": (1_795, 38),
         "backward block microbatch": (363, 2),
         "experts priced microbatch": (59, 0),
         "backward block finish": (3, 3),
