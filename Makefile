@@ -41,9 +41,8 @@ test-fast: install
 device: install .triton/installed
 	PYTHONPATH=.triton $(PYTEST) -n 2 -m device --durations=5
 
-# They mostly wait, for processes to start and to be missed. A file's site is made once, so files stay together.
 faults: install
-	$(PYTEST) -n 2 --dist loadfile -m faults --durations=10
+	$(PYTEST) -m faults --durations=10
 
 # vLLM wants its own versions of nearly everything, so it lives beside the project.
 .venv-vllm/installed: tests/vllm_check/constraints.txt
