@@ -133,7 +133,8 @@ def test_gptq_has_the_values_of_the_reference_where_sums_are_exact(
     assert torch.equal(kernel("gptq_values")(*arguments), gptq_values(*arguments))
 
 
-@EACH_CODEC
+# A last place of the interpreter's sums decides one of INT8's 255 levels: only exact sums are compared, above.
+@pytest.mark.parametrize("codec", [c for c in CODECS if c.name != "int8_channel"], ids=lambda codec: codec.name)
 @pytest.mark.parametrize(("experts", "rows", "columns"), [(1, 40, 192), (2, 17, 96)])
 def test_gptq_has_the_values_of_the_reference_for_any_weights(
     codec: Codec, experts: int, rows: int, columns: int
@@ -188,6 +189,8 @@ def priced(name: FormatName, rows: int, columns: int, seed: int) -> tuple[Tensor
 def test_every_input_is_rounded_as_the_format_does(name: FormatName, columns: int) -> None:
     if FORMATS[name].codec is None:
         return
+    if name in (FormatName.FP8_BLOCK, FormatName.MXFP4A8):
+        columns *= 4  # whole groups of 128
     x, _, _, scale = priced(name, columns + 1, columns, seed=8)
     # One column of each row is looked at, so there is nothing to add.
     one = torch.eye(columns)[torch.randperm(columns, generator=torch.Generator().manual_seed(9))]
