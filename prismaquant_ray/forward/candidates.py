@@ -16,8 +16,8 @@ from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.base import Rounded
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE
 from prismaquant_ray.layout import FusedGroup, LinearSpec
-from prismaquant_ray.source.checkpoint import as_tensor, read_header
-from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo
+from prismaquant_ray.source.checkpoint import read_header
+from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo, as_tensor
 from prismaquant_ray.source.ranges import BATCH_BYTES, threads
 from prismaquant_ray.storage.prefix import Prefix
 from prismaquant_ray.storage.record import Artifact, damaged

@@ -15,7 +15,7 @@ from torch import Tensor
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.formats.fp8_block import CODEC, SIZE
 from prismaquant_ray.layout import Block, Matrix
-from prismaquant_ray.source.checkpoint import as_tensor
+from prismaquant_ray.source.header import as_tensor
 from prismaquant_ray.source.protocol import TensorSource
 from prismaquant_ray.source.ranges import read_pieces
 

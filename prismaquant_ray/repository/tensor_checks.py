@@ -11,8 +11,7 @@ from torch import Tensor
 from prismaquant_ray.formats.base import Codec
 from prismaquant_ray.formats.tensor_names import INPUT_GLOBAL_SCALE, WEIGHT_GLOBAL_SCALE
 from prismaquant_ray.layout import LinearSpec, Matrix
-from prismaquant_ray.source.checkpoint import as_tensor
-from prismaquant_ray.source.header import TensorInfo
+from prismaquant_ray.source.header import TensorInfo, as_tensor
 from prismaquant_ray.source.protocol import Piece
 from prismaquant_ray.source.ranges import read_pieces
 

@@ -34,10 +34,10 @@ from prismaquant_ray.repository.tensor_checks import (
     weight_problems,
 )
 from prismaquant_ray.repository.writer import NO_CACHE, REWRITTEN, bits
-from prismaquant_ray.source.checkpoint import as_tensor, read_header
+from prismaquant_ray.source.checkpoint import read_header
 from prismaquant_ray.source.files import CONFIG, INDEX
 from prismaquant_ray.source.folded import FoldedSource
-from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo
+from prismaquant_ray.source.header import DTYPE_NAMES, TensorInfo, as_tensor
 from prismaquant_ray.source.protocol import Piece, TensorSource
 from prismaquant_ray.source.ranges import parts, read_pieces, threads
 from prismaquant_ray.storage.prefix import Prefix, get_json

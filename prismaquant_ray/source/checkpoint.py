@@ -20,7 +20,7 @@ from prismaquant_ray.serialization import from_json
 from prismaquant_ray.source import block_fp8
 from prismaquant_ray.source.config_json import portable
 from prismaquant_ray.source.files import CONFIG, INDEX, SINGLE
-from prismaquant_ray.source.header import DTYPES, TensorInfo, header_length, parse_header
+from prismaquant_ray.source.header import TensorInfo, as_tensor, header_length, parse_header
 from prismaquant_ray.source.protocol import Piece, files_beside_weights, tensor_info
 from prismaquant_ray.source.wide import Bf16Decoder, as_bf16, narrowed, wide_matrices, with_bf16
 from prismaquant_ray.storage.prefix import Files, Objects, get_json
@@ -278,12 +278,3 @@ def _samples(info: TensorInfo) -> Sequence[tuple[int, int]]:
     if info.nbytes <= 2 * _SAMPLE:
         return ((info.start, info.stop),)
     return ((info.start, info.start + _SAMPLE), (info.stop - _SAMPLE, info.stop))
-
-
-def as_tensor(buffer: object, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """A tensor that owns its bytes."""
-    view = memoryview(buffer)  # type: ignore[arg-type]
-    if view.nbytes == 0:
-        return torch.empty(shape, dtype=DTYPES[dtype])
-    # bytearray: torch warns about read-only buffers.
-    return torch.frombuffer(bytearray(view), dtype=DTYPES[dtype]).reshape(shape)

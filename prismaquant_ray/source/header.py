@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prismaquant_ray.errors import InputError
 from prismaquant_ray.parsing import MalformedError, as_object, parse_json
@@ -114,3 +115,12 @@ def build_header(entries: Mapping[str, tuple[str, tuple[int, ...], int]]) -> byt
     text = json.dumps(body, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def as_tensor(buffer: object, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that owns its bytes."""
+    view = memoryview(buffer)  # type: ignore[arg-type]
+    if view.nbytes == 0:
+        return torch.empty(shape, dtype=DTYPES[dtype])
+    # bytearray: torch warns about read-only buffers.
+    return torch.frombuffer(bytearray(view), dtype=DTYPES[dtype]).reshape(shape)

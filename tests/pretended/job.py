@@ -13,6 +13,7 @@ from actors import diagnosis
 from actors.worker import ShardWorker
 from jobs.pipeline.diagnosis import doctor
 from jobs.pipeline.repository_evaluation import evaluate
+from jobs.pipeline.run import Run
 from jobs.pipeline.stages import quantize
 from prismaquant_ray.config import Config
 from prismaquant_ray.serialization import to_json
@@ -53,9 +54,17 @@ def whole_job(config: Config, text: Path) -> dict[str, Any]:
     return {
         "files": digests(Path(config.store.output)),
         "predicted_loss": found.repository.plan.predicted_loss,
+        "prices": prices(config),
         "measured": [to_json(plan.activations) for plan in found.evaluation.plans],
         "evaluated": [to_json(again.weights), to_json(again.activations)],
     }
+
+
+def prices(config: Config) -> list[float]:
+    """What the backward pass found, of every group in every format: before what the driver makes of all together."""
+    backward = Run(config).measured().backward
+    groups = [group for index in sorted(backward) for group in backward[index].groups.values()]
+    return [price.cost for group in groups for price in group.values()]
 
 
 def both_jobs(name: str, directory: Path, dtype: str) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from prismaquant_ray.errors import InputError, StoreError
 from prismaquant_ray.source.block_fp8 import BlockFp8Decoder
-from prismaquant_ray.source.checkpoint import Checkpoint, as_tensor
+from prismaquant_ray.source.checkpoint import Checkpoint
 from prismaquant_ray.source.files import INDEX
+from prismaquant_ray.source.header import as_tensor
 from prismaquant_ray.source.ranges import read_pieces
 from prismaquant_ray.storage.store import Store
 from tests.pieces import bytes_of
