@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from actors.block_tasks import BlocksTask, index_of
+from actors.block_tasks import RecordedBlocksTask, index_of
 from actors.schedule.units import Unit
 from actors.shard_task import Stored, UnitTask, made
 from prismaquant_ray.backward.loss import IGNORED
@@ -54,8 +54,8 @@ class EntryEvaluation(UnitTask):
             return torch.stack([runner.embed(inputs) for runner in _distinct(self.context.models.runners)])
 
 
-class BlocksEvaluation(BlocksTask[LoadedBlock]):
-    """Blocks of every model, one after the other."""
+class BlocksEvaluation(RecordedBlocksTask[LoadedBlock]):
+    """Blocks of every model, one after the other. Those of a mixture of experts leave what their routers chose."""
 
     @override
     def open(self, unit: Unit) -> LoadedBlock:
@@ -66,6 +66,10 @@ class BlocksEvaluation(BlocksTask[LoadedBlock]):
         for block in self.blocks.values():
             arriving = block.run(arriving, self.context.batches[microbatch])
         return arriving
+
+    @override
+    def record(self, unit: Unit, block: LoadedBlock) -> Stored:
+        return made(Record(metrics=to_json(block.routing.record())))
 
 
 class DraftEvaluation(UnitTask):

@@ -143,3 +143,11 @@ class DraftRecord:
 
     agreed: list[int]
     tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingRecord:
+    """A mixture block in an evaluation: by row, tokens whose set of experts is not the source's; number of tokens."""
+
+    rerouted: list[int]
+    tokens: int

@@ -115,7 +115,9 @@ class Divergence:
 
     `kl_standard_error` is that of the mean, with sequences as the independent samples; `top1_agreement` is the share of
     tokens where both find the same token most likely; `loss` is the model's cross-entropy in nats per predicted token,
-    and `perplexity` its exponential; `draft_agreement` is how often the draft head's best guess is its own model's.
+    and `perplexity` its exponential; `draft_agreement` is how often the draft head's best guess is its own model's;
+    `rerouted` is, of a mixture of experts, the share of tokens that meet other experts than in the source, a mean over
+    its layers.
     """
 
     tokens: int
@@ -127,6 +129,7 @@ class Divergence:
     loss: float
     perplexity: float
     draft_agreement: float | None = None
+    rerouted: float | None = None
 
 
 # Other objects of the run store ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from prismaquant_ray.layout import BlockKind, Layout
 class PassGraph:
     """Blocks in order: `vision` ones (the merger is the last), `decoder` ones, (a draft), (a head).
 
-    Microbatches in order: `texts` of text, then `images`.
+    `mixtures` are the decoder blocks with experts, by index. Microbatches in order: `texts` of text, then `images`.
     """
 
     decoder: int
@@ -29,6 +29,7 @@ class PassGraph:
     images: int = 0
     draft: bool = False
     head: bool = False
+    mixtures: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, layout: Layout, *, texts: int, images: int) -> PassGraph:
@@ -40,6 +41,11 @@ class PassGraph:
             images=images,
             draft=bool(layout.of(BlockKind.DRAFT)),
             head=bool(layout.of(BlockKind.HEAD)),
+            mixtures=frozenset(
+                block.index
+                for block in layout.of(BlockKind.DECODER)
+                if any(group.experts is not None for group in block.groups)
+            ),
         )
 
     @property
@@ -88,7 +94,7 @@ class PassGraph:
     def products(self, stage: Stage) -> set[Unit]:
         """The units of a pass that leave a record."""
         if stage is Stage.EVALUATION:
-            return {*self.exits, *self.heads[: self.draft]}
+            return {*self.exits, *self.heads[: self.draft], *self.mixtures}
         return set(range(self.blocks))
 
     def reads(self, stage: Stage, unit: Unit) -> tuple[Unit, ...]:

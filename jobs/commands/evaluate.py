@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from jobs.commands.evaluation_table import warn_of_routing
 from jobs.commands.progress import run_progress
 from jobs.pipeline.repository_evaluation import EvaluatedRepository, evaluate
-from prismaquant_ray.records import Divergence, SourceFigures
 
 
 def run(
@@ -57,10 +57,11 @@ def render(result: EvaluatedRepository, console: Console) -> None:
     images = f" and {text.images} images" if text.images else ""
     console.print(f"against {result.source} on {text.sequences} × {text.length} tokens{images}:", soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for title in ("", "KL nats/token", "±", "90 %", "99 %", "same top-1", "perplexity", "draft agrees"):
+    routed = () if result.activations.rerouted is None else ("rerouted",)
+    for title in ("", "KL nats/token", "±", "90 %", "99 %", "same top-1", "perplexity", "draft agrees", *routed):
         table.add_column(title, justify="left" if not title else "right")
     reference = result.source_figures
-    table.add_row("source", "", "", "", "", "", f"{reference.perplexity:.4f}", _agreement(reference))
+    table.add_row("source", "", "", "", "", "", f"{reference.perplexity:.4f}", _share(reference.draft_agreement))
     rows = {"weights rounded": result.weights, "weights and activations rounded": result.activations}
     for title, row in rows.items():
         table.add_row(
@@ -71,14 +72,16 @@ def render(result: EvaluatedRepository, console: Console) -> None:
             f"{row.kl_p99:.5f}",
             f"{row.top1_agreement:.2%}",
             f"{row.perplexity:.4f}",
-            _agreement(row),
+            _share(row.draft_agreement),
+            *(_share(row.rerouted) for _ in routed),
         )
     console.print(table)
+    warn_of_routing(result.activations, "", console)
     for note in result.notes:
         console.print(f"note: {note}", soft_wrap=True)
     for limit in result.missed:
         console.print(f"not good enough: {limit}", soft_wrap=True)
 
 
-def _agreement(row: Divergence | SourceFigures) -> str:
-    return "" if row.draft_agreement is None else f"{row.draft_agreement:.2%}"
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

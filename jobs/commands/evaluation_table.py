@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from prismaquant_ray.records import MeasuredPlans
+from prismaquant_ray.records import Divergence, MeasuredPlans
 
 _TITLES = (
     "plan",
@@ -19,6 +19,20 @@ _TITLES = (
     "top-1",
     "behind plan",
 )
+
+
+#: The share of tokens with other experts than in the source from which a summary says so.
+_REROUTED = 0.05
+
+
+def warn_of_routing(found: Divergence, what: str, console: Console) -> None:
+    """A line where a mixture of experts sends many tokens to other experts than the source does."""
+    if found.rerouted is not None and found.rerouted > _REROUTED:
+        console.print(
+            f"note: {what}{found.rerouted:.1%} of tokens meet other experts than in the source, a mean over layers; "
+            "prices are of small changes and do not foresee these: trust what is measured, or set allocation.refine",
+            soft_wrap=True,
+        )
 
 
 def render(result: MeasuredPlans, console: Console) -> None:
@@ -46,6 +60,8 @@ def render(result: MeasuredPlans, console: Console) -> None:
             "" if behind is None else f"{behind.kl:+.5f} ± {behind.standard_error:.5f}",
         )
     console.print(table)
+    for entry in result.plans:
+        warn_of_routing(entry.activations, f"{entry.label}: ", console)
     knee = result.knee
     if knee is not None:
         others = ", ".join(f"{each.bpp:.3f} from {each.from_bpp:.3f} to {each.to_bpp:.3f}" for each in knee.stability)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from jobs.pipeline import sources
 from jobs.pipeline.passes import Passes
 from jobs.pipeline.workers import OpenWorkers
 from prismaquant_ray import __version__, records
-from prismaquant_ray.block_records import DraftRecord
+from prismaquant_ray.block_records import DraftRecord, RoutingRecord
 from prismaquant_ray.calibration.dataset import CalibrationSet
 from prismaquant_ray.calibration.stored import store_calibration
 from prismaquant_ray.config import Config
@@ -164,6 +165,7 @@ class EvaluationSession:
         for unit in graph.heads[: graph.draft]:
             draft = from_json(DraftRecord, run_store.record(Stage.EVALUATION, unit).metrics)
             agreement = [count / draft.tokens for count in draft.agreed]
+        rerouted = self._rerouted(run_store, graph)
         for row, key in enumerate(keys):
             own = {name: column[row] for name, column in columns.items()}
             figures = summarize(TokenFigures(**own), sequence)
@@ -175,10 +177,19 @@ class EvaluationSession:
                 )
             if agreement:
                 figures = replace(figures, draft_agreement=agreement[row])
+            if rerouted:
+                figures = replace(figures, rerouted=rerouted[row])
             path = f"{records.EVALUATIONS}/{key}/{new_attempt()}/tokens.safetensors"
             artifact = write_tensors(self.store, path, {**own, "sequence": sequence})
             record = Record(artifacts={"tokens": artifact}, metrics=to_json(figures))
             write_record(self.store, records.evaluation_key(key), record)
+
+    def _rerouted(self, run_store: RunStore, graph: PassGraph) -> list[float]:
+        """By row, the share of tokens that meet other experts than in the source; a mean over mixture blocks."""
+        stored = {index: run_store.record(Stage.EVALUATION, index) for index in sorted(graph.mixtures)}
+        found = run_store.typed(RoutingRecord, Stage.EVALUATION, stored).values()
+        shares = [[count / record.tokens for count in record.rerouted] for record in found]
+        return [fmean(row) for row in zip(*shares, strict=True)]
 
     def _read(self, key: str) -> Record | None:
         place = records.evaluation_key(key)

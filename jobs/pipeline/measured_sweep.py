@@ -135,8 +135,7 @@ def _ways(plan: LabelledPlan) -> tuple[bool, ...]:
 
 
 def variant_of(plan: LabelledPlan, *, activations: bool) -> Variant:
-    """A plan to be measured, with or without rounded activations."""
-    """The KV cache is rounded with the activations."""
+    """A plan to be measured, with or without rounded activations; the KV cache is rounded with the activations."""
     return Variant(choice=dict(plan.choice), activations=activations, cache=activations and plan.kv_cache == "fp8")
 
 

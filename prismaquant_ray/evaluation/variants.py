@@ -18,6 +18,7 @@ from prismaquant_ray.block_records import CacheScales
 from prismaquant_ray.cache_rounding import CacheScale, scales_of
 from prismaquant_ray.calibration.dataset import Batch
 from prismaquant_ray.compressed.activations import InputRounding
+from prismaquant_ray.evaluation.routing import ReroutedTokens
 from prismaquant_ray.factors import Equalization, factors_of
 from prismaquant_ray.formats import FORMATS, FormatName
 from prismaquant_ray.forward.decoded_candidates import CandidateDecoder
@@ -239,11 +240,19 @@ class LoadedBlock:
         self.modules = modules
         self.replacements = tuple(replacements)
         self.caches = tuple(caches)
+        self.routing = ReroutedTokens(block, self.rows)
 
     @torch.no_grad()
     def run(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Output of the block per row (rows, …), for inputs (rows, …), or (1, …) when all rows share one input."""
-        return torch.stack([self.row(row, hidden[row if len(hidden) > 1 else 0], batch) for row in range(self.rows)])
+        """Output of the block per row (rows, …), for inputs (rows, …), or (1, …) when all rows share one input.
+
+        What its routers choose is counted in `routing`.
+        """
+        outputs = []
+        for row, runner in enumerate(self.runners):
+            with self.routing.watching(row, self.modules[runner]):
+                outputs.append(self.row(row, hidden[row if len(hidden) > 1 else 0], batch))
+        return torch.stack(outputs)
 
     def row(self, row: int, hidden: Tensor, batch: Batch) -> Tensor:
         """Output of the block of one row."""

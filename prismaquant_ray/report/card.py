@@ -215,6 +215,7 @@ class _Tables:
             "most likely token is the source's": [entry.top1_agreement for entry in there.values()],
             "perplexity": [entry.perplexity for entry in there.values()],
             "draft head agrees with the model": [entry.draft_agreement for entry in there.values()],
+            "tokens that meet other experts than in the source": [entry.rerouted for entry in there.values()],
         }
         for title, values in figures.items():
             if any(value is not None for value in values):

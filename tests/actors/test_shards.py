@@ -84,8 +84,14 @@ class Model:
 
 
 graphs = st.builds(
-    lambda decoder, texts, tower, images, draft, head: PassGraph(
-        decoder=decoder, texts=texts, vision=tower, images=images if tower else 0, draft=draft, head=head
+    lambda decoder, texts, tower, images, draft, head, mixtures: PassGraph(
+        decoder=decoder,
+        texts=texts,
+        vision=tower,
+        images=images if tower else 0,
+        draft=draft,
+        head=head,
+        mixtures=frozenset(tower + block for block in mixtures if block < decoder),
     ),
     st.integers(1, 9),
     st.integers(1, 3),
@@ -93,6 +99,7 @@ graphs = st.builds(
     st.integers(1, 2),
     st.booleans(),
     st.booleans(),
+    st.sets(st.integers(0, 8)),
 )
 
 
@@ -200,8 +207,12 @@ def evaluations(draw: st.DrawFn) -> tuple[PassGraph, Recorded, int]:
         graph = dataclasses.replace(graph, images=0)
     units = graph.order(Stage.EVALUATION)
     done, boundaries = (frozenset(draw(st.lists(st.sampled_from(units)))) for _ in range(2))
-    products = {*graph.exits, *graph.heads[: graph.draft]}
-    return graph, Recorded(done=done & products, boundaries=boundaries - products), draw(st.integers(1, 10))
+    unread = {*graph.exits, *graph.heads[: graph.draft]}
+    return (
+        graph,
+        Recorded(done=done & (unread | graph.mixtures), boundaries=boundaries - unread),
+        draw(st.integers(1, 10)),
+    )
 
 
 @settings(max_examples=300)
@@ -229,7 +240,7 @@ def test_an_evaluation_goes_from_what_is_stored_to_every_figure_that_is_missing(
         there.add(last)
         figures += shard.produce
         left += shard.units
-    wanted = {*model.exits, *model.draft} - recorded.done
+    wanted = {*model.exits, *model.draft, *graph.mixtures} - recorded.done
     assert set(figures) == wanted
     assert len(figures) == len(wanted)
     # A boundary goes when the last of its readers is done, never before.

@@ -77,6 +77,12 @@ def whole(directory: Path, *, sees: bool = False) -> Any:
     return auto.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager")
 
 
+def printed(found: EvaluatedRepository) -> str:
+    shown = io.StringIO()
+    render(found, Console(file=shown, width=160))
+    return shown.getvalue()
+
+
 def tokens_of(case: Quantized) -> Tensor:
     """The sequences that an evaluation draws."""
     from transformers import AutoTokenizer
@@ -122,6 +128,45 @@ def test_figures_with_rounded_weights_are_those_of_whole_models(
     Figures(source, rounded, tokens).check(found["weights"])
     assert found["source_figures"]["loss"] == pytest.approx(float(Figures(source, source, tokens).loss), rel=1e-5)
     assert found["activations"]["kl_mean"] != found["weights"]["kl_mean"]
+
+
+@pytest.mark.parametrize(("name", "first_mixture"), [("qwen3_moe", 0), ("deepseek_v3", 1)])
+def test_rerouted_tokens_are_those_whose_experts_differ_in_whole_models(
+    quantized: Callable[[str], Quantized], name: str, first_mixture: int
+) -> None:
+    case = quantized(name)
+    tokens = tokens_of(case)
+
+    def experts(directory: Path) -> list[list[frozenset[int]]]:
+        """The set of experts of every token, by layer."""
+        model, found = whole(directory), []
+        layers = model.model.layers[first_mixture:]
+        for layer in layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda _, args: found.append(args[1]))
+        with torch.no_grad():
+            model(tokens)
+        assert len(found) == len(layers)
+        return [[frozenset(token) for token in chosen.tolist()] for chosen in found]
+
+    source, rounded = experts(case.source), experts(case.copy)
+    shares = [
+        sum(ours != theirs for ours, theirs in zip(*layer, strict=True)) / tokens.numel()
+        for layer in zip(source, rounded, strict=True)
+    ]
+    found = case.evaluated()
+    assert found.weights.rerouted == pytest.approx(sum(shares) / len(shares), abs=1e-12)
+    assert found.weights.rerouted is not None
+    assert 0 < found.weights.rerouted < 1
+    told = printed(found)
+    assert f"{found.weights.rerouted:.2%}" in told
+    assert found.activations.rerouted is not None
+    assert ("of tokens meet other experts than in the source" in told) == (found.activations.rerouted > 0.05)
+
+
+def test_a_model_without_experts_is_not_said_to_reroute(quantized: Callable[[str], Quantized]) -> None:
+    found = quantized("llama_untied").evaluated()
+    assert found.activations.rerouted is None
+    assert "rerouted" not in printed(found)
 
 
 def test_figures_with_rounded_activations_are_those_of_a_whole_model_that_rounds_them(
@@ -232,9 +277,7 @@ def test_a_limit_that_is_missed_is_said_and_ends_with_its_own_exit_code(quantize
     ):
         found = case.evaluated(**limits)
         assert (len(found.missed), found.exit_code) == (missed, 4 if missed else 0)
-        shown = io.StringIO()
-        render(found, Console(file=shown, width=160))
-        assert shown.getvalue().count("not good enough: ") == missed
+        assert printed(found).count("not good enough: ") == missed
     for limits, message in (
         ({"max_kl": -1.0}, "give nats per token"),
         ({"max_kl": math.nan}, "give nats per token"),
