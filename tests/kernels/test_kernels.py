@@ -133,9 +133,31 @@ def test_gptq_has_the_values_of_the_reference_where_sums_are_exact(
     assert torch.equal(kernel("gptq_values")(*arguments), gptq_values(*arguments))
 
 
-# INT8 is compared where sums are exact, above. Here one row of 40 parts from the reference by one level and goes on
-# from there (65 of 7,680 values, each by one level); whether that is a last place of a sum is not shown yet.
-@pytest.mark.parametrize("codec", [c for c in CODECS if c.name != "int8_channel"], ids=lambda codec: codec.name)
+def distance_to_tie(
+    weight: Tensor,
+    factors: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    found: Tensor,
+    expected: Tensor,
+    expert: int,
+    row: int,
+) -> float:
+    """How far from a tie the exact sum is where a row first parts from the reference, in float32's last places."""
+    visits, (weight, found, expected) = (
+        order[expert],
+        (each[expert, row].double() for each in (weight, found, expected)),
+    )
+    factors = factors[expert, row].double().repeat_interleave(len(weight) // factors.shape[2])
+    place = int((found != expected)[visits].nonzero()[0])
+    column, before = visits[place], visits[:place]
+    pushed = (weight - expected * factors)[before] * upper[expert, :place, place].double()
+    quotient = (weight[column] + pushed.sum()) / factors[column]
+    last_place = quotient.float().abs() * 2.0**-23
+    return float(((found[column] + expected[column]) / 2 - quotient).abs() / last_place)
+
+
+@EACH_CODEC
 @pytest.mark.parametrize(("experts", "rows", "columns"), [(1, 40, 192), (2, 17, 96)])
 def test_gptq_has_the_values_of_the_reference_for_any_weights(
     codec: Codec, experts: int, rows: int, columns: int
@@ -145,8 +167,13 @@ def test_gptq_has_the_values_of_the_reference_for_any_weights(
     x = drawn(experts, 600, columns, seed=6) @ (torch.eye(columns) + 0.2 * drawn(columns, columns, seed=7))
     factor = factorize(x.mT @ x, Gptq())
     arguments = (weight, factors_of(codec, weight), factor.upper, factor.order, codec.name)
-    found = kernel("gptq_values")(*arguments)
-    assert torch.equal(found, gptq_values(*arguments))
+    found, expected = kernel("gptq_values")(*arguments), gptq_values(*arguments)
+    parted = (found != expected).any(-1).nonzero().tolist()
+    # One sum of 7,680 lies at a tie of INT8's 256 levels, nearer than float32 tells; another order of its terms gives
+    # the other level there, and the rest of that row follows it.
+    assert len(parted) <= (1 if codec.name == "int8_channel" else 0)
+    for expert, row in parted:
+        assert distance_to_tie(*arguments[:4], found, expected, expert, row) < 0.1
     assert not torch.equal(
         found, round_scaled(weight.flatten(0, 1), arguments[1].flatten(0, 1), codec.name).view_as(found)
     )
