@@ -42,12 +42,12 @@ CASES: tuple[tuple[int, str, tuple[Mutation, ...], tuple[str, ...]], ...] = (
     (3, "repository/tokenizer*.json", JSON, ("verify", "evaluate", "publish")),
     (1, "repository/generation_config.json", JSON, ("verify", "evaluate", "dequantize")),
     (8, "repository/*.safetensors", TENSORS, ("verify", "verify", "dequantize", "evaluate", "publish")),
-    (8, "source/config.json", JSON, ("inspect", "inspect", "evaluate", "formats")),
-    (2, "source/model.safetensors.index.json", JSON, ("inspect", "allocate")),
+    (8, "source/config.json", JSON, ("inspect", "inspect", "evaluate", "formats", "doctor")),
+    (2, "source/model.safetensors.index.json", JSON, ("inspect", "allocate", "doctor")),
     (2, "source/tokenizer*.json", JSON, ("deep", "evaluate")),
-    (4, "source/*.safetensors", TENSORS, ("inspect", "allocate", "deep")),
-    (4, "config.yaml", YAML, ("formats", "inspect", "allocate")),
-    (4, "", OVERRIDES, ("formats", "inspect", "allocate")),
+    (4, "source/*.safetensors", TENSORS, ("inspect", "allocate", "deep", "doctor")),
+    (4, "config.yaml", YAML, ("formats", "inspect", "allocate", "doctor")),
+    (4, "", OVERRIDES, ("formats", "inspect", "allocate", "doctor")),
 )
 
 
@@ -211,11 +211,16 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
     os.chdir(folder / "here")
     # Drawing takes seconds and reads nothing.
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
+    from actors import diagnosis
+    from jobs.pipeline.diagnosis import doctor
     from jobs.pipeline.repository_evaluation import evaluate
     from jobs.pipeline.run import Run
     from tests.inprocess import in_process
 
-    for function in (Run.__init__, evaluate):
+    # Rates are not the question.
+    diagnosis._PRODUCT["cpu"], diagnosis._ENCODED["cpu"] = 64, (32, 128)
+    diagnosis._COPIED = diagnosis._STORED = 1 << 12
+    for function in (Run.__init__, doctor, evaluate):
         assert function.__kwdefaults__ is not None
         function.__kwdefaults__["open_workers"] = in_process()
 
@@ -226,7 +231,18 @@ def main(folder: Path, seed: int, count: int, only: int | None = None) -> None:
     bench = Bench(folder)
     bench.prepare()
     with hub:
-        for name in ("inspect", "deep", "evaluate", "dequantize", "verify", "report", "sweep", "explain", "publish"):
+        for name in (
+            "inspect",
+            "deep",
+            "evaluate",
+            "dequantize",
+            "verify",
+            "report",
+            "sweep",
+            "explain",
+            "publish",
+            "doctor",
+        ):
             from click.testing import CliRunner
 
             from jobs.command_line import cli

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -125,8 +125,12 @@ def held(
     lease = _claim(store, me, renewal, _Watch(ttl=ttl, notice=notice, sleep=sleep, clock=clock))
     try:
         yield lease
-    finally:
-        lease.release()
+    except BaseException:
+        # What ended the run says more than that its store cannot be written either: the lease expires by itself then.
+        with suppress(StoreError):
+            lease.release()
+        raise
+    lease.release()
 
 
 def holder(store: Store) -> Holder | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prismaquant_ray.errors import ResourceError
+from prismaquant_ray.errors import ResourceError, StoreError
 from prismaquant_ray.storage import lease
 from prismaquant_ray.storage.lease import Holder, held, holder
 from prismaquant_ray.storage.store import Store
@@ -53,6 +53,22 @@ def test_a_released_lease_leaves_nothing_behind(store: Store) -> None:
         assert not found.is_gone
     assert store.list() == []
     assert holder(store) is None
+
+
+def test_what_ended_a_run_is_said_also_where_its_lease_cannot_be_released(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: list[str]) -> None:
+        raise StoreError("read-only")
+
+    with pytest.raises(ResourceError, match="no worker is left"), held(store):
+        monkeypatch.setattr(store, "delete", refused)
+        raise ResourceError("no worker is left")
+    monkeypatch.undo()
+    # Nothing else goes wrong: then it is the lease that counts.
+    store.delete(store.list("lease"))
+    with pytest.raises(StoreError, match="read-only"), held(store):
+        monkeypatch.setattr(store, "delete", refused)
 
 
 def test_a_second_driver_is_refused_while_the_first_renews(store: Store) -> None:
